@@ -1,0 +1,45 @@
+# make search | test | lint | format: each sets the machine up first (make setup), so a fresh clone needs nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= quickstart
+
+.PHONY: setup search test lint format lock clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: .venv/.ready  ## a .venv with everything pinned, and MNIST in the data cache
+	@$(BIN)/python launch.py data fetch mnist digits
+
+# torch comes first, with its dependencies and the lock as constraints, so that a GPU build gets its CUDA packages;
+# the rest is pinned in full and takes no dependencies of its own (torchattacks' are false, docs/decisions.md).
+.venv/.ready: requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint requirements.lock torch==$$(sed -n 's/^torch==//p' requirements.lock)
+	$(BIN)/pip install --quiet --no-deps --requirement requirements.lock
+	@touch $@
+
+search: setup  ## the default search on real MNIST, embedded: local Ray, a journal file, W&B offline
+	$(BIN)/python launch.py quickstart --name $(RUN)
+
+test: setup  ## the tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.ready  ## rewrite in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:  ## pin requirements.in anew (needs the package registry)
+	rm -rf .venv && $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.in
+	$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1
+	$(BIN)/pip freeze --all --exclude pip | sed -E 's/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia|cuda|triton)/d' > requirements.lock
+
+clean:  ## remove the environment; searches and data stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

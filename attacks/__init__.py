@@ -1,0 +1,1 @@
+"""What an attacker does: threat models, attacks, suites and the audit."""

@@ -1,0 +1,161 @@
+"""The contract of a defense. Shapes: N images, C channels, H x W pixels, K classes; images lie in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from spaces.space import Params, Scalar
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a task's images look like."""
+
+    channels: int
+    height: int
+    width: int
+    classes: int
+
+
+@dataclass
+class Batches:
+    """Training images that already lie on the device, served by the epoch.
+
+    Iterating yields one iterator of (x_NCHW, y_N) for each epoch from `start` on. Order and noise of an epoch depend
+    on `seed` and the epoch's number alone, so that a fit which stopped goes on bit for bit.
+    """
+
+    x_NCHW: Tensor
+    y_N: Tensor
+    epochs: int
+    batch_size: int
+    seed: int = 0
+    start: int = 0
+
+    def __iter__(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        for epoch in range(self.start, self.epochs):
+            torch.manual_seed(self.seed * 100_003 + epoch)
+            yield self._one(torch.randperm(len(self.x_NCHW)).to(self.x_NCHW.device))
+
+    def _one(self, order_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for chosen in order_N.split(self.batch_size):
+            yield self.x_NCHW[chosen], self.y_N[chosen]
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """A set of knobs; a defense's Train and Inference extend it."""
+
+
+class Defense(nn.Module):
+    """A purifier with its knobs.
+
+    A defense is one file: it declares its knobs in `Train` and `Inference`, builds its networks in `build`, and
+    implements `fit` and `purify`. The rest has defaults.
+
+    Args:
+        train: train-time knobs; a change needs a new training.
+        inference: inference-time knobs; set anew on a stored fit with `at`.
+        shape: the task's images.
+
+    Raises:
+        InputError: the combination cannot be built.
+    """
+
+    Train: ClassVar[type[Knobs]] = Knobs
+    Inference: ClassVar[type[Knobs]] = Knobs
+    differentiable: ClassVar[bool] = True
+    consults: ClassVar[Literal["target", "partner"]] = "target"
+    """Which classifier `fit` gets: the protected one, or its partner architecture (PuVAE's source classifier)."""
+
+    def __init__(self, train: Mapping[str, Scalar], inference: Mapping[str, Scalar], shape: Shape) -> None:
+        super().__init__()
+        self.train_knobs: Any = self.Train(**train)
+        self.shape = shape
+        self.at(inference)
+        self._tracked: dict[str, Any] = {}
+        self._resumed: dict[str, Any] = {}
+        self.build()
+
+    def at(self, inference: Mapping[str, Scalar]) -> Self:
+        """Set the inference-time knobs; the weights stay."""
+        self.inference_knobs: Any = self.Inference(**inference)
+        return self
+
+    @property
+    def params(self) -> Params:
+        return Params(asdict(self.train_knobs), asdict(self.inference_knobs))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `purify` draws noise at the present inference setting."""
+        return False
+
+    def build(self) -> None:
+        """Build the networks from `self.train_knobs` and `self.shape`."""
+
+    def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
+        """Train, yielding the metrics of each epoch.
+
+        Args:
+            batches: one iterator of batches an epoch.
+            classifier: what the training may consult, frozen; for PuVAE the source classifier M_s.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is trained")
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not say how it purifies")
+
+    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+        """Return logits_NK."""
+        return classifier(self.purify(x_NCHW))
+
+    def accept(self, x_NCHW: Tensor) -> Tensor:
+        """Return a bool for each image: False rejects it."""
+        return torch.ones(len(x_NCHW), dtype=torch.bool, device=x_NCHW.device)
+
+    def surrogate(self, x_NCHW: Tensor) -> Tensor:
+        """Return a differentiable stand-in for `purify`, for an attacker's gradient."""
+        return self.purify(x_NCHW)
+
+    def track(self, **parts: Any) -> None:
+        """Keep what a resumed fit needs beside the weights: optimisers, schedulers, auxiliary networks.
+
+        Each part has state_dict and load_state_dict; call this in `fit` before the first batch. Where the fit goes
+        on from a stored epoch, the parts get their stored state here.
+        """
+        for name, part in parts.items():
+            if name in self._resumed:
+                part.load_state_dict(self._resumed.pop(name))
+        self._tracked.update(parts)
+
+    def progress(self) -> dict[str, Any]:
+        """Return everything that `resume` needs to go on after this epoch."""
+        return {"weights": self.state_dict(), **{n: part.state_dict() for n, part in self._tracked.items()}}
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Take up the state that `progress` returned."""
+        self._resumed = dict(progress)
+        self.load_state_dict(self._resumed.pop("weights"))
+
+
+class Defended(nn.Module):
+    """A classifier behind a defense, as one model: images in [0, 1] in, logits_NK out."""
+
+    def __init__(self, defense: Defense, classifier: nn.Module) -> None:
+        super().__init__()
+        self.defense = defense
+        self.classifier = classifier
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.defense.classify(x_NCHW, self.classifier)
+
+    def accept(self, x_NCHW: Tensor) -> Tensor:
+        return self.defense.accept(x_NCHW)

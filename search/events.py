@@ -1,0 +1,35 @@
+"""What a search tells those who watch it: the live table, W&B, the ledger. A listener's methods do nothing by default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from defenses.base import Metrics
+from search.score import Candidate
+from search.study import Study
+from spaces.space import Params
+
+State = Literal["finished", "pruned", "failed", "interrupted"]
+
+
+class Listener:
+    """Hears of everything that happens in a search, on the driver, in order. It must not raise."""
+
+    def search_started(self, study: Study, undefended: Candidate) -> None:
+        """`undefended` is the bare classifier, scored by the same suite on the same images."""
+
+    def trial_started(self, trial: str, params: Params) -> None:
+        """`trial` is its identity; a trial that is restarted starts again under the same one."""
+
+    def epoch_ended(self, trial: str, epoch: int, metrics: Metrics) -> None:
+        """`epoch` counts from 1; the metrics include `cheap`, the rung score in [0, 1]."""
+
+    def trial_ended(
+        self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
+    ) -> None:
+        """`candidates` is empty unless finished; `picture` shows clean, attacked and purified images, a PNG."""
+
+    def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
+        """`candidates` are all that the study holds, those of earlier runs included."""
