@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args, Literal
+from typing import Literal, get_args
 
 from spaces.space import InputError, choose
 

@@ -1,1 +1,29 @@
-"""The defenses: one file each, found by name."""
+"""The defenses: one file each, found by name. A file dropped in here works everywhere."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from defenses.base import Defense
+from spaces.space import choose
+
+
+def names() -> list[str]:
+    """Return the name of every defense: its file's."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+
+
+def find(name: str) -> type[Defense]:
+    """Return the defense class of a file in this folder.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    module = importlib.import_module(f"defenses.{choose('the defense', name, names())}")
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Defense) and value.__module__ == module.__name__
+    )
+    return found

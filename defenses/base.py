@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -29,7 +29,8 @@ class Batches:
     """Training images that already lie on the device, served by the epoch.
 
     Iterating yields one iterator of (x_NCHW, y_N) for each epoch from `start` on. Order and noise of an epoch depend
-    on `seed` and the epoch's number alone, so that a fit which stopped goes on bit for bit.
+    on `seed` and the epoch's number alone, so that a fit which stopped goes on bit for bit. `boundary` is called
+    before each batch: there others may have the device for a while.
     """
 
     x_NCHW: Tensor
@@ -38,6 +39,7 @@ class Batches:
     batch_size: int
     seed: int = 0
     start: int = 0
+    boundary: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
         for epoch in range(self.start, self.epochs):
@@ -46,6 +48,7 @@ class Batches:
 
     def _one(self, order_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for chosen in order_N.split(self.batch_size):
+            self.boundary()
             yield self.x_NCHW[chosen], self.y_N[chosen]
 
 

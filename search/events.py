@@ -1,4 +1,4 @@
-"""What a search tells those who watch it: the live table, W&B, the ledger. A listener's methods do nothing by default."""
+"""What a search tells those who watch it: the live table, W&B, the ledger."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ State = Literal["finished", "pruned", "failed", "interrupted"]
 
 
 class Listener:
-    """Hears of everything that happens in a search, on the driver, in order. It must not raise."""
+    """Hears of everything that happens in a search, on the driver, in order; by default it does nothing.
+
+    Its methods must not raise.
+    """
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
         """`undefended` is the bare classifier, scored by the same suite on the same images."""

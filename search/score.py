@@ -1,11 +1,21 @@
-"""What is known of a candidate: accuracy under attack, clean accuracy, rejection, latency, alarms."""
+"""What is known of a candidate: accuracy under attack, clean accuracy, rejection, latency, alarms.
+
+Shapes: N images, C channels, H x W pixels, K classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from attacks.robustness import Robustness, evaluate
+from attacks.suite import SUITES, Suite
 from attacks.threat import ThreatModel
+from search.latency import Latency
 from spaces.space import Params, Scalar
 
 
@@ -67,3 +77,77 @@ class Candidate:
             "state": "finished",
             **s.attacks,
         }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "params": {"train": dict(self.params.train), "inference": dict(self.params.inference)},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Candidate:
+        score = {
+            **data["score"],
+            "threat": ThreatModel(**data["score"]["threat"]),
+            "alarms": tuple(data["score"]["alarms"]),
+        }
+        return cls(**{**data, "params": Params(**data["params"]), "score": Score(**score)})
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The images and attacks that every candidate of a study faces.
+
+    Args:
+        oblivious: adversarial images of each oblivious attack of the suite, made once on the bare classifier.
+    """
+
+    suite: Suite
+    threat: ThreatModel
+    x_NCHW: Tensor
+    y_N: Tensor
+    oblivious: Mapping[str, Tensor]
+    seed: int
+
+    def robustness(self, target: nn.Module) -> Robustness:
+        return evaluate(
+            self.suite, target, self.x_NCHW, self.y_N, self.threat, oblivious=self.oblivious, seed=self.seed
+        )
+
+    def score(self, target: nn.Module, latency: Latency | None) -> Score:
+        """Return the figures of a bare or defended classifier.
+
+        Args:
+            latency: None where there is nothing that purifies.
+        """
+        verdict = self.robustness(target)
+        return Score(
+            threat=self.threat,
+            attacked_accuracy=_share(verdict.robust),
+            oblivious_accuracy=_share(verdict.oblivious),
+            white_box_accuracy=None if verdict.white_box is None else _share(verdict.white_box),
+            clean_accuracy=_share(verdict.right),
+            clean_rejection=1 - _share(verdict.accepted),
+            latency_ms_p50=latency.ms_p50 if latency else 0.0,
+            latency_ms_p95=latency.ms_p95 if latency else 0.0,
+            images=len(self.y_N),
+            attacks=verdict.trail,
+        )
+
+    def cheap(self, target: nn.Module, images: int) -> float:
+        """Return the rung score: accuracy under one small fixed attack on the first `images` images."""
+        quick = SUITES["quick"]
+        verdict = evaluate(
+            quick,
+            target,
+            self.x_NCHW[:images],
+            self.y_N[:images],
+            self.threat,
+            oblivious={attack.name: self.oblivious[attack.name][:images] for attack in quick.oblivious},
+            seed=self.seed,
+        )
+        return _share(verdict.robust)
+
+
+def _share(verdicts_N: Tensor) -> float:
+    return float(verdicts_N.to(torch.float64).mean())

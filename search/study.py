@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from spaces.space import InputError, Scalar
+import defenses
+import spaces
+from attacks.suite import SUITES, Suite
+from attacks.threat import Knowledge, ThreatModel
+from defenses.base import Defense
+from search.store import write_atomic
+from search.tasks import Task
+from search.tasks import task as find_task
+from spaces.space import InputError, Scalar, SearchSpace, choose
 
 Method = Literal["tpe", "nsga2", "gp", "random", "qmc", "grid"]
 KnobWish = Scalar | list[Scalar]
@@ -29,27 +39,146 @@ class Study(BaseModel):
     )
     method: Method = Field("tpe", description="how Optuna proposes")
     trials: int = Field(40, ge=1, description="trainings at most")
-    threat: Literal["white-box", "oblivious"] = Field("white-box", description="what the attacker knows")
-    eps: Annotated[float | None, Field(ge=0, le=1)] = Field(
-        None, description="L-infinity bound in pixel units of [0, 1]; the task's own where not given"
+    threat: Knowledge = Field("white-box", description="what the attacker knows")
+    eps: float | None = Field(
+        None, ge=0, le=1, description="L-infinity bound in pixel units of [0, 1]; else the task's"
     )
-    max_latency_ms: Annotated[float | None, Field(gt=0)] = Field(
-        None, description="constraint: p50 of a batch of 128, in milliseconds"
+    suite: str = Field("search", description="the attacks that score a candidate (list attacks)")
+    max_latency_ms: float | None = Field(
+        None, gt=0, description="constraint: p50 of purifying a batch of 128, in milliseconds"
     )
-    min_clean_accuracy: Annotated[float | None, Field(ge=0, le=1)] = Field(
-        None, description="constraint: least accuracy on clean images, a fraction"
+    min_clean_accuracy: float | None = Field(
+        None, ge=0, le=1, description="constraint: least accuracy on clean images, a fraction"
     )
-    train_images: Annotated[int | None, Field(ge=1)] = Field(None, description="training images; all where not given")
-    eval_images: Annotated[int, Field(ge=1)] = Field(1000, description="validation images that are attacked")
-    epochs: Annotated[int | None, Field(ge=1)] = Field(None, description="epochs of a training; the defense's own")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything")
+    train_images: int | None = Field(None, ge=1, description="training images; else all")
+    eval_images: int = Field(1000, ge=1, description="validation images that are attacked")
+    cheap_images: int = Field(128, ge=1, description="of them, those that score a training after each epoch")
+    epochs: int | None = Field(None, ge=1, description="epochs of a training; else the defense's own")
+    classifier_epochs: int = Field(10, ge=1, description="epochs of the protected classifier and of its partner")
+    grace: int = Field(1, ge=1, description="epochs before a training may be stopped")
+    halving: float = Field(3.0, gt=1, description="of those that reach a rung one in so many goes on")
+    patience: int = Field(8, ge=0, description="trainings that reach a rung before any is stopped there")
+    gpus_per_trial: float | None = Field(None, ge=0, description="a fraction shares one; else 0.25 where there is one")
+    cpus_per_trial: float = Field(1.0, gt=0, description="CPU cores of a trial")
+    concurrent: int | None = Field(None, ge=1, description="trials at once; else what the cluster holds")
+    address: str | None = Field(None, description="a Ray cluster: auto or HOST:PORT; else a local one")
+    storage: str = Field(
+        "runs", validate_default=True, description="the folder that holds searches and the store they share"
+    )
+    data_dir: str | None = Field(None, description="the data cache; else $CRUCIBLE_DATA or ~/.cache/crucible")
     wandb: Literal["online", "offline", "disabled"] | None = Field(
-        None, description="Weights & Biases; online where a key is found, else offline"
+        None, description="Weights & Biases; else online where a key is found"
     )
-    storage: str = Field("runs", description="the folder that holds searches and the store")
-    data_dir: str | None = Field(None, description="the data cache; $CRUCIBLE_DATA, else ~/.cache/crucible")
+    seed: int = Field(0, ge=0, description="seed of everything")
 
     @property
     def folder(self) -> Path:
         """Everything a user sees of this search lies here."""
         return Path(self.storage) / self.name
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError("must be letters, digits, '.', '_' and '-', and no path")
+        return name
+
+    @field_validator("storage")
+    @classmethod
+    def _is_a_folder(cls, storage: str) -> str:
+        if "://" in storage:
+            raise ValueError("must be a folder that all workers reach")
+        return str(Path(storage).expanduser().resolve())  # workers have folders of their own
+
+    def plan(self) -> Plan:
+        """Return what the study's words stand for.
+
+        Raises:
+            InputError: a word stands for nothing, or a knob does not fit the defense.
+        """
+        defense = defenses.find(self.defense)
+        task = find_task(self.task)
+        wishes = {**spaces.named(self.defense, self.space), **self.knobs}
+        if self.epochs is not None and "epochs" in SearchSpace.of(defense).train:
+            wishes["epochs"] = self.epochs
+        space = SearchSpace.of(defense).narrow(wishes)
+        if self.method == "grid":
+            next(space.grid())
+        suite = SUITES[choose("the suite", self.suite, list(SUITES))]
+        eps = task.eps if self.eps is None else self.eps
+        return Plan(task, defense, space, ThreatModel("Linf", eps, self.threat), suite)
+
+    def write(self) -> Path:
+        """Write study.yaml into the search's folder."""
+        return write_atomic(self.folder / "study.yaml", self.to_yaml().encode())
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study's words stand for."""
+
+    task: Task
+    defense: type[Defense]
+    space: SearchSpace
+    threat: ThreatModel
+    suite: Suite
+
+
+def make(values: Mapping[str, Any], where: Callable[[str], str] = lambda field: "") -> Study:
+    """Return a checked study.
+
+    Args:
+        values: fields of Study.
+        where: says in which place a field was given, to stand before its error.
+
+    Raises:
+        InputError: a field is unknown or outside its law.
+    """
+    for name in values:
+        if name not in Study.model_fields:
+            raise InputError(where(name) + _unknown(name))
+    try:
+        study = Study(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        law = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        raise InputError(f"{where(name)}{name} {law}, but is {values[name]!r}") from None
+    study.plan()
+    return study
+
+
+def read(path: Path, over: Mapping[str, Any] | None = None) -> Study:
+    """Read a study from YAML; the fields in `over` win.
+
+    Raises:
+        InputError: the file is not there, is not YAML, or has a field that does not fit (with its line).
+    """
+    over = over or {}
+    try:
+        text = path.read_text()
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise InputError(f"a study must be a file that can be read, but {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: a study must be YAML, but {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a study must be fields with values, but is {type(values).__name__}")
+    lines = {key.value: key.start_mark.line + 1 for key, _ in tree.value} if tree else {}
+    return make(
+        {**values, **over},
+        where=lambda name: f"{path}, line {lines[name]}: " if name in lines and name not in over else "",
+    )
+
+
+def _unknown(name: str) -> str:
+    try:
+        return choose("a field of a study", name, list(Study.model_fields))
+    except InputError as error:
+        return str(error)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -76,7 +77,7 @@ class SearchSpace:
         return cls(
             {f.name: f.metadata["domain"] for f in dataclasses.fields(defense.Train)},
             {f.name: f.metadata["domain"] for f in dataclasses.fields(defense.Inference)},
-            {f.name: f.default for f in knobs},
+            {f.name: _default(f) for f in knobs},
         )
 
     def flat(self) -> dict[str, BaseDistribution]:
@@ -139,6 +140,19 @@ def finite(domain: BaseDistribution) -> tuple[Scalar, ...] | None:
     return None
 
 
+def draw(domain: BaseDistribution, rng: np.random.Generator) -> Scalar:
+    """Return a value of the domain, uniformly, or log-uniformly on a log scale."""
+    values = finite(domain)
+    if values is not None:
+        return values[int(rng.integers(len(values)))]
+    assert isinstance(domain, FloatDistribution | IntDistribution)
+    if domain.log:
+        value = math.exp(rng.uniform(math.log(domain.low), math.log(domain.high)))
+    else:
+        value = rng.uniform(domain.low, domain.high)
+    return round(value) if isinstance(domain, IntDistribution) else value
+
+
 def only(name: str, domain: BaseDistribution) -> Scalar:
     """Return the value of a domain that has one."""
     values = finite(domain)
@@ -167,15 +181,18 @@ def spoken(domain: BaseDistribution) -> str:
     return f"{kind} from {domain.low:g} to {domain.high:g}" + (" (log scale)" if domain.log else "")
 
 
+def _default(declared: dataclasses.Field[Any]) -> Scalar:
+    value: Any = declared.default
+    return value
+
+
 def _narrowed(name: str, declared: BaseDistribution, wish: Domain) -> BaseDistribution:
     if isinstance(wish, FloatDistribution | IntDistribution):
         inside = all(contains(declared, end) for end in (wish.low, wish.high))
         if isinstance(declared, FloatDistribution | IntDistribution) and type(wish) is type(declared) and inside:
             return wish
         raise InputError(f"{name} must be {spoken(declared)}, but the space says {spoken(wish)}")
-    if isinstance(wish, CategoricalDistribution):
-        wish = wish.choices  # type: ignore[assignment]  # no knob is None
-    values = list(wish) if isinstance(wish, list | tuple) else [wish]
+    values: list[Any] = list(wish.choices) if isinstance(wish, CategoricalDistribution) else _listed(wish)
     if not values:
         raise InputError(f"{name} must be {spoken(declared)}, but its grid is empty")
     if isinstance(declared, FloatDistribution):  # YAML and the shell write 1.0 as 1
@@ -184,6 +201,10 @@ def _narrowed(name: str, declared: BaseDistribution, wish: Domain) -> BaseDistri
         if not contains(declared, value):
             raise InputError(f"{name} must be {spoken(declared)}, but is {value!r}")
     return CategoricalDistribution(tuple(dict.fromkeys(values)))
+
+
+def _listed(wish: object) -> list[Any]:
+    return list(wish) if isinstance(wish, list | tuple) else [wish]
 
 
 def _size(domains: Mapping[str, BaseDistribution]) -> int | None:

@@ -1,0 +1,123 @@
+"""The classifiers that are protected: architectures, and one trained and frozen network for each task and seed.
+
+Source: PuVAE (IEEE Access 2019), Table 1. D is garbled in the text and read as in docs/decisions.md; so are the
+paddings, of which the paper does not speak.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defenses.base import Batches, Shape
+from search.store import Store, fingerprint, to_bytes
+from search.study import Study
+from search.tasks import Task, checksum
+
+PAPER_SIZE = 20
+"""From this many pixels on convolutions are unpadded, as in the paper; smaller images (digits) would vanish."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Convolutions (maps, size, stride), dropout 0.25, dense layers (units, dropout), and the logits."""
+
+    convolutions: tuple[tuple[int, int, int], ...]
+    dense: tuple[tuple[int, float], ...]
+
+    def build(self, shape: Shape) -> nn.Sequential:
+        padded = min(shape.height, shape.width) < PAPER_SIZE
+        layers: list[nn.Module] = []
+        channels = shape.channels
+        for maps, size, stride in self.convolutions:
+            layers += [nn.Conv2d(channels, maps, size, stride, padding=size // 2 if padded else 0), nn.ReLU()]
+            channels = maps
+        layers += [nn.Dropout(0.25), nn.Flatten()]
+        with torch.no_grad():
+            x_NCHW = torch.zeros(1, shape.channels, shape.height, shape.width)
+            units = nn.Sequential(*layers)(x_NCHW).shape[1]
+        for wide, drop in self.dense:
+            layers += [nn.Linear(units, wide), nn.ReLU(), nn.Dropout(drop)]
+            units = wide
+        return nn.Sequential(*layers, nn.Linear(units, shape.classes))
+
+
+ARCHITECTURES = {
+    "A": Architecture(((64, 5, 1), (64, 5, 2)), ((128, 0.5),)),
+    "B": Architecture(((128, 3, 1), (64, 3, 2)), ((128, 0.5),)),
+    "C": Architecture(((64, 5, 1), (128, 5, 1), (256, 5, 2)), ((512, 0.5), (256, 0.0))),
+    "D": Architecture(((128, 3, 1), (256, 3, 1), (512, 3, 2)), ((512, 0.5),)),
+}
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A frozen network of the store."""
+
+    fingerprint: str
+    network: nn.Module
+
+
+def identity(study: Study, task: Task, architecture: str) -> str:
+    """Return the fingerprint of a classifier: everything that shapes it."""
+    return fingerprint(
+        source=inspect.getsource(sys.modules[__name__]),
+        architecture=architecture,
+        data=checksum(task.dataset, study.data_dir),
+        images=study.train_images,
+        epochs=study.classifier_epochs,
+        seed=study.seed,
+    )
+
+
+def obtain(
+    study: Study,
+    task: Task,
+    architecture: str,
+    store: Store,
+    training: Callable[[], tuple[Tensor, Tensor]],
+    device: torch.device,
+) -> Classifier:
+    """Load a classifier from the store, or train it there first; whoever comes second waits.
+
+    Args:
+        training: gives x_NCHW and y_N on `device`; called only where the training has to be done.
+    """
+    key = identity(study, task, architecture)
+    network = ARCHITECTURES[architecture].build(task.shape).to(device)
+    with store.lock("classifiers", key):
+        entry = store.get("classifiers", key)
+        if entry is None:
+            x_NCHW, y_N = training()
+            accuracy = train(network, x_NCHW, y_N, study.classifier_epochs, study.seed)
+            about = {"task": task.dataset, "architecture": architecture, "training_accuracy": accuracy}
+            entry = store.put("classifiers", key, {"weights.safetensors": to_bytes(network)}, about)
+    network.load_state_dict(load_file(entry / "weights.safetensors", device=str(device)))
+    return Classifier(key, network.eval().requires_grad_(False))
+
+
+def train(network: nn.Module, x_NCHW: Tensor, y_N: Tensor, epochs: int, seed: int) -> float:
+    """Train by cross-entropy (Adam 1e-3, batch 128) and return the last epoch's accuracy on the training images."""
+    torch.manual_seed(seed)
+    for part in network.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            part.reset_parameters()
+    adam = torch.optim.Adam(network.parameters(), lr=1e-3)
+    network.train()
+    right = torch.zeros((), device=x_NCHW.device)
+    for epoch in Batches(x_NCHW, y_N, epochs=epochs, batch_size=128, seed=seed):
+        right.zero_()
+        for x, y in epoch:
+            logits_NK = network(x)
+            adam.zero_grad(set_to_none=True)
+            F.cross_entropy(logits_NK, y).backward()
+            adam.step()
+            right += (logits_NK.argmax(1) == y).sum()
+    return float(right) / len(x_NCHW)

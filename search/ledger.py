@@ -1,0 +1,45 @@
+"""candidates.csv: one row a candidate, written as they come."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from search.events import Listener, State
+from search.score import Candidate
+from search.store import write_atomic
+
+
+class Ledger(Listener):
+    """Keeps candidates.csv in step with the study.
+
+    Args:
+        known: the candidates that the study holds already.
+    """
+
+    def __init__(self, path: Path, known: Sequence[Candidate]) -> None:
+        self.path = path
+        self._rows = {candidate.candidate: candidate.row() for candidate in known}
+        write_atomic(path, self._text(list(self._rows), header=True).encode())
+
+    def trial_ended(
+        self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
+    ) -> None:
+        new = [c.candidate for c in candidates if c.candidate not in self._rows]
+        first = not self._rows
+        self._rows.update({c.candidate: c.row() for c in candidates})
+        with self.path.open("a", newline="") as file:
+            file.write(self._text(new, header=first))
+
+    def _text(self, names: Sequence[str], *, header: bool) -> str:
+        if not names:
+            return ""
+        rows = [self._rows[name] for name in names]
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, fieldnames=list(rows[0]))
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return buffer.getvalue()

@@ -1,0 +1,91 @@
+"""What a search has found, read from its study: Optuna's journal is the truth about a search."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from search import ranking
+from search.score import Candidate
+from search.study import Study
+from spaces.space import InputError
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=ExperimentalWarning)
+
+
+class Record:
+    """A search's trials and candidates. Reading changes nothing, and may be done while the search runs.
+
+    A trial of Crucible is one training, named t001, t002, ...; each of its candidates is a trial of the Optuna study.
+
+    Raises:
+        InputError: the search has no study yet.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.space = study.plan().space
+        self.searched = self.space.searched()
+        self.optuna = self._open()
+
+    def _open(self) -> optuna.Study:
+        if not journal(self.study).exists():
+            raise InputError(f"a search that has begun is needed, but {self.study.name} has no {journal(self.study)}")
+        return optuna.load_study(study_name=self.study.name, storage=storage(self.study))
+
+    def ended(self) -> int:
+        """Return how many trials have ended, in whatever way."""
+        return sum("state" in trial.user_attrs for trial in self.trials())
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return one Optuna trial for each trial of the search, the latest of its name, in order."""
+        latest = {t.user_attrs["trial"]: t for t in self._all() if _proposal(t)}
+        return [latest[name] for name in sorted(latest, key=lambda name: int(name[1:]))]
+
+    def undefended(self) -> Candidate | None:
+        """Return the bare classifier's figures, where they are known."""
+        found = self.optuna.user_attrs.get("undefended")
+        return Candidate.from_json(found) if found else None
+
+    def candidates(self) -> list[Candidate]:
+        """Return every finished candidate, once."""
+        found = (t.user_attrs.get("candidate") for t in self._all() if t.state == TrialState.COMPLETE)
+        every = [Candidate.from_json(json.loads(text)) for text in found if text]
+        return list({candidate.candidate: candidate for candidate in every}.values())
+
+    def feasible(self) -> list[Candidate]:
+        """Return the candidates within all constraints, the best attacked accuracy first, then the fastest."""
+        return ranking.feasible(self.study, self.candidates())
+
+    def importances(self) -> dict[str, float]:
+        """Return how much each knob matters for the attacked accuracy; empty where too little is known."""
+        if sum(t.state == TrialState.COMPLETE for t in self._all()) < 8:
+            return {}
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=self.study.seed)
+        found = optuna.importance.get_param_importances(
+            self.optuna, evaluator=evaluator, target=lambda trial: trial.values[0]
+        )
+        return dict(found)
+
+    def _all(self) -> list[FrozenTrial]:
+        return self.optuna.get_trials(deepcopy=False)
+
+
+def _proposal(trial: FrozenTrial) -> bool:
+    return "trial" in trial.user_attrs and trial.state != TrialState.WAITING
+
+
+def journal(study: Study) -> Path:
+    return study.folder / "study.journal"
+
+
+def storage(study: Study) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(journal(study))))

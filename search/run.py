@@ -1,0 +1,101 @@
+"""Runs a search: under Ray Tune, or its trials one after the other in this process (`debug`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from defenses.base import Metrics
+from search import trial
+from search.conductor import Conductor
+from search.events import Listener, State
+from search.score import Candidate
+from search.searcher import Proposer
+from search.store import Store
+from search.study import Study
+from spaces.space import Params
+
+
+class Stopped(Exception):
+    """A rung stopped the trial of this process."""
+
+
+def store_of(study: Study) -> Store:
+    """Return the store that all searches of the study's storage share; no search can take its name."""
+    return Store(Path(study.storage) / ".store")
+
+
+def run(study: Study, listeners: Sequence[Listener], *, debug: bool = False) -> State:
+    """Run what is left of a search and return how it ended.
+
+    Args:
+        debug: run the trials in this process, without Ray.
+
+    Raises:
+        InputError: the cluster does not hold what a trial asks for.
+    """
+    if debug:
+        conductor = open_conductor(study, listeners)
+        state = _in_process(conductor)
+    else:
+        from search import tuner  # Ray takes a second to import
+
+        with tuner.joined(study) as resources:
+            conductor = open_conductor(study, listeners)
+            state = tuner.run(conductor, resources)
+    conductor.end(state)
+    return state
+
+
+def open_conductor(study: Study, listeners: Sequence[Listener]) -> Conductor:
+    """Write the study and open its journal; nothing of a search exists before."""
+    study.write()
+    return Conductor(study, Proposer(study), listeners)
+
+
+def execute(study: Study, name: str, params: Params, report: trial.Report) -> dict[str, Any]:
+    """Run one trial to its end and return its last report."""
+    store = store_of(study)
+    try:
+        candidates = trial.run_trial(study, params, store, report)
+        best = max(candidates, key=lambda candidate: candidate.score.attacked_accuracy)
+        path = study.folder.resolve() / "pictures" / f"{name}.png"
+        trial.Bench.of(study, store).picture(best.params, path)
+    except Stopped:
+        raise
+    except Exception as error:  # whatever a defense raises is the trial's failure, not the search's
+        return {"failed": f"{type(error).__name__}: {error}"}
+    return {"candidates": [candidate.to_json() for candidate in candidates], "picture": str(path)}
+
+
+def settle(conductor: Conductor, name: str, last: dict[str, Any] | None) -> None:
+    """Tell the study what a trial's last report says; without one of the last reports a rung stopped it."""
+    if last is not None and "candidates" in last:
+        candidates = [Candidate.from_json(data) for data in last["candidates"]]
+        conductor.finished(name, candidates, Path(last["picture"]))
+    elif last is not None and "failed" in last:
+        conductor.failed(name, last["failed"])
+    else:
+        conductor.pruned(name)
+
+
+def _in_process(conductor: Conductor) -> State:
+    study = conductor.study
+    try:
+        conductor.begin(trial.baseline(study, store_of(study)))
+        while conductor.left and (proposal := conductor.next()):
+            name, params = proposal
+
+            def report(epoch: int, metrics: Metrics, name: str = name) -> None:
+                if conductor.epoch(name, epoch, metrics):
+                    raise Stopped
+
+            try:
+                last: dict[str, Any] | None = execute(study, name, params, report)
+            except Stopped:
+                last = None
+            settle(conductor, name, last)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "finished"

@@ -1,0 +1,173 @@
+"""Optuna proposes, and learns from every candidate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+import spaces
+from search.ranking import constraints
+from search.record import Record, storage
+from search.score import Candidate
+from search.study import Study
+from spaces.space import GRID_LIMIT, Params, SearchSpace, contains
+
+OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
+    "attacked_accuracy": "maximize",
+    "latency_ms_p50": "minimize",
+}
+RETRIES = 20
+"""How often a sampler may propose a training that is done before one is drawn for it."""
+
+
+class Proposer(Record):
+    """A search that goes on: proposes settings, and is told what became of them.
+
+    The study is opened where it exists; what ran when it was left is proposed again, under its name.
+    """
+
+    def __init__(self, study: Study) -> None:
+        super().__init__(study)
+        self._rng = np.random.default_rng(study.seed)
+        self._running: dict[str, optuna.Trial] = {}
+        self._recover()
+        if not self._all():
+            self._enqueue_starts()
+
+    def _open(self) -> optuna.Study:
+        study = optuna.create_study(
+            study_name=self.study.name,
+            storage=storage(self.study),
+            directions=list(OBJECTIVES.values()),
+            sampler=_sampler(self.study, self.space),
+            load_if_exists=True,
+        )
+        study.set_metric_names(list(OBJECTIVES))
+        return study
+
+    def propose(self) -> tuple[str, Params] | None:
+        """Return the next trial's name and setting, or None where every training of the space is done."""
+        seen = {_key(params) for params in self._proposed().values()}
+        for attempt in range(RETRIES + 1):
+            if attempt == RETRIES and not self._enqueue_unseen(seen):
+                return None
+            trial = self.optuna.ask(self.searched)
+            params = self.space.complete(trial.params)
+            name = trial.user_attrs.get("trial")
+            if name is not None or _key(params) not in seen:
+                break
+            trial.set_user_attr("duplicate", True)
+            self.optuna.tell(trial, state=TrialState.FAIL)
+        else:
+            return None
+        if name is None:
+            name = f"t{len(self._proposed()) + 1:03d}"
+            trial.set_user_attr("trial", name)
+        self._running[name] = trial
+        return name, params
+
+    def finish(self, name: str, candidates: Sequence[Candidate], about: Mapping[str, Any]) -> None:
+        """Tell the study every candidate of a trial, the proposed one first."""
+        trial = self._running.pop(name)
+        for key, value in {**about, "state": "finished"}.items():
+            trial.set_user_attr(key, value)
+        trial.set_user_attr("candidate", json.dumps(candidates[0].to_json()))
+        for constraint, excess in constraints(self.study, candidates[0]).items():
+            trial.set_constraint(constraint, excess)
+        known = {c.candidate for c in self.candidates()}
+        for other in candidates[1:]:
+            if other.candidate not in known:
+                self.optuna.add_trial(self._frozen(name, other))
+        # Last: a driver killed before this line leaves a running trial, which is proposed again and ends the same.
+        self.optuna.tell(trial, _values(candidates[0]))
+
+    def stop(self, name: str, state: TrialState, about: Mapping[str, Any]) -> None:
+        """Tell the study that a trial was pruned or failed."""
+        trial = self._running.pop(name)
+        for key, value in {**about, "state": "pruned" if state == TrialState.PRUNED else "failed"}.items():
+            trial.set_user_attr(key, value)
+        self.optuna.tell(trial, state=state)
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a fact of the whole search with the study."""
+        self.optuna.set_user_attr(key, value)
+
+    def _frozen(self, name: str, candidate: Candidate) -> FrozenTrial:
+        return create_trial(
+            values=_values(candidate),
+            params={knob: value for knob, value in candidate.params.flat().items() if knob in self.searched},
+            distributions=dict(self.searched),
+            user_attrs={"of": name, "candidate": json.dumps(candidate.to_json())},
+            constraints=constraints(self.study, candidate),
+        )
+
+    def _proposed(self) -> dict[str, Params]:
+        return {t.user_attrs["trial"]: self.space.complete(t.params) for t in self.trials()}
+
+    def _recover(self) -> None:
+        """Propose again what was running when the search was left."""
+        for trial in self.optuna.get_trials(states=(TrialState.RUNNING,)):
+            self.optuna.tell(trial.number, state=TrialState.FAIL)
+            if "trial" in trial.user_attrs:
+                self.optuna.enqueue_trial(trial.params, user_attrs={"trial": trial.user_attrs["trial"]})
+
+    def _enqueue_starts(self) -> None:
+        """Enqueue the known good settings; for a grid, the whole of it."""
+        if self.study.method == "grid":
+            trainings = {_key(params): params for params in self.space.grid()}
+            for params in trainings.values():
+                self.optuna.enqueue_trial({n: v for n, v in params.flat().items() if n in self.searched})
+            return
+        for start in spaces.starts(self.study.defense):
+            known = {name: value for name, value in start.items() if name in self.searched}
+            if all(contains(self.space.flat()[name], value) for name, value in start.items()):
+                self.optuna.enqueue_trial(known)
+
+    def _enqueue_unseen(self, seen: set[str]) -> bool:
+        """Enqueue a training that was not proposed yet, at random; False where there is none."""
+        size = self.space.trainings()
+        if size is None:
+            return True
+        unseen = [params for params in _trainings(self.space) if _key(params) not in seen]
+        if not unseen:
+            return False
+        chosen = unseen[int(self._rng.integers(len(unseen)))]
+        self.optuna.enqueue_trial({n: v for n, v in chosen.train.items() if n in self.searched})
+        return True
+
+
+def _trainings(space: SearchSpace) -> list[Params]:
+    return list(SearchSpace(space.train, {}, space.defaults).grid())
+
+
+def _key(params: Params) -> str:
+    """Return the identity of a training."""
+    return json.dumps(dict(params.train), sort_keys=True)
+
+
+def _values(candidate: Candidate) -> list[float]:
+    return [float(getattr(candidate.score, name)) for name in OBJECTIVES]
+
+
+def _sampler(study: Study, space: SearchSpace) -> BaseSampler:
+    """Return the sampler of the study's method; it starts at random for the first quarter of the trainings."""
+    settings = SearchSpace({}, space.inference, space.defaults).size() or 1
+    startup = max(1, min(10, study.trials // 4)) * (settings if settings <= GRID_LIMIT else 1)
+    seed: Any = study.seed
+    match study.method:
+        case "tpe":
+            return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup)
+        case "nsga2":
+            return NSGAIISampler(seed=seed)
+        case "gp":
+            return GPSampler(seed=seed, n_startup_trials=startup)
+        case "qmc":
+            return QMCSampler(seed=seed, warn_independent_sampling=False)
+        case _:
+            return RandomSampler(seed=seed)
