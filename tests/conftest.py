@@ -1,0 +1,61 @@
+"""Fixtures that many tests share: small models, and one finished search on real digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from search.classifiers import train
+from search.study import Study, make
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep W&B offline and the generator fixed, whatever the machine."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[Tensor, Tensor]:
+    """1,797 real 8 x 8 digits in [0, 1]."""
+    found = load_digits()
+    return torch.tensor(found.images, dtype=torch.float32)[:, None] / 16, torch.tensor(found.target)
+
+
+@pytest.fixture(scope="session")
+def classifier(digits: tuple[Tensor, Tensor]) -> nn.Module:
+    """A small network trained on the digits, in eval mode."""
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
+    train(network, digits[0][:1400], digits[1][:1400], epochs=8, seed=0)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """A search of seconds on real digits."""
+    return digits_study(tmp_path)
+
+
+def digits_study(storage: Path, **fields: object) -> Study:
+    smoke = {
+        "name": "smoke",
+        "task": "digits/A",
+        "space": "smoke",
+        "trials": 2,
+        "eval_images": 60,
+        "cheap_images": 20,
+        "classifier_epochs": 4,
+        "epochs": 2,
+        "wandb": "disabled",
+        "storage": str(storage),
+    }
+    return make(smoke | fields)
