@@ -40,7 +40,13 @@ class Robustness:
     @property
     def robust(self) -> Tensor:
         """The verdict under the threat model."""
-        return self.oblivious if self.white_box is None else self.white_box
+        return self.oblivious if self.threat.knowledge == "oblivious" else self.survivors
+
+    @property
+    def survivors(self) -> Tensor:
+        """The verdict under the white-box attacks."""
+        assert self.white_box is not None, "the white-box attacks were not run"
+        return self.white_box
 
 
 def craft_oblivious(
@@ -59,6 +65,7 @@ def evaluate(
     *,
     oblivious: Mapping[str, Tensor] | None = None,
     seed: int = 0,
+    white_box: bool = False,
 ) -> Robustness:
     """Attack a bare or defended classifier and return the verdict on each sample.
 
@@ -66,6 +73,7 @@ def evaluate(
         target: logits_NK from images in [0, 1]; with `accept` where it can reject.
         oblivious: images of `craft_oblivious`, where they are at hand.
         seed: of the attacks and of the defense's noise.
+        white_box: run the white-box attacks too where the threat model is the oblivious one.
     """
     if oblivious is None:
         bare = cast(Guarded, target).classifier if hasattr(target, "defense") else target
@@ -77,7 +85,7 @@ def evaluate(
         withstood = right & _withstands(target, adversarial_NCHW, y_N, seed)
         trail[f"oblivious/{name}"] = float(withstood.double().mean())
         robust &= withstood
-    if threat.knowledge == "oblivious":
+    if threat.knowledge == "oblivious" and not white_box:
         return Robustness(threat=threat, right=right, accepted=accepted, oblivious=robust, white_box=None, trail=trail)
     survives = robust.clone()
     draws = suite.draws if stochastic(target) else 1

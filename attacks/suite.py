@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torchattacks
@@ -110,21 +110,26 @@ class Suite:
     white_box: tuple[Attack, ...]
     draws: int
 
+    def with_rungs(self) -> Suite:
+        """Return the suite with the oblivious attacks that score a training's rungs."""
+        return replace(self, oblivious=tuple(dict.fromkeys((*self.oblivious, *SUITES["quick"].oblivious))))
+
 
 SUITES: Mapping[str, Suite] = {
     suite.name: suite
     for suite in (
         Suite(name="quick", oblivious=(IFGSM_TARGETED,), white_box=(PGD_5,), draws=1),
+        Suite(name="puvae", oblivious=(FGSM_TARGETED, IFGSM_TARGETED), white_box=(PGD_10,), draws=2),
         Suite(
             name="search",
             oblivious=(FGSM_TARGETED, IFGSM_TARGETED, FGSM, IFGSM, PGD_10),
-            white_box=(FGSM, PGD_10),
+            white_box=(PGD_10,),
             draws=2,
         ),
         Suite(
             name="audit",
             oblivious=(FGSM_TARGETED, IFGSM_TARGETED, FGSM, IFGSM, PGD_40),
-            white_box=(FGSM, PGD_40),
+            white_box=(PGD_40,),
             draws=4,
         ),
     )

@@ -16,6 +16,8 @@ class Purifier(Protocol):
     """What a view needs of a defense."""
 
     @property
+    def gradients(self) -> tuple[Gradient, ...]: ...
+    @property
     def stochastic(self) -> bool: ...
     def purify(self, x_NCHW: Tensor) -> Tensor: ...
     def surrogate(self, x_NCHW: Tensor) -> Tensor: ...
@@ -66,8 +68,8 @@ class View(nn.Module):
 
 
 def gradients(target: nn.Module) -> tuple[Gradient, ...]:
-    """Return the gradient sources that an attacker of `target` has, the strongest as a rule first."""
-    return ("bpda", "exact", "surrogate") if hasattr(target, "defense") else ("exact",)
+    """Return the gradient sources that an attacker of `target` has."""
+    return cast(Guarded, target).defense.gradients if hasattr(target, "defense") else ("exact",)
 
 
 def stochastic(target: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from attacks.view import Gradient
 from spaces.space import Params, Scalar
 
 Metrics = dict[str, float]
@@ -74,7 +75,6 @@ class Defense(nn.Module):
 
     Train: ClassVar[type[Knobs]] = Knobs
     Inference: ClassVar[type[Knobs]] = Knobs
-    differentiable: ClassVar[bool] = True
     consults: ClassVar[Literal["target", "partner"]] = "target"
     """Which classifier `fit` gets: the protected one, or its partner architecture (PuVAE's source classifier)."""
 
@@ -100,6 +100,12 @@ class Defense(nn.Module):
     def stochastic(self) -> bool:
         """Whether `purify` draws noise at the present inference setting."""
         return False
+
+    @property
+    def gradients(self) -> tuple[Gradient, ...]:
+        """The gradient sources that an attacker of this defense tries, the likely strongest first."""
+        own = type(self).surrogate is not Defense.surrogate
+        return ("surrogate", "bpda", "exact") if own else ("bpda", "exact")
 
     def build(self) -> None:
         """Build the networks from `self.train_knobs` and `self.shape`."""

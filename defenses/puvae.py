@@ -114,7 +114,7 @@ class PuVAE(Defense):
 
     def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
         k = self.train_knobs
-        adam = torch.optim.Adam(self.parameters(), lr=k.learning_rate)
+        adam = torch.optim.Adam(self.parameters(), lr=k.learning_rate, fused=True)
         self.track(adam=adam)
         for epoch in batches:
             self.train()
@@ -183,7 +183,7 @@ class PuVAE(Defense):
 
     def _deconvolve(self, dense: Tensor) -> Tensor:
         """Return image logits from the pre-activation of the decoder's dense layer. Source: Table 2."""
-        maps = F.relu(dense).unflatten(1, (-1, *self.sizes[0]))
+        maps = F.relu(dense).unflatten(1, (-1, *self.sizes[0])).contiguous(memory_format=torch.channels_last)
         for i, deconvolution in enumerate(self.deconvolutions):
             height, width = self.sizes[i + 1]
             maps = deconvolution(F.relu(maps) if i else maps)[:, :, :height, :width]

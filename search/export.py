@@ -22,6 +22,7 @@ from safetensors.torch import load as from_bytes
 import defenses
 from attacks.audit import Audit, audit
 from attacks.interval import wilson
+from attacks.robustness import Robustness
 from attacks.suite import SUITES
 from defenses.base import Defended, Shape
 from search import tasks
@@ -61,8 +62,7 @@ def export(study: Study, candidate: Candidate, store: Store, out: Path, *, despi
     target = Defended(defense, bench.target.network)
     exam = bench.exam
     found = audit(target, exam.x_NCHW, exam.y_N, exam.threat, seed=study.seed + 1)
-    again = exam.robustness(target).robust
-    evidence = _evidence(bench, candidate, found, again)
+    evidence = _evidence(bench, candidate, found, exam.robustness(target))
     if evidence["alarms"] and not despite_alarms:
         raise AlarmError(f"{candidate.candidate} raised {len(evidence['alarms'])} alarm(s): {evidence['alarms'][0]}")
     config = {
@@ -115,12 +115,12 @@ def load(folder: str | Path) -> Defended:
     return Defended(defense, classifier).eval().requires_grad_(False)
 
 
-def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: torch.Tensor) -> dict[str, Any]:
-    """Return what is known of a candidate; its attacked accuracy is what both search and audit left."""
+def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness) -> dict[str, Any]:
+    """Return what is known of a candidate; its accuracies under attack are what both search and audit left."""
     score, images = candidate.score, candidate.score.images
-    attacked = float((found.robustness.robust & again).double().mean())
+    attacked = _share(found.robustness.robust & again.robust)
     alarms = [*found.alarms, *score.alarms]
-    drift = abs(float(again.double().mean()) - score.attacked_accuracy)
+    drift = abs(_share(again.robust) - score.attacked_accuracy)
     if drift > REPRODUCED:
         alarms.append(f"reproduced: the search's attack run again gives the same figure, but differs by {drift:.3f}")
     return {
@@ -130,8 +130,8 @@ def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: torch.Ten
         "attacked_accuracy": attacked,
         "attacked_accuracy_interval": wilson(attacked, images),
         "attacked_accuracy_of_the_search": score.attacked_accuracy,
-        "oblivious_accuracy": score.oblivious_accuracy,
-        "white_box_accuracy": attacked if score.threat.knowledge == "white-box" else None,
+        "oblivious_accuracy": _share(found.robustness.oblivious & again.oblivious),
+        "white_box_accuracy": _share(found.robustness.survivors & again.survivors),
         "clean_accuracy": score.clean_accuracy,
         "clean_rejection": score.clean_rejection,
         "latency_ms_p50": score.latency_ms_p50,
@@ -158,6 +158,10 @@ def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: torch.Ten
     }
 
 
+def _share(verdicts_N: torch.Tensor) -> float:
+    return float(verdicts_N.double().mean())
+
+
 def _card(candidate: Candidate, evidence: Mapping[str, Any]) -> str:
     score = candidate.score
     low, high = evidence["attacked_accuracy_interval"]
@@ -171,8 +175,9 @@ def _card(candidate: Candidate, evidence: Mapping[str, Any]) -> str:
     return f"""# {candidate.defense} on {candidate.task}, {candidate.candidate}
 
 {warning}Attacked accuracy **{100 * evidence["attacked_accuracy"]:.1f} %** (95 % interval {100 * low:.1f} to \
-{100 * high:.1f}) under {score.threat}, on {score.images} validation images; clean {100 * score.clean_accuracy:.1f} %.
-Trained on {evidence["train_images"]} images. Chosen on validation images: the figure is optimistic until `final`
+{100 * high:.1f}) under {score.threat}; white-box {100 * evidence["white_box_accuracy"]:.1f} %, oblivious \
+{100 * evidence["oblivious_accuracy"]:.1f} %, clean {100 * score.clean_accuracy:.1f} %, on {score.images} validation
+images. Trained on {evidence["train_images"]} images. Chosen on validation images: the figure is optimistic until `final`
 has opened the test split.
 
 | knob | value |

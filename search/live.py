@@ -95,7 +95,8 @@ class Display(Listener):
             self._say(
                 f"{trial} finished, {len(candidates)} candidates, best {best.candidate}: attacked "
                 f"{percent(score.attacked_accuracy)} ({score.threat.knowledge}), oblivious "
-                f"{percent(score.oblivious_accuracy)}, clean {percent(score.clean_accuracy)}, "
+                f"{percent(score.oblivious_accuracy)}, white-box {percent(score.white_box_accuracy)}, clean "
+                f"{percent(score.clean_accuracy)}, "
                 f"{score.latency_ms_p50:.0f} ms"
             )
         self._progress.update(self._bar, completed=self.done)
@@ -137,7 +138,7 @@ def leaderboard(
     title = f"{study.name}: {study.defense} on {study.task}, attacked accuracy under {threat}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("candidate", no_wrap=True)
-    for heading in (*searched, "attacked %", "95 %", "oblivious %", "clean %", "p50 ms"):
+    for heading in (*searched, "attacked %", "95 %", "oblivious %", "white-box %", "clean %", "p50 ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     for candidate in ranked[:top]:
         knobs = candidate.params.flat()
@@ -154,6 +155,7 @@ def _figures(candidate: Candidate) -> list[str]:
         percent(score.attacked_accuracy),
         f"{100 * low:.0f}-{100 * high:.0f}",
         percent(score.oblivious_accuracy),
+        percent(score.white_box_accuracy),
         percent(score.clean_accuracy),
         f"{score.latency_ms_p50:.1f}",
     ]

@@ -33,7 +33,7 @@ class Score:
     threat: ThreatModel
     attacked_accuracy: float
     oblivious_accuracy: float
-    white_box_accuracy: float | None
+    white_box_accuracy: float
     clean_accuracy: float
     clean_rejection: float
     latency_ms_p50: float
@@ -99,7 +99,8 @@ class Exam:
     """The images and attacks that every candidate of a study faces.
 
     Args:
-        oblivious: adversarial images of each oblivious attack of the suite, made once on the bare classifier.
+        oblivious: adversarial images of each oblivious attack of the suite and of the rungs, made once on the bare
+            classifier.
     """
 
     suite: Suite
@@ -110,8 +111,16 @@ class Exam:
     seed: int
 
     def robustness(self, target: nn.Module) -> Robustness:
+        """Return the verdicts under the oblivious and the white-box threat model, whichever the study's is."""
         return evaluate(
-            self.suite, target, self.x_NCHW, self.y_N, self.threat, oblivious=self.oblivious, seed=self.seed
+            self.suite,
+            target,
+            self.x_NCHW,
+            self.y_N,
+            self.threat,
+            oblivious={attack.name: self.oblivious[attack.name] for attack in self.suite.oblivious},
+            seed=self.seed,
+            white_box=True,
         )
 
     def score(self, target: nn.Module, latency: Latency | None) -> Score:
@@ -125,7 +134,7 @@ class Exam:
             threat=self.threat,
             attacked_accuracy=_share(verdict.robust),
             oblivious_accuracy=_share(verdict.oblivious),
-            white_box_accuracy=None if verdict.white_box is None else _share(verdict.white_box),
+            white_box_accuracy=_share(verdict.survivors),
             clean_accuracy=_share(verdict.right),
             clean_rejection=1 - _share(verdict.accepted),
             latency_ms_p50=latency.ms_p50 if latency else 0.0,

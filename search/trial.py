@@ -229,9 +229,10 @@ class Bench:
 
     def _oblivious(self, x_NCHW: Tensor, y_N: Tensor) -> Mapping[str, Tensor]:
         """Return the adversarial images that depend on the classifier alone, made once for all searches."""
+        suite = self.plan.suite.with_rungs()
         key = fingerprint(
             source=inspect.getsource(attacks.suite),
-            attacks=[str(attack) for attack in self.plan.suite.oblivious],
+            attacks=[str(attack) for attack in suite.oblivious],
             eps=self.plan.threat.eps,
             classifier=self.target.fingerprint,
             images=len(y_N),
@@ -240,9 +241,7 @@ class Bench:
         with self.store.lock("oblivious", key):
             entry = self.store.get("oblivious", key)
             if entry is None:
-                made = craft_oblivious(
-                    self.plan.suite, self.target.network, x_NCHW, y_N, self.plan.threat, self.study.seed
-                )
+                made = craft_oblivious(suite, self.target.network, x_NCHW, y_N, self.plan.threat, self.study.seed)
                 content = save({name: tensor.cpu().contiguous() for name, tensor in made.items()})
                 entry = self.store.put("oblivious", key, {"images.safetensors": content}, {"task": self.study.task})
         return load_file(entry / "images.safetensors", device=str(self.device))

@@ -52,6 +52,8 @@ class Smooth(nn.Module):
         super().__init__()
         self.noise, self.steps = noise, steps
 
+    gradients = ("surrogate", "bpda", "exact")
+
     @property
     def stochastic(self) -> bool:
         return self.noise > 0
