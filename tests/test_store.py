@@ -1,0 +1,121 @@
+"""The store: whole or not there, damaged or made again."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from search.store import Store, fingerprint, folder_atomic, to_bytes, write_atomic
+
+FILES = {"a.bin": b"one", "b.bin": b"two"}
+
+
+def test_a_fingerprint_changes_with_every_part_and_ignores_their_order() -> None:
+    assert fingerprint(a=1, b=2) == fingerprint(b=2, a=1)
+    assert len({fingerprint(a=1, b=2), fingerprint(a=2, b=2), fingerprint(a=1, c=2), fingerprint(a="1", b=2)}) == 4
+
+
+def test_what_is_put_is_got(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.get("fits", "k") is None
+    folder = store.put("fits", "k", FILES, {"why": "test"})
+    assert store.get("fits", "k") == folder
+    assert {name: (folder / name).read_bytes() for name in FILES} == FILES
+    assert store.about("fits", "k") == {"why": "test"}
+
+
+@pytest.mark.parametrize("damage", ["changed", "truncated", "missing", "no entry", "entry is not JSON"])
+def test_a_damaged_entry_is_set_aside(tmp_path: Path, damage: str) -> None:
+    store = Store(tmp_path)
+    folder = store.put("fits", "k", FILES, {})
+    match damage:
+        case "changed":
+            (folder / "a.bin").write_bytes(b"onE")
+        case "truncated":
+            (folder / "a.bin").write_bytes(b"on")
+        case "missing":
+            (folder / "a.bin").unlink()
+        case "no entry":
+            (folder / "entry.json").unlink()
+        case _:
+            (folder / "entry.json").write_text("{")
+    assert store.get("fits", "k") is None
+    assert (tmp_path / "damaged" / "k").is_dir()
+    assert store.put("fits", "k", FILES, {}) == store.get("fits", "k")
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        store.put("fits", "k", FILES, {})
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(tmp_path / "file", b"x")
+    assert store.get("fits", "k") is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_fails_half_way_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="half way"), folder_atomic(tmp_path / "export") as folder:
+        (folder / "file").write_text("x")
+        raise ValueError("half way")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_can_be_read_by_whoever_the_umask_allows(tmp_path: Path) -> None:
+    expected = tmp_path / "plain"
+    expected.write_text("x")
+    assert write_atomic(tmp_path / "atomic", b"x").stat().st_mode == expected.stat().st_mode
+
+
+def test_progress_is_kept_replaced_and_dropped(tmp_path: Path) -> None:
+    store, cpu = Store(tmp_path), torch.device("cpu")
+    assert store.load_progress("k", cpu) is None
+    for epoch in (1, 2):
+        store.save_progress("k", {"curve": [{"loss": epoch / 3}] * epoch, "weights": torch.full((2,), float(epoch))})
+    state = store.load_progress("k", cpu)
+    assert state is not None and state["curve"] == [{"loss": 2 / 3}] * 2 and state["weights"].tolist() == [2.0, 2.0]
+    store.drop_progress("k")
+    assert store.load_progress("k", cpu) is None
+
+
+def test_damaged_progress_is_no_progress(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save_progress("k", {"epoch": 1})
+    path = tmp_path / "progress" / "k"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.load_progress("k", torch.device("cpu")) is None
+    assert not path.exists()
+
+
+def test_weights_are_the_same_bytes_for_the_same_module() -> None:
+    module = nn.Conv2d(2, 3, 3)
+    module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)  # safetensors refuses it
+    assert to_bytes(module) == to_bytes(module)
+
+
+def count_up(root: Path, key: str) -> None:
+    """Read, add one and write under the entry's lock."""
+    path = root / "count"
+    for _ in range(20):
+        with Store(root).lock("fits", key):
+            path.write_text(str(int(path.read_text()) + 1))
+
+
+def test_a_lock_lets_one_process_in(tmp_path: Path) -> None:
+    (tmp_path / "count").write_text("0")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=count_up, args=(tmp_path, "k")) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert (tmp_path / "count").read_text() == "40"
