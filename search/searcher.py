@@ -41,6 +41,7 @@ class Proposer(Record):
             self._enqueue_starts()
 
     def _open(self) -> optuna.Study:
+        self.study.folder.mkdir(parents=True, exist_ok=True)
         study = optuna.create_study(
             study_name=self.study.name,
             storage=storage(self.study),

@@ -1,0 +1,206 @@
+"""One trial on real digits: trained once, resumed bit for bit, scored at every inference setting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from defenses.base import Batches, Metrics
+from defenses.puvae import PuVAE
+from search.classifiers import ARCHITECTURES
+from search.run import store_of
+from search.score import Candidate
+from search.study import Study
+from search.trial import Bench, TrialError, baseline, png, run_trial
+from spaces.space import Params
+from tests.conftest import digits_study
+
+CPU = torch.device("cpu")
+
+
+def silent(epoch: int, metrics: Metrics) -> None:
+    """Report to nobody."""
+
+
+def setting(study: Study, **knobs: object) -> Params:
+    space = study.plan().space
+    first = {name: domain.choices[0] for name, domain in space.searched().items()}  # type: ignore[attr-defined]
+    return space.complete(first | knobs)
+
+
+def fits(study: Study) -> list[Path]:
+    return sorted((Path(study.storage) / ".store" / "fits").glob("[!.]*"))
+
+
+def test_a_fit_is_scored_at_all_six_sigma_eps_the_proposed_one_first(study: Study) -> None:
+    candidates = run_trial(study, setting(study, sigma_eps=1.0), store_of(study), silent)
+    sigmas = [c.params.inference["sigma_eps"] for c in candidates]
+    assert sigmas[0] == 1.0 and sorted(map(float, sigmas)) == [0, 0.01, 0.1, 1, 10, 100]
+    assert len({c.candidate for c in candidates}) == 6 and len({c.fit for c in candidates}) == 1
+    assert len(fits(study)) == 1
+    for candidate in candidates:
+        score = candidate.score
+        assert 0 <= score.white_box_accuracy <= score.oblivious_accuracy <= score.clean_accuracy <= 1
+        assert score.attacked_accuracy == score.white_box_accuracy and score.images == 60
+        assert 0 < score.latency_ms_p50 <= score.latency_ms_p95
+        assert Candidate.from_json(candidate.to_json()) == candidate
+    assert len({c.score.latency_ms_p50 for c in candidates}) == 1  # sigma_eps cannot change it
+
+
+def test_the_second_time_nothing_is_trained_and_the_scores_are_the_same(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_trial(study, setting(study), store_of(study), silent)
+
+    def untrainable(self: PuVAE, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(PuVAE, "fit", untrainable)
+    reported: list[int] = []
+    assert run_trial(study, setting(study), store_of(study), lambda e, m: reported.append(e)) == first
+    assert reported == []
+
+
+class Killed(BaseException):
+    """Stands in for a worker that dies."""
+
+
+def killed_after(epochs: int) -> object:
+    def report(epoch: int, metrics: Metrics) -> None:
+        if epoch == epochs:
+            raise Killed
+
+    return report
+
+
+def test_a_fit_that_was_killed_goes_on_from_its_last_epoch_bit_for_bit(tmp_path: Path) -> None:
+    whole = digits_study(tmp_path / "whole", epochs=3)
+    broken = digits_study(tmp_path / "broken", epochs=3)
+    run_trial(whole, setting(whole), store_of(whole), silent)
+    with pytest.raises(Killed):
+        run_trial(broken, setting(broken), store_of(broken), killed_after(1))  # type: ignore[arg-type]
+    epochs: list[int] = []
+    torch.rand(7)  # the generator's state does not matter
+    run_trial(broken, setting(broken), store_of(broken), lambda epoch, metrics: epochs.append(epoch))
+    assert epochs == [2, 3]
+    names = [path.name for path in fits(whole)]
+    assert names == [path.name for path in fits(broken)]
+    weights = [(path / "weights.safetensors").read_bytes() for path in (*fits(whole), *fits(broken))]
+    assert weights[0] == weights[1]
+
+
+def test_a_damaged_fit_is_trained_again(study: Study) -> None:
+    run_trial(study, setting(study), store_of(study), silent)
+    weights = fits(study)[0] / "weights.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-4] + b"oops")
+    epochs: list[int] = []
+    run_trial(study, setting(study), store_of(study), lambda epoch, metrics: epochs.append(epoch))
+    assert epochs == [1, 2] and weights.read_bytes() == good
+
+
+def test_a_training_that_diverges_fails_with_the_reason(study: Study) -> None:
+    with pytest.raises(TrialError, match=r"the training diverged: loss is nan after epoch 1"):
+        bad = setting(study)
+        run_trial(study, dataclasses.replace(bad, train={**bad.train, "learning_rate": 1e30}), store_of(study), silent)
+    assert fits(study) == []
+
+
+def test_everything_that_shapes_a_fit_is_in_its_fingerprint(tmp_path: Path) -> None:
+    def key(**fields: object) -> str:
+        study = digits_study(tmp_path, **fields)
+        return Bench(study, store_of(study)).fingerprint(setting(study))
+
+    variants: list[dict[str, object]] = [
+        {},
+        {"seed": 1},
+        {"train_images": 500},
+        {"epochs": 1},
+        {"knobs": {"latent": 4}},
+        {"task": "digits/B"},
+        {"classifier_epochs": 3},
+    ]
+    assert len({key(**fields) for fields in variants}) == len(variants)
+    for same in ({"threat": "oblivious"}, {"eval_images": 20}, {"name": "other"}, {"trials": 9}):
+        assert key(**same) == key()
+
+
+def test_puvae_consults_the_partner_of_the_protected_classifier(study: Study) -> None:
+    bench = Bench(study, store_of(study))
+    assert bench.plan.task.classifier == "A"
+    assert bench.consulted.fingerprint == bench.classifier("B").fingerprint != bench.target.fingerprint
+
+
+def test_a_fit_leaves_the_classifiers_alone(study: Study) -> None:
+    bench = Bench.of(study, store_of(study))
+    before = {name: tensor.clone() for name, tensor in bench.consulted.network.state_dict().items()}
+    run_trial(study, setting(study), store_of(study), silent)
+    assert all(torch.equal(before[n], t) for n, t in bench.consulted.network.state_dict().items())
+    assert not any(p.requires_grad for p in bench.consulted.network.parameters())
+
+
+def test_the_undefended_classifier_is_scored_by_the_same_suite(study: Study) -> None:
+    undefended = baseline(study, store_of(study))
+    assert undefended.score.clean_accuracy > 0.8
+    assert undefended.score.attacked_accuracy < undefended.score.clean_accuracy
+    assert undefended.params.flat() == {} and undefended.score.latency_ms_p50 == 0
+
+
+def test_oblivious_images_are_made_once_for_all_searches_of_a_storage(study: Study, tmp_path: Path) -> None:
+    baseline(study, store_of(study))
+    made = list((tmp_path / ".store" / "oblivious").glob("[!.]*"))
+    other = study.model_copy(update={"name": "other", "trials": 5})
+    baseline(other, store_of(other))
+    assert made == list((tmp_path / ".store" / "oblivious").glob("[!.]*")) and len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "parameters"),
+    [
+        # By hand from Table 1, unpadded convolutions on 28 x 28 x 1.
+        ("A", 28, (25 * 64 + 64) + (25 * 64 * 64 + 64) + (10 * 10 * 64 + 1) * 128 + 129 * 10),
+        ("B", 28, (9 * 128 + 128) + (9 * 128 * 64 + 64) + (12 * 12 * 64 + 1) * 128 + 129 * 10),
+        (
+            "C",
+            28,
+            (25 * 64 + 64) + (25 * 64 * 128 + 128) + (25 * 128 * 256 + 256)
+            + (8 * 8 * 256 + 1) * 512 + 513 * 256 + 257 * 10,
+        ),
+        (
+            "D",
+            28,
+            (9 * 128 + 128) + (9 * 128 * 256 + 256) + (9 * 256 * 512 + 512) + (11 * 11 * 512 + 1) * 512 + 513 * 10,
+        ),
+    ],
+)  # fmt: skip
+def test_the_classifiers_are_table_1(name: str, size: int, parameters: int) -> None:
+    from defenses.base import Shape
+
+    network = ARCHITECTURES[name].build(Shape(1, size, size, 10)).eval()
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert network(torch.rand(2, 1, size, size)).shape == (2, 10)
+    assert not isinstance(network[-1], nn.Softmax)
+
+
+def test_a_picture_has_a_row_for_each_kind_of_image(study: Study, tmp_path: Path) -> None:
+    from PIL import Image
+
+    run_trial(study, setting(study), store_of(study), silent)
+    path = Bench.of(study, store_of(study)).picture(setting(study), tmp_path / "p.png", images=7)
+    assert Image.open(path).size == (7 * 8 * 3, 3 * 8 * 3)
+
+
+def test_a_png_shows_what_it_was_given() -> None:
+    import io
+
+    from PIL import Image
+
+    rows = torch.zeros(2, 3, 3, 4, 4)
+    rows[1, 2, 0] = 1.0  # the third image of the second row is red
+    image = Image.open(io.BytesIO(png(rows, zoom=1)))
+    assert image.size == (12, 8) and image.getpixel((9, 5)) == (255, 0, 0) and image.getpixel((5, 5)) == (0, 0, 0)
