@@ -1,0 +1,141 @@
+"""The command line as a user meets it: one line and exit code 2 for bad input, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ("--task", "digits/A", "--space", "smoke", "--wandb", "disabled")
+
+
+def launch(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+BAD: list[tuple[Sequence[str], str]] = [
+    (["search", "--defense", "puvea"], "the defense must be one of puvae, but is 'puvea'; did you mean 'puvae'?"),
+    (["search", "--task", "minst/A"], "did you mean 'mnist'?"),
+    (["search", "--task", "mnist/Q"], "must be one of A, B, C, D, but is 'Q'"),
+    (["search", "--space", "papers"], "the space of puvae must be one of paper, wide, default, smoke"),
+    (["search", "--method", "annealing"], "method must be 'tpe', 'nsga2', 'gp', 'random', 'qmc' or 'grid'"),
+    (["search", "--suite", "quik"], "did you mean 'quick'?"),
+    (["search", "--threat", "blackbox"], "threat must be 'oblivious' or 'white-box', but is 'blackbox'"),
+    (["search", "--knob", "lamda_rc=1"], "did you mean 'lambda_rc'?"),
+    (["search", "--knob", "lambda_rc"], "--knob must be NAME=VALUE"),
+    (["search", "--knob", "conv_maps=0"], "conv_maps must be a whole number from 1 to 256, but is 0"),
+    (["search", "--knob", "sigma_eps=0,-1"], "sigma_eps must be a number from 0 to 1000, but is -1.0"),
+    (["search", "--method", "grid"], "a grid needs finite domains, but lambda_rc is a number from 0.1 to 10"),
+    (["search", "--eps", "-0.1"], "eps must be greater than or equal to 0, but is '-0.1'"),
+    (["search", "--eps", "1.5"], "eps must be less than or equal to 1, but is '1.5'"),
+    (["search", "--trials", "0"], "trials must be greater than or equal to 1, but is '0'"),
+    (["search", "--trials", "many"], "trials must be a valid integer"),
+    (["search", "--min-clean-accuracy", "90"], "min_clean_accuracy must be less than or equal to 1"),
+    (["search", "--name", "../up"], "name must be letters, digits, '.', '_' and '-', and no path, but is '../up'"),
+    (["search", "--name", ".hidden"], "and no path, but is '.hidden'"),
+    (["search", "--storage", "s3://bucket/runs"], "storage must be a folder that all workers reach"),
+    (["search", "--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+    (["search", "--gpu", "1"], "No such option: --gpu"),
+    (["status", "nothing", "--storage", "/tmp/there-is-none"], "a search must exist, but there is none in"),
+    (["list", "defences"], "did you mean 'defenses'?"),
+    (["data", "fetch", "mnits"], "did you mean 'mnist'?"),
+    (["search", "--address", "127.0.0.1:1", *SMOKE], "address must be a running Ray cluster, but 127.0.0.1:1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_bad_input_gets_one_line_and_exit_code_2(arguments: list[str], words: str, tmp_path: Path) -> None:
+    if arguments[0] == "search" and "--storage" not in arguments:
+        arguments = [*arguments, "--storage", str(tmp_path / "runs")]
+    result = launch(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert words in result.stderr and result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+    assert not list((tmp_path / "runs").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trials: [1\n", "study.yaml, line 2: a study must be YAML"),
+        ("defense: puvae\ntrails: 3\n", "study.yaml, line 2: a field of a study must be one of"),
+        ("defense: puvae\n\ntrials: -3\n", "study.yaml, line 3: trials must be greater than or equal to 1, but is -3"),
+        ("- a\n- b\n", "a study must be fields with values, but is list"),
+        ("knobs: {conv_maps: nine}\n", "conv_maps must be a whole number from 1 to 256, but is 'nine'"),
+    ],
+)
+def test_a_broken_study_file_is_named_with_its_line(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    result = launch("search", "--config", str(tmp_path / "study.yaml"))
+    assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("trials: 3\nseed: 7\n")
+    shown = launch("search", "--config", str(tmp_path / "study.yaml"), "--trials", "5", "--print-config").stdout
+    assert "trials: 5\n" in shown and "seed: 7\n" in shown
+
+
+def test_a_printed_config_is_a_config(tmp_path: Path) -> None:
+    first = launch("search", "--knob", "conv_maps=4,8", "--knob", "label_injection=planes", "--print-config").stdout
+    (tmp_path / "study.yaml").write_text(first)
+    assert launch("search", "--config", str(tmp_path / "study.yaml"), "--print-config").stdout == first
+
+
+def test_a_name_that_exists_says_resume(tmp_path: Path) -> None:
+    (tmp_path / "smoke").mkdir()
+    result = launch("search", "--name", "smoke", "--storage", str(tmp_path), *SMOKE)
+    assert result.returncode == 2 and "go on with `resume smoke`" in result.stderr
+
+
+def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = launch("search", "--storage", str(tmp_path / "file" / "runs"), *SMOKE)
+    assert result.returncode == 2 and "a storage must be a folder that can be written" in result.stderr
+
+
+def test_a_data_folder_with_a_wrong_file_is_refused(tmp_path: Path) -> None:
+    raw = tmp_path / "data" / "raw" / "mnist"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(b"not MNIST")
+    result = launch("search", "--storage", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "data"))
+    assert result.returncode == 2 and "train-images-idx3-ubyte" in result.stderr and result.stderr.count("\n") == 1
+    assert not list((tmp_path / "runs").glob("*/*"))
+
+
+@pytest.mark.slow
+def test_more_than_the_cluster_has_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    result = launch("search", "--storage", str(tmp_path / "runs"), "--gpus-per-trial", "99", *SMOKE)
+    assert result.returncode == 2 and "gpus_per_trial must be at most what the cluster has" in result.stderr
+    assert not list((tmp_path / "runs").glob("*/*"))
+
+
+@pytest.mark.parametrize("what", ["defenses", "attacks", "spaces", "tasks", "searches"])
+def test_lists_are_tables_for_people_and_json_for_scripts(what: str) -> None:
+    assert launch("list", what).returncode == 0
+    assert isinstance(json.loads(launch("list", what, "--json").stdout), list)
+
+
+def test_the_doctor_names_each_piece() -> None:
+    found = {row["what"]: row for row in json.loads(launch("doctor", "--json").stdout)}
+    assert {"python", "torch", "ray", "device", "shared memory", "storage", "mnist", "W&B"} <= set(found)
+    assert found["ray"]["found"] == "2.60.0"
+    elsewhere = launch("doctor", "--data-dir", "/tmp/no-data-here").stdout
+    assert "python launch.py data fetch mnist" in elsewhere
+
+
+def test_help_teaches_every_command() -> None:
+    shown = launch("--help", COLUMNS="200").stdout
+    for command in ("search", "resume", "status", "report", "export", "list", "doctor", "data"):
+        assert command in shown
+        assert launch(command, "--help").returncode == 0
+    flags = launch("search", "--help", COLUMNS="200").stdout
+    assert "--min-clean-accuracy" in flags and "--knob" in flags
