@@ -31,6 +31,7 @@ class Conductor:
         self.listeners = listeners
         epochs = proposer.space.complete({n: 1 for n in proposer.searched}).train.get("epochs", 1)
         self.halving = Halving(epochs=int(epochs), grace=study.grace, factor=study.halving, patience=study.patience)
+        self._params: dict[str, Params] = {}
         self._curves: dict[str, list[float]] = {}
         self._began: dict[str, float] = {}
         for trial in proposer.trials():
@@ -46,11 +47,14 @@ class Conductor:
         """Return the next trial, or None where the space is exhausted."""
         proposal = self.proposer.propose()
         if proposal is not None:
-            name, params = proposal
-            self._began[name] = time.time()
-            for listener in self.listeners:
-                listener.trial_started(name, params)
+            self._params[proposal[0]] = proposal[1]
         return proposal
+
+    def started(self, name: str) -> None:
+        """Take note that a trial runs now, for the first time or after its worker died."""
+        self._began.setdefault(name, time.time())
+        for listener in self.listeners:
+            listener.trial_started(name, self._params[name])
 
     def epoch(self, name: str, epoch: int, metrics: Metrics) -> bool:
         """Take an epoch's metrics, and return whether the trial stops here."""

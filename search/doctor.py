@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from search import tasks
+from search.datasets import DATASETS
 
 GIB = 2**30
 
@@ -71,7 +72,7 @@ def _disk(storage: Path) -> Finding:
 
 def _data(data_dir: str | None) -> list[Finding]:
     findings = []
-    for dataset in tasks.DATASETS:
+    for dataset in DATASETS:
         status = tasks.check(dataset, data_dir)
         remedy = "" if status.state == "ready" else f"python launch.py data fetch {dataset}"
         findings.append(Finding(dataset, status.state != "altered", f"{status.state}: {status.detail}", remedy))

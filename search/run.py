@@ -86,6 +86,7 @@ def _in_process(conductor: Conductor) -> State:
         conductor.begin(trial.baseline(study, store_of(study)))
         while conductor.left and (proposal := conductor.next()):
             name, params = proposal
+            conductor.started(name)
 
             def report(epoch: int, metrics: Metrics, name: str = name) -> None:
                 if conductor.epoch(name, epoch, metrics):

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
 from search import ranking, report, run, tasks
+from search.datasets import DATASETS
 from search.events import State
 from search.export import AlarmError, export
 from search.ledger import Ledger
@@ -136,7 +137,7 @@ def export_all(
 def fetch(datasets: Sequence[str], data_dir: str | None, console: Console) -> None:
     """Fetch data sets with a progress bar."""
     for dataset in datasets:
-        choose("a data set", dataset, list(tasks.DATASETS))
+        choose("a data set", dataset, list(DATASETS))
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as progress:
         for dataset in datasets:
             bar = progress.add_task(dataset, total=None)
@@ -151,7 +152,7 @@ def fetch(datasets: Sequence[str], data_dir: str | None, console: Console) -> No
 
 def check(datasets: Sequence[str], data_dir: str | None) -> list[dict[str, Any]]:
     """Return the state of data sets; of all where none is named."""
-    return [vars(tasks.check(dataset, data_dir)) for dataset in datasets or tasks.DATASETS]
+    return [vars(tasks.check(dataset, data_dir)) for dataset in datasets or DATASETS]
 
 
 def _run(study: Study, known: Sequence[Candidate], console: Console, *, debug: bool) -> int:

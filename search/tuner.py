@@ -19,6 +19,7 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -37,15 +38,18 @@ RESTARTS = 2
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Desk:
+class Desk(Callback):
     """What Ray Tune's searcher and scheduler share: the conductor, and our names of Ray's trials.
 
-    Ray pickles both again and again; the desk stays behind, since the study's journal is the truth.
+    Ray pickles all three again and again; what they hold stays behind, since the study's journal is the truth.
     """
 
     def __init__(self, conductor: Conductor) -> None:
         self.conductor = conductor
         self.names: dict[str, str] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self.conductor.started(self.names[trial.trial_id])
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -132,6 +136,7 @@ def _tuner(study: Study, desk: Desk, resources: dict[str, float]) -> tune.Tuner:
             name="tune",
             storage_path=str(study.folder),
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
+            callbacks=[desk],
             verbose=0,
         ),
     )

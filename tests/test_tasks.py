@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from search import tasks
-from search.datasets import Folder, Npm, Official, Origin, Progress, gather
-from search.tasks import DATASETS, TASKS, Task, check, checksum, data_folder, fetch, load, open_test, task
+from search.datasets import DATASETS
+from search.sources import Folder, Npm, Official, Origin, Progress, gather
+from search.tasks import TASKS, Task, check, checksum, data_folder, fetch, load, open_test, task
 
 COUNTS = {
     "digits": (1_257, 180, 360, (1, 8, 8)),

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from search import tasks
-from search.datasets import AlteredFile, NoSource, Npm, Origin, digest, rebuild_cifar
-from search.tasks import DATASETS, NoSpace, check, checksum, data_folder, fetch, load, task
+from search.datasets import DATASETS, Pixels
+from search.sources import AlteredFile, NoSource, Npm, Origin, digest, rebuild_cifar
+from search.tasks import NoSpace, check, checksum, data_folder, fetch, load, task
 from spaces.space import InputError
 
 
@@ -131,7 +132,7 @@ def test_a_cache_with_a_broken_header_is_named(cache: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_names_the_folder_and_the_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def full(path: Path, array: tasks.Pixels) -> None:
+    def full(path: Path, array: Pixels) -> None:
         path.write_bytes(b"half")
         raise OSError(code, os.strerror(code))
 
@@ -146,7 +147,7 @@ def test_a_full_disk_names_the_folder_and_the_need(tmp_path: Path, monkeypatch: 
 def test_an_interrupted_decoding_leaves_no_half_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = tasks._save, []
 
-    def interrupted(path: Path, array: tasks.Pixels) -> None:
+    def interrupted(path: Path, array: Pixels) -> None:
         calls.append(path)
         if len(calls) == 3:
             raise KeyboardInterrupt
