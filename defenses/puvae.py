@@ -83,6 +83,11 @@ class PuVAE(Defense):
         self.deconvolutions = nn.ModuleList(
             nn.ConvTranspose2d(maps, out, 7, stride=2, padding=3, output_padding=1) for out in (maps, maps, s.channels)
         )
+        for part in self.modules():
+            if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.xavier_uniform_(part.weight)  # TensorFlow 1.12's default, which the paper used
+                assert part.bias is not None
+                nn.init.zeros_(part.bias)
 
     # Training: section IV-A.
 

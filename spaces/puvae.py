@@ -34,6 +34,7 @@ DEFAULT: dict[str, Domain] = {
     "lambda_kl": FloatDistribution(0.1, 10.0, log=True),
     "lambda_ce": FloatDistribution(1.0, 100.0, log=True),
     "conv_maps": (8, 16),
+    "learning_rate": 2e-3,
     "batch_size": 32,
     "sigma_eps": SIGMA_EPS,
 }
