@@ -124,7 +124,7 @@ def report(name: Annotated[str, Argument(help="a search")], storage: Storage = "
 def export(
     name: Annotated[str, Argument(help="a search")],
     pareto: Annotated[bool, Option("--pareto", help="the whole Pareto front")] = False,
-    top: Annotated[int | None, Option(min=1, help="the best K by attacked accuracy")] = None,
+    top: Annotated[int | None, Option(min=1, help="the best K by attacked accuracy that pass the audit")] = None,
     candidate: Annotated[str | None, Option(help="one candidate")] = None,
     out: Annotated[Path | None, Option(help="the folder of exports; else STORAGE/NAME/export")] = None,
     despite_alarms: Annotated[bool, Option("--despite-alarms", help="write what the audit refuses")] = False,
@@ -139,8 +139,9 @@ def export(
     if sum((pareto, top is not None, candidate is not None)) != 1:
         raise InputError("an export needs one of --pareto, --top and --candidate")
     study = _study(name, storage)
-    chosen = session.pick(study, pareto=pareto, top=top, candidate=candidate)
-    _exit(session.export_all(study, chosen, out or study.folder / "export", console, despite_alarms=despite_alarms))
+    chosen, wanted = session.pick(study, pareto=pareto, top=top, candidate=candidate)
+    out = out or study.folder / "export"
+    _exit(session.export_all(study, chosen, wanted, out, console, despite_alarms=despite_alarms))
 
 
 @app.command("list")

@@ -14,6 +14,7 @@ from search.halving import Halving
 from search.score import Candidate
 from search.searcher import Proposer
 from search.study import Study
+from search.trial import store_of
 from spaces.space import Params
 
 
@@ -29,13 +30,15 @@ class Conductor:
         self.study = study
         self.proposer = proposer
         self.listeners = listeners
-        epochs = proposer.space.complete({n: 1 for n in proposer.searched}).train.get("epochs", 1)
-        self.halving = Halving(epochs=int(epochs), grace=study.grace, factor=study.halving, patience=study.patience)
+        self.halving = Halving(
+            epochs=study.plan().epochs, grace=study.grace, factor=study.halving, patience=study.patience
+        )
         self._params: dict[str, Params] = {}
-        self._curves: dict[str, list[float]] = {}
+        self._curves: dict[str, dict[int, float]] = {}
         self._began: dict[str, float] = {}
+        self._open = False
         for trial in proposer.trials():
-            for epoch, score in enumerate(trial.user_attrs.get("curve", []), start=1):
+            for epoch, score in trial.user_attrs.get("curve", []):
                 self.halving.stops(trial.user_attrs["trial"], epoch, score)
 
     @property
@@ -56,16 +59,21 @@ class Conductor:
         for listener in self.listeners:
             listener.trial_started(name, self._params[name])
 
-    def epoch(self, name: str, epoch: int, metrics: Metrics) -> bool:
-        """Take an epoch's metrics, and return whether the trial stops here."""
-        curve = self._curves.setdefault(name, [])
-        del curve[epoch - 1 :]
-        curve.append(metrics["cheap"])
+    def epoch(self, name: str, fit: str, epoch: int, metrics: Metrics) -> bool:
+        """Take an epoch's metrics, and return whether the trial stops here; a fit that stops leaves no progress."""
+        self._curves.setdefault(name, {})[epoch] = metrics["cheap"]
         for listener in self.listeners:
             listener.epoch_ended(name, epoch, metrics)
-        return self.halving.stops(name, epoch, metrics["cheap"])
+        stops = self.halving.stops(name, epoch, metrics["cheap"])
+        if stops:
+            store_of(self.study).drop_progress(fit)
+        return stops
 
-    def finished(self, name: str, candidates: Sequence[Candidate], picture: Path | None) -> None:
+    def finished(
+        self, name: str, candidates: Sequence[Candidate], picture: Path | None, curve: Sequence[float]
+    ) -> None:
+        """Take the candidates of a trial; `curve` is the rung score of every epoch, of earlier runs too."""
+        self._curves[name] = dict(enumerate(curve, start=1))
         about = self._about(name) | {"picture": str(picture) if picture else ""}
         self.proposer.finish(name, candidates, about)
         self._tell(name, "finished", candidates, picture, "")
@@ -80,17 +88,20 @@ class Conductor:
 
     def begin(self, undefended: Candidate) -> None:
         self.proposer.note("undefended", undefended.to_json())
+        self._open = True
         for listener in self.listeners:
             listener.search_started(self.study, undefended)
 
     def end(self, state: State) -> None:
+        if not self._open:
+            return  # interrupted before it began
         candidates = self.proposer.candidates()
         for listener in self.listeners:
             listener.search_ended(state, candidates)
 
     def _about(self, name: str) -> dict[str, object]:
         seconds = time.time() - self._began.pop(name, time.time())
-        return {"curve": self._curves.pop(name, []), "seconds": round(seconds, 3)}
+        return {"curve": sorted(self._curves.pop(name, {}).items()), "seconds": round(seconds, 3)}
 
     def _tell(
         self, name: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str

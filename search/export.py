@@ -27,11 +27,10 @@ from attacks.suite import SUITES
 from defenses.base import Defended, Shape
 from search import tasks
 from search.classifiers import ARCHITECTURES
-from search.latency import device_name
 from search.score import Candidate
 from search.store import Store, folder_atomic, to_bytes, write_atomic
 from search.study import Study
-from search.trial import Bench
+from search.trial import Bench, silent
 from spaces.space import InputError
 
 VERSIONS = ("torch", "torchattacks", "optuna", "ray", "numpy")
@@ -43,11 +42,14 @@ class AlarmError(RuntimeError):
     """A candidate did not pass its audit."""
 
 
-def export(study: Study, candidate: Candidate, store: Store, out: Path, *, despite_alarms: bool = False) -> Path:
+def export(
+    study: Study, candidate: Candidate, store: Store, out: Path, *, refused: int = 0, despite_alarms: bool = False
+) -> Path:
     """Audit a candidate and write its export.
 
     Args:
         out: the folder of exports; the candidate gets a folder of its name in it.
+        refused: how many candidates that ranked higher the audit refused before; the evidence says so.
         despite_alarms: write it in spite of alarms, which the evidence then names first.
 
     Raises:
@@ -58,11 +60,16 @@ def export(study: Study, candidate: Candidate, store: Store, out: Path, *, despi
     if folder.exists():
         raise InputError(f"an export must be a new folder, but {folder} exists")
     bench = Bench.of(study, store)
-    key, defense = bench.fit(candidate.params, lambda epoch, metrics: None)
+    if bench.fingerprint(candidate.params) != candidate.fit:
+        raise InputError(
+            f"an export needs the fit that was scored, {candidate.fit}, but the code, the data or the study's settings "
+            f"have changed since; search again under another name"
+        )
+    _, defense = bench.fit(candidate.params, silent)
     target = Defended(defense, bench.target.network)
     exam = bench.exam
     found = audit(target, exam.x_NCHW, exam.y_N, exam.threat, seed=study.seed + 1)
-    evidence = _evidence(bench, candidate, found, exam.robustness(target))
+    evidence = _evidence(bench, candidate, found, exam.robustness(target)) | {"refused_before_it": refused}
     if evidence["alarms"] and not despite_alarms:
         raise AlarmError(f"{candidate.candidate} raised {len(evidence['alarms'])} alarm(s): {evidence['alarms'][0]}")
     config = {
@@ -152,7 +159,7 @@ def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustnes
         "train_images": bench.study.train_images or "all",
         "fit": candidate.fit,
         "seeds": {"search": bench.study.seed, "audit": bench.study.seed + 1},
-        "device": device_name(bench.device),
+        "device": score.device,
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONS}},
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         folder = Path(tempfile.gettempdir())
         self._gate, self._lane = (
-            os.open(folder / f"crucible-{os.getuid()}-{device}-{part}".replace(":", "-"), os.O_RDWR | os.O_CREAT)
+            os.open(folder / f"crucible-{os.getuid()}-{_identity(device)}-{part}", os.O_RDWR | os.O_CREAT)
             for part in ("gate", "lane")
         )
 
@@ -98,11 +99,24 @@ class Lane:
         fcntl.flock(self._gate, fcntl.LOCK_UN)
 
 
+def _identity(device: torch.device) -> str:
+    """Return what tells a device from the others of its node: each GPU has a lane of its own."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
+
+
 def device_name(device: torch.device) -> str:
     """Return what a latency is measured on: the GPU's model, or the CPU with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {torch.get_num_threads()} thread(s)"
+
+
+def _processor() -> str:
+    """Return the CPU's model, which `platform` does not know on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or "CPU")
 
 
 @torch.no_grad()

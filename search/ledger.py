@@ -10,6 +10,7 @@ from pathlib import Path
 from search.events import Listener, State
 from search.score import Candidate
 from search.store import write_atomic
+from search.study import Study
 
 
 class Ledger(Listener):
@@ -22,7 +23,9 @@ class Ledger(Listener):
     def __init__(self, path: Path, known: Sequence[Candidate]) -> None:
         self.path = path
         self._rows = {candidate.candidate: candidate.row() for candidate in known}
-        write_atomic(path, self._text(list(self._rows), header=True).encode())
+
+    def search_started(self, study: Study, undefended: Candidate) -> None:
+        write_atomic(self.path, self._text(list(self._rows), header=True).encode())
 
     def trial_ended(
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str

@@ -21,6 +21,17 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
+WORDS = {
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+}
+ENDED = ("finished", "pruned", "failed")
+INTERRUPTED = "interrupted"
+"""Marks an Optuna trial that was running when its driver died."""
+
+
 class Record:
     """A search's trials and candidates. Reading changes nothing, and may be done while the search runs.
 
@@ -43,7 +54,7 @@ class Record:
 
     def ended(self) -> int:
         """Return how many trials have ended, in whatever way."""
-        return sum("state" in trial.user_attrs for trial in self.trials())
+        return sum(state_of(trial) in ENDED for trial in self.trials())
 
     def trials(self) -> list[FrozenTrial]:
         """Return one Optuna trial for each trial of the search, the latest of its name, in order."""
@@ -69,6 +80,9 @@ class Record:
         """Return how much each knob matters for the attacked accuracy; empty where too little is known."""
         if sum(t.state == TrialState.COMPLETE for t in self._all()) < 8:
             return {}
+        accuracies = {t.values[0] for t in self._all() if t.state == TrialState.COMPLETE}
+        if len(accuracies) < 2:
+            return {}  # where nothing varies there is no variance to explain
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=self.study.seed)
         found = optuna.importance.get_param_importances(
             self.optuna, evaluator=evaluator, target=lambda trial: trial.values[0]
@@ -77,6 +91,13 @@ class Record:
 
     def _all(self) -> list[FrozenTrial]:
         return self.optuna.get_trials(deepcopy=False)
+
+
+def state_of(trial: FrozenTrial) -> str:
+    """Return a trial's state in our words; one that a dead driver left is interrupted until it runs again."""
+    if trial.state == TrialState.FAIL and trial.user_attrs.get(INTERRUPTED):
+        return "interrupted"
+    return WORDS[trial.state]
 
 
 def _proposal(trial: FrozenTrial) -> bool:

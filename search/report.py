@@ -95,7 +95,7 @@ class Findings:
     def images(self) -> int:
         """How many validation images were attacked."""
         scored = (*self.candidates, *filter(None, [self.undefended]))
-        return max((c.score.images for c in scored), default=self.study.eval_images)
+        return max((c.score.images for c in scored), default=self.study.plan().eval_images)
 
     @property
     def eps(self) -> float | None:

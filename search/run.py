@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,13 @@ from search.conductor import Conductor
 from search.events import Listener, State
 from search.score import Candidate
 from search.searcher import Proposer
-from search.store import Store
 from search.study import Study
+from search.trial import store_of
 from spaces.space import Params
 
 
-class Stopped(Exception):
-    """A rung stopped the trial of this process."""
-
-
-def store_of(study: Study) -> Store:
-    """Return the store that all searches of the study's storage share; no search can take its name."""
-    return Store(Path(study.storage) / ".store")
+class Stopped(BaseException):
+    """A rung stopped the trial of this process; no defense may swallow it."""
 
 
 def run(study: Study, listeners: Sequence[Listener], *, debug: bool = False) -> State:
@@ -54,26 +49,42 @@ def open_conductor(study: Study, listeners: Sequence[Listener]) -> Conductor:
     return Conductor(study, Proposer(study), listeners)
 
 
-def execute(study: Study, name: str, params: Params, report: trial.Report) -> dict[str, Any]:
-    """Run one trial to its end and return its last report."""
+def execute(study: Study, name: str, params: Params, report: Callable[[str, int, Metrics], None]) -> dict[str, Any]:
+    """Run one trial to its end and return its last report.
+
+    Args:
+        report: hears the fit's fingerprint, the epoch and its metrics; it may raise BaseException to stop the trial.
+    """
     store = store_of(study)
     try:
-        candidates = trial.run_trial(study, params, store, report)
+        bench = trial.Bench.of(study, store)
+        fit = bench.fingerprint(params)
+        candidates = trial.run_trial(study, params, store, lambda epoch, metrics: report(fit, epoch, metrics))
         best = max(candidates, key=lambda candidate: candidate.score.attacked_accuracy)
-        path = study.folder.resolve() / "pictures" / f"{name}.png"
-        trial.Bench.of(study, store).picture(best.params, path)
-    except Stopped:
-        raise
+        path = study.folder / "pictures" / f"{name}.png"
+        return {
+            "candidates": [candidate.to_json() for candidate in candidates],
+            "curve": bench.curve(fit),
+            "picture": _drawn(bench, best.params, path),
+        }
     except Exception as error:  # whatever a defense raises is the trial's failure, not the search's
         return {"failed": f"{type(error).__name__}: {error}"}
-    return {"candidates": [candidate.to_json() for candidate in candidates], "picture": str(path)}
+
+
+def _drawn(bench: trial.Bench, params: Params, path: Path) -> str:
+    """Return the path of a trial's picture, or nothing: a disk that is full must not cost the candidates."""
+    try:
+        return str(bench.picture(params, path))
+    except OSError:
+        return ""
 
 
 def settle(conductor: Conductor, name: str, last: dict[str, Any] | None) -> None:
     """Tell the study what a trial's last report says; without one of the last reports a rung stopped it."""
     if last is not None and "candidates" in last:
         candidates = [Candidate.from_json(data) for data in last["candidates"]]
-        conductor.finished(name, candidates, Path(last["picture"]))
+        picture = Path(last["picture"]) if last["picture"] else None
+        conductor.finished(name, candidates, picture, last["curve"])
     elif last is not None and "failed" in last:
         conductor.failed(name, last["failed"])
     else:
@@ -88,8 +99,8 @@ def _in_process(conductor: Conductor) -> State:
             name, params = proposal
             conductor.started(name)
 
-            def report(epoch: int, metrics: Metrics, name: str = name) -> None:
-                if conductor.epoch(name, epoch, metrics):
+            def report(fit: str, epoch: int, metrics: Metrics, name: str = name) -> None:
+                if conductor.epoch(name, fit, epoch, metrics):
                     raise Stopped
 
             try:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attacks.audit import quick_gates
 from attacks.robustness import Robustness, evaluate
 from attacks.suite import SUITES, Suite
 from attacks.threat import ThreatModel
@@ -28,6 +29,8 @@ class Score:
         attacks: accuracy after each attack, by `knowledge/attack`; oblivious ones each over all images, white-box
             ones cumulative (each sees what the earlier ones left).
         images: how many validation images were attacked.
+        device: where the latency was measured.
+        alarms: names of the quick gates that did not pass (attacks/audit.py).
     """
 
     threat: ThreatModel
@@ -39,6 +42,7 @@ class Score:
     latency_ms_p50: float
     latency_ms_p95: float
     images: int
+    device: str = ""
     attacks: Mapping[str, float] = field(default_factory=dict)
     alarms: tuple[str, ...] = ()
 
@@ -75,6 +79,7 @@ class Candidate:
             "latency_ms_p95": s.latency_ms_p95,
             "alarms": "; ".join(s.alarms),
             "state": "finished",
+            "device": s.device,
             **s.attacks,
         }
 
@@ -130,6 +135,7 @@ class Exam:
             latency: None where there is nothing that purifies.
         """
         verdict = self.robustness(target)
+        gates = quick_gates(target, self.x_NCHW, self.y_N, seed=self.seed)
         return Score(
             threat=self.threat,
             attacked_accuracy=_share(verdict.robust),
@@ -140,7 +146,9 @@ class Exam:
             latency_ms_p50=latency.ms_p50 if latency else 0.0,
             latency_ms_p95=latency.ms_p95 if latency else 0.0,
             images=len(self.y_N),
+            device=latency.device if latency else "",
             attacks=verdict.trail,
+            alarms=tuple(gate.name for gate in gates if not gate.passed),
         )
 
     def cheap(self, target: nn.Module, images: int) -> float:

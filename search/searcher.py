@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -13,10 +14,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import spaces
 from search.ranking import constraints
-from search.record import Record, storage
+from search.record import INTERRUPTED, Record, state_of, storage
 from search.score import Candidate
 from search.study import Study
-from spaces.space import GRID_LIMIT, Params, SearchSpace, contains
+from spaces.space import GRID_LIMIT, Params, SearchSpace, contains, draw
 
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
     "attacked_accuracy": "maximize",
@@ -34,7 +35,6 @@ class Proposer(Record):
 
     def __init__(self, study: Study) -> None:
         super().__init__(study)
-        self._rng = np.random.default_rng(study.seed)
         self._running: dict[str, optuna.Trial] = {}
         self._recover()
         if not self._all():
@@ -42,21 +42,25 @@ class Proposer(Record):
 
     def _open(self) -> optuna.Study:
         self.study.folder.mkdir(parents=True, exist_ok=True)
+        self._storage = storage(self.study)
         study = optuna.create_study(
             study_name=self.study.name,
-            storage=storage(self.study),
+            storage=self._storage,
             directions=list(OBJECTIVES.values()),
-            sampler=_sampler(self.study, self.space),
             load_if_exists=True,
         )
         study.set_metric_names(list(OBJECTIVES))
+        # A resumed search must not draw again what it drew before.
+        drawn = len(study.get_trials(deepcopy=False))
+        study.sampler = _sampler(self.study, self.space, (self.study.seed + drawn) % 2**32)
+        self._rng = np.random.default_rng((self.study.seed, drawn))
         return study
 
     def propose(self) -> tuple[str, Params] | None:
         """Return the next trial's name and setting, or None where every training of the space is done."""
         seen = {_key(params) for params in self._proposed().values()}
-        for attempt in range(RETRIES + 1):
-            if attempt == RETRIES and not self._enqueue_unseen(seen):
+        for attempt in itertools.count():
+            if attempt >= RETRIES and not self._enqueue_unseen(seen):
                 return None
             trial = self.optuna.ask(self.searched)
             params = self.space.complete(trial.params)
@@ -65,8 +69,6 @@ class Proposer(Record):
                 break
             trial.set_user_attr("duplicate", True)
             self.optuna.tell(trial, state=TrialState.FAIL)
-        else:
-            return None
         if name is None:
             name = f"t{len(self._proposed()) + 1:03d}"
             trial.set_user_attr("trial", name)
@@ -76,7 +78,7 @@ class Proposer(Record):
     def finish(self, name: str, candidates: Sequence[Candidate], about: Mapping[str, Any]) -> None:
         """Tell the study every candidate of a trial, the proposed one first."""
         trial = self._running.pop(name)
-        for key, value in {**about, "state": "finished"}.items():
+        for key, value in about.items():
             trial.set_user_attr(key, value)
         trial.set_user_attr("candidate", json.dumps(candidates[0].to_json()))
         for constraint, excess in constraints(self.study, candidates[0]).items():
@@ -91,7 +93,7 @@ class Proposer(Record):
     def stop(self, name: str, state: TrialState, about: Mapping[str, Any]) -> None:
         """Tell the study that a trial was pruned or failed."""
         trial = self._running.pop(name)
-        for key, value in {**about, "state": "pruned" if state == TrialState.PRUNED else "failed"}.items():
+        for key, value in about.items():
             trial.set_user_attr(key, value)
         self.optuna.tell(trial, state=state)
 
@@ -112,18 +114,23 @@ class Proposer(Record):
         return {t.user_attrs["trial"]: self.space.complete(t.params) for t in self.trials()}
 
     def _recover(self) -> None:
-        """Propose again what was running when the search was left."""
-        for trial in self.optuna.get_trials(states=(TrialState.RUNNING,)):
+        """Propose again what was running when a driver died; that this may die half way changes nothing."""
+        for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
             self.optuna.tell(trial.number, state=TrialState.FAIL)
-            if "trial" in trial.user_attrs:
-                self.optuna.enqueue_trial(trial.params, user_attrs={"trial": trial.user_attrs["trial"]})
+        waiting = self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        enqueued = {trial.user_attrs.get("trial") for trial in waiting}
+        for trial in self.trials():
+            name = trial.user_attrs["trial"]
+            if state_of(trial) == "interrupted" and name not in enqueued:
+                self.optuna.enqueue_trial(trial.params, user_attrs={"trial": name})
 
     def _enqueue_starts(self) -> None:
         """Enqueue the known good settings; for a grid, the whole of it."""
         if self.study.method == "grid":
-            trainings = {_key(params): params for params in self.space.grid()}
-            for params in trainings.values():
-                self.optuna.enqueue_trial({n: v for n, v in params.flat().items() if n in self.searched})
+            for params in _trainings(self.space):
+                setting = {**params.train, **self.space.usual()}
+                self.optuna.enqueue_trial({name: value for name, value in setting.items() if name in self.searched})
             return
         for start in spaces.starts(self.study.defense):
             known = {name: value for name, value in start.items() if name in self.searched}
@@ -132,14 +139,14 @@ class Proposer(Record):
 
     def _enqueue_unseen(self, seen: set[str]) -> bool:
         """Enqueue a training that was not proposed yet, at random; False where there is none."""
-        size = self.space.trainings()
-        if size is None:
-            return True
-        unseen = [params for params in _trainings(self.space) if _key(params) not in seen]
-        if not unseen:
-            return False
-        chosen = unseen[int(self._rng.integers(len(unseen)))]
-        self.optuna.enqueue_trial({n: v for n, v in chosen.train.items() if n in self.searched})
+        if self.space.trainings() is None:
+            chosen = {name: draw(domain, self._rng) for name, domain in self.space.train.items()}
+        else:
+            unseen = [params.train for params in _trainings(self.space) if _key(params) not in seen]
+            if not unseen:
+                return False
+            chosen = dict(unseen[int(self._rng.integers(len(unseen)))])
+        self.optuna.enqueue_trial({name: value for name, value in chosen.items() if name in self.searched})
         return True
 
 
@@ -156,11 +163,10 @@ def _values(candidate: Candidate) -> list[float]:
     return [float(getattr(candidate.score, name)) for name in OBJECTIVES]
 
 
-def _sampler(study: Study, space: SearchSpace) -> BaseSampler:
+def _sampler(study: Study, space: SearchSpace, seed: int) -> BaseSampler:
     """Return the sampler of the study's method; it starts at random for the first quarter of the trainings."""
     settings = SearchSpace({}, space.inference, space.defaults).size() or 1
     startup = max(1, min(10, study.trials // 4)) * (settings if settings <= GRID_LIMIT else 1)
-    seed: Any = study.seed
     match study.method:
         case "tpe":
             return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optuna.trial import TrialState
+from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
@@ -18,13 +18,15 @@ from search.events import State
 from search.export import AlarmError, export
 from search.ledger import Ledger
 from search.live import Display, leaderboard, percent
-from search.record import Record, journal
+from search.record import Record, journal, state_of
 from search.score import Candidate
 from search.study import Study
 from search.tracking import Tracker
+from search.trial import store_of
 from spaces.space import InputError, choose
 
-CODES: dict[State, int] = {"finished": 0, "interrupted": 130}
+TRIES = 2
+"""How many candidates more than asked for an export audits when the audit refuses some."""
 IFGSM = "oblivious/ifgsm-targeted"
 
 
@@ -34,7 +36,8 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
     Raises:
         InputError: the name is taken, the storage cannot be written, or the data cannot be had.
     """
-    if study.folder.exists():
+    _writable(Path(study.storage))
+    if (study.folder / "study.yaml").exists():
         raise InputError(
             f"a search's name must be new, but {study.name!r} exists in {study.storage}: "
             f"go on with `resume {study.name}`, or choose another name"
@@ -49,20 +52,23 @@ def proceed(study: Study, console: Console, *, debug: bool) -> int:
 
 def names(storage: Path) -> list[str]:
     """Return the searches of a storage."""
-    return sorted(path.parent.name for path in storage.glob("*/study.yaml"))
+    try:
+        return sorted(path.parent.name for path in storage.glob("*/study.yaml"))
+    except OSError:
+        return []
 
 
 def status(study: Study) -> dict[str, Any]:
     """Return how far a search is, and the best so far."""
     record = Record(study)
-    states = [_state(trial) for trial in record.trials()]
+    states = [state_of(trial) for trial in record.trials()]
     best = next(iter(record.feasible()), None)
     return {
         "name": study.name,
         "task": study.task,
         "defense": study.defense,
         "trials": study.trials,
-        **{state: states.count(state) for state in ("finished", "running", "pruned", "failed")},
+        **{state: states.count(state) for state in ("finished", "running", "interrupted", "pruned", "failed")},
         "candidates": len(record.candidates()),
         "best": best.row() if best else None,
     }
@@ -85,12 +91,13 @@ def findings(study: Study) -> report.Findings:
         front=ranking.front(study, candidates),
         searched=list(record.searched),
         importances=record.importances(),
+        device=feasible[0].score.device if feasible else "",
         trials=[
             report.TrialRecord(
                 trial=trial.user_attrs["trial"],
-                state=_state(trial),
+                state=state_of(trial),
                 params=record.space.complete(trial.params),
-                curve=trial.user_attrs.get("curve", []),
+                curve=[score for _, score in trial.user_attrs.get("curve", [])],
                 reason=trial.user_attrs.get("reason", ""),
                 picture=Path(trial.user_attrs["picture"]) if trial.user_attrs.get("picture") else None,
                 seconds=trial.user_attrs.get("seconds"),
@@ -100,8 +107,8 @@ def findings(study: Study) -> report.Findings:
     )
 
 
-def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) -> list[Candidate]:
-    """Return the candidates that an export asks for.
+def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) -> tuple[list[Candidate], int]:
+    """Return the candidates that an export asks for, and how many of them it wants: of the best, so many that pass.
 
     Raises:
         InputError: there is no such candidate, or none within the constraints.
@@ -109,29 +116,36 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
     record = Record(study)
     known = {found.candidate: found for found in record.candidates()}
     if candidate is not None:
-        return [known[choose("the candidate", candidate, list(known))]]
-    chosen = ranking.front(study, known.values()) if pareto else record.feasible()[:top]
+        return [known[choose("the candidate", candidate, list(known))]], 1
+    chosen = ranking.front(study, known.values()) if pareto else record.feasible()
     if not chosen:
         raise InputError(f"an export needs a candidate within the constraints, but {study.name} has none")
-    return chosen
+    return chosen, len(chosen) if top is None else min(top, len(chosen))
 
 
 def export_all(
-    study: Study, candidates: Sequence[Candidate], out: Path, console: Console, *, despite_alarms: bool
+    study: Study, candidates: Sequence[Candidate], wanted: int, out: Path, console: Console, *, despite_alarms: bool
 ) -> int:
-    """Audit and export candidates; return 0 where all are written, 1 where the audit refused one."""
-    refused = 0
-    for candidate in candidates:
-        console.print(f"auditing {candidate.candidate} by heavier attacks than it was chosen by ...", highlight=False)
+    """Audit and export candidates in order until `wanted` are written; return 0, or 1 where too few passed."""
+    written = refused = 0
+    for candidate in candidates[: wanted + TRIES]:
+        if written == wanted:
+            break
+        folder = out / candidate.candidate
         try:
-            folder = export(study, candidate, run.store_of(study), out, despite_alarms=despite_alarms)
+            if not folder.exists():
+                console.print(
+                    f"auditing {candidate.candidate} by heavier attacks than it was chosen by", highlight=False
+                )
+                store = store_of(study)
+                export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms)
             console.print(f"exported {folder}", highlight=False, soft_wrap=True)
+            written += 1
         except AlarmError as error:
             refused += 1
-            console.print(
-                f"refused: {error} (--despite-alarms writes it all the same)", highlight=False, soft_wrap=True
-            )
-    return 1 if refused else 0
+            line = f"refused: {error} (--despite-alarms writes it all the same)"
+            console.print(line, highlight=False, soft_wrap=True)
+    return 0 if written == wanted else 1
 
 
 def fetch(datasets: Sequence[str], data_dir: str | None, console: Console) -> None:
@@ -156,23 +170,26 @@ def check(datasets: Sequence[str], data_dir: str | None) -> list[dict[str, Any]]
 
 
 def _run(study: Study, known: Sequence[Candidate], console: Console, *, debug: bool) -> int:
+    """Run what is left of a search, alone: two drivers on one study would undo each other's work."""
     plan = study.plan()
     _writable(Path(study.storage))
-    tasks.checksum(plan.task.dataset, study.data_dir)  # fetches what is missing, before anything is trained
+    tasks.fetch(plan.task.dataset, study.data_dir)  # and check them, before anything is trained
     if study.train_images is not None:
         console.print(
-            f"a run of {study.train_images} training images and {study.eval_images} attacked validation images "
+            f"a run of {study.train_images} training images and {plan.eval_images} attacked validation images "
             "shows the way and proves nothing",
             highlight=False,
         )
-    searched = list(plan.space.searched())
     ended = Record(study).ended() if journal(study).exists() else 0
-    epochs = int(plan.space.complete({name: 1 for name in searched}).train.get("epochs", 1))
-    display = Display(console, study, searched, epochs, ended)
+    display = Display(console, study, list(plan.space.searched()), plan.epochs, ended)
     tracker = Tracker(study.wandb, study.folder, lambda line: console.print(line, highlight=False))
+    lock = store_of(study).lock("searches", study.name)
     try:
-        ledger = Ledger(study.folder / "candidates.csv", known)
-        state = run.run(study, [ledger, tracker, display], debug=debug)
+        with lock.acquire(timeout=0):
+            ledger = Ledger(study.folder / "candidates.csv", known)
+            state = run.run(study, [ledger, tracker, display], debug=debug)
+    except Timeout:
+        raise InputError(f"a search must run once at a time, but {study.name!r} runs already") from None
     finally:
         display.close()
         tracker.close()
@@ -183,26 +200,26 @@ def _conclude(study: Study, state: State, console: Console) -> int:
     """Show the leaderboard, write the report, and return the exit code."""
     record = Record(study)
     ranked, undefended = record.feasible(), record.undefended()
-    console.print(leaderboard(study, list(record.searched), undefended, ranked))
-    if not ranked:
-        console.print("no candidate is within the constraints", highlight=False)
-    elif undefended is not None and IFGSM in ranked[0].score.attacks:
-        console.print(
-            f"oblivious targeted iFGSM, Linf eps {ranked[0].score.threat.eps:g}: {ranked[0].candidate} keeps "
-            f"{percent(ranked[0].score.attacks[IFGSM])} %, undefended {percent(undefended.score.attacks[IFGSM])} %",
-            highlight=False,
-        )
-    console.print(f"candidates {study.folder / 'candidates.csv'}", highlight=False, soft_wrap=True)
-    console.print(f"report     {write_report(study)}", highlight=False, soft_wrap=True)
-    console.print(f"W&B        wandb leet {study.folder / 'wandb'}", highlight=False, soft_wrap=True)
+    if undefended is not None:
+        console.print(leaderboard(study, list(record.searched), undefended, ranked))
+        if not ranked:
+            console.print("no candidate is within the constraints", highlight=False)
+        elif IFGSM in ranked[0].score.attacks:
+            console.print(
+                f"oblivious targeted iFGSM, Linf eps {ranked[0].score.threat.eps:g}: {ranked[0].candidate} keeps "
+                f"{percent(ranked[0].score.attacks[IFGSM])} %, undefended {percent(undefended.score.attacks[IFGSM])} %",
+                highlight=False,
+            )
+        for what, path in (
+            ("candidates", study.folder / "candidates.csv"),
+            ("report    ", write_report(study)),
+            ("W&B       ", f"wandb leet {study.folder / 'wandb'}"),
+        ):
+            console.print(f"{what} {path}", highlight=False, soft_wrap=True)
     if state == "interrupted":
         console.print(f"interrupted; go on with: python launch.py resume {study.name}", highlight=False)
-    return CODES[state] if record.candidates() or state == "interrupted" else 1
-
-
-def _state(trial: Any) -> str:
-    running = "running" if trial.state == TrialState.RUNNING else "interrupted"
-    return str(trial.user_attrs.get("state", running))
+        return 130
+    return 0 if record.candidates() else 1
 
 
 def _writable(storage: Path) -> None:

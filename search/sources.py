@@ -206,6 +206,13 @@ def gather(origin: Origin, raw: Path, work: Path, progress: Progress) -> None:
     """
     own = Folder("data folder", raw)
     failures: list[str] = []
+    for name, sha256 in origin.files.items():  # a wrong file is the user's to remove, though others are missing
+        try:
+            read(raw, name, sha256)
+        except FileNotFoundError:
+            continue
+        except AlteredFile as reason:
+            raise AlteredFile(f"{reason}; {origin.remedy}") from reason
     for source in (own, *origin.sources):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)

@@ -16,10 +16,11 @@ import spaces
 from attacks.suite import SUITES, Suite
 from attacks.threat import Knowledge, ThreatModel
 from defenses.base import Defense
+from search.datasets import DATASETS
 from search.store import write_atomic
 from search.tasks import Task
 from search.tasks import task as find_task
-from spaces.space import InputError, Scalar, SearchSpace, choose
+from spaces.space import InputError, Scalar, SearchSpace, choose, finite
 
 Method = Literal["tpe", "nsga2", "gp", "random", "qmc", "grid"]
 KnobWish = Scalar | list[Scalar]
@@ -51,7 +52,9 @@ class Study(BaseModel):
         None, ge=0, le=1, description="constraint: least accuracy on clean images, a fraction"
     )
     train_images: int | None = Field(None, ge=1, description="training images; else all")
-    eval_images: int = Field(1000, ge=1, description="validation images that are attacked")
+    eval_images: int | None = Field(
+        None, ge=1, description="validation images that are attacked; else 1000, or all where there are fewer"
+    )
     cheap_images: int = Field(128, ge=1, description="of them, those that score a training after each epoch")
     epochs: int | None = Field(None, ge=1, description="epochs of a training; else the defense's own")
     classifier_epochs: int = Field(10, ge=1, description="epochs of the protected classifier and of its partner")
@@ -69,7 +72,7 @@ class Study(BaseModel):
     wandb: Literal["online", "offline", "disabled"] | None = Field(
         None, description="Weights & Biases; else online where a key is found"
     )
-    seed: int = Field(0, ge=0, description="seed of everything")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything")
 
     @property
     def folder(self) -> Path:
@@ -82,6 +85,11 @@ class Study(BaseModel):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
             raise ValueError("must be letters, digits, '.', '_' and '-', and no path")
         return name
+
+    @field_validator("data_dir")
+    @classmethod
+    def _is_absolute(cls, data_dir: str | None) -> str | None:
+        return None if data_dir is None else str(Path(data_dir).expanduser().resolve())
 
     @field_validator("storage")
     @classmethod
@@ -106,7 +114,13 @@ class Study(BaseModel):
             next(space.grid())
         suite = SUITES[choose("the suite", self.suite, list(SUITES))]
         eps = task.eps if self.eps is None else self.eps
-        return Plan(task, defense, space, ThreatModel("Linf", eps, self.threat), suite)
+        data = DATASETS[task.dataset]
+        for name, most in (("train_images", data.train), ("eval_images", data.validation)):
+            asked = getattr(self, name)
+            if asked is not None and asked > most:
+                raise InputError(f"{name} must be at most {most} on {task.dataset}, but is {asked}")
+        images = min(1000, data.validation) if self.eval_images is None else self.eval_images
+        return Plan(task, defense, space, ThreatModel("Linf", eps, self.threat), suite, images)
 
     def write(self) -> Path:
         """Write study.yaml into the search's folder."""
@@ -125,6 +139,14 @@ class Plan:
     space: SearchSpace
     threat: ThreatModel
     suite: Suite
+    eval_images: int
+
+    @property
+    def epochs(self) -> int:
+        """The epochs of the longest training."""
+        domain = self.space.train.get("epochs")
+        values = () if domain is None else finite(domain) or (domain.high,)  # type: ignore[attr-defined]
+        return max((int(value) for value in values), default=1)
 
 
 def make(values: Mapping[str, Any], where: Callable[[str], str] = lambda field: "") -> Study:
@@ -160,21 +182,34 @@ def read(path: Path, over: Mapping[str, Any] | None = None) -> Study:
     over = over or {}
     try:
         text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(f"a study must be a file that can be read, but {path}: {reason}") from None
+    try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text) or {}
-    except OSError as error:
-        raise InputError(f"a study must be a file that can be read, but {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: a study must be YAML, but {getattr(error, 'problem', error)}") from None
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}{line}: a study must be YAML, but {reason}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: a study must be fields with values, but is {type(values).__name__}")
-    lines = {key.value: key.start_mark.line + 1 for key, _ in tree.value} if tree else {}
-    return make(
-        {**values, **over},
-        where=lambda name: f"{path}, line {lines[name]}: " if name in lines and name not in over else "",
-    )
+    lines: dict[str, int] = {}
+    for key, _ in tree.value if tree else ():
+        if key.value in lines:
+            raise InputError(
+                f"{path}, line {key.start_mark.line + 1}: a field must stand once, but {key.value} came before"
+            )
+        lines[key.value] = key.start_mark.line + 1
+    values = {str(name): value for name, value in values.items()}
+    try:
+        return make(
+            {**values, **over},
+            where=lambda name: f"{path}, line {lines[name]}: " if name in lines and name not in over else "",
+        )
+    except InputError as error:
+        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from None
 
 
 def _unknown(name: str) -> str:

@@ -38,6 +38,15 @@ SAMPLE = 5
 """Further inference settings at which a fit is scored where the inference space is not finite and small."""
 
 
+def silent(epoch: int, metrics: Metrics) -> None:
+    """Report to nobody."""
+
+
+def store_of(study: Study) -> Store:
+    """Return the store that all searches of the study's storage share; no search can take its name."""
+    return Store(Path(study.storage) / ".store")
+
+
 class TrialError(RuntimeError):
     """A trial cannot be finished, and trying again will not help."""
 
@@ -78,7 +87,8 @@ class Bench:
         self.study = study
         self.store = store
         self.plan = study.plan()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        uses_gpu = torch.cuda.is_available() and study.gpus_per_trial != 0
+        self.device = torch.device("cuda" if uses_gpu else "cpu")
         self.lane = Lane(self.device)
 
     @staticmethod
@@ -107,7 +117,7 @@ class Bench:
 
     @cached_property
     def exam(self) -> Exam:
-        x_NCHW, y_N = self._load("validation", self.study.eval_images)
+        x_NCHW, y_N = self._load("validation", self.plan.eval_images)
         images = self._oblivious(x_NCHW, y_N)
         return Exam(self.plan.suite, self.plan.threat, x_NCHW, y_N, images, self.study.seed)
 
@@ -124,7 +134,11 @@ class Bench:
             if entry is None:
                 entry = self._train(key, defense, params, report)
             defense.load_state_dict(load_file(entry / "weights.safetensors", device=str(self.device)))
-        return key, defense.eval().requires_grad_(False)
+        return key, defense.at(params.inference).eval().requires_grad_(False)
+
+    def curve(self, key: str) -> list[float]:
+        """Return the rung score of each epoch of a finished fit."""
+        return [metrics["cheap"] for metrics in self.store.about("fits", key)["curve"]]
 
     def fingerprint(self, params: Params) -> str:
         """Return the fit's fingerprint: everything that shapes it."""
@@ -183,7 +197,7 @@ class Bench:
 
     def picture(self, params: Params, path: Path, images: int = 10) -> Path:
         """Write a PNG with rows of clean, attacked (oblivious targeted iFGSM) and purified images."""
-        _, defense = self.fit(params, lambda epoch, metrics: None)
+        _, defense = self.fit(params, silent)
         attacked = self.exam.oblivious[attacks.suite.IFGSM_TARGETED.name][:images]
         with torch.no_grad(), attacks.suite.reproducible(defense, self.study.seed):
             rows = torch.stack([self.exam.x_NCHW[:images], attacked, defense.purify(attacked)])
@@ -195,6 +209,9 @@ class Bench:
             defense.resume(state["defense"])
         curve: list[Metrics] = state["curve"]
         (x_NCHW, y_N), exam, knobs = self.training, self.exam, defense.train_knobs
+        target = self.target.network
+        # A fit's rungs must not depend on the inference setting at which it happened to be proposed.
+        defense.at(self.plan.space.usual())
         batches = Batches(
             x_NCHW,
             y_N,
@@ -207,7 +224,7 @@ class Bench:
         with self.lane.working():
             for metrics in defense.fit(batches, self.consulted.network):
                 _finite(metrics, len(curve) + 1)
-                metrics["cheap"] = exam.cheap(Defended(defense, self.target.network), self.study.cheap_images)
+                metrics["cheap"] = exam.cheap(Defended(defense, target), self.study.cheap_images)
                 curve.append(metrics)
                 if len(curve) < knobs.epochs:
                     self.store.save_progress(key, {"defense": defense.progress(), "curve": curve})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,10 +28,10 @@ from ray.tune.search import Searcher
 from defenses.base import Metrics
 from search.conductor import Conductor
 from search.events import State
-from search.run import execute, settle, store_of
+from search.run import execute, settle
 from search.score import Candidate
 from search.study import Study
-from search.trial import Bench, baseline
+from search.trial import Bench, baseline, store_of
 from spaces.space import InputError, Params
 
 RESTARTS = 2
@@ -92,7 +93,7 @@ class Rungs(FIFOScheduler):
         if "epoch" not in result:
             return self.CONTINUE
         metrics = {name: result[name] for name in result["reported"]}
-        stops = self.desk.conductor.epoch(self.desk.names[trial.trial_id], result["epoch"], metrics)
+        stops = self.desk.conductor.epoch(self.desk.names[trial.trial_id], result["fit"], result["epoch"], metrics)
         return self.STOP if stops else self.CONTINUE
 
 
@@ -150,6 +151,7 @@ def _join(study: Study) -> dict[str, float]:
     else:
         excludes = [".git", ".venv", "runs", "docs", "tests", "*.pyc"]
         options |= {"address": study.address, "runtime_env": {"working_dir": str(ROOT), "excludes": excludes}}
+    _reachable(study.address)
     try:
         ray.init(**options)
     except (ConnectionError, ValueError) as error:
@@ -167,14 +169,25 @@ def _join(study: Study) -> dict[str, float]:
     return asked
 
 
+def _reachable(address: str | None) -> None:
+    """Refuse an address where nobody listens at once; Ray would try for more than a minute."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or "://" in str(address):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"address must be a running Ray cluster, but {address}: {error}") from None
+
+
 def _trainable(config: dict[str, Any], study: Study) -> None:
     """Run one trial in a worker of Ray."""
-    share = study.gpus_per_trial or 0.25
-    if torch.cuda.is_available() and share < 1:
+    share = 0.25 if study.gpus_per_trial is None else study.gpus_per_trial
+    if torch.cuda.is_available() and 0 < share < 1:
         torch.cuda.set_per_process_memory_fraction(share)  # Ray's fractions are bookkeeping only
 
-    def report(epoch: int, metrics: Metrics) -> None:
-        tune.report({"epoch": epoch, "reported": list(metrics), **metrics})
+    def report(fit: str, epoch: int, metrics: Metrics) -> None:
+        tune.report({"fit": fit, "epoch": epoch, "reported": list(metrics), **metrics})
 
     tune.report(execute(study, config["name"], Params(config["train"], config["inference"]), report))
 

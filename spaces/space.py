@@ -98,6 +98,16 @@ class SearchSpace:
             self.defaults,
         )
 
+    def usual(self) -> dict[str, Scalar]:
+        """Return one inference setting: each knob's default where it lies in the space, else its first value."""
+        return {name: self._usual(name, domain) for name, domain in self.inference.items()}
+
+    def _usual(self, name: str, domain: BaseDistribution) -> Scalar:
+        if contains(domain, self.defaults[name]):
+            return self.defaults[name]
+        values = finite(domain)
+        return values[0] if values else domain.low  # type: ignore[attr-defined]  # not finite, so a range
+
     def searched(self) -> dict[str, BaseDistribution]:
         """Return the domains of the knobs that have more than one value."""
         return {name: domain for name, domain in self.flat().items() if not domain.single()}

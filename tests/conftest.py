@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,8 @@ from search.study import Study, make
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep W&B offline and the generator fixed, whatever the machine."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def _seeded() -> None:
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,11 @@ from search import export as exports
 from search import session, tasks
 from search.export import AlarmError, export, load
 from search.record import Record
-from search.run import run, store_of
+from search.run import run
 from search.score import Candidate
 from search.session import pick
 from search.study import Study
+from search.trial import store_of
 from spaces.space import InputError
 from tests.conftest import digits_study
 
@@ -39,7 +40,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def folder(searched: Study) -> Path:
-    best = pick(searched, pareto=False, top=1, candidate=None)[0]
+    best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
     return export(searched, best, store_of(searched), searched.folder / "export", despite_alarms=True)
 
 
@@ -101,7 +102,7 @@ def test_an_export_is_a_plain_module_with_the_searchs_clean_accuracy(folder: Pat
 def test_the_evidence_says_all_that_a_number_needs(folder: Path, searched: Study) -> None:
     evidence = json.loads((folder / "evidence.json").read_text())
     assert next(iter(evidence)) == "alarms"
-    best = pick(searched, pareto=False, top=1, candidate=None)[0]
+    best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
     assert evidence["candidate"] == best.candidate == folder.name
     assert evidence["attacked_accuracy"] <= best.score.attacked_accuracy == evidence["attacked_accuracy_of_the_search"]
     assert evidence["white_box_accuracy"] <= evidence["oblivious_accuracy"] <= evidence["clean_accuracy"]
@@ -136,15 +137,15 @@ def test_what_is_no_export_is_named(tmp_path: Path) -> None:
 
 
 def test_an_export_never_overwrites_another(folder: Path, searched: Study) -> None:
-    best = pick(searched, pareto=False, top=1, candidate=None)
+    best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
     with pytest.raises(InputError, match="an export must be a new folder"):
-        export(searched, best[0], store_of(searched), folder.parent)
+        export(searched, best, store_of(searched), folder.parent)
 
 
 def test_an_alarm_refuses_the_export_and_despite_writes_it(
     searched: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    best = pick(searched, pareto=False, top=1, candidate=None)[0]
+    best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
     monkeypatch.setattr(exports, "REPRODUCED", -1.0)  # a gate that cannot pass
     with pytest.raises(AlarmError, match="reproduced"):
         export(searched, best, store_of(searched), tmp_path)
@@ -154,23 +155,30 @@ def test_an_alarm_refuses_the_export_and_despite_writes_it(
     assert "ALARM" in (written / "card.md").read_text()
 
 
-def test_a_refused_export_is_exit_code_1(searched: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object, **options: object) -> Path:
-        raise AlarmError("c raised 1 alarm(s): gradient")
+def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
+    searched: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked, wanted = pick(searched, pareto=False, top=1, candidate=None)
 
-    monkeypatch.setattr(session, "export", refuse)
-    best = pick(searched, pareto=False, top=1, candidate=None)
+    def strict(study: Study, candidate: Candidate, store: object, out: Path, **options: object) -> Path:
+        if candidate == ranked[0]:
+            raise AlarmError(f"{candidate.candidate} raised 1 alarm(s): gradient")
+        (out / candidate.candidate).mkdir()
+        return out / candidate.candidate
+
+    monkeypatch.setattr(session, "export", strict)
     console = Console(record=True, width=200)
-    assert session.export_all(searched, best, tmp_path, console, despite_alarms=False) == 1
-    assert "refused: c raised 1 alarm(s): gradient (--despite-alarms writes it all the same)" in console.export_text()
+    assert session.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [ranked[1].candidate]
+    assert "refused: " in console.export_text(clear=False) and f"exported {tmp_path}" in console.export_text()
+    assert session.export_all(searched, ranked[:1], 1, tmp_path, console, despite_alarms=False) == 1
 
 
 def test_candidates_are_picked_by_rank_front_or_name(searched: Study) -> None:
     every: list[Candidate] = Record(searched).candidates()
-    assert len(pick(searched, pareto=False, top=3, candidate=None)) == 3
-    assert pick(searched, pareto=False, top=None, candidate=every[-1].candidate) == [every[-1]]
-    assert set(c.candidate for c in pick(searched, pareto=True, top=None, candidate=None)) <= {
-        c.candidate for c in every
-    }
+    assert pick(searched, pareto=False, top=3, candidate=None) == (Record(searched).feasible(), 3)
+    assert pick(searched, pareto=False, top=None, candidate=every[-1].candidate) == ([every[-1]], 1)
+    front, wanted = pick(searched, pareto=True, top=None, candidate=None)
+    assert wanted == len(front) and {c.candidate for c in front} <= {c.candidate for c in every}
     with pytest.raises(InputError, match="the candidate must be one of"):
         pick(searched, pareto=False, top=None, candidate="nobody")

@@ -14,17 +14,14 @@ from search.halving import Halving
         (27, 1, 3.0, {1, 3, 9}),
         (4, 1, 2.0, {1, 2}),
         (1, 1, 3.0, set()),
-        (10, 2, 1.2, {*range(2, 10)}),
+        (10, 2, 1.5, {2, 3, 4, 6, 9}),
+        (5, 1, 1.1, {1, 2, 3, 4}),
     ],
 )
 def test_rungs_lie_at_powers_and_never_at_the_last_epoch(
     epochs: int, grace: int, factor: float, rungs: set[int]
 ) -> None:
-    assert Halving(epochs=epochs, grace=grace, factor=factor, patience=0).rungs >= {min(rungs, default=1)} & rungs
-    found = Halving(epochs=epochs, grace=grace, factor=factor, patience=0).rungs
-    assert epochs not in found and all(rung < epochs for rung in found)
-    if factor >= 2:
-        assert found == rungs
+    assert Halving(epochs=epochs, grace=grace, factor=factor, patience=0).rungs == rungs
 
 
 def test_one_in_factor_goes_on() -> None:

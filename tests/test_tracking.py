@@ -195,7 +195,7 @@ def test_the_chart_names_the_threat_and_draws_the_feasible_front() -> None:
     beaten, alarmed = candidate("beaten", 0.2, 4.0), candidate("alarmed", 0.9, 0.1, alarms=("masked",))
     chart = pareto_chart(STUDY, BARE, [*SIX, beaten, alarmed])
     front = next(trace for trace in chart.data if trace.name == "Pareto front")
-    assert list(front.text) == ["c1", "c2", "c3", "c4", "c5"]
+    assert list(front.text) == ["c5", "c4", "c3", "c2", "c1"]
     assert "white-box, Linf eps 0.3, 100 images" in chart.layout.title.text
 
 

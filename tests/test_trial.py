@@ -13,10 +13,9 @@ from torch import nn
 from defenses.base import Batches, Metrics
 from defenses.puvae import PuVAE
 from search.classifiers import ARCHITECTURES
-from search.run import store_of
 from search.score import Candidate
 from search.study import Study
-from search.trial import Bench, TrialError, baseline, png, run_trial
+from search.trial import Bench, TrialError, baseline, png, run_trial, store_of
 from spaces.space import Params
 from tests.conftest import digits_study
 
