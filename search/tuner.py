@@ -20,6 +20,7 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.exceptions import AuthenticationError
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
@@ -154,9 +155,12 @@ def _join(study: Study) -> dict[str, float]:
     _reachable(study.address)
     try:
         ray.init(**options)
-    except (ConnectionError, ValueError) as error:
+    except (ConnectionError, ValueError, AuthenticationError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"address must be a running Ray cluster, but {study.address}: {reason}") from None
+        raise InputError(
+            f"address must be a running Ray cluster, but {study.address}: {reason} "
+            "(where the cluster asks for a token, set RAY_AUTH_MODE=token)"
+        ) from None
     held = ray.cluster_resources()
     gpus = study.gpus_per_trial
     asked = {"cpu": study.cpus_per_trial, "gpu": (0.25 if held.get("GPU") else 0.0) if gpus is None else gpus}

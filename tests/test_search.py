@@ -6,7 +6,9 @@ import csv
 import json
 import os
 import re
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,10 +33,15 @@ SMOKE = ["--task", "digits/A", "--space", "smoke", "--eval-images", "60", "--che
 SMOKE += ["--classifier-epochs", "4", "--patience", "9"]
 
 
-def start(storage: Path, name: str, *more: str) -> subprocess.Popen[str]:
+def start(storage: Path, name: str, *more: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "launch.py"), "search", "--name", name, "--storage", str(storage)]
     return subprocess.Popen(
-        [*command, *SMOKE, *more], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, *SMOKE, *more],
+        cwd=ROOT,
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -198,3 +205,42 @@ def test_a_search_without_a_feasible_candidate_says_so(tmp_path: Path, capsys: p
     assert len(rows(study.folder)) == 6
     assert session.proceed(study, Console(width=160, quiet=True), debug=True) == 0  # nothing is left to do
     assert len(rows(study.folder)) == 6
+
+
+@pytest.mark.slow
+def test_a_search_runs_on_a_cluster_that_was_started_by_hand(tmp_path: Path) -> None:
+    """`ray start` twice on one machine: two nodes, to which the code travels with the job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    options = {
+        "env": os.environ | token,
+        "cwd": tmp_path,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "start_new_session": True,
+    }
+    address = f"127.0.0.1:{port}"
+    head = subprocess.Popen([*ray, "--head", f"--port={port}", "--include-dashboard=false"], **options)  # type: ignore[call-overload]
+    nodes = [head]
+    try:
+        wait_for(lambda: answers(port), head, 60)
+        nodes.append(subprocess.Popen([*ray, f"--address={address}"], **options))  # type: ignore[call-overload]
+        time.sleep(5)
+        more = ("--trials", "2", "--epochs", "2", "--wandb", "disabled", "--address", address)
+        search = start(tmp_path, "away", *more, **token)
+        output = search.communicate(timeout=300)[0]
+        assert search.returncode == 0, output
+        assert len(rows(tmp_path / "away")) == 12
+    finally:
+        for node in nodes:
+            os.killpg(node.pid, signal.SIGTERM)
+        for node in nodes:
+            node.wait(60)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
