@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
+from attacks.threat import ThreatModel
 from search import ranking, report, run, tasks
 from search.datasets import DATASETS
 from search.events import State
@@ -139,13 +141,25 @@ def export_all(
                 )
                 store = store_of(study)
                 export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms)
-            console.print(f"exported {folder}", highlight=False, soft_wrap=True)
+            console.print(f"{_audited(folder)}\nexported {folder}", highlight=False, soft_wrap=True)
             written += 1
         except AlarmError as error:
             refused += 1
             line = f"refused: {error} (--despite-alarms writes it all the same)"
             console.print(line, highlight=False, soft_wrap=True)
     return 0 if written == wanted else 1
+
+
+def _audited(folder: Path) -> str:
+    """Return what the audit left of a candidate, beside what the search had found."""
+    found = json.loads((folder / "evidence.json").read_text())
+    audited, searched = percent(found["attacked_accuracy"]), percent(found["attacked_accuracy_of_the_search"])
+    passed = sum(gate["passed"] for gate in found["gates"])
+    return (
+        f"audited: {audited} % attacked accuracy ({ThreatModel(**found['threat'])}; the search's lighter attacks left "
+        f"{searched} %), white-box {percent(found['white_box_accuracy'])} %, "
+        f"{passed} of {len(found['gates'])} gates passed"
+    )
 
 
 def fetch(datasets: Sequence[str], data_dir: str | None, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -156,21 +157,22 @@ def test_an_alarm_refuses_the_export_and_despite_writes_it(
 
 
 def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
-    searched: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searched: Study, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked, wanted = pick(searched, pareto=False, top=1, candidate=None)
 
     def strict(study: Study, candidate: Candidate, store: object, out: Path, **options: object) -> Path:
         if candidate == ranked[0]:
             raise AlarmError(f"{candidate.candidate} raised 1 alarm(s): gradient")
-        (out / candidate.candidate).mkdir()
-        return out / candidate.candidate
+        return Path(shutil.copytree(folder, out / candidate.candidate))
 
     monkeypatch.setattr(session, "export", strict)
     console = Console(record=True, width=200)
     assert session.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False) == 0
     assert [path.name for path in tmp_path.iterdir()] == [ranked[1].candidate]
-    assert "refused: " in console.export_text(clear=False) and f"exported {tmp_path}" in console.export_text()
+    said = console.export_text()
+    assert "refused: " in said and f"exported {tmp_path}" in said
+    assert "attacked accuracy (white-box, Linf eps 0.1; the search's lighter attacks left" in said
     assert session.export_all(searched, ranked[:1], 1, tmp_path, console, despite_alarms=False) == 1
 
 

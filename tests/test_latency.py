@@ -82,4 +82,4 @@ def test_a_measurement_is_repeated_while_the_reference_drifts(own_lane: None, mo
 def test_the_times_of_a_sleep_are_its_length() -> None:
     times = latency._times(lambda: time.sleep(0.01), CPU)
     assert len(times) == latency.REPEATS
-    assert sorted(times)[len(times) // 2] == pytest.approx(10, rel=0.3)
+    assert 10 <= sorted(times)[len(times) // 2] < 20
