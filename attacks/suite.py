@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torchattacks
@@ -48,6 +49,11 @@ class Attack:
     def options(self, eps: float) -> dict[str, float]:
         """Return what the torchattacks class is made with."""
         return {"eps": eps} if self.steps == 1 else {"eps": eps, "alpha": self.pace * eps, "steps": self.steps}
+
+    def budget(self, eps: float) -> dict[str, Any]:
+        """Return all that a number under this attack needs beside it, as JSON."""
+        family = f"torchattacks.{self.family.__name__}"
+        return {"attack": self.name, "class": family, **self.options(eps), "targeted": self.targeted}
 
     def craft(self, model: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int) -> Tensor:
         """Return adversarial images of `x_NCHW`, each within the threat model.

@@ -149,8 +149,8 @@ def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustnes
         "budgets": {
             name: {
                 "draws": suite.draws,
-                "oblivious": [str(attack) for attack in suite.oblivious],
-                "white_box": [str(attack) for attack in suite.white_box],
+                "oblivious": [attack.budget(score.threat.eps) for attack in suite.oblivious],
+                "white_box": [attack.budget(score.threat.eps) for attack in suite.white_box],
             }
             for name, suite in (("search", bench.plan.suite), ("audit", SUITES["audit"]))
         },

@@ -137,8 +137,20 @@ class Bench:
         return key, defense.at(params.inference).eval().requires_grad_(False)
 
     def curve(self, key: str) -> list[float]:
-        """Return the rung score of each epoch of a finished fit."""
-        return [metrics["cheap"] for metrics in self.store.about("fits", key)["curve"]]
+        """Return the rung score of each epoch of a finished fit; nothing where another study's rungs scored it."""
+        about = self.store.about("fits", key)
+        return [metrics["cheap"] for metrics in about["curve"]] if about["rungs"] == self.rungs() else []
+
+    def rungs(self) -> str:
+        """Return the fingerprint of what scores an epoch: rung scores compare only where it is the same."""
+        return fingerprint(
+            threat=str(self.plan.threat),
+            attacks=str(attacks.suite.SUITES["quick"]),
+            images=self.study.cheap_images,
+            classifier=self.target.fingerprint,
+            setting=self.plan.space.usual(),
+            seed=self.study.seed,
+        )
 
     def fingerprint(self, params: Params) -> str:
         """Return the fit's fingerprint: everything that shapes it."""
@@ -234,6 +246,7 @@ class Bench:
             "task": self.study.task,
             "knobs": dict(params.train),
             "curve": curve,
+            "rungs": self.rungs(),
         }
         entry = self.store.put("fits", key, {"weights.safetensors": to_bytes(defense)}, about)
         self.store.drop_progress(key)

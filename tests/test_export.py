@@ -110,6 +110,10 @@ def test_the_evidence_says_all_that_a_number_needs(folder: Path, searched: Study
     assert evidence["seeds"]["search"] != evidence["seeds"]["audit"]
     assert "validation" in evidence["split"] and len(evidence["data_sha256"]) == 64
     assert {gate["name"] for gate in evidence["gates"]} >= {"determinism", "gradient", "convergence", "unbounded"}
+    (pgd,) = evidence["budgets"]["audit"]["white_box"]
+    assert pgd == {"attack": "pgd-40", "class": "torchattacks.PGD", "eps": EPS, "alpha": EPS / 10, "steps": 40} | {
+        "targeted": False
+    }
     assert evidence["versions"]["torch"] == torch.__version__
     card = (folder / "card.md").read_text()
     assert "white-box, Linf eps 0.1" in card and "sigma_eps" in card

@@ -93,6 +93,14 @@ def test_a_fit_that_was_killed_goes_on_from_its_last_epoch_bit_for_bit(tmp_path:
     assert weights[0] == weights[1]
 
 
+def test_the_rungs_of_another_threat_model_are_not_taken_for_ones_own(study: Study) -> None:
+    (first, *_) = run_trial(study, setting(study), store_of(study), silent)
+    assert len(Bench.of(study, store_of(study)).curve(first.fit)) == 2
+    other = study.model_copy(update={"name": "other", "threat": "oblivious"})
+    (again, *_) = run_trial(other, setting(other), store_of(other), silent)
+    assert again.fit == first.fit and Bench.of(other, store_of(other)).curve(first.fit) == []
+
+
 def test_a_damaged_fit_is_trained_again(study: Study) -> None:
     run_trial(study, setting(study), store_of(study), silent)
     weights = fits(study)[0] / "weights.safetensors"
