@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -22,7 +22,7 @@ from spaces.space import InputError, SearchSpace, choose, spoken
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Fetch, check and list the data sets.")
 app.add_typer(data, name="data")
-console = Console(width=None if sys.stdout.isatty() else 160)
+console = Console(width=None if sys.stdout.isatty() else 1000)  # what is piped is never cut
 
 Storage = Annotated[str, Option(help="the folder that holds searches and the store")]
 Json = Annotated[bool, Option("--json", help="print JSON")]
@@ -31,12 +31,14 @@ DataDir = Annotated[str | None, Option(help="the data cache; else $CRUCIBLE_DATA
 
 def flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command a flag for each field of Study, so that neither can drift from the other."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     fields = []
     for name, field in Study.model_fields.items():
         kind: Any = list[str] if name == "knobs" else str
         default = field.get_default(call_default_factory=True)
-        shown = f"{field.description}  [default: {default}]" if default not in (None, {}) else field.description
+        choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+        shown = f"{field.description}{': ' if choices else ''}{', '.join(choices)}"
+        shown += f" (default: {default})" if default not in (None, {}) else ""
         flag = "--knob" if name == "knobs" else "--" + name.replace("_", "-")
         fields.append(
             inspect.Parameter(
@@ -101,13 +103,14 @@ def status(
     if as_json:
         typer.echo(json.dumps(states[0] if name else states, indent=1))
         return
-    table = Table("search", "task", "finished", "running", "pruned", "failed", "of", "candidates", "best", box=None)
+    counted = ("finished", "running", "interrupted", "pruned", "failed")
+    table = Table("search", "task", *counted, "of", "candidates", "best", box=None)
     for state in states:
         best = state["best"]
         said = (
             f"{100 * best['attacked_accuracy']:.1f} % attacked ({best['threat']}), {best['candidate']}" if best else "-"
         )
-        counts = [str(state[key]) for key in ("finished", "running", "pruned", "failed", "trials", "candidates")]
+        counts = [str(state[key]) for key in (*counted, "trials", "candidates")]
         table.add_row(state["name"], state["task"], *counts, said)
     console.print(table)
 
@@ -125,7 +128,7 @@ def export(
     name: Annotated[str, Argument(help="a search")],
     pareto: Annotated[bool, Option("--pareto", help="the whole Pareto front")] = False,
     top: Annotated[int | None, Option(min=1, help="the best K by attacked accuracy that pass the audit")] = None,
-    candidate: Annotated[str | None, Option(help="one candidate")] = None,
+    candidate: Annotated[str | None, Option(help="one candidate, by its name or the beginning of it")] = None,
     out: Annotated[Path | None, Option(help="the folder of exports; else STORAGE/NAME/export")] = None,
     despite_alarms: Annotated[bool, Option("--despite-alarms", help="write what the audit refuses")] = False,
     storage: Storage = "runs",
@@ -288,7 +291,7 @@ def _spaces() -> list[dict[str, Any]]:
 def _tasks() -> list[dict[str, Any]]:
     from search.tasks import TASKS, task
 
-    return [{"task": name, "shape": str(task(name).shape), "eps": task(name).eps} for name in TASKS]
+    return [{"task": name, **vars(task(name).shape), "eps": task(name).eps} for name in TASKS]
 
 
 def _print(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -184,8 +184,8 @@ def _card(candidate: Candidate, evidence: Mapping[str, Any]) -> str:
 {warning}Attacked accuracy **{100 * evidence["attacked_accuracy"]:.1f} %** (95 % interval {100 * low:.1f} to \
 {100 * high:.1f}) under {score.threat}; white-box {100 * evidence["white_box_accuracy"]:.1f} %, oblivious \
 {100 * evidence["oblivious_accuracy"]:.1f} %, clean {100 * score.clean_accuracy:.1f} %, on {score.images} validation
-images. Trained on {evidence["train_images"]} images. Chosen on validation images: the figure is optimistic until
-`final` has opened the test split.
+images. Trained on {evidence["train_images"]} images. Chosen on validation images, of which the
+choice made the best: the figure is optimistic, and the test split was not opened.
 
 | knob | value |
 | --- | --- |

@@ -137,9 +137,11 @@ def leaderboard(
     threat = ranked[0].score.threat if ranked else undefended.score.threat if undefended else None
     title = f"{study.name}: {study.defense} on {study.task}, attacked accuracy under {threat}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("candidate", no_wrap=True)
-    for heading in (*searched, "attacked %", "95 %", "oblivious %", "white-box %", "clean %", "p50 ms"):
+    table.add_column("candidate", no_wrap=True, min_width=13)
+    for heading in searched:
         table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("attacked %", "95 %", "oblivious %", "white-box %", "clean %", "p50 ms"):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=max(6, len(heading)))
     for candidate in ranked[:top]:
         knobs = candidate.params.flat()
         table.add_row(candidate.candidate, *(brief(knobs[name]) for name in searched), *_figures(candidate))

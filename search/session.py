@@ -42,7 +42,7 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
     if (study.folder / "study.yaml").exists():
         raise InputError(
             f"a search's name must be new, but {study.name!r} exists in {study.storage}: "
-            f"go on with `resume {study.name}`, or choose another name"
+            f"go on with `{_resume(study)}`, or choose another name"
         )
     return _run(study, [], console, debug=debug)
 
@@ -64,6 +64,8 @@ def status(study: Study) -> dict[str, Any]:
     """Return how far a search is, and the best so far."""
     record = Record(study)
     states = [state_of(trial) for trial in record.trials()]
+    if not _runs(study):
+        states = ["interrupted" if state == "running" else state for state in states]
     best = next(iter(record.feasible()), None)
     return {
         "name": study.name,
@@ -118,7 +120,13 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
     record = Record(study)
     known = {found.candidate: found for found in record.candidates()}
     if candidate is not None:
-        return [known[choose("the candidate", candidate, list(known))]], 1
+        begun = [name for name in known if name.startswith(candidate)]
+        if len(begun) != 1:
+            raise InputError(
+                f"a candidate must be one of the {len(known)} in {study.folder / 'candidates.csv'}, or the beginning "
+                f"of one alone, but {candidate!r} begins {len(begun)}"
+            )
+        return [known[begun[0]]], 1
     chosen = ranking.front(study, known.values()) if pareto else record.feasible()
     if not chosen:
         raise InputError(f"an export needs a candidate within the constraints, but {study.name} has none")
@@ -194,6 +202,10 @@ def _run(study: Study, known: Sequence[Candidate], console: Console, *, debug: b
             "shows the way and proves nothing",
             highlight=False,
         )
+    console.print(
+        f"the classifiers {plan.task.name} and its partner {plan.task.partner} come first; trained once, they are kept",
+        highlight=False,
+    )
     ended = Record(study).ended() if journal(study).exists() else 0
     display = Display(console, study, list(plan.space.searched()), plan.epochs, ended)
     tracker = Tracker(study.wandb, study.folder, lambda line: console.print(line, highlight=False))
@@ -231,9 +243,24 @@ def _conclude(study: Study, state: State, console: Console) -> int:
         ):
             console.print(f"{what} {path}", highlight=False, soft_wrap=True)
     if state == "interrupted":
-        console.print(f"interrupted; go on with: python launch.py resume {study.name}", highlight=False)
+        console.print(f"interrupted; go on with: {_resume(study)}", highlight=False, soft_wrap=True)
         return 130
     return 0 if record.candidates() else 1
+
+
+def _resume(study: Study) -> str:
+    """Return the command that goes on with a search."""
+    elsewhere = "" if study.storage == Study().storage else f" --storage {study.storage}"
+    return f"python launch.py resume {study.name}{elsewhere}"
+
+
+def _runs(study: Study) -> bool:
+    """Say whether a driver runs this search now."""
+    try:
+        with store_of(study).lock("searches", study.name).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _writable(storage: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +86,15 @@ class Study(BaseModel):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
             raise ValueError("must be letters, digits, '.', '_' and '-', and no path")
         return name
+
+    @field_validator("eps", mode="before")
+    @classmethod
+    def _may_be_a_fraction(cls, eps: object) -> object:
+        """Take 8/255 as it is written in papers."""
+        try:
+            return float(Fraction(eps)) if isinstance(eps, str) and "/" in eps else eps
+        except (ValueError, ZeroDivisionError):
+            return eps
 
     @field_validator("data_dir")
     @classmethod
@@ -203,6 +213,8 @@ def read(path: Path, over: Mapping[str, Any] | None = None) -> Study:
             )
         lines[key.value] = key.start_mark.line + 1
     values = {str(name): value for name, value in values.items()}
+    if isinstance(values.get("knobs"), dict) and "knobs" in over:
+        over = {**over, "knobs": {**values["knobs"], **over["knobs"]}}
     try:
         return make(
             {**values, **over},

@@ -179,7 +179,8 @@ def contains(domain: BaseDistribution, value: object) -> bool:
         return False
     if isinstance(domain, IntDistribution) and not isinstance(value, int):
         return False
-    return domain._contains(domain.to_internal_repr(value))
+    assert isinstance(domain, FloatDistribution | IntDistribution)
+    return domain._contains(float(value))
 
 
 def spoken(domain: BaseDistribution) -> str:

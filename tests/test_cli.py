@@ -115,6 +115,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert "trials: 5\n" in shown and "seed: 7\n" in shown
 
 
+def test_knobs_of_flags_and_file_add_up_and_an_eps_may_be_a_fraction(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("knobs: {latent: 4, dense: 64}\n")
+    flags = ["--knob", "dense=32", "--knob", "conv_maps=4,8", "--eps", "8/255"]
+    study = launch("search", "--config", str(tmp_path / "study.yaml"), *flags, "--print-config").stdout
+    assert "  latent: 4\n  dense: 32\n  conv_maps:\n  - 4\n  - 8\n" in study and "eps: 0.03137" in study
+
+
 def test_a_printed_config_is_a_config(tmp_path: Path) -> None:
     first = launch("search", "--knob", "conv_maps=4,8", "--knob", "label_injection=planes", "--print-config").stdout
     (tmp_path / "study.yaml").write_text(first)
@@ -125,7 +132,7 @@ def test_a_name_that_exists_says_resume(tmp_path: Path) -> None:
     (tmp_path / "smoke").mkdir()
     (tmp_path / "smoke" / "study.yaml").touch()
     result = launch("search", "--name", "smoke", "--storage", str(tmp_path), *SMOKE)
-    assert result.returncode == 2 and "go on with `resume smoke`" in result.stderr
+    assert result.returncode == 2 and "go on with `python launch.py resume smoke --storage" in result.stderr
 
 
 def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

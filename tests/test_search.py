@@ -129,7 +129,7 @@ def test_ctrl_c_saves_and_resume_finishes_what_is_left(tmp_path: Path) -> None:
     search.send_signal(signal.SIGINT)
     output = search.communicate(timeout=120)[0]
     assert search.returncode == 130, output
-    assert "go on with: python launch.py resume stop" in output
+    assert f"go on with: python launch.py resume stop --storage {tmp_path}" in output
     before = rows(tmp_path / "stop")
     assert workers and not [pid for pid in workers if alive(pid)]
     resumed = launch("resume", "stop", "--storage", str(tmp_path))
