@@ -21,7 +21,7 @@ setup: .venv/.ready  ## a .venv with everything pinned, and MNIST in the data ca
 	@touch $@
 
 search: setup  ## the default search on real MNIST, embedded: local Ray, a journal file, W&B offline
-	$(BIN)/python launch.py $(if $(wildcard runs/$(RUN)),resume $(RUN),search --name $(RUN) --config search/quickstart.yaml)
+	$(BIN)/python launch.py $(if $(wildcard runs/$(RUN)/study.yaml),resume $(RUN),search --name $(RUN) --config search/quickstart.yaml)
 	$(BIN)/python launch.py export $(RUN) --top 1
 
 test: setup  ## the tests

@@ -91,7 +91,7 @@ def loops(defense: PuVAE, source: Recorder, x: Tensor, y: Tensor, reduction: str
 def test_each_loss_is_the_papers_equation(reduction: str, injection: str) -> None:
     defense = build(ODD, reduction=reduction, label_injection=injection)
     source, x, y = Recorder(4), images(ODD), torch.tensor([0, 1, 2, 3, 0, 1])
-    found = [float(loss) for loss in defense.losses(x, y, source)]
+    found = [float(loss.detach()) for loss in defense.losses(x, y, source)]
     assert found == pytest.approx(loops(defense, source, x, y, reduction), rel=1e-4)
 
 
