@@ -44,8 +44,6 @@ class Display(Listener):
         self.searched = searched
         self.epochs = epochs
         self.done = done
-        self.candidates = 0
-        self.best: Candidate | None = None
         self._rows: dict[str, _Row] = {}
         self._live: Live | None = None
         self._progress = Progress(
@@ -86,7 +84,6 @@ class Display(Listener):
     ) -> None:
         self._rows.pop(trial, None)
         self.done += 1
-        self.candidates += len(candidates)
         best = max(candidates, key=lambda c: c.score.attacked_accuracy, default=None)
         if best is None:
             self._say(f"{trial} {state}{': ' + reason if reason else ''}")
