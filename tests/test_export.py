@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -150,6 +151,13 @@ def test_an_export_never_overwrites_another(folder: Path, searched: Study) -> No
     best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
     with pytest.raises(InputError, match="an export must be a new folder"):
         export(searched, best, store_of(searched), folder.parent)
+
+
+def test_a_candidate_whose_fit_is_another_by_now_is_not_exported(searched: Study, tmp_path: Path) -> None:
+    best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
+    with pytest.raises(InputError, match="an export needs the fit that was scored"):
+        export(searched, replace(best, fit="0" * 16), store_of(searched), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_alarm_refuses_the_export_and_despite_writes_it(

@@ -8,12 +8,13 @@ import pytest
 from optuna.trial import TrialState
 
 from attacks.threat import ThreatModel
-from search import ranking
+from search import ranking, session
 from search.record import Record, state_of
 from search.score import Candidate, Score
 from search.searcher import Proposer
 from search.store import fingerprint
 from search.study import Study
+from search.trial import store_of
 from spaces.space import InputError, Params
 from tests.conftest import digits_study
 
@@ -200,3 +201,11 @@ def test_reading_a_search_changes_nothing(study: Study) -> None:
     journal = (study.folder / "study.journal").read_bytes()
     assert [t.user_attrs["trial"] for t in Record(study).trials()] == [name]
     assert (study.folder / "study.journal").read_bytes() == journal
+
+
+def test_what_no_driver_runs_is_interrupted_and_not_running(study: Study) -> None:
+    proposed(Proposer(study))
+    with store_of(study).lock("searches", study.name):
+        assert session.status(study)["running"] == 1
+    found = session.status(study)
+    assert (found["running"], found["interrupted"]) == (0, 1)
