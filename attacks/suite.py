@@ -150,16 +150,22 @@ def wrong_labels(y_N: Tensor, classes: int) -> Tensor:
 @contextmanager
 def reproducible(model: nn.Module, seed: int) -> Iterator[None]:
     """Run with every submodule in eval mode and the generators seeded; leave modes and generators as they were."""
-    modes = {module: module.training for module in model.modules()}
     devices = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with torch.random.fork_rng(devices=sorted(devices)), evaluating(model):
         torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run with every submodule in eval mode, and leave each in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -13,6 +13,7 @@ from attacks.view import Gradient
 from spaces.space import Params, Scalar
 
 Metrics = dict[str, float]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,13 @@ class Batches:
     seed: int = 0
     start: int = 0
     boundary: Callable[[], None] = lambda: None
+    once: Callable[[str, Callable[[], Tensors]], Tensors] = lambda shaped_by, make: halved(make())
+
+    def split(self, share: float) -> tuple[Batches, tuple[Tensor, Tensor]]:
+        """Return batches without the last `share` of the images, and these images x_NCHW, y_N, held out."""
+        kept = len(self.x_NCHW) - max(1, round(share * len(self.x_NCHW)))
+        held_out = self.x_NCHW[kept:], self.y_N[kept:]
+        return replace(self, x_NCHW=self.x_NCHW[:kept], y_N=self.y_N[:kept]), held_out
 
     def __iter__(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
         for epoch in range(self.start, self.epochs):
@@ -51,6 +59,11 @@ class Batches:
         for chosen in order_N.split(self.batch_size):
             self.boundary()
             yield self.x_NCHW[chosen], self.y_N[chosen]
+
+
+def halved(tensors: Tensors) -> Tensors:
+    """Return the tensors with floating point as float16, which keeps images in [0, 1] to 1 / 2048."""
+    return {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,8 @@ class Defense(nn.Module):
     Inference: ClassVar[type[Knobs]] = Knobs
     consults: ClassVar[Literal["target", "partner"]] = "target"
     """Which classifier `fit` gets: the protected one, or its partner architecture (PuVAE's source classifier)."""
+    differentiable: ClassVar[bool] = True
+    """Whether a gradient flows through `purify`; where not, `surrogate` is overridden."""
 
     def __init__(self, train: Mapping[str, Scalar], inference: Mapping[str, Scalar], shape: Shape) -> None:
         super().__init__()
@@ -107,17 +122,34 @@ class Defense(nn.Module):
         if type(self).classify is not Defense.classify:
             return ("exact",)  # what is classified is not what `purify` and `surrogate` return
         own = type(self).surrogate is not Defense.surrogate
-        return ("surrogate", "bpda", "exact") if own else ("bpda", "exact")
+        return (*(("surrogate",) if own else ()), "bpda", *(("exact",) if self.differentiable else ()))
 
     def build(self) -> None:
-        """Build the networks from `self.train_knobs` and `self.shape`."""
+        """Build the networks from `self.train_knobs` and `self.shape`.
+
+        It also runs on torch's meta device, where tensors have no values, to check a setting before any training.
+
+        Raises:
+            InputError: the combination cannot be built; one line with the law and the value.
+        """
+
+    def adopt(self, classifier: nn.Module) -> None:
+        """Take what the defense needs of the protected classifier's architecture; called once, after `build`.
+
+        A defense that retrains a classifier keeps a deep copy here; the given one must stay as it is.
+        """
+
+    def bases(self) -> tuple[str, ...]:
+        """Return the architectures whose classifiers `fit` gets as an nn.ModuleList; none: the one of `consults`."""
+        return ()
 
     def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
         """Train, yielding the metrics of each epoch.
 
         Args:
             batches: one iterator of batches an epoch.
-            classifier: what the training may consult, frozen; for PuVAE the source classifier M_s.
+            classifier: what the training may consult, frozen and in eval mode; for PuVAE the source classifier M_s.
+                An nn.ModuleList where `bases` names several.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is trained")
 
@@ -128,9 +160,25 @@ class Defense(nn.Module):
         """Return logits_NK."""
         return classifier(self.purify(x_NCHW))
 
+    def suspicion(self, x_NCHW: Tensor) -> Tensor:
+        """Return what is held against each image, NS: a column for each inference knob that is a threshold, in order.
+
+        An image is accepted where no column exceeds its knob. Another threshold so needs no other forward pass.
+        """
+        return x_NCHW.new_zeros((len(x_NCHW), 0))
+
+    @classmethod
+    def thresholds(cls) -> tuple[str, ...]:
+        """Return the names of the inference knobs that are thresholds of `suspicion`."""
+        return tuple(f.name for f in fields(cls.Inference) if f.metadata["threshold"])
+
+    def limits(self) -> Tensor:
+        """Return the values of the thresholds, S."""
+        return torch.tensor([float(getattr(self.inference_knobs, name)) for name in self.thresholds()])
+
     def accept(self, x_NCHW: Tensor) -> Tensor:
         """Return a bool for each image: False rejects it."""
-        return torch.ones(len(x_NCHW), dtype=torch.bool, device=x_NCHW.device)
+        return accepted(self.suspicion(x_NCHW), self.limits())
 
     def surrogate(self, x_NCHW: Tensor) -> Tensor:
         """Return a differentiable stand-in for `purify`, for an attacker's gradient."""
@@ -155,6 +203,11 @@ class Defense(nn.Module):
         """Take up the state that `progress` returned."""
         self._resumed = dict(progress)
         self.load_state_dict(self._resumed.pop("weights"))
+
+
+def accepted(suspicion_NS: Tensor, limits_S: Tensor) -> Tensor:
+    """Return whether each image is within every limit, bool_N; a NaN is not."""
+    return (suspicion_NS <= limits_S.to(suspicion_NS)).all(dim=1)
 
 
 class Defended(nn.Module):

@@ -39,7 +39,9 @@ def choose(what: str, value: str, legal: Sequence[str]) -> str:
     raise InputError(f"{what} must be one of {', '.join(legal)}, but is {value!r}{hint}")
 
 
-def knob(default: Scalar, domain: BaseDistribution, meaning: str, *, latency: bool = False) -> Any:
+def knob(
+    default: Scalar, domain: BaseDistribution, meaning: str, *, latency: bool = False, threshold: bool = False
+) -> Any:
     """Declare one hyperparameter as a field of a defense's Train or Inference dataclass.
 
     Args:
@@ -47,8 +49,10 @@ def knob(default: Scalar, domain: BaseDistribution, meaning: str, *, latency: bo
         domain: every legal value.
         meaning: what it is, with its unit and source.
         latency: whether it can change the purification latency.
+        threshold: whether it is the limit of a column of `Defense.suspicion` (an inference knob).
     """
-    return field(default=default, metadata={"domain": domain, "meaning": meaning, "latency": latency})
+    about = {"domain": domain, "meaning": meaning, "latency": latency, "threshold": threshold}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
