@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.robustness import Robustness, evaluate
+from attacks.robustness import Robustness, Verdict, evaluate, look
 from attacks.suite import PGD_10, PGD_40, SUITES, Suite, reproducible
 from attacks.threat import ThreatModel
-from attacks.view import View, gradients, stochastic
+from attacks.view import View, gradients, limits, stochastic
 
 SLACK = 0.05
 """How far a heavier attack may still lower the accuracy before the lighter one counts as unconverged."""
@@ -121,9 +121,8 @@ def _noise(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, 
     generator = torch.Generator().manual_seed(seed)
     sign = torch.randint(0, 2, x_NCHW.shape, generator=generator).to(x_NCHW) * 2 - 1
     noisy_NCHW = (x_NCHW + threat.eps * sign).clamp(0, 1)
-    with torch.no_grad(), reproducible(target, seed):
-        withstood = found.robust & (target(noisy_NCHW).argmax(1) == y_N)
-    lost = float((found.robust.float() - withstood.float()).mean())
+    verdict = Verdict.of(look(target, noisy_NCHW, y_N, seed), limits(target))
+    lost = float((found.robust & verdict.wrong).double().mean())
     return _at_most("noise", "random signs of size eps break nothing that withstood the attacks", lost, SLACK)
 
 
@@ -145,11 +144,13 @@ def _heavier(
         draws=base.draws,
     )
     again = evaluate(twice, target, x_NCHW[left], y_N[left], threat, oblivious={}, seed=seed + 1, white_box=True)
-    survivors = found.survivors.clone()
-    survivors[left] &= again.survivors
-    trail = {**found.trail, "white-box/pgd-80 (all)": float(survivors.double().mean())}
-    lost = int((again.right & ~again.survivors).sum()) / len(y_N)
-    return replace(found, white_box=survivors, trail=trail), lost
+    right, wrong = found.strongest.right.clone(), found.strongest.wrong.clone()
+    right[left] &= again.strongest.right
+    wrong[left] |= again.strongest.wrong
+    white_box = Verdict(right, wrong)
+    trail = {**found.trail, "white-box/pgd-80 (all)": white_box.accuracy}
+    lost = int((again.clean.right & ~again.survivors).sum()) / len(y_N)
+    return replace(found, white_box=white_box, trail=trail), lost
 
 
 def _unbounded(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int) -> Gate:
@@ -159,5 +160,4 @@ def _unbounded(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatMod
     found = evaluate(free, target, x, y, replace(threat, eps=1.0), oblivious={}, seed=seed, white_box=True)
     with torch.no_grad():
         chance = 1 / target(x[:1]).shape[1]
-    left = float(found.survivors.double().mean())
-    return _at_most("unbounded", "an unbounded attack leaves at most chance", left, chance + SLACK)
+    return _at_most("unbounded", "an unbounded attack leaves at most chance", found.strongest.accuracy, chance + SLACK)

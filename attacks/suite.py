@@ -150,8 +150,15 @@ def wrong_labels(y_N: Tensor, classes: int) -> Tensor:
 @contextmanager
 def reproducible(model: nn.Module, seed: int) -> Iterator[None]:
     """Run with every submodule in eval mode and the generators seeded; leave modes and generators as they were."""
-    devices = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices)), evaluating(model):
+    with seeded(seed), evaluating(model):
+        yield
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with torch's generators seeded, and leave them as they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 Gradient = Literal["exact", "bpda", "surrogate"]
@@ -21,6 +22,8 @@ class Purifier(Protocol):
     def stochastic(self) -> bool: ...
     def purify(self, x_NCHW: Tensor) -> Tensor: ...
     def surrogate(self, x_NCHW: Tensor) -> Tensor: ...
+    def suspicion(self, x_NCHW: Tensor) -> Tensor: ...
+    def limits(self) -> Tensor: ...
 
 
 class Guarded(Protocol):
@@ -28,8 +31,6 @@ class Guarded(Protocol):
 
     defense: Purifier
     classifier: nn.Module
-
-    def accept(self, x_NCHW: Tensor) -> Tensor: ...
 
 
 class View(nn.Module):
@@ -75,3 +76,8 @@ def gradients(target: nn.Module) -> tuple[Gradient, ...]:
 def stochastic(target: nn.Module) -> bool:
     """Say whether the target draws noise at inference."""
     return hasattr(target, "defense") and cast(Guarded, target).defense.stochastic
+
+
+def limits(target: nn.Module) -> Tensor:
+    """Return the thresholds of the target's suspicion, S: none where it rejects nothing."""
+    return cast(Guarded, target).defense.limits() if hasattr(target, "defense") else torch.zeros(0)

@@ -164,8 +164,11 @@ class Defense(nn.Module):
         """Return what is held against each image, NS: a column for each inference knob that is a threshold, in order.
 
         An image is accepted where no column exceeds its knob. Another threshold so needs no other forward pass.
+        A defense that overrides `accept` alone has one column: 0 for what it accepts, 1 for what it rejects.
         """
-        return x_NCHW.new_zeros((len(x_NCHW), 0))
+        if type(self).accept is Defense.accept:
+            return x_NCHW.new_zeros((len(x_NCHW), 0))
+        return (~self.accept(x_NCHW))[:, None].to(x_NCHW)
 
     @classmethod
     def thresholds(cls) -> tuple[str, ...]:
@@ -174,11 +177,14 @@ class Defense(nn.Module):
 
     def limits(self) -> Tensor:
         """Return the values of the thresholds, S."""
+        if type(self).accept is not Defense.accept:
+            return torch.zeros(1)
         return torch.tensor([float(getattr(self.inference_knobs, name)) for name in self.thresholds()])
 
     def accept(self, x_NCHW: Tensor) -> Tensor:
         """Return a bool for each image: False rejects it."""
-        return accepted(self.suspicion(x_NCHW), self.limits())
+        suspicion_NS = self.suspicion(x_NCHW)
+        return (suspicion_NS <= self.limits().to(suspicion_NS)).all(dim=1)
 
     def surrogate(self, x_NCHW: Tensor) -> Tensor:
         """Return a differentiable stand-in for `purify`, for an attacker's gradient."""
@@ -203,11 +209,6 @@ class Defense(nn.Module):
         """Take up the state that `progress` returned."""
         self._resumed = dict(progress)
         self.load_state_dict(self._resumed.pop("weights"))
-
-
-def accepted(suspicion_NS: Tensor, limits_S: Tensor) -> Tensor:
-    """Return whether each image is within every limit, bool_N; a NaN is not."""
-    return (suspicion_NS <= limits_S.to(suspicion_NS)).all(dim=1)
 
 
 class Defended(nn.Module):

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import load as from_bytes
 
@@ -69,14 +68,15 @@ def export(
     target = Defended(defense, bench.target.network)
     exam = bench.exam
     found = audit(target, exam.x_NCHW, exam.y_N, exam.threat, seed=study.seed + 1)
-    evidence = _evidence(bench, candidate, found, exam.robustness(target)) | {"refused_before_it": refused}
+    evidence = _evidence(bench, candidate, found, exam.observe(target).judge()) | {"refused_before_it": refused}
     if evidence["alarms"] and not despite_alarms:
         raise AlarmError(f"{candidate.candidate} raised {len(evidence['alarms'])} alarm(s): {evidence['alarms'][0]}")
     config = {
         "defense": study.defense,
         "task": study.task,
         "shape": asdict(bench.plan.task.shape),
-        "classifier": bench.plan.task.classifier,
+        "classifier": bench.plan.protected,
+        "trained_with": bench.plan.task.classifier,
         "train": dict(candidate.params.train),
         "inference": dict(candidate.params.inference),
         "threat": asdict(exam.threat),
@@ -117,6 +117,7 @@ def load(folder: str | Path) -> Defended:
     shape = Shape(**config["shape"])
     defense = defenses.find(config["defense"])(config["train"], config["inference"], shape)
     classifier = ARCHITECTURES[config["classifier"]].build(shape)
+    defense.adopt(ARCHITECTURES[config["trained_with"]].build(shape))
     defense.load_state_dict(from_bytes(files["weights.safetensors"]))
     classifier.load_state_dict(from_bytes(files["classifier.safetensors"]))
     return Defended(defense, classifier).eval().requires_grad_(False)
@@ -125,20 +126,22 @@ def load(folder: str | Path) -> Defended:
 def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness) -> dict[str, Any]:
     """Return what is known of a candidate; its accuracies under attack are what both search and audit left."""
     score, images = candidate.score, candidate.score.images
-    attacked = _share(found.robustness.robust & again.robust)
+    attacked = found.robustness.attacked & again.attacked
     alarms = [*found.alarms, *score.alarms]
-    drift = abs(_share(again.robust) - score.attacked_accuracy)
+    drift = abs(again.attacked.accuracy - score.attacked_accuracy)
     if drift > REPRODUCED:
         alarms.append(f"reproduced: the search's attack run again gives the same figure, but differs by {drift:.3f}")
     return {
         "alarms": alarms,
         "candidate": candidate.candidate,
         "threat": asdict(score.threat),
-        "attacked_accuracy": attacked,
-        "attacked_accuracy_interval": wilson(attacked, images),
+        "attacked_accuracy": attacked.accuracy,
+        "attacked_accuracy_interval": wilson(attacked.accuracy, images),
+        "attacked_error": attacked.error,
+        "attacked_rejection": attacked.rejection,
         "attacked_accuracy_of_the_search": score.attacked_accuracy,
-        "oblivious_accuracy": _share(found.robustness.oblivious & again.oblivious),
-        "white_box_accuracy": _share(found.robustness.survivors & again.survivors),
+        "oblivious_accuracy": (found.robustness.oblivious & again.oblivious).accuracy,
+        "white_box_accuracy": (found.robustness.strongest & again.strongest).accuracy,
         "clean_accuracy": score.clean_accuracy,
         "clean_rejection": score.clean_rejection,
         "latency_ms_p50": score.latency_ms_p50,
@@ -163,10 +166,6 @@ def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustnes
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONS}},
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _share(verdicts_N: torch.Tensor) -> float:
-    return float(verdicts_N.double().mean())
 
 
 def _card(candidate: Candidate, evidence: Mapping[str, Any]) -> str:

@@ -18,11 +18,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from defenses.base import Defense
 
 REPEATS = 30
 WARM_UP = 3
+PATIENCE_S = 20.0
+"""Seconds after which a slow purifier is repeated no more, down to three times and one warm-up."""
 DRIFT = 0.2
 """How far the reference kernel may move, as a fraction, before a measurement is repeated."""
 TRIES = 3
@@ -37,6 +40,7 @@ class Latency:
         single_ms_p50: of one image.
         drift: how far the reference kernel moved between before and after, a fraction.
         device: where it was measured.
+        repeats: how often the batch was timed.
     """
 
     ms_p50: float
@@ -44,6 +48,7 @@ class Latency:
     single_ms_p50: float
     drift: float
     device: str
+    repeats: int
 
     def to_json(self) -> dict[str, float | str]:
         return asdict(self)
@@ -121,20 +126,25 @@ def _processor() -> str:
 
 @torch.no_grad()
 def measure(defense: Defense, lane: Lane, device: torch.device) -> Latency:
-    """Time `purify` at batch 128 and 1, alone on the device; repeat while the reference kernel drifts."""
+    """Time `purify` and `accept` at batch 128 and 1, alone on the device; repeat while the reference kernel drifts."""
     shape = defense.shape
     x_NCHW = torch.rand(128, shape.channels, shape.height, shape.width, device=device)
     a_DD = torch.rand(512, 512, device=device)
     attempts = []
     defense.eval()
+
+    def work(x_NCHW: Tensor) -> None:
+        defense.purify(x_NCHW)
+        defense.accept(x_NCHW)
+
     with lane.quiet():
         for _ in range(TRIES):
             before = median(_times(lambda: a_DD @ a_DD, device))
-            batch = sorted(_times(lambda: defense.purify(x_NCHW), device))
-            single = _times(lambda: defense.purify(x_NCHW[:1]), device)
+            batch = sorted(_times(lambda: work(x_NCHW), device))
+            single = _times(lambda: work(x_NCHW[:1]), device)
             drift = abs(median(_times(lambda: a_DD @ a_DD, device)) / before - 1)
             p95 = batch[min(len(batch) - 1, int(0.95 * len(batch)))]
-            attempts.append(Latency(median(batch), p95, median(single), drift, device_name(device)))
+            attempts.append(Latency(median(batch), p95, median(single), drift, device_name(device), len(batch)))
             if drift <= DRIFT:
                 break
     return min(attempts, key=lambda latency: latency.drift)
@@ -142,15 +152,17 @@ def measure(defense: Defense, lane: Lane, device: torch.device) -> Latency:
 
 def _times(work: Callable[[], object], device: torch.device) -> list[float]:
     """Return the milliseconds of each repeat, after a warm-up, the device synchronised."""
-    times = []
-    for i in range(WARM_UP + REPEATS):
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < WARM_UP + REPEATS:
         _synchronise(device)
         start = time.perf_counter()
         work()
         _synchronise(device)
-        if i >= WARM_UP:
-            times.append(1e3 * (time.perf_counter() - start))
-    return times
+        times.append(1e3 * (time.perf_counter() - start))
+        if len(times) > 3 and time.perf_counter() - begin > PATIENCE_S:
+            break
+    return times[min(WARM_UP, len(times) - 3) :]
 
 
 def _synchronise(device: torch.device) -> None:

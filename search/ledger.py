@@ -31,17 +31,23 @@ class Ledger(Listener):
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
         new = [c.candidate for c in candidates if c.candidate not in self._rows]
-        first = not self._rows
+        before = self._columns()
         self._rows.update({c.candidate: c.row() for c in candidates})
+        if self._columns() != before:  # such as the attacks that another variant of a defense calls for
+            write_atomic(self.path, self._text(list(self._rows), header=True).encode())
+            return
         with self.path.open("a", newline="") as file:
-            file.write(self._text(new, header=first))
+            file.write(self._text(new, header=False))
+
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys(column for row in self._rows.values() for column in row))
 
     def _text(self, names: Sequence[str], *, header: bool) -> str:
         if not names:
             return ""
         rows = [self._rows[name] for name in names]
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(buffer, fieldnames=self._columns())
         if header:
             writer.writeheader()
         writer.writerows(rows)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from attacks.interval import wilson
 from defenses.base import Metrics
+from search import ranking
 from search.events import Listener, State
 from search.score import Candidate
 from search.study import Study
@@ -60,7 +61,7 @@ class Display(Listener):
     def search_started(self, study: Study, undefended: Candidate) -> None:
         score = undefended.score
         self._say(
-            f"undefended {study.task}: clean {percent(score.clean_accuracy)}, attacked "
+            f"undefended {study.label}: clean {percent(score.clean_accuracy)}, attacked "
             f"{percent(score.attacked_accuracy)} ({score.threat}), {score.images} validation images"
         )
         if self.console.is_terminal:
@@ -84,7 +85,7 @@ class Display(Listener):
     ) -> None:
         self._rows.pop(trial, None)
         self.done += 1
-        best = max(candidates, key=lambda c: c.score.attacked_accuracy, default=None)
+        best = next(iter(ranking.ranked(candidates)), None)
         if best is None:
             self._say(f"{trial} {state}{': ' + reason if reason else ''}")
         else:
@@ -132,27 +133,31 @@ def leaderboard(
 ) -> Table:
     """Return the best candidates beside the undefended classifier, percent, with Wilson 95 % intervals."""
     threat = ranked[0].score.threat if ranked else undefended.score.threat if undefended else None
-    title = f"{study.name}: {study.defense} on {study.task}, attacked accuracy under {threat}"
+    title = f"{study.name}: {study.defense} on {study.label}, attacked accuracy under {threat}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("candidate", no_wrap=True, min_width=13)
     for heading in searched:
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("attacked %", "95 %", "oblivious %", "white-box %", "clean %", "p50 ms"):
+    rejects = any(c.score.clean_rejection or c.score.attacked_rejection for c in ranked)
+    apart = ("error %", "rejected %", "clean rejected %") if rejects else ()
+    for heading in ("attacked %", "95 %", *apart, "oblivious %", "white-box %", "clean %", "p50 ms"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=max(6, len(heading)))
     for candidate in ranked[:top]:
         knobs = candidate.params.flat()
-        table.add_row(candidate.candidate, *(brief(knobs[name]) for name in searched), *_figures(candidate))
+        table.add_row(candidate.candidate, *(brief(knobs[name]) for name in searched), *_figures(candidate, rejects))
     if undefended is not None:
-        table.add_row("undefended", *("-" for _ in searched), *_figures(undefended), style="dim")
+        table.add_row("undefended", *("-" for _ in searched), *_figures(undefended, rejects), style="dim")
     return table
 
 
-def _figures(candidate: Candidate) -> list[str]:
+def _figures(candidate: Candidate, rejects: bool) -> list[str]:
     score = candidate.score
+    apart = (score.attacked_error, score.attacked_rejection, score.clean_rejection) if rejects else ()
     low, high = wilson(score.attacked_accuracy, score.images)
     return [
         percent(score.attacked_accuracy),
         f"{100 * low:.0f}-{100 * high:.0f}",
+        *map(percent, apart),
         percent(score.oblivious_accuracy),
         percent(score.white_box_accuracy),
         percent(score.clean_accuracy),

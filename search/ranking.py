@@ -11,7 +11,10 @@ from search.study import Study
 def constraints(study: Study, candidate: Candidate) -> dict[str, float]:
     """Return by how much a candidate exceeds each constraint; zero or less is feasible."""
     score = candidate.score
-    limits = {"alarms": float(len(score.alarms))}
+    limits = {
+        "alarms": float(len(score.alarms)),
+        "max_clean_rejection": score.clean_rejection - study.max_clean_rejection,
+    }
     if study.min_clean_accuracy is not None:
         limits["min_clean_accuracy"] = study.min_clean_accuracy - score.clean_accuracy
     if study.max_latency_ms is not None:
@@ -20,8 +23,13 @@ def constraints(study: Study, candidate: Candidate) -> dict[str, float]:
 
 
 def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Return the candidates, the best attacked accuracy first, then the fastest."""
-    return sorted(candidates, key=lambda c: (-c.score.attacked_accuracy, c.score.latency_ms_p50))
+    """Return the candidates, the least attacked error first, then the fastest.
+
+    Where nothing can be rejected that is the best attacked accuracy first.
+    """
+    return sorted(
+        candidates, key=lambda c: (c.score.attacked_error, c.score.latency_ms_p50, -c.score.attacked_accuracy)
+    )
 
 
 def feasible(study: Study, candidates: Iterable[Candidate]) -> list[Candidate]:

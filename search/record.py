@@ -73,15 +73,15 @@ class Record:
         return list({candidate.candidate: candidate for candidate in every}.values())
 
     def feasible(self) -> list[Candidate]:
-        """Return the candidates within all constraints, the best attacked accuracy first, then the fastest."""
+        """Return the candidates within all constraints, the least attacked error first, then the fastest."""
         return ranking.feasible(self.study, self.candidates())
 
     def importances(self) -> dict[str, float]:
-        """Return how much each knob matters for the attacked accuracy; empty where too little is known."""
+        """Return how much each knob matters for the attacked error; empty where too little is known."""
         if sum(t.state == TrialState.COMPLETE for t in self._all()) < 8:
             return {}
-        accuracies = {t.values[0] for t in self._all() if t.state == TrialState.COMPLETE}
-        if len(accuracies) < 2:
+        errors = {t.values[0] for t in self._all() if t.state == TrialState.COMPLETE}
+        if len(errors) < 2:
             return {}  # where nothing varies there is no variance to explain
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=self.study.seed)
         found = optuna.importance.get_param_importances(

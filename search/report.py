@@ -85,11 +85,8 @@ class Findings:
 
     @cached_property
     def ranked(self) -> list[Candidate]:
-        """The candidates, the feasible ones first, then by attacked accuracy and latency."""
-        return sorted(
-            self.candidates,
-            key=lambda c: (bool(self.broken(c)), -c.score.attacked_accuracy, c.score.latency_ms_p50),
-        )
+        """The candidates, the feasible ones first, then by attacked error and latency."""
+        return sorted(ranking.ranked(self.candidates), key=lambda c: bool(self.broken(c)))
 
     @property
     def images(self) -> int:
@@ -220,6 +217,7 @@ def constraints(study: Study) -> list[str]:
     return [
         *([f"clean accuracy of at least {percent(least)}"] if least is not None else []),
         *([f"purification latency of at most {milliseconds(budget)}"] if budget is not None else []),
+        f"at most {percent(study.max_clean_rejection)} of the clean images rejected",
         "no alarm",
     ]
 
@@ -228,6 +226,8 @@ def measures(findings: Findings) -> Iterator[tuple[str, str, list[str]]]:
     """Yield measure, condition, and the values of the best candidate and of the undefended classifier."""
     batch = "p50, batch of 128" + (f", {findings.device}" if findings.device else "")
     rows: list[tuple[str, str, Callable[[Score], str]]] = [
+        ("Attacked images accepted and wrong", findings.named(), lambda s: percent(s.attacked_error)),
+        ("Attacked images rejected", findings.named(), lambda s: percent(s.attacked_rejection)),
         ("Oblivious accuracy", findings.named("oblivious"), lambda s: percent(s.oblivious_accuracy)),
         ("White-box accuracy", findings.named("white-box"), lambda s: percent(s.white_box_accuracy)),
         ("Clean accuracy", "no attack", lambda s: percent(s.clean_accuracy)),

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from attacks.audit import quick_gates
-from attacks.robustness import Robustness, evaluate
+from attacks.audit import Gate, quick_gates
+from attacks.robustness import Observation, Robustness, evaluate, observe
 from attacks.suite import SUITES, Suite
 from attacks.threat import ThreatModel
 from search.latency import Latency
@@ -25,7 +24,10 @@ class Score:
     """One candidate's figures. Accuracies and rejections are fractions in [0, 1], latencies milliseconds.
 
     Args:
-        threat: the study's threat model; `attacked_accuracy` is under it.
+        threat: the study's threat model; what is called attacked is under it.
+        attacked_accuracy: images of which every version, the clean one too, is accepted and right.
+        attacked_error: images of which some version is accepted and wrong.
+        attacked_rejection: the rest.
         attacks: accuracy after each attack, by `knowledge/attack`; oblivious ones each over all images, white-box
             ones cumulative (each sees what the earlier ones left).
         images: how many validation images were attacked.
@@ -35,6 +37,8 @@ class Score:
 
     threat: ThreatModel
     attacked_accuracy: float
+    attacked_error: float
+    attacked_rejection: float
     oblivious_accuracy: float
     white_box_accuracy: float
     clean_accuracy: float
@@ -70,6 +74,8 @@ class Candidate:
             "eps": s.threat.eps,
             **self.params.flat(),
             "attacked_accuracy": s.attacked_accuracy,
+            "attacked_error": s.attacked_error,
+            "attacked_rejection": s.attacked_rejection,
             "oblivious_accuracy": s.oblivious_accuracy,
             "black_box_accuracy": None,
             "white_box_accuracy": s.white_box_accuracy,
@@ -115,9 +121,9 @@ class Exam:
     oblivious: Mapping[str, Tensor]
     seed: int
 
-    def robustness(self, target: nn.Module) -> Robustness:
-        """Return the verdicts under the oblivious and the white-box threat model, whichever the study's is."""
-        return evaluate(
+    def observe(self, target: nn.Module) -> Observation:
+        """Attack under the oblivious and the white-box threat model, whichever the study's is."""
+        return observe(
             self.suite,
             target,
             self.x_NCHW,
@@ -128,21 +134,26 @@ class Exam:
             white_box=True,
         )
 
-    def score(self, target: nn.Module, latency: Latency | None) -> Score:
+    def gates(self, target: nn.Module) -> tuple[Gate, ...]:
+        return quick_gates(target, self.x_NCHW, self.y_N, seed=self.seed)
+
+    def score(self, verdict: Robustness, gates: tuple[Gate, ...], latency: Latency | None) -> Score:
         """Return the figures of a bare or defended classifier.
 
         Args:
+            verdict: of what `observe` found.
             latency: None where there is nothing that purifies.
         """
-        verdict = self.robustness(target)
-        gates = quick_gates(target, self.x_NCHW, self.y_N, seed=self.seed)
+        attacked = verdict.attacked
         return Score(
             threat=self.threat,
-            attacked_accuracy=_share(verdict.robust),
-            oblivious_accuracy=_share(verdict.oblivious),
-            white_box_accuracy=_share(verdict.survivors),
-            clean_accuracy=_share(verdict.right),
-            clean_rejection=1 - _share(verdict.accepted),
+            attacked_accuracy=attacked.accuracy,
+            attacked_error=attacked.error,
+            attacked_rejection=attacked.rejection,
+            oblivious_accuracy=verdict.oblivious.accuracy,
+            white_box_accuracy=verdict.strongest.accuracy,
+            clean_accuracy=verdict.clean.accuracy,
+            clean_rejection=verdict.clean.rejection,
             latency_ms_p50=latency.ms_p50 if latency else 0.0,
             latency_ms_p95=latency.ms_p95 if latency else 0.0,
             images=len(self.y_N),
@@ -152,7 +163,10 @@ class Exam:
         )
 
     def cheap(self, target: nn.Module, images: int) -> float:
-        """Return the rung score: accuracy under one small fixed attack on the first `images` images."""
+        """Return the rung score: what withstands one small fixed attack, of the first `images` images.
+
+        A clean image that is rejected does not count, an attacked one does: so rejecting all scores nothing.
+        """
         quick = SUITES["quick"]
         verdict = evaluate(
             quick,
@@ -163,8 +177,4 @@ class Exam:
             oblivious={attack.name: self.oblivious[attack.name][:images] for attack in quick.oblivious},
             seed=self.seed,
         )
-        return _share(verdict.robust)
-
-
-def _share(verdicts_N: Tensor) -> float:
-    return float(verdicts_N.to(torch.float64).mean())
+        return float(verdict.robust.double().mean())

@@ -20,7 +20,7 @@ from search.study import Study
 from spaces.space import GRID_LIMIT, Params, SearchSpace, contains, draw
 
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
-    "attacked_accuracy": "maximize",
+    "attacked_error": "minimize",
     "latency_ms_p50": "minimize",
 }
 RETRIES = 20

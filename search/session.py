@@ -69,7 +69,7 @@ def status(study: Study) -> dict[str, Any]:
     best = next(iter(record.feasible()), None)
     return {
         "name": study.name,
-        "task": study.task,
+        "task": study.label,
         "defense": study.defense,
         "trials": study.trials,
         **{state: states.count(state) for state in ("finished", "running", "interrupted", "pruned", "failed")},

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -21,7 +22,7 @@ from search.datasets import DATASETS
 from search.store import write_atomic
 from search.tasks import Task
 from search.tasks import task as find_task
-from spaces.space import InputError, Scalar, SearchSpace, choose, finite
+from spaces.space import InputError, Scalar, SearchSpace, choose, extremes, finite
 
 Method = Literal["tpe", "nsga2", "gp", "random", "qmc", "grid"]
 KnobWish = Scalar | list[Scalar]
@@ -52,6 +53,12 @@ class Study(BaseModel):
     min_clean_accuracy: float | None = Field(
         None, ge=0, le=1, description="constraint: least accuracy on clean images, a fraction"
     )
+    max_clean_rejection: float = Field(
+        0.05, ge=0, le=1, description="constraint: most clean images that may be rejected, a fraction"
+    )
+    protect: str | None = Field(
+        None, description="the task whose classifier is attacked, where it is not the one trained with: mnist/C"
+    )
     train_images: int | None = Field(None, ge=1, description="training images; else all")
     eval_images: int | None = Field(
         None, ge=1, description="validation images that are attacked; else 1000, or all where there are fewer"
@@ -79,6 +86,11 @@ class Study(BaseModel):
     def folder(self) -> Path:
         """Everything a user sees of this search lies here."""
         return Path(self.storage) / self.name
+
+    @property
+    def label(self) -> str:
+        """The task, and what is protected where that is another classifier."""
+        return self.task if self.protect is None else f"{self.task} protecting {self.protect}"
 
     @field_validator("name")
     @classmethod
@@ -116,6 +128,9 @@ class Study(BaseModel):
         """
         defense = defenses.find(self.defense)
         task = find_task(self.task)
+        protected = task if self.protect is None else find_task(self.protect)
+        if protected.dataset != task.dataset:
+            raise InputError(f"protect must be a task on {task.dataset}, as {self.task} is, but is {self.protect}")
         wishes = {**spaces.named(self.defense, self.space), **self.knobs}
         if self.epochs is not None and "epochs" in SearchSpace.of(defense).train:
             wishes["epochs"] = self.epochs
@@ -130,7 +145,8 @@ class Study(BaseModel):
             if asked is not None and asked > most:
                 raise InputError(f"{name} must be at most {most} on {task.dataset}, but is {asked}")
         images = min(1000, data.validation) if self.eval_images is None else self.eval_images
-        return Plan(task, defense, space, ThreatModel("Linf", eps, self.threat), suite, images)
+        _buildable(defense, space, task)
+        return Plan(task, protected.classifier, defense, space, ThreatModel("Linf", eps, self.threat), suite, images)
 
     def write(self) -> Path:
         """Write study.yaml into the search's folder."""
@@ -142,9 +158,10 @@ class Study(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study's words stand for."""
+    """What a study's words stand for; `protected` is the architecture that is attacked."""
 
     task: Task
+    protected: str
     defense: type[Defense]
     space: SearchSpace
     threat: ThreatModel
@@ -157,6 +174,19 @@ class Plan:
         domain = self.space.train.get("epochs")
         values = () if domain is None else finite(domain) or (domain.high,)  # type: ignore[attr-defined]
         return max((int(value) for value in values), default=1)
+
+
+def _buildable(defense: type[Defense], space: SearchSpace, task: Task) -> None:
+    """Build the defense without memory at one setting, and with each train-time knob in turn at its other values.
+
+    Raises:
+        InputError: a setting cannot be built on the task's images.
+    """
+    usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
+    turns = [{name: value} for name, domain in space.train.items() for value in extremes(domain)]
+    with torch.device("meta"):
+        for turn in ({}, *turns):
+            defense(usual | turn, space.usual(), task.shape)
 
 
 def make(values: Mapping[str, Any], where: Callable[[str], str] = lambda field: "") -> Study:

@@ -238,7 +238,7 @@ def pareto_chart(study: Study, undefended: Candidate, candidates: Sequence[Candi
     under = f"{undefended.score.threat}, {undefended.score.images} images"
     chart = go.Figure(
         layout={
-            "title": f"{study.name}: {study.defense} on {study.task}, {under}",
+            "title": f"{study.name}: {study.defense} on {study.label}, {under}",
             "xaxis": {"title": "purification latency, p50 in ms"},
             "yaxis": {"title": "attacked accuracy, fraction", "range": [0, 1]},
         }

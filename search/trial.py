@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import io
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,18 +18,20 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 import attacks.suite
-from attacks.robustness import craft_oblivious
-from defenses.base import Batches, Defended, Defense, Metrics
+from attacks.audit import Gate
+from attacks.coverage import pick, risk_coverage
+from attacks.robustness import Observation, craft_oblivious
+from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
 from search import classifiers, tasks
 from search.classifiers import Classifier
 from search.latency import Lane, Latency, device_name, measure
 from search.score import Candidate, Exam
 from search.store import Store, fingerprint, to_bytes, write_atomic
 from search.study import Study
-from spaces.space import GRID_LIMIT, Params, Scalar, SearchSpace, draw
+from spaces.space import GRID_LIMIT, Params, Scalar, SearchSpace, contains, draw
 
 Report = Callable[[int, Metrics], None]
 """Told of each epoch, counted from 1; it may raise to stop the trial, whose progress stays in the store."""
@@ -62,19 +64,19 @@ def run_trial(study: Study, params: Params, store: Store, report: Report) -> lis
     """
     bench = Bench.of(study, store)
     key, defense = bench.fit(params, report)
-    latency = bench.latency(defense)
-    return [bench.candidate(key, defense, setting, latency) for setting in bench.settings(params)]
+    return bench.candidates(key, defense, bench.settings(params))
 
 
 def baseline(study: Study, store: Store) -> Candidate:
     """Return the bare classifier as a candidate, scored by the same suite on the same images."""
     bench = Bench.of(study, store)
-    score = bench.exam.score(bench.target.network, None)
+    bare, exam = bench.target.network, bench.exam
+    score = exam.score(exam.observe(bare).judge(), exam.gates(bare), None)
     return Candidate(
         candidate="undefended",
         fit=bench.target.fingerprint,
         defense="none",
-        task=study.task,
+        task=study.label,
         params=Params({}, {}),
         score=score,
     )
@@ -102,18 +104,23 @@ class Bench:
 
     @cached_property
     def target(self) -> Classifier:
-        return self.classifier(self.plan.task.classifier)
+        """The classifier that is attacked."""
+        return self.classifier(self.plan.protected)
 
     def classifier(self, architecture: str) -> Classifier:
         task = self.plan.task
         return classifiers.obtain(self.study, task, architecture, self.store, lambda: self.training, self.device)
 
-    @cached_property
-    def consulted(self) -> Classifier:
-        """What the defense's training may consult."""
-        if self.plan.defense.consults == "target":
-            return self.target
-        return self.classifier(self.plan.task.partner)
+    @property
+    def _adopted(self) -> Classifier:
+        """The classifier that a defense may take over: its task's."""
+        return self.classifier(self.plan.task.classifier)
+
+    def consulted(self, defense: Defense) -> list[Classifier]:
+        """Return what the defense's training may consult: one classifier, or those of its `bases`."""
+        task = self.plan.task
+        own = task.classifier if defense.consults == "target" else task.partner
+        return [self.classifier(architecture) for architecture in defense.bases() or (own,)]
 
     @cached_property
     def exam(self) -> Exam:
@@ -123,12 +130,15 @@ class Bench:
 
     def build(self, params: Params) -> Defense:
         torch.manual_seed(self.study.seed)
-        return self.plan.defense(params.train, params.inference, self.plan.task.shape).to(self.device)
+        defense = self.plan.defense(params.train, params.inference, self.plan.task.shape)
+        if type(defense).adopt is not Defense.adopt:
+            defense.adopt(self._adopted.network)
+        return defense.to(self.device)
 
     def fit(self, params: Params, report: Report) -> tuple[str, Defense]:
         """Return the fit of `params` and its fingerprint: from the store, or trained from where it stopped."""
-        key = self.fingerprint(params)
         defense = self.build(params)
+        key = self._fingerprint(defense)
         with self.store.lock("fits", key):
             entry = self.store.get("fits", key)
             if entry is None:
@@ -154,13 +164,18 @@ class Bench:
 
     def fingerprint(self, params: Params) -> str:
         """Return the fit's fingerprint: everything that shapes it."""
-        sources = [m for m in self.plan.defense.__mro__ if m.__module__.startswith("defenses.")]
+        return self._fingerprint(self.build(params))
+
+    def _fingerprint(self, defense: Defense) -> str:
         return fingerprint(
-            source=[inspect.getsource(sys.modules[m.__module__]) for m in sources],
-            knobs=dict(params.train),
+            source=[inspect.getsource(sys.modules[name]) for name in sorted(_sources(type(defense).__module__))],
+            knobs=dict(defense.params.train),
             data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
             images=self.study.train_images,
-            classifier=self.consulted.fingerprint,
+            classifiers=[
+                *([self._adopted.fingerprint] if type(defense).adopt is not Defense.adopt else []),
+                *(classifier.fingerprint for classifier in self.consulted(defense)),
+            ],
             seed=self.study.seed,
         )
 
@@ -177,18 +192,46 @@ class Bench:
         chosen = [params.inference, *(other for other in others if other != params.inference)]
         return [Params(params.train, inference) for inference in chosen]
 
-    def candidate(self, key: str, defense: Defense, params: Params, latency: Latency) -> Candidate:
-        exam, defended = self.exam, Defended(defense.at(params.inference), self.target.network)
-        with self.lane.working():
-            score = exam.score(defended, latency)
-        return Candidate(
-            candidate=f"{key[:8]}-{fingerprint(**params.inference)[:4]}",
-            fit=key,
-            defense=self.study.defense,
-            task=self.study.task,
-            params=params,
-            score=score,
-        )
+    def candidates(self, key: str, defense: Defense, settings: Sequence[Params]) -> list[Candidate]:
+        """Return the candidates of one fit; settings that differ in thresholds alone share what the model said.
+
+        To the settings of each such group comes the one that the group's risk-coverage curve picks, where it lies in
+        the study's space: the least attacked error at the clean rejection that the study allows.
+        """
+        exam, scored = self.exam, dict[str, Candidate]()
+        groups: dict[str, tuple[Observation, tuple[Gate, ...]]] = {}
+        for params in settings:
+            defended = Defended(defense.at(params.inference), self.target.network)
+            thresholds = defense.thresholds()
+            rest = fingerprint(**{name: value for name, value in params.inference.items() if name not in thresholds})
+            wanted, latency = [params], self.latency(defense)
+            if rest not in groups:
+                with self.lane.working():
+                    groups[rest] = exam.observe(defended), exam.gates(defended)
+                wanted += self._picked(params, thresholds, groups[rest][0])
+            found, gates = groups[rest]
+            for one in wanted:
+                verdict = found.judge(defense.at(one.inference).limits())
+                name = f"{key[:8]}-{fingerprint(**one.inference)[:4]}"
+                scored[name] = Candidate(
+                    candidate=name,
+                    fit=key,
+                    defense=self.study.defense,
+                    task=self.study.task
+                    if self.study.protect is None
+                    else f"{self.study.task} for {self.study.protect}",
+                    params=one,
+                    score=exam.score(verdict, gates, latency),
+                )
+        return list(scored.values())
+
+    def _picked(self, params: Params, thresholds: Sequence[str], found: Observation) -> list[Params]:
+        point = pick(risk_coverage(found), self.study.max_clean_rejection)
+        if point is None:
+            return []
+        limits = dict(zip(thresholds, point.limits, strict=True))
+        inside = all(contains(self.plan.space.inference[name], limit) for name, limit in limits.items())
+        return [Params(params.train, {**params.inference, **limits})] if inside else []
 
     def latency(self, defense: Defense) -> Latency:
         """Return the latency, measured once for each setting of the knobs that can change it and each device."""
@@ -221,6 +264,7 @@ class Bench:
             defense.resume(state["defense"])
         curve: list[Metrics] = state["curve"]
         (x_NCHW, y_N), exam, knobs = self.training, self.exam, defense.train_knobs
+        consulted = self.consulted(defense)
         target = self.target.network
         # A fit's rungs must not depend on the inference setting at which it happened to be proposed.
         defense.at(self.plan.space.usual())
@@ -232,9 +276,11 @@ class Bench:
             seed=self.study.seed,
             start=len(curve),
             boundary=self.lane.boundary,
+            once=lambda words, make: self._once(words, make, consulted),
         )
+        networks = nn.ModuleList([classifier.network for classifier in consulted])
         with self.lane.working():
-            for metrics in defense.fit(batches, self.consulted.network):
+            for metrics in defense.fit(batches, networks if defense.bases() else networks[0]):
                 _finite(metrics, len(curve) + 1)
                 metrics["cheap"] = exam.cheap(Defended(defense, target), self.study.cheap_images)
                 curve.append(metrics)
@@ -250,8 +296,27 @@ class Bench:
         }
         entry = self.store.put("fits", key, {"weights.safetensors": to_bytes(defense)}, about)
         self.store.drop_progress(key)
-        report(len(curve), curve[-1])
+        if len(curve) == knobs.epochs:  # one that stopped early has reported its last epoch
+            report(len(curve), curve[-1])
         return entry
+
+    def _once(self, words: str, make: Callable[[], Tensors], consulted: Sequence[Classifier]) -> Tensors:
+        """Return tensors that depend on the training images and the consulted classifiers, made once for all fits."""
+        key = fingerprint(
+            words=words,
+            source=[inspect.getsource(sys.modules[name]) for name in sorted(_sources(self.plan.defense.__module__))],
+            data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
+            images=self.study.train_images,
+            classifiers=[classifier.fingerprint for classifier in consulted],
+            seed=self.study.seed,
+        )
+        with self.store.lock("made", key):
+            entry = self.store.get("made", key)
+            if entry is None:
+                with attacks.suite.seeded(self.study.seed):
+                    made = {name: tensor.cpu().contiguous() for name, tensor in halved(make()).items()}
+                entry = self.store.put("made", key, {"tensors.safetensors": save(made)}, {"words": words})
+        return load_file(entry / "tensors.safetensors", device=str(self.device))
 
     def _load(self, split: Literal["train", "validation"], limit: int | None) -> tuple[Tensor, Tensor]:
         x_NCHW, y_N = tasks.load(self.plan.task.dataset, split, self.study.data_dir, limit)
@@ -292,6 +357,17 @@ def _finite(metrics: Metrics, epoch: int) -> None:
     for name, value in metrics.items():
         if not np.isfinite(value):
             raise TrialError(f"the training diverged: {name} is {value} after epoch {epoch}")
+
+
+def _sources(module: str) -> set[str]:
+    """Return a defense's module and, of the defenses and attacks, those from which it takes anything."""
+    found, left = set[str](), [module]
+    while left:
+        name = left.pop()
+        if name not in found and name.partition(".")[0] in ("defenses", "attacks"):
+            found.add(name)
+            left += [str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()]
+    return found
 
 
 def _latency_knobs(knobs: Any) -> dict[str, Scalar]:

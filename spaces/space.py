@@ -104,9 +104,10 @@ class SearchSpace:
 
     def usual(self) -> dict[str, Scalar]:
         """Return one inference setting: each knob's default where it lies in the space, else its first value."""
-        return {name: self._usual(name, domain) for name, domain in self.inference.items()}
+        return {name: self.usual_of(name, domain) for name, domain in self.inference.items()}
 
-    def _usual(self, name: str, domain: BaseDistribution) -> Scalar:
+    def usual_of(self, name: str, domain: BaseDistribution) -> Scalar:
+        """Return a knob's default where it lies in the domain, else its first value."""
         if contains(domain, self.defaults[name]):
             return self.defaults[name]
         values = finite(domain)
@@ -152,6 +153,14 @@ def finite(domain: BaseDistribution) -> tuple[Scalar, ...] | None:
     if isinstance(domain, FloatDistribution) and domain.single():
         return (domain.low,)
     return None
+
+
+def extremes(domain: BaseDistribution) -> tuple[Scalar, ...]:
+    """Return every choice of a categorical domain, and the two ends of another."""
+    if isinstance(domain, CategoricalDistribution):
+        return tuple(domain.choices)  # type: ignore[arg-type]  # no knob is None
+    assert isinstance(domain, FloatDistribution | IntDistribution)
+    return domain.low, domain.high
 
 
 def draw(domain: BaseDistribution, rng: np.random.Generator) -> Scalar:

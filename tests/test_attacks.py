@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torchattacks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attacks.coverage import pick, risk_coverage
 from attacks.interval import wilson
-from attacks.robustness import craft_oblivious, evaluate, verdicts
+from attacks.robustness import Observation, Seen, craft_oblivious, evaluate, look, observe
 from attacks.suite import (
     FGSM,
     FGSM_TARGETED,
@@ -48,9 +51,9 @@ class Linear(nn.Module):
 class Smooth(nn.Module):
     """A purifier for tests: a known map, with noise and a rounding where asked for."""
 
-    def __init__(self, noise: float = 0.0, steps: int = 0) -> None:
+    def __init__(self, noise: float = 0.0, steps: int = 0, darkest: float | None = None) -> None:
         super().__init__()
-        self.noise, self.steps = noise, steps
+        self.noise, self.steps, self.darkest = noise, steps, darkest
 
     gradients = ("surrogate", "bpda", "exact")
 
@@ -65,19 +68,22 @@ class Smooth(nn.Module):
     def surrogate(self, x: Tensor) -> Tensor:
         return x
 
+    def suspicion(self, x: Tensor) -> Tensor:
+        return -x.flatten(1).mean(1, keepdim=True) if self.darkest is not None else x.new_zeros((len(x), 0))
+
+    def limits(self) -> Tensor:
+        return torch.tensor([] if self.darkest is None else [-self.darkest])
+
 
 class Guard(nn.Module):
     """A defended classifier without the product's own classes."""
 
-    def __init__(self, defense: Smooth, classifier: nn.Module, least: float = -1.0) -> None:
+    def __init__(self, defense: Smooth, classifier: nn.Module) -> None:
         super().__init__()
-        self.defense, self.classifier, self.least = defense, classifier, least
+        self.defense, self.classifier = defense, classifier
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.defense.purify(x))
-
-    def accept(self, x: Tensor) -> Tensor:
-        return x.flatten(1).mean(1) > self.least
 
 
 def test_fgsm_moves_each_pixel_by_eps_along_the_sign_of_the_known_gradient() -> None:
@@ -182,7 +188,7 @@ def test_bpda_breaks_the_rounding_that_hides_from_the_exact_gradient(digits: Dig
     x, y = digits[0][1400:1500], digits[1][1400:1500]
     found = evaluate(SUITES["search"], guard, x, y, WHITE, oblivious={})
     exact = PGD_10.craft(View(guard, "exact"), x, y, WHITE, 0)
-    masked = float(verdicts(guard, exact, y, 0)[1].double().mean())
+    masked = float(look(guard, exact, y, 0).right.double().mean())
     assert float(found.robust.double().mean()) < masked - 0.3
 
 
@@ -217,13 +223,11 @@ def test_attacking_survivors_only_gives_the_verdicts_of_attacking_all(digits: Di
 def test_a_sample_is_robust_only_if_it_withstands_every_attack(digits: Digits, classifier: nn.Module) -> None:
     x, y = digits[0][1400:1600], digits[1][1400:1600]
     found = evaluate(SUITES["search"], classifier, x, y, WHITE)
-    assert found.white_box is not None
-    assert bool((found.white_box <= found.oblivious).all()) and bool((found.oblivious <= found.right).all())
+    for stronger, weaker in ((found.strongest, found.oblivious), (found.oblivious, found.clean)):
+        assert bool((stronger.right <= weaker.right).all()) and bool((stronger.wrong >= weaker.wrong).all())
     cumulative = [share for name, share in found.trail.items() if name.startswith("white-box")]
     assert cumulative == sorted(cumulative, reverse=True)
-    assert float(found.oblivious.double().mean()) <= min(
-        share for name, share in found.trail.items() if name.startswith("oblivious")
-    )
+    assert found.oblivious.accuracy <= min(share for name, share in found.trail.items() if name.startswith("oblivious"))
 
 
 def test_oblivious_images_are_crafted_on_the_bare_classifier(digits: Digits, classifier: nn.Module) -> None:
@@ -237,8 +241,67 @@ def test_oblivious_images_are_crafted_on_the_bare_classifier(digits: Digits, cla
 
 def test_rejection_never_counts_as_accuracy(digits: Digits, classifier: nn.Module) -> None:
     x, y = digits[0][1400:1500], digits[1][1400:1500]
-    nothing = evaluate(SUITES["quick"], Guard(Smooth(), classifier, least=2.0), x, y, WHITE)
-    assert not bool(nothing.accepted.any()) and not bool(nothing.right.any()) and not bool(nothing.robust.any())
+    nothing = evaluate(SUITES["quick"], Guard(Smooth(darkest=2.0), classifier), x, y, WHITE)
+    assert (nothing.clean.accuracy, nothing.clean.error, nothing.clean.rejection) == (0, 0, 1)
+    assert (nothing.attacked.accuracy, nothing.attacked.error, nothing.attacked.rejection) == (0, 0, 1)
+    assert not bool(nothing.robust.any())
+
+
+def test_verdicts_under_other_thresholds_need_no_other_pass(digits: Digits, classifier: nn.Module) -> None:
+    x, y = digits[0][1400:1500], digits[1][1400:1500]
+    suite = Suite(name="plain", oblivious=(FGSM,), white_box=(IFGSM,), draws=1)
+    loose = observe(suite, Guard(Smooth(darkest=0.0), classifier), x, y, WHITE)
+    for darkest in (0.28, 0.31, 0.34):
+        strict = observe(suite, Guard(Smooth(darkest=darkest), classifier), x, y, WHITE).judge()
+        swept = loose.judge(torch.tensor([-darkest]))
+        assert 0 < strict.clean.rejection < 1 and strict.trail == swept.trail
+        for name in ("clean", "oblivious", "strongest"):
+            mine, theirs = getattr(swept, name), getattr(strict, name)
+            assert torch.equal(mine.right, theirs.right) and torch.equal(mine.wrong, theirs.wrong)
+
+
+def test_accuracy_error_and_rejection_are_counted_apart() -> None:
+    """Four images, by hand: all well; right but rejected under attack; wrong under attack; clean rejected."""
+    clean = Seen(torch.tensor([True, True, True, True]), torch.tensor([[0.0], [0.0], [0.0], [9.0]]))
+    attacked = Seen(torch.tensor([True, False, False, False]), torch.tensor([[0.0], [9.0], [1.0], [9.0]]))
+    found = Observation(
+        threat=OBLIVIOUS, clean=clean, oblivious={"a": attacked}, white_box=None, limits_S=torch.tensor([1.0])
+    ).judge()
+    assert (found.clean.accuracy, found.clean.error, found.clean.rejection) == (0.75, 0, 0.25)
+    assert (found.attacked.accuracy, found.attacked.error, found.attacked.rejection) == (0.25, 0.25, 0.5)
+    assert found.robust.tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_the_risk_coverage_curve_is_that_of_trying_every_threshold(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    clean, attacked = (
+        Seen(
+            torch.rand(12, generator=generator) < share,
+            torch.randint(0, 8, (12, columns), generator=generator).float() + shift,
+        )
+        for share, shift in ((0.9, 0), (0.3, 2))
+    )
+    found = Observation(
+        threat=WHITE, clean=clean, oblivious={}, white_box={"a": attacked}, limits_S=torch.zeros(columns)
+    )
+    every = []
+    for limits in itertools.product(range(-1, 11), repeat=columns):
+        verdict = found.judge(torch.tensor(limits, dtype=torch.float32))
+        every.append((round(verdict.clean.rejection * 12), round(verdict.attacked.error * 12)))
+    front = risk_coverage(found)
+    for budget in range(12):
+        least = min(error for rejected, error in every if rejected <= budget)
+        point = pick(front, budget / 12 + 1e-9)
+        assert point is not None and round(point.attacked_error * 12) == least
+        verdict = found.judge(torch.tensor(point.limits))
+        assert verdict.attacked.error == pytest.approx(point.attacked_error)
+        assert verdict.clean.rejection == pytest.approx(point.clean_rejection)
+
+
+def test_what_cannot_reject_has_no_curve(digits: Digits, classifier: nn.Module) -> None:
+    found = observe(SUITES["quick"], classifier, digits[0][:5], digits[1][:5], WHITE)
+    assert risk_coverage(found) == [] and pick([], 0.1) is None
 
 
 def test_a_planted_adversarial_neighbour_is_found() -> None:
@@ -254,7 +317,7 @@ def test_a_planted_adversarial_neighbour_is_found() -> None:
             return torch.stack((-depth, depth), dim=1)
 
     found = evaluate(SUITES["search"], Trap(), torch.full((5, 1, 4, 4), 0.5), torch.zeros(5, dtype=torch.long), WHITE)
-    assert bool(found.right.all()) and not bool(found.robust.any())
+    assert bool(found.clean.right.all()) and not bool(found.robust.any())
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def scored(attacked: float, clean: float, ms: float, threat: Knowledge = "white-
     return Score(
         threat=ThreatModel("Linf", 0.3, threat),
         attacked_accuracy=round(attacked, 3),
+        attacked_error=1 - round(attacked, 3),
+        attacked_rejection=0.0,
         oblivious_accuracy=round(oblivious, 3),
         white_box_accuracy=round(attacked, 3) if threat == "white-box" else 0.015,
         clean_accuracy=round(clean, 3),

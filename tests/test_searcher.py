@@ -23,6 +23,8 @@ def scored(params: Params, attacked: float, *, clean: float = 0.95, ms: float = 
     score = Score(
         threat=ThreatModel("Linf", 0.3, "white-box"),
         attacked_accuracy=attacked,
+        attacked_error=1 - attacked,
+        attacked_rejection=0.0,
         oblivious_accuracy=attacked,
         white_box_accuracy=attacked,
         clean_accuracy=clean,
@@ -56,8 +58,8 @@ def test_every_candidate_of_a_trial_is_a_trial_of_the_study(study: Study) -> Non
     trials = proposer.optuna.trials
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 6
     assert len({t.params["sigma_eps"] for t in trials}) == 6
-    assert {tuple(t.values) for t in trials} == {(c.score.attacked_accuracy, 5.0) for c in six(params)}
-    assert proposer.optuna.directions[0].name == "MAXIMIZE" and proposer.optuna.directions[1].name == "MINIMIZE"
+    assert {tuple(t.values) for t in trials} == {(c.score.attacked_error, 5.0) for c in six(params)}
+    assert proposer.optuna.directions[0].name == "MINIMIZE" and proposer.optuna.directions[1].name == "MINIMIZE"
 
 
 def test_pruned_and_failed_trials_keep_their_state_and_reason(study: Study) -> None:
@@ -180,10 +182,10 @@ def test_constraints_stand_in_the_study_and_decide_who_is_feasible(tmp_path: Pat
     told = [scored(good, 0.3), scored(wrong, 0.9, clean=0.5), scored(slow, 0.8, ms=50)]
     proposer.finish(name, told, {})
     assert [c.score.attacked_accuracy for c in proposer.feasible()] == [0.3]
-    excess = {t.values[0]: t.constraints for t in proposer.optuna.trials}
-    assert excess[0.3]["min_clean_accuracy"] == pytest.approx(-0.05) and excess[0.3]["max_latency_ms"] == -5
-    assert excess[0.9]["min_clean_accuracy"] == pytest.approx(0.4) and excess[0.8]["max_latency_ms"] == 40
-    assert [t.values[0] for t in proposer.optuna.best_trials] == [0.3]
+    excess = {round(t.values[0], 2): t.constraints for t in proposer.optuna.trials}
+    assert excess[0.7]["min_clean_accuracy"] == pytest.approx(-0.05) and excess[0.7]["max_latency_ms"] == -5
+    assert excess[0.1]["min_clean_accuracy"] == pytest.approx(0.4) and excess[0.2]["max_latency_ms"] == 40
+    assert [t.values[0] for t in proposer.optuna.best_trials] == [0.7]
 
 
 def test_the_front_is_what_no_other_beats(study: Study) -> None:

@@ -20,6 +20,7 @@ from spaces.space import Params
 from tests.conftest import digits_study
 
 CPU = torch.device("cpu")
+PARAMS = Params({"conv_maps": 2, "decoder_maps": 2, "dense": 8}, {})
 
 
 def silent(epoch: int, metrics: Metrics) -> None:
@@ -140,15 +141,17 @@ def test_everything_that_shapes_a_fit_is_in_its_fingerprint(tmp_path: Path) -> N
 def test_puvae_consults_the_partner_of_the_protected_classifier(study: Study) -> None:
     bench = Bench(study, store_of(study))
     assert bench.plan.task.classifier == "A"
-    assert bench.consulted.fingerprint == bench.classifier("B").fingerprint != bench.target.fingerprint
+    (source,) = bench.consulted(bench.build(PARAMS))
+    assert source.fingerprint == bench.classifier("B").fingerprint != bench.target.fingerprint
 
 
 def test_a_fit_leaves_the_classifiers_alone(study: Study) -> None:
     bench = Bench.of(study, store_of(study))
-    before = {name: tensor.clone() for name, tensor in bench.consulted.network.state_dict().items()}
+    (source,) = bench.consulted(bench.build(PARAMS))
+    before = {name: tensor.clone() for name, tensor in source.network.state_dict().items()}
     run_trial(study, setting(study), store_of(study), silent)
-    assert all(torch.equal(before[n], t) for n, t in bench.consulted.network.state_dict().items())
-    assert not any(p.requires_grad for p in bench.consulted.network.parameters())
+    assert all(torch.equal(before[n], t) for n, t in source.network.state_dict().items())
+    assert not any(p.requires_grad for p in source.network.parameters())
 
 
 def test_the_undefended_classifier_is_scored_by_the_same_suite(study: Study) -> None:

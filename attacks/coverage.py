@@ -1,0 +1,89 @@
+"""Thresholds swept exactly over what a model said: the whole risk-coverage curve, with no forward pass.
+
+Source: GMVAE, section 3.4: the thresholds "determine the risk to coverage trade-off for this selective classifier";
+El-Yaniv and Wiener, On the Foundations of Noise-free Selective Classification, 2010.
+Shapes: N images, S columns of suspicion, V versions of each image.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attacks.robustness import Observation
+
+Floats = NDArray[np.float64]
+GRID = 1000
+"""Settings of all columns but the last that are tried at most; the last is swept at every value."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the thresholds, and what it costs and brings, as fractions of all images.
+
+    Args:
+        clean_rejection: clean images that are rejected.
+        attacked_error: images of which some version is accepted and wrong.
+        limits: the thresholds, in the order of the columns.
+    """
+
+    clean_rejection: float
+    attacked_error: float
+    limits: tuple[float, ...]
+
+
+def risk_coverage(found: Observation) -> list[Point]:
+    """Return the settings that none beats in both, the least clean rejection first.
+
+    The limits lie at suspicions of clean images, since others reject as many of them and err as often or more. Exact
+    for one column, and for two with up to `GRID` images; with more, the columns before the last are thinned.
+    """
+    clean_NS = found.clean.suspicion_NS.double().cpu().numpy()
+    images, columns = clean_NS.shape
+    if not images or not columns:
+        return []
+    versions_NVS = np.stack([seen.suspicion_NS.double().cpu().numpy() for seen in found.versions], axis=1)
+    wrong_NV = np.stack([~seen.right.cpu().numpy() for seen in found.versions], axis=1)
+    best: dict[int, Point] = {}
+    for outer in itertools.product(*(_values(column, columns - 1) for column in clean_NS[:, :-1].T)):
+        for point in _sweep(clean_NS, versions_NVS, wrong_NV, outer):
+            rejected = round(point.clean_rejection * images)
+            if rejected not in best or point.attacked_error < best[rejected].attacked_error:
+                best[rejected] = point
+    front: list[Point] = []
+    for _, point in sorted(best.items()):
+        if not front or point.attacked_error < front[-1].attacked_error:
+            front.append(point)
+    return front
+
+
+def pick(front: Sequence[Point], budget: float) -> Point | None:
+    """Return the setting with the least attacked error that rejects at most `budget` of the clean images."""
+    return next((point for point in reversed(front) if point.clean_rejection <= budget), None)
+
+
+def _values(column_N: Floats, outer: int) -> Floats:
+    """Return the limits of one column that are tried: its values, thinned so that all columns keep within `GRID`."""
+    values: Floats = np.unique(column_N)
+    most = max(1, int(GRID ** (1 / outer)))
+    return values if len(values) <= most else np.quantile(values, np.linspace(0, 1, most), method="nearest")
+
+
+def _sweep(clean_NS: Floats, versions_NVS: Floats, wrong_NV: NDArray[np.bool_], outer: Sequence[float]) -> list[Point]:
+    """Return every setting of the last limit under fixed other ones."""
+    images = len(clean_NS)
+    passes_N = (clean_NS[:, :-1] <= outer).all(axis=1)
+    wrong_NV = wrong_NV & (versions_NVS[:, :, :-1] <= outer).all(axis=2)
+    # The least limit at which some wrong version of an image is accepted.
+    falls_N = np.where(wrong_NV, versions_NVS[:, :, -1], np.inf).min(axis=1)
+    limits = np.unique(clean_NS[passes_N, -1])
+    accepted = np.searchsorted(np.sort(clean_NS[passes_N, -1]), limits, side="right")
+    errors = np.searchsorted(np.sort(falls_N), limits, side="right")
+    return [
+        Point(1 - int(a) / images, int(e) / images, (*map(float, outer), float(limit)))
+        for a, e, limit in zip(accepted, errors, limits, strict=True)
+    ]
