@@ -15,6 +15,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
+from attacks.corrected import CW, RandFGSM
 from attacks.threat import ThreatModel
 
 BATCH = 256
@@ -37,6 +38,8 @@ class Attack:
         steps: gradient steps; 1 for single-step attacks.
         pace: the step size as a fraction of eps.
         targeted: towards a random wrong label, drawn from the seed.
+        settings: further arguments of the class, by name.
+        unbounded: it keeps to no eps, but seeks the least perturbation in the L2 norm.
     """
 
     name: str
@@ -45,15 +48,21 @@ class Attack:
     steps: int = 1
     pace: float = 1.0
     targeted: bool = False
+    settings: tuple[tuple[str, float], ...] = ()
+    unbounded: bool = False
 
     def options(self, eps: float) -> dict[str, float]:
         """Return what the torchattacks class is made with."""
-        return {"eps": eps} if self.steps == 1 else {"eps": eps, "alpha": self.pace * eps, "steps": self.steps}
+        bound = {} if self.unbounded else {"eps": eps}
+        many = {"steps": self.steps} if self.steps > 1 else {}
+        pace = {"alpha": self.pace * eps} if many and bound else {}
+        return {**bound, **pace, **many, **dict(self.settings)}
 
     def budget(self, eps: float) -> dict[str, Any]:
         """Return all that a number under this attack needs beside it, as JSON."""
-        family = f"torchattacks.{self.family.__name__}"
-        return {"attack": self.name, "class": family, **self.options(eps), "targeted": self.targeted}
+        family = f"{self.family.__module__.partition('.')[0]}.{self.family.__name__}"
+        norm = "L2, least, not bounded by eps" if self.unbounded else "Linf"
+        return {"attack": self.name, "class": family, "norm": norm, **self.options(eps), "targeted": self.targeted}
 
     def craft(self, model: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int) -> Tensor:
         """Return adversarial images of `x_NCHW`, each within the threat model.
@@ -80,7 +89,8 @@ class Attack:
         moved = float((adversarial_NCHW - x_NCHW).abs().max())
         low, high = (float(edge) for edge in adversarial_NCHW.aminmax())
         # Written so that a NaN is a fault too.
-        if not (moved <= threat.eps + ROUNDING and low >= -ROUNDING and high <= 1 + ROUNDING):
+        reach = 1.0 if self.unbounded else threat.eps
+        if not (moved <= reach + ROUNDING and low >= -ROUNDING and high <= 1 + ROUNDING):
             raise AttackError(
                 f"{self.name} must stay within {threat} and [0, 1], but moved a pixel by {moved:g} into "
                 f"[{low:g}, {high:g}]"
@@ -99,6 +109,17 @@ IFGSM_TARGETED = Attack(
 PGD_5 = Attack(name="pgd-5", family=torchattacks.PGD, source="Madry et al. 2017", steps=5, pace=0.5)
 PGD_10 = Attack(name="pgd-10", family=torchattacks.PGD, source="Madry et al. 2017", steps=10, pace=0.25)
 PGD_40 = Attack(name="pgd-40", family=torchattacks.PGD, source="Madry et al. 2017", steps=40, pace=0.1)
+RAND_FGSM = Attack(
+    name="rand-fgsm", family=RandFGSM, source="Tramer et al. 2018; PuVAE, section V", settings=(("alpha", 0.05),)
+)
+CW_L2 = Attack(
+    name="cw-l2",
+    family=CW,
+    source="Carlini and Wagner 2017; AdvAE's budget, section 4.1",
+    steps=1000,
+    settings=(("c", 10.0), ("lr", 0.2)),
+    unbounded=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

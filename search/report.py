@@ -238,6 +238,11 @@ def measures(findings: Findings) -> Iterator[tuple[str, str, list[str]]]:
         yield measure, condition, [of(c.score) if c else "–" for c in (findings.best, findings.undefended)]
 
 
+def risk_coverage(findings: Findings) -> Sequence[tuple[float, float]]:
+    """Return the best curve of clean rejection against attacked error; nothing where no candidate rejects."""
+    return next((c.score.risk_coverage for c in findings.ranked if c.score.risk_coverage), ())
+
+
 def charts(findings: Findings) -> dict[str, Any]:
     """Return what the charts draw, for JSON: accuracies in percent, latencies in milliseconds."""
     front = {c.candidate for c in findings.front}
@@ -263,6 +268,7 @@ def charts(findings: Findings) -> dict[str, Any]:
             }
             for c in findings.ranked
         ],
+        "risk": [[_points(rejection), _points(error)] for rejection, error in risk_coverage(findings)],
         "importances": sorted(findings.importances.items(), key=lambda item: item[1]),
         "curves": [
             {"trial": t.trial, "state": t.state, "best": t is best, "y": [_points(y) for y in t.curve]}

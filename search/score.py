@@ -33,6 +33,8 @@ class Score:
         images: how many validation images were attacked.
         device: where the latency was measured.
         alarms: names of the quick gates that did not pass (attacks/audit.py).
+        risk_coverage: (clean rejection, attacked error) of every setting of the thresholds that none beats, where
+            this candidate's thresholds were picked from the curve.
     """
 
     threat: ThreatModel
@@ -49,6 +51,7 @@ class Score:
     device: str = ""
     attacks: Mapping[str, float] = field(default_factory=dict)
     alarms: tuple[str, ...] = ()
+    risk_coverage: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,7 @@ class Candidate:
             **data["score"],
             "threat": ThreatModel(**data["score"]["threat"]),
             "alarms": tuple(data["score"]["alarms"]),
+            "risk_coverage": tuple((rejection, error) for rejection, error in data["score"]["risk_coverage"]),
         }
         return cls(**{**data, "params": Params(**data["params"]), "score": Score(**score)})
 

@@ -102,10 +102,14 @@ class Proposer(Record):
         self.optuna.set_user_attr(key, value)
 
     def _frozen(self, name: str, candidate: Candidate) -> FrozenTrial:
+        # Thresholds that a risk-coverage curve picked may lie outside the space: the sampler cannot learn of them.
+        known = {
+            k: v for k, v in candidate.params.flat().items() if k in self.searched and contains(self.searched[k], v)
+        }
         return create_trial(
             values=_values(candidate),
-            params={knob: value for knob, value in candidate.params.flat().items() if knob in self.searched},
-            distributions=dict(self.searched),
+            params=known,
+            distributions={knob: self.searched[knob] for knob in known},
             user_attrs={"of": name, "candidate": json.dumps(candidate.to_json())},
             constraints=constraints(self.study, candidate),
         )

@@ -9,7 +9,7 @@ import inspect
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import attacks.suite
 from attacks.audit import Gate
-from attacks.coverage import pick, risk_coverage
+from attacks.coverage import Point, pick, risk_coverage
 from attacks.robustness import Observation, craft_oblivious
 from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
 from search import classifiers, tasks
@@ -31,7 +31,7 @@ from search.latency import Lane, Latency, device_name, measure
 from search.score import Candidate, Exam
 from search.store import Store, fingerprint, to_bytes, write_atomic
 from search.study import Study
-from spaces.space import GRID_LIMIT, Params, Scalar, SearchSpace, contains, draw
+from spaces.space import GRID_LIMIT, Params, Scalar, SearchSpace, draw
 
 Report = Callable[[int, Metrics], None]
 """Told of each epoch, counted from 1; it may raise to stop the trial, whose progress stays in the store."""
@@ -195,8 +195,8 @@ class Bench:
     def candidates(self, key: str, defense: Defense, settings: Sequence[Params]) -> list[Candidate]:
         """Return the candidates of one fit; settings that differ in thresholds alone share what the model said.
 
-        To the settings of each such group comes the one that the group's risk-coverage curve picks, where it lies in
-        the study's space: the least attacked error at the clean rejection that the study allows.
+        To the settings of each such group comes the one that the group's risk-coverage curve picks where thresholds
+        are searched: the least attacked error at the clean rejection that the study allows.
         """
         exam, scored = self.exam, dict[str, Candidate]()
         groups: dict[str, tuple[Observation, tuple[Gate, ...]]] = {}
@@ -204,34 +204,36 @@ class Bench:
             defended = Defended(defense.at(params.inference), self.target.network)
             thresholds = defense.thresholds()
             rest = fingerprint(**{name: value for name, value in params.inference.items() if name not in thresholds})
-            wanted, latency = [params], self.latency(defense)
+            latency, wanted = self.latency(defense), [params]
             if rest not in groups:
                 with self.lane.working():
                     groups[rest] = exam.observe(defended), exam.gates(defended)
-                wanted += self._picked(params, thresholds, groups[rest][0])
+                curve = risk_coverage(groups[rest][0])
+                wanted += self._picked(params, thresholds, curve)
             found, gates = groups[rest]
             for one in wanted:
                 verdict = found.judge(defense.at(one.inference).limits())
+                score = exam.score(verdict, gates, latency)
+                if one is not params:
+                    score = replace(score, risk_coverage=tuple((p.clean_rejection, p.attacked_error) for p in curve))
                 name = f"{key[:8]}-{fingerprint(**one.inference)[:4]}"
                 scored[name] = Candidate(
                     candidate=name,
                     fit=key,
                     defense=self.study.defense,
-                    task=self.study.task
-                    if self.study.protect is None
-                    else f"{self.study.task} for {self.study.protect}",
+                    task=self.study.label,
                     params=one,
-                    score=exam.score(verdict, gates, latency),
+                    score=score,
                 )
         return list(scored.values())
 
-    def _picked(self, params: Params, thresholds: Sequence[str], found: Observation) -> list[Params]:
-        point = pick(risk_coverage(found), self.study.max_clean_rejection)
-        if point is None:
+    def _picked(self, params: Params, thresholds: Sequence[str], curve: Sequence[Point]) -> list[Params]:
+        """Return the setting with the thresholds that the curve picks; a threshold that the space fixes stays."""
+        if any(self.plan.space.inference[name].single() for name in thresholds):
             return []
-        limits = dict(zip(thresholds, point.limits, strict=True))
-        inside = all(contains(self.plan.space.inference[name], limit) for name, limit in limits.items())
-        return [Params(params.train, {**params.inference, **limits})] if inside else []
+        point = pick(curve, self.study.max_clean_rejection)
+        limits = dict(zip(thresholds, point.limits, strict=True)) if point else {}
+        return [Params(params.train, {**params.inference, **limits})] if limits else []
 
     def latency(self, defense: Defense) -> Latency:
         """Return the latency, measured once for each setting of the knobs that can change it and each device."""
