@@ -1,0 +1,89 @@
+"""Every defense is searched and exported through the command line, without being told of any."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import defenses
+from defenses.base import Defense
+from launch import main
+from search import export
+from search.tasks import load
+
+QUICK = ("--eval-images", "40", "--cheap-images", "20", "--classifier-epochs", "2", "--wandb", "disabled")
+SELECTIVE = [name for name in defenses.names() if defenses.find(name).thresholds()]
+RETRAINED = [name for name in defenses.names() if defenses.find(name).adopt is not Defense.adopt]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all searches, which so share classifiers and oblivious images."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def run(storage: Path, *arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["launch.py", *arguments, "--storage", str(storage)])
+        return main()
+
+
+def search(storage: Path, defense: str, *more: str, name: str = "") -> list[dict[str, str]]:
+    """Search as the README says and return candidates.csv."""
+    name = name or defense
+    command = ("search", "--name", name, "--defense", defense, "--task", "digits/A", "--space", "smoke", "--debug")
+    assert run(storage, *command, "--trials", "2", *QUICK, *more) == 0
+    with (storage / name / "candidates.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("defense", defenses.names())
+def test_every_defense_is_searched(defense: str, storage: Path) -> None:
+    found = search(storage, defense)
+    assert found and {row["defense"] for row in found} == {defense}
+    for row in found:
+        kinds = ("attacked_accuracy", "attacked_error", "attacked_rejection")
+        accuracy, error, rejection = (float(row[kind]) for kind in kinds)
+        assert math.isclose(accuracy + error + rejection, 1) and 0 <= accuracy <= float(row["clean_accuracy"]) <= 1
+        assert 0 <= float(row["latency_ms_p50"]) < math.inf and row["state"] == "finished"
+        assert float(row["clean_rejection"]) == 0 or defense in SELECTIVE
+
+
+@pytest.mark.parametrize("defense", SELECTIVE)
+def test_thresholds_are_picked_from_the_curve_within_the_budget(defense: str, storage: Path) -> None:
+    found = search(storage, defense, "--max-clean-rejection", "0.1", name=f"{defense}-budget")
+    by_fit: dict[str, list[dict[str, str]]] = {}
+    for row in found:
+        by_fit.setdefault(row["fit"], []).append(row)
+    for rows in by_fit.values():
+        within = [float(row["attacked_error"]) for row in rows if float(row["clean_rejection"]) <= 0.1]
+        picked = [row for row in rows if float(row[defenses.find(defense).thresholds()[0]]) not in (0.99, 1e6)]
+        assert within and min(within) == min(float(row["attacked_error"]) for row in picked)
+
+
+@pytest.mark.parametrize("defense", sorted({*SELECTIVE, *RETRAINED}))
+def test_an_export_holds_all_that_the_defense_took_over(defense: str, storage: Path) -> None:
+    if not (storage / defense).exists():
+        search(storage, defense)
+    assert run(storage, "export", defense, "--top", "1", "--out", str(storage / "out"), "--despite-alarms") == 0
+    (folder,) = (path for path in (storage / "out").iterdir() if f"# {defense} on" in (path / "card.md").read_text())
+    loaded, evidence = export.load(folder), json.loads((folder / "evidence.json").read_text())
+    x, y = load("digits", "validation", limit=40)
+    with torch.no_grad():
+        right = (loaded(x).argmax(1) == y) & loaded.accept(x)
+    assert float(right.double().mean()) == pytest.approx(evidence["clean_accuracy"], abs=1e-6)
+
+
+def test_a_defense_protects_a_classifier_that_it_was_not_trained_with(storage: Path) -> None:
+    own = search(storage, "magnet", name="trained")
+    other = search(storage, "magnet", "--protect", "digits/B", name="other")
+    assert {row["fit"] for row in own} == {row["fit"] for row in other}  # the same trainings
+    assert {row["task"] for row in other} == {"digits/A protecting digits/B"}
+    figures = ("clean_accuracy", "attacked_error", "oblivious_accuracy")
+    assert [[row[name] for name in figures] for row in own] != [[row[name] for name in figures] for row in other]
