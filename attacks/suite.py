@@ -15,7 +15,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.corrected import CW, RandFGSM
+from attacks.corrected import CW, evaluating
 from attacks.threat import ThreatModel
 
 BATCH = 256
@@ -109,9 +109,6 @@ IFGSM_TARGETED = Attack(
 PGD_5 = Attack(name="pgd-5", family=torchattacks.PGD, source="Madry et al. 2017", steps=5, pace=0.5)
 PGD_10 = Attack(name="pgd-10", family=torchattacks.PGD, source="Madry et al. 2017", steps=10, pace=0.25)
 PGD_40 = Attack(name="pgd-40", family=torchattacks.PGD, source="Madry et al. 2017", steps=40, pace=0.1)
-RAND_FGSM = Attack(
-    name="rand-fgsm", family=RandFGSM, source="Tramer et al. 2018; PuVAE, section V", settings=(("alpha", 0.05),)
-)
 CW_L2 = Attack(
     name="cw-l2",
     family=CW,
@@ -182,18 +179,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with every submodule in eval mode, and leave each in the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @torch.no_grad()

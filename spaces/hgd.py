@@ -1,0 +1,60 @@
+"""Named spaces of HGD: knob -> domain, grid or value; knobs that are not named keep their default."""
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from spaces.space import Domain
+
+PAPER: dict[str, Domain] = {
+    "guide": ("logits", "pixels", "labels"),
+    "attack": "mix",
+    "eps": (16 / 255, 0.3),
+    "strengths": 16,
+    "maps": 64,
+    "levels": 5,
+    "epochs": 30,
+}
+"""The three guides that the paper compares, at its bound and at MNIST's."""
+
+WIDE: dict[str, Domain] = {
+    "guide": CategoricalDistribution(("logits", "pixels", "labels")),
+    "attack": CategoricalDistribution(("mix", "fgsm", "pgd")),
+    "pgd_steps": IntDistribution(2, 40, log=True),
+    "eps": FloatDistribution(0.01, 0.5, log=True),
+    "strengths": (1, 4, 16),
+    "maps": IntDistribution(8, 64, log=True),
+    "levels": (2, 3, 4),
+    "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+    "batch_size": (32, 60, 128),
+}
+"""Everything that may matter, the architecture and so the latency included."""
+
+DEFAULT: dict[str, Domain] = {
+    "guide": ("logits", "labels"),
+    "attack": ("mix", "pgd"),
+    "pgd_steps": 10,
+    "eps": FloatDistribution(0.1, 0.4),
+    "strengths": (1, 4, 16),
+    "maps": (8, 16),
+    "levels": (2, 3),
+    "learning_rate": FloatDistribution(1e-3, 1e-2, log=True),
+    "epochs": 5,
+}
+"""Where short trainings already purify: narrow U-Nets, and few passes since each covers every attack."""
+
+SMOKE: dict[str, Domain] = {
+    "guide": ("logits", "labels"),
+    "attack": ("fgsm", "pgd"),
+    "pgd_steps": 5,
+    "strengths": (1, 4),
+    "maps": 8,
+    "levels": 2,
+    "learning_rate": 3e-3,
+    "epochs": 2,
+}
+"""Seconds on a CPU: for trying things out and for tests."""
+
+STARTS = (
+    {"guide": "logits", "attack": "mix", "strengths": 16},  # the paper's LGD
+    {"guide": "labels", "attack": "pgd", "strengths": 1},  # AdvAE's baseline
+)
+"""Settings that a search tries first where they lie in its space."""

@@ -1,0 +1,55 @@
+"""Named spaces of MagNet: knob -> domain, grid or value; knobs that are not named keep their default."""
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from spaces.space import Domain
+
+LIMITS = (0.95, 0.99, 0.995, 0.999, 0.9995, 1e6)
+"""1 - false-positive rate of a detector; the last never rejects."""
+
+PAPER: dict[str, Domain] = {
+    "noise": (0.025, 0.1),
+    "pooling": ("average", "max"),
+    "reformer": ("I", "II"),
+    "detector_1": (0.995, 0.999),
+    "detector_2": (0.995, 0.999),
+}
+"""The settings that the paper uses: MNIST's (noise 0.1, I, 0.999), CIFAR-10's (0.025, II, 0.995)."""
+
+WIDE: dict[str, Domain] = {
+    "maps": IntDistribution(1, 64, log=True),
+    "pooling": CategoricalDistribution(("average", "max")),
+    "noise": FloatDistribution(0.0, 0.5),
+    "learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
+    "batch_size": (32, 64, 128, 256),
+    "reformer": ("I", "II"),
+    "detector_1": LIMITS,
+    "detector_2": LIMITS,
+}
+"""Everything that may matter, the architecture and so the latency included."""
+
+DEFAULT: dict[str, Domain] = {
+    "maps": IntDistribution(3, 32, log=True),
+    "noise": FloatDistribution(0.0, 0.4),
+    "learning_rate": FloatDistribution(3e-3, 3e-2, log=True),
+    "batch_size": 64,
+    "epochs": 20,
+    "detector_1": LIMITS,
+    "detector_2": LIMITS,
+}
+"""Where short trainings already reconstruct: higher rates and smaller batches than the paper's 100 epochs need."""
+
+SMOKE: dict[str, Domain] = {
+    "maps": (8, 16),
+    "noise": (0.1, 0.3),
+    "learning_rate": 2e-2,
+    "batch_size": 16,
+    "epochs": 3,
+    "reformer": ("I", "II"),
+    "detector_1": (0.99, 1e6),
+    "detector_2": (0.99, 1e6),
+}
+"""Seconds on a CPU: for trying things out and for tests."""
+
+STARTS = ({"maps": 3, "pooling": "average", "noise": 0.1, "reformer": "I", "detector_1": 0.999, "detector_2": 0.999},)
+"""Settings that a search tries first where they lie in its space: the paper's on MNIST."""
