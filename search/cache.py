@@ -1,0 +1,167 @@
+"""The decoded cache of a data set: uint8 images that are memory-mapped, with a ledger of their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from search.archives import digest
+from search.datasets import DATASETS, DataSet
+from search.decoding import PARTS, Pixels
+from search.origin import gather
+from search.sources import FULL, Progress
+from spaces.space import InputError
+
+HOME = "~/.cache/crucible"
+
+
+class NoSpace(InputError):
+    """The disk of the data folder is full."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+def data_folder(data_dir: str | Path | None = None) -> Path:
+    """Return `data_dir`, else $CRUCIBLE_DATA, else ~/.cache/crucible."""
+    return Path(data_dir or os.environ.get("CRUCIBLE_DATA") or HOME).expanduser().absolute()
+
+
+def roots(data_dir: str | Path | None) -> tuple[Path, Path]:
+    """Return the data folder, and the folder in which what is downloaded and decoded is kept.
+
+    They are the same, but for a data folder that must not be written: what belongs to it lies in the home cache.
+    """
+    root = data_folder(data_dir)
+    # The mode counts for the superuser too, whom os.access always lets through.
+    if not root.is_dir() or (os.access(root, os.W_OK) and root.stat().st_mode & 0o222):
+        return root, root
+    mark = hashlib.sha256(str(root).encode()).hexdigest()[:12]
+    return root, Path(HOME).expanduser().absolute() / "read-only" / mark
+
+
+def caches(dataset: str, data_dir: str | Path | None) -> list[Path]:
+    """Return where the decoded cache of a data set may lie."""
+    return [folder / "decoded" / dataset for folder in dict.fromkeys(roots(data_dir))]
+
+
+def ensure(dataset: str, data_dir: str | Path | None, progress: Progress = silent, *, thorough: bool = False) -> Path:
+    """Return the folder of the decoded cache, building it first where it is not there or damaged.
+
+    Raises:
+        InputError: an altered file, no source, or no space; one line.
+    """
+    for decoded in caches(dataset, data_dir):
+        if fault(decoded, thorough) is None:
+            return decoded
+    root, home = roots(data_dir)
+    decoded = home / "decoded" / dataset
+    with _clear_errors(dataset, home):
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / f".{dataset}.lock"):
+            if fault(decoded, thorough) is not None:
+                _build(DATASETS[dataset], root, home, progress)
+    return decoded
+
+
+def fault(decoded: Path, thorough: bool) -> str | None:
+    """Return what is wrong with a decoded cache, by its files' sizes or, if `thorough`, their digests."""
+    try:
+        ledger = read_ledger(decoded)
+        files, _ = ledger["files"], ledger["checksum"]
+        for part in PARTS:
+            for name in (f"x_{part}.npy", f"y_{part}.npy"):
+                size, sha256 = files[name]["bytes"], files[name]["sha256"]
+                if (found := (decoded / name).stat().st_size) != size:
+                    return f"{decoded / name} is cut short or altered: it must have {size} bytes, but has {found}"
+                if thorough and (mark := digest(decoded / name)) != sha256:
+                    return f"{decoded / name} is altered: its SHA-256 must be {sha256}, but is {mark}"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"the cache in {decoded} is not whole ({error})"
+    return None
+
+
+def read_ledger(decoded: Path) -> dict[str, Any]:
+    """Return what is known of a decoded cache: `files`, `checksum` and, where the files say it, `train`."""
+    ledger: dict[str, Any] = json.loads((decoded / "decoded.json").read_text())
+    return ledger
+
+
+@contextmanager
+def _clear_errors(dataset: str, root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise NoSpace(
+                f"no space left in {root}: {dataset} needs about {DATASETS[dataset].megabytes} MB; "
+                "free some, or set $CRUCIBLE_DATA to a folder on another disk"
+            ) from error
+        raise InputError(
+            f"the data folder {root} cannot be used for {dataset}: {error}; set $CRUCIBLE_DATA to another"
+        ) from error
+
+
+def _build(data: DataSet, root: Path, home: Path, progress: Progress) -> None:
+    """Fetch what is missing, decode it beside the cache and put it in place by a rename; the caller holds the lock."""
+    origin = data.origin
+    work, decoded = home / ".work" / origin.dataset, home / "decoded" / origin.dataset
+    try:
+        folder = gather(origin, origin.places(root, home), origin.raw(home), work, progress)
+        shutil.rmtree(work, ignore_errors=True)
+        _decode(data, folder, work / "new", progress)
+        decoded.parent.mkdir(exist_ok=True)
+        if decoded.exists():
+            os.replace(decoded, work / "old")
+        os.replace(work / "new", decoded)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _decode(data: DataSet, folder: Path, new: Path, progress: Progress) -> None:
+    """Write the cache into the folder `new`; its ledger, which `fault` reads, comes last."""
+    new.mkdir(parents=True)
+    shape = (data.shape.channels, data.shape.height, data.shape.width)
+    ledger: dict[str, Any] = {"files": {}}
+    for part in PARTS:
+        found = data.decode(data.origin, folder, part)
+        x_path, y_path = new / f"x_{part}.npy", new / f"y_{part}.npy"
+        x_shape = (len(found.y_N), *shape)
+        _save(x_path, x_shape, _heard(found.blocks, f"decoding {data.origin.dataset}", math.prod(x_shape), progress))
+        _save(y_path, found.y_N.shape, [found.y_N])
+        for path in (x_path, y_path):
+            ledger["files"][path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+        if part == "train":
+            mark = hashlib.sha256(np.load(x_path, mmap_mode="r").data)
+            mark.update(np.load(y_path).data)
+            ledger["checksum"] = mark.hexdigest()
+            ledger["train"] = data.train if found.train is None else found.train
+    (new / "decoded.json").write_text(json.dumps(ledger, indent=1))
+
+
+def _heard(blocks: Iterable[Pixels], what: str, total: int, progress: Progress) -> Iterator[Pixels]:
+    done = 0
+    for block in blocks:
+        yield block
+        done += block.nbytes
+        progress(what, done, total)
+
+
+def _save(path: Path, shape: tuple[int, ...], blocks: Iterable[Pixels]) -> None:
+    # numpy.save writes through C and loses the errno that tells a full disk.
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block).data)
