@@ -203,7 +203,7 @@ def _run(study: Study, known: Sequence[Candidate], console: Console, *, debug: b
             highlight=False,
         )
     console.print(
-        f"the classifiers {plan.task.name} and its partner {plan.task.partner} come first; trained once, they are kept",
+        f"the classifiers that {study.defense} on {study.label} needs come first; trained once, they are kept",
         highlight=False,
     )
     ended = Record(study).ended() if journal(study).exists() else 0
