@@ -1,0 +1,160 @@
+"""The table of docs/results.md: every defense x attack x knowledge on one task, with rejection and latency apart.
+
+    python benchmarks/results.py run advae --storage runs      trains (or loads) and attacks; repeat for each defense
+    python benchmarks/results.py table --storage runs          prints the table of what was run
+
+Each attack stands alone, over all images: the number is the accuracy that this attack leaves. White-box takes, for
+each image, the worst over the defense's gradient sources, with EOT where it draws noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import defenses
+from attacks.robustness import craft_oblivious, observe
+from attacks.suite import CW_L2, FGSM, IFGSM, PGD_40, Attack, Suite
+from defenses.base import Defended
+from search.store import fingerprint
+from search.study import make
+from search.trial import Bench, store_of
+
+KNOBS: dict[str, dict[str, Any]] = {
+    "identity": {},
+    "puvae": {"lambda_rc": 1.0, "lambda_kl": 1.0, "lambda_ce": 10.0, "conv_maps": 16, "batch_size": 32, "epochs": 6},
+    "gmvae": {"epochs": 20},
+    "advae": {"pgd_steps": 10, "pgd_step_size": 0.05, "epochs": 12},
+    "defense_vae": {"epochs": 2, "cw_steps": 50},
+    "defense_gan": {"maps": 32, "epochs": 60, "steps": 50, "restarts": 4},
+    "magnet": {"epochs": 60, "batch_size": 64},
+    "hgd": {"maps": 16, "levels": 4, "epochs": 4},
+    "adversarial_training": {"attack": "pgd", "pgd_steps": 10, "pgd_step_size": 0.05, "epochs": 12},
+}
+"""What each defense was trained with: its defaults, that is the paper's, made small enough for two cores."""
+
+
+def attacks(cw_steps: int) -> tuple[Attack, ...]:
+    """Return FGSM, iFGSM (10 steps of eps / 10), PGD (40 steps of eps / 30, AdvAE's) and CW-L2 (AdvAE's, shorter)."""
+    return FGSM, IFGSM, replace(PGD_40, pace=1 / 30), replace(CW_L2, steps=cw_steps)
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Train one defense and attack it; return the row of the table."""
+    study = make(
+        {
+            "name": "results",
+            "defense": name,
+            "task": args.task,
+            "space": "paper",
+            "knobs": {**_first_of(name), **KNOBS[name], **dict(args.knobs)},
+            "threat": "oblivious",
+            "train_images": args.train_images,
+            "eval_images": args.eval_images,
+            "cheap_images": 64,
+            "classifier_epochs": 6,
+            "storage": args.storage,
+            "wandb": "disabled",
+        }
+    )
+    bench = Bench(study, store_of(study))
+    params = bench.plan.space.complete({})
+    start = time.monotonic()
+    key, defense = bench.fit(params, lambda epoch, metrics: print(f"{name} epoch {epoch}: {metrics}", flush=True))
+    seconds = time.monotonic() - start
+    latency = bench.latency(defense)
+    target, exam = Defended(defense, bench.target.network), bench.exam
+    white = replace(exam.threat, knowledge="white-box")
+    row: dict[str, Any] = {
+        "defense": name,
+        "fit": key,
+        "knobs": params.flat(),
+        "seconds": seconds,
+        "latency": latency.to_json(),
+        "images": {"oblivious": len(exam.y_N), "white-box": args.white_images},
+    }
+    for attack in attacks(args.cw_steps):
+        made = _oblivious(attack, bench, Path(args.storage) / "results")
+        nothing = Suite(name="", oblivious=(), white_box=(), draws=1)
+        blind = observe(nothing, target, exam.x_NCHW, exam.y_N, exam.threat, oblivious=made).judge()
+        x, y = exam.x_NCHW[: args.white_images], exam.y_N[: args.white_images]
+        alone = Suite(name="", oblivious=(), white_box=(attack,), draws=args.draws)
+        seen = observe(alone, target, x, y, white, oblivious={}).judge()
+        row.setdefault("clean", _figures(blind.clean))
+        row[attack.name] = {"oblivious": _figures(blind.attacked), "white-box": _figures(seen.attacked)}
+        print(name, attack.name, row[attack.name], flush=True)
+    return row
+
+
+def _oblivious(attack: Attack, bench: Bench, folder: Path) -> dict[str, Tensor]:
+    """Return the images that an attack makes of the bare classifier, made once for all defenses."""
+    key = fingerprint(attack=str(attack), classifier=bench.target.fingerprint, images=len(bench.exam.y_N))
+    path, exam = folder / f"oblivious-{key}.safetensors", bench.exam
+    if not path.exists():
+        suite = Suite(name="", oblivious=(attack,), white_box=(), draws=1)
+        save_file(craft_oblivious(suite, bench.target.network, exam.x_NCHW, exam.y_N, exam.threat, 0), path)
+    return load_file(path, device=str(bench.device))
+
+
+def _figures(verdict: Any) -> dict[str, float]:
+    return {"accuracy": verdict.accuracy, "error": verdict.error, "rejection": verdict.rejection}
+
+
+def _first_of(name: str) -> dict[str, Any]:
+    """Return each knob's default, so that the paper's grids are one setting."""
+    from spaces.space import SearchSpace
+
+    return dict(SearchSpace.of(defenses.find(name)).defaults)
+
+
+def table(folder: Path) -> str:
+    """Return the table in Markdown, percent."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    names = [key for key in rows[0] if isinstance(rows[0][key], dict) and "oblivious" in rows[0][key]]
+    names.remove("images")
+    heads = ["defense", "clean", *(f"{n} OBL" for n in names), *(f"{n} WB" for n in names), "rejected: clean, OBL, WB"]
+    lines = ["| " + " | ".join([*heads, "ms / 128"]) + " |", "| --- " * (len(heads) + 1) + "|"]
+    for row in rows:
+        cells = [row["defense"], f"{100 * row['clean']['accuracy']:.1f}"]
+        cells += [f"{100 * row[n][k]['accuracy']:.1f}" for k in ("oblivious", "white-box") for n in names]
+        most = {k: max(row[n][k]["rejection"] for n in names) for k in ("oblivious", "white-box")}
+        rejected = (row["clean"]["rejection"], most["oblivious"], most["white-box"])
+        cells += [" / ".join(f"{100 * r:.1f}" for r in rejected), f"{row['latency']['ms_p50']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("names", nargs="*", help="defenses; else all")
+    parser.add_argument("--storage", default="runs")
+    parser.add_argument("--task", default="mnist/A")
+    parser.add_argument("--train-images", type=int, default=10_000)
+    parser.add_argument("--eval-images", type=int, default=200)
+    parser.add_argument("--white-images", type=int, default=100)
+    parser.add_argument("--cw-steps", type=int, default=100)
+    parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--knobs", nargs="*", default=[], type=lambda text: tuple(text.split("=", 1)))
+    args = parser.parse_args()
+    args.knobs = [(name, json.loads(value)) for name, value in args.knobs]
+    folder = Path(args.storage) / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.what == "table":
+        print(table(folder))
+        return
+    torch.manual_seed(0)
+    for name in args.names or defenses.names():
+        (folder / f"{name}.json").write_text(json.dumps(run(name, args), indent=1))
+
+
+if __name__ == "__main__":
+    main()
