@@ -280,6 +280,7 @@ class Bench:
             boundary=self.lane.boundary,
             once=lambda words, make: self._once(words, make, consulted),
         )
+        torch.manual_seed(self.study.seed)  # whatever was trained or loaded before
         networks = nn.ModuleList([classifier.network for classifier in consulted])
         with self.lane.working():
             for metrics in defense.fit(batches, networks if defense.bases() else networks[0]):

@@ -1,0 +1,99 @@
+"""Adversarial training: the classifier itself is trained on its own adversarial images; nothing is purified.
+
+Sources: `fgsm` is Goodfellow et al., Explaining and Harnessing Adversarial Examples, 2014, section 6, with which PuVAE
+compares itself (IEEE Access 2019, Eq. 4); `pgd` is Madry et al., Towards Deep Learning Models Resistant to Adversarial
+Attacks, 2017, which AdvAE compares itself with as iterative adversarial training (sections 2.3 and 4.1, Eq. 4).
+Shapes: N images, C channels, H x W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torchattacks
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attacks.corrected import evaluating
+from defenses.base import Batches, Defense, Knobs, Metrics
+from spaces.space import knob
+
+
+@dataclass(frozen=True)
+class Train(Knobs):
+    attack: str = knob("pgd", CategoricalDistribution(("fgsm", "pgd")), "what makes each step's adversarial images")
+    eps: float = knob(0.3, FloatDistribution(0.0, 1.0), "their L-infinity bound, in pixel units of [0, 1]")
+    pgd_steps: int = knob(40, IntDistribution(1, 1000), "pgd: gradient steps; AdvAE on MNIST 40, on CIFAR-10 10")
+    pgd_step_size: float = knob(0.01, FloatDistribution(1e-4, 1.0, log=True), "pgd: step, in pixel units; AdvAE's")
+    clean_share: float = knob(
+        0.5,
+        FloatDistribution(0.0, 1.0),
+        "fgsm: alpha, weight of the clean images' loss; pgd trains on adversarial images alone",
+    )
+    start: str = knob(
+        "scratch",
+        CategoricalDistribution(("scratch", "pretrained")),
+        "from fresh weights (inferred), or from those of the protected classifier",
+    )
+    learning_rate: float = knob(1e-3, FloatDistribution(1e-5, 1e-1, log=True), "Adam's, AdvAE section 4.1")
+    batch_size: int = knob(128, IntDistribution(1, 4096), "images a step (the papers do not say)")
+    epochs: int = knob(20, IntDistribution(1, 1000), "passes over the training images (the papers do not say)")
+
+
+class AdversarialTraining(Defense):
+    """Classify by a network of the protected classifier's architecture, trained on the attacks that it then faces."""
+
+    Train = Train
+
+    def adopt(self, classifier: nn.Module) -> None:
+        self.network = copy.deepcopy(classifier).requires_grad_(True)
+
+    def attacked(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
+        """Return x + delta: AdvAE Eq. 4's inner maximum, as the attack finds it on the network as it is now."""
+        k = self.train_knobs
+        if k.attack == "fgsm":
+            attack = torchattacks.FGSM(self.network, eps=k.eps)
+        else:
+            attack = torchattacks.PGD(self.network, eps=k.eps, alpha=k.pgd_step_size, steps=k.pgd_steps)
+        with evaluating(self.network):
+            return attack(x_NCHW, y_N)
+
+    def loss(self, x_NCHW: Tensor, adversarial_NCHW: Tensor, y_N: Tensor) -> Tensor:
+        """Return the batch's mean of L(theta; x + delta, y), AdvAE Eq. 4; under fgsm with clean images, PuVAE Eq. 4."""
+        adversarial = F.cross_entropy(self.network(adversarial_NCHW), y_N)
+        if self.train_knobs.attack == "pgd":
+            return adversarial
+        alpha = self.train_knobs.clean_share
+        return alpha * F.cross_entropy(self.network(x_NCHW), y_N) + (1 - alpha) * adversarial
+
+    def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
+        k = self.train_knobs
+        adam = torch.optim.Adam(self.parameters(), lr=k.learning_rate, fused=True)
+        self.track(adam=adam)
+        for number, epoch in enumerate(batches, start=batches.start):
+            if number == 0 and k.start == "scratch":  # within the epoch: its seed alone decides the weights
+                self._forget()
+            self.train()
+            total, images = torch.zeros((), device=batches.x_NCHW.device), 0
+            for x_NCHW, y_N in epoch:
+                loss = self.loss(x_NCHW, self.attacked(x_NCHW, y_N), y_N)
+                adam.zero_grad(set_to_none=True)
+                loss.backward()
+                adam.step()
+                total += loss.detach() * len(x_NCHW)
+                images += len(x_NCHW)
+            yield {"loss": float(total / images)}
+
+    def _forget(self) -> None:
+        for part in self.network.modules():
+            getattr(part, "reset_parameters", lambda: None)()
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        return x_NCHW
+
+    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+        return self.network(x_NCHW)
