@@ -2,6 +2,7 @@
 
     python benchmarks/results.py run advae --storage runs      trains (or loads) and attacks; repeat for each defense
     python benchmarks/results.py table --storage runs          prints the table of what was run
+    python benchmarks/results.py curve --storage runs          Defense-GAN's accuracy over time, from one projection
 
 Each attack stands alone, over all images: the number is the accuracy that this attack leaves. White-box takes, for
 each image, the worst over the defense's gradient sources, with EOT where it draws noise.
@@ -24,6 +25,7 @@ import defenses
 from attacks.robustness import craft_oblivious, observe
 from attacks.suite import CW_L2, FGSM, IFGSM, PGD_40, Attack, Suite
 from defenses.base import Defended
+from defenses.defense_gan import DefenseGAN
 from search.store import fingerprint
 from search.study import make
 from search.trial import Bench, store_of
@@ -49,8 +51,8 @@ def attacks(cw_steps: int) -> tuple[Attack, ...]:
     return FGSM, IFGSM, replace(PGD_40, pace=1 / 30), replace(CW_L2, steps=cw_steps)
 
 
-def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one defense and attack it; return the row of the table."""
+def opened(name: str, args: argparse.Namespace) -> Bench:
+    """Return the bench of a study that has one setting."""
     study = make(
         {
             "name": "results",
@@ -67,7 +69,12 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
             "wandb": "disabled",
         }
     )
-    bench = Bench(study, store_of(study))
+    return Bench(study, store_of(study))
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Train one defense and attack it; return the row of the table."""
+    bench = opened(name, args)
     params = bench.plan.space.complete({})
     start = time.monotonic()
     key, defense = bench.fit(params, lambda epoch, metrics: print(f"{name} epoch {epoch}: {metrics}", flush=True))
@@ -94,6 +101,29 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         row[attack.name] = {"oblivious": _figures(blind.attacked), "white-box": _figures(seen.attacked)}
         print(name, attack.name, row[attack.name], flush=True)
     return row
+
+
+@torch.no_grad()
+def curve(args: argparse.Namespace) -> str:
+    """Return Defense-GAN's accuracy under oblivious iFGSM after each number of steps, and what a step costs."""
+    bench = opened("defense_gan", args)
+    _, defense = bench.fit(bench.plan.space.complete({}), lambda epoch, metrics: None)
+    assert isinstance(defense, DefenseGAN)
+    made = _oblivious(IFGSM, bench, Path(args.storage) / "results")[IFGSM.name]
+    at = (0, 1, 2, 5, 10, 25, 50, 100, 200)
+    lines = [
+        "| restarts | " + " | ".join(f"L {steps}" for steps in at) + " | s / step |",
+        "| --- " * (len(at) + 2) + "|",
+    ]
+    for restarts in (1, 2, 10):
+        defense.at({**bench.plan.space.usual(), "restarts": restarts})
+        torch.manual_seed(0)
+        start = time.monotonic()
+        projected = defense.trajectory(made[:128], at)
+        seconds = (time.monotonic() - start) / max(at)
+        found = [(bench.target.network(x).argmax(1) == bench.exam.y_N[:128]).float().mean() for x in projected]
+        lines.append(f"| {restarts} | " + " | ".join(f"{100 * a:.0f}" for a in found) + f" | {seconds:.3f} |")
+    return "\n".join(lines)
 
 
 def _oblivious(attack: Attack, bench: Bench, folder: Path) -> dict[str, Tensor]:
@@ -136,7 +166,7 @@ def table(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("what", choices=["run", "table", "curve"])
     parser.add_argument("names", nargs="*", help="defenses; else all")
     parser.add_argument("--storage", default="runs")
     parser.add_argument("--task", default="mnist/A")
@@ -150,8 +180,8 @@ def main() -> None:
     args.knobs = [(name, json.loads(value)) for name, value in args.knobs]
     folder = Path(args.storage) / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    if args.what == "table":
-        print(table(folder))
+    if args.what != "run":
+        print(table(folder) if args.what == "table" else curve(args))
         return
     torch.manual_seed(0)
     for name in args.names or defenses.names():
