@@ -107,6 +107,7 @@ class Findings:
         """Return the constraints of the study that a candidate breaks, in words."""
         words = {
             "alarms": f"alarm: {'; '.join(candidate.score.alarms)}",
+            "max_clean_rejection": f"more than {percent(self.study.max_clean_rejection)} of the clean images rejected",
             "min_clean_accuracy": f"clean accuracy below {percent(self.study.min_clean_accuracy)}",
             "max_latency_ms": f"slower than {milliseconds(self.study.max_latency_ms)}",
         }
