@@ -153,7 +153,20 @@ def none_feasible() -> Findings:
     return replace(findings_of(2), candidates=alarmed, best=None, front=[])
 
 
+def rejecting() -> Findings:
+    """A defense that rejects: half of the attacked images, and of the clean ones more than is allowed by some."""
+    findings = findings_of(4)
+    curve = ((0.0, 0.6), (0.01, 0.4), (0.04, 0.1), (0.2, 0.02))
+    made = []
+    for nth, c in enumerate(findings.candidates):
+        error = round(0.5 * c.score.attacked_error, 3)
+        score = replace(c.score, attacked_error=error, attacked_rejection=error, clean_rejection=0.03 * (nth % 4))
+        made.append(replace(c, score=replace(score, risk_coverage=curve if nth % 6 == 0 else ())))
+    return replace(findings, candidates=made, best=made[0], front=[made[0]])
+
+
 CASES = {
+    "rejecting": rejecting,
     "ten fits": lambda: findings_of(),
     "oblivious": lambda: findings_of(threat="oblivious"),
     "nothing yet": nothing_yet,
@@ -302,6 +315,15 @@ def test_pictures_are_embedded_the_best_first_and_missing_ones_left_out(tmp_path
     assert all(tag != "img" for tag, _ in Page(render(findings)).tags)
 
 
+def test_what_is_rejected_is_reported_apart() -> None:
+    page = Page(render(rejecting()))
+    broken = {str(c["broken"]).replace("\u00a0", " ") for c in page.data["candidates"] if c["broken"]}
+    assert any("more than 5.0 % of the clean images rejected" in words for words in broken)
+    assert "Attacked images accepted and wrong" in page.words and "Attacked images rejected" in page.words
+    assert page.data["risk"] == [[0, 60], [1, 40], [4, 10], [20, 2]]
+    assert Page(render(findings_of())).data["risk"] == []
+
+
 def test_the_study_can_be_read_back_from_the_page() -> None:
     config = re.search(r"<pre>(name: .*?)</pre>", render(findings_of()), re.DOTALL)
     assert config is not None
@@ -360,7 +382,7 @@ def test_a_browser_draws_every_chart_within_the_page_without_a_word(case: str, w
     assert console == []
     assert seen["inner"] == width and seen["wide"] <= width
     assert seen["charts"] == seen["places"]
-    assert len(seen["charts"]) == {"nothing yet": 0, "one candidate": 2}.get(case, 4)
+    assert len(seen["charts"]) == {"nothing yet": 0, "one candidate": 2, "rejecting": 5}.get(case, 4)
 
 
 @pytest.mark.slow
