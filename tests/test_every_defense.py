@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import defenses
+import spaces
 from defenses.base import Defense
 from launch import main
 from search import export
+from search.study import make
 from search.tasks import load
 
 QUICK = ("--eval-images", "40", "--cheap-images", "20", "--classifier-epochs", "2", "--wandb", "disabled")
@@ -41,6 +43,13 @@ def search(storage: Path, defense: str, *more: str, name: str = "") -> list[dict
     assert run(storage, *command, "--trials", "2", *QUICK, *more) == 0
     with (storage / name / "candidates.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("defense", "space"), [(d, s) for d in defenses.names() for s in spaces.names(d)])
+def test_every_setting_of_a_named_space_can_be_built_on_the_images_it_is_for(defense: str, space: str) -> None:
+    dataset = {"cifar": "cifar10", "svhn": "svhn"}.get(space.rpartition("_")[2], "mnist")
+    make({"defense": defense, "space": space, "task": f"{dataset}/A"})
+    assert {"paper", "wide", "smoke"} <= set(spaces.names(defense))
 
 
 @pytest.mark.parametrize("defense", defenses.names())
