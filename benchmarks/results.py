@@ -35,13 +35,14 @@ KNOBS: dict[str, dict[str, Any]] = {
     "puvae": {"lambda_rc": 1.0, "lambda_kl": 2.0, "conv_maps": 16, "learning_rate": 2e-3, "batch_size": 32,
               "epochs": 6},
     "gmvae": {"maps": 16, "batch_size": 32, "learning_rate": 2e-3, "epochs": 15},
-    "advae": {"pgd_steps": 5, "pgd_step_size": 0.1, "epochs": 8},
+    "advae": {"lambda_rec": 0.2, "architecture": "unet", "levels": 2, "maps": 8, "pgd_steps": 4, "pgd_step_size": 0.15,
+              "batch_size": 64, "learning_rate": 3e-3, "epochs": 8},
     "defense_vae": {"attacks": "fgsm+rand", "maps": 16, "learning_rate": 2e-3, "epoch_share": 0.25, "epochs": 6},
     "defense_gan": {"latent": 64, "maps": 16, "learning_rate": 1e-3, "batch_size": 32, "critic_steps": 3, "epochs": 20,
                     "steps": 25, "restarts": 2, "rate": 30.0},
     "magnet": {"batch_size": 64, "epochs": 60},
     "hgd": {"attack": "pgd", "pgd_steps": 10, "strengths": 4, "maps": 16, "levels": 3, "epochs": 4},
-    "adversarial_training": {"pgd_steps": 5, "pgd_step_size": 0.1, "epochs": 8},
+    "adversarial_training": {"start": "pretrained", "pgd_steps": 4, "pgd_step_size": 0.15, "epochs": 6},
 }  # fmt: skip
 """What each defense was trained with: its defaults, that is the paper's, made small enough for two cores."""
 
