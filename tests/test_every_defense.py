@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from launch import main
 from search import export
 from search.study import make
 from search.tasks import load
+from tests.test_cli import ROOT
 
 QUICK = ("--eval-images", "40", "--cheap-images", "20", "--classifier-epochs", "2", "--wandb", "disabled")
 SELECTIVE = [name for name in defenses.names() if defenses.find(name).thresholds()]
@@ -96,3 +99,14 @@ def test_a_defense_protects_a_classifier_that_it_was_not_trained_with(storage: P
     assert {row["task"] for row in other} == {"digits/A protecting digits/B"}
     figures = ("clean_accuracy", "attacked_error", "oblivious_accuracy")
     assert [[row[name] for name in figures] for row in own] != [[row[name] for name in figures] for row in other]
+
+
+def test_the_benchmark_makes_a_row_of_the_results(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/results.py"]
+    small = ["--task", "digits/A", "--train-images", "200", "--eval-images", "20", "--white-images", "10"]
+    small += ["--cw-steps", "5", "--storage", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "run", "identity", *small], cwd=ROOT, env=environment, check=True, capture_output=True)
+    table = subprocess.run([*command, "table", *small], cwd=ROOT, env=environment, check=True, capture_output=True)
+    head, _, row = table.stdout.decode().strip().splitlines()
+    assert head.count("|") == row.count("|") and "pgd-40 WB" in head and row.startswith("| identity |")
