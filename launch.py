@@ -99,7 +99,14 @@ def status(
     from search import session
 
     names = [name] if name else session.names(Path(storage))
-    states = [session.status(_study(each, storage)) for each in names]
+    states = []
+    for each in names:
+        try:
+            states.append(session.status(_study(each, storage)))
+        except InputError as error:
+            if name:
+                raise
+            typer.echo(f"{each}: {error}", err=True)  # one search that cannot be read hides no other
     if as_json:
         typer.echo(json.dumps(states[0] if name else states, indent=1))
         return
@@ -127,7 +134,7 @@ def report(name: Annotated[str, Argument(help="a search")], storage: Storage = "
 def export(
     name: Annotated[str, Argument(help="a search")],
     pareto: Annotated[bool, Option("--pareto", help="the whole Pareto front")] = False,
-    top: Annotated[int | None, Option(min=1, help="the best K by attacked accuracy that pass the audit")] = None,
+    top: Annotated[int | None, Option(min=1, help="the best K (least attacked error) that pass the audit")] = None,
     candidate: Annotated[str | None, Option(help="one candidate, by its name or the beginning of it")] = None,
     out: Annotated[Path | None, Option(help="the folder of exports; else STORAGE/NAME/export")] = None,
     despite_alarms: Annotated[bool, Option("--despite-alarms", help="write what the audit refuses")] = False,

@@ -68,7 +68,7 @@ def pick(front: Sequence[Point], budget: float) -> Point | None:
 
 def _values(column_N: Floats, outer: int) -> Floats:
     """Return the limits of one column that are tried: its values, thinned so that all columns keep within `GRID`."""
-    values: Floats = np.unique(column_N)
+    values: Floats = np.unique(column_N[np.isfinite(column_N)])
     most = max(1, int(GRID ** (1 / outer)))
     return values if len(values) <= most else np.quantile(values, np.linspace(0, 1, most), method="nearest")
 
@@ -76,14 +76,15 @@ def _values(column_N: Floats, outer: int) -> Floats:
 def _sweep(clean_NS: Floats, versions_NVS: Floats, wrong_NV: NDArray[np.bool_], outer: Sequence[float]) -> list[Point]:
     """Return every setting of the last limit under fixed other ones."""
     images = len(clean_NS)
-    passes_N = (clean_NS[:, :-1] <= outer).all(axis=1)
+    passes_N = (clean_NS[:, :-1] <= outer).all(axis=1) & np.isfinite(clean_NS[:, -1])
     wrong_NV = wrong_NV & (versions_NVS[:, :, :-1] <= outer).all(axis=2)
     # The least limit at which some wrong version of an image is accepted.
-    falls_N = np.where(wrong_NV, versions_NVS[:, :, -1], np.inf).min(axis=1)
+    last_NV = versions_NVS[:, :, -1]
+    falls_N = np.where(wrong_NV & ~np.isnan(last_NV), last_NV, np.inf).min(axis=1)
     limits = np.unique(clean_NS[passes_N, -1])
     accepted = np.searchsorted(np.sort(clean_NS[passes_N, -1]), limits, side="right")
     errors = np.searchsorted(np.sort(falls_N), limits, side="right")
     return [
-        Point(1 - int(a) / images, int(e) / images, (*map(float, outer), float(limit)))
+        Point((images - int(a)) / images, int(e) / images, (*map(float, outer), float(limit)))
         for a, e, limit in zip(accepted, errors, limits, strict=True)
     ]

@@ -11,6 +11,7 @@ each image, the worst over the defense's gradient sources, with EOT where it dra
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import time
 from dataclasses import replace
@@ -18,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+import attacks.corrected
+import attacks.suite
 import defenses
 from attacks.robustness import craft_oblivious, observe
 from attacks.suite import CW_L2, FGSM, IFGSM, PGD_40, Attack, Suite
 from defenses.base import Defended
 from defenses.defense_gan import DefenseGAN
-from search.store import fingerprint
+from search.store import fingerprint, write_atomic
 from search.study import make
 from search.trial import Bench, store_of
 
@@ -34,7 +37,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "identity": {},
     "puvae": {"lambda_rc": 1.0, "lambda_kl": 2.0, "conv_maps": 16, "learning_rate": 2e-3, "batch_size": 32,
               "epochs": 6},
-    "gmvae": {"maps": 16, "batch_size": 32, "learning_rate": 2e-3, "epochs": 15},
+    "gmvae": {"alpha": 50.0, "maps": 16, "batch_size": 32, "learning_rate": 2e-3, "epochs": 15},
     "advae": {"lambda_rec": 0.2, "architecture": "unet", "levels": 2, "maps": 8, "pgd_steps": 4, "pgd_step_size": 0.15,
               "batch_size": 64, "learning_rate": 3e-3, "epochs": 8},
     "defense_vae": {"attacks": "fgsm+rand", "maps": 16, "learning_rate": 2e-3, "epoch_share": 0.25, "epochs": 6},
@@ -47,7 +50,7 @@ KNOBS: dict[str, dict[str, Any]] = {
 """What each defense was trained with: its defaults, that is the paper's, made small enough for two cores."""
 
 
-def attacks(cw_steps: int) -> tuple[Attack, ...]:
+def chosen(cw_steps: int) -> tuple[Attack, ...]:
     """Return FGSM, iFGSM (10 steps of eps / 10), PGD (40 steps of eps / 30, AdvAE's) and CW-L2 (AdvAE's, shorter)."""
     return FGSM, IFGSM, replace(PGD_40, pace=1 / 30), replace(CW_L2, steps=cw_steps)
 
@@ -60,7 +63,7 @@ def opened(name: str, args: argparse.Namespace) -> Bench:
             "defense": name,
             "task": args.task,
             "space": "paper",
-            "knobs": {**_first_of(name), **KNOBS[name], **dict(args.knobs)},
+            "knobs": {**_first_of(name), **KNOBS.get(name, {}), **dict(args.knobs)},
             "threat": "oblivious",
             "train_images": args.train_images,
             "eval_images": args.eval_images,
@@ -91,7 +94,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "latency": latency.to_json(),
         "images": {"oblivious": len(exam.y_N), "white-box": args.white_images},
     }
-    for attack in attacks(args.cw_steps):
+    for attack in chosen(args.cw_steps):
         made = _oblivious(attack, bench, Path(args.storage) / "results")
         nothing = Suite(name="", oblivious=(), white_box=(), draws=1)
         blind = observe(nothing, target, exam.x_NCHW, exam.y_N, exam.threat, oblivious=made).judge()
@@ -129,11 +132,15 @@ def curve(args: argparse.Namespace) -> str:
 
 def _oblivious(attack: Attack, bench: Bench, folder: Path) -> dict[str, Tensor]:
     """Return the images that an attack makes of the bare classifier, made once for all defenses."""
-    key = fingerprint(attack=str(attack), classifier=bench.target.fingerprint, images=len(bench.exam.y_N))
-    path, exam = folder / f"oblivious-{key}.safetensors", bench.exam
+    sources = [inspect.getsource(attacks.suite), inspect.getsource(attacks.corrected)]
+    exam = bench.exam
+    key = fingerprint(
+        source=sources, attack=str(attack), eps=exam.threat.eps, classifier=bench.target.fingerprint, n=len(exam.y_N)
+    )
+    path = folder / f"oblivious-{key}.safetensors"
     if not path.exists():
         suite = Suite(name="", oblivious=(attack,), white_box=(), draws=1)
-        save_file(craft_oblivious(suite, bench.target.network, exam.x_NCHW, exam.y_N, exam.threat, 0), path)
+        write_atomic(path, save(craft_oblivious(suite, bench.target.network, exam.x_NCHW, exam.y_N, exam.threat, 0)))
     return load_file(path, device=str(bench.device))
 
 
@@ -148,16 +155,21 @@ def _first_of(name: str) -> dict[str, Any]:
     return dict(SearchSpace.of(defenses.find(name)).defaults)
 
 
+def _cell(figures: dict[str, float]) -> str:
+    accuracy, error = (f"{100 * figures[kind]:.1f}" for kind in ("accuracy", "error"))
+    return f"{accuracy} / {error}" if figures["rejection"] else accuracy
+
+
 def table(folder: Path) -> str:
-    """Return the table in Markdown, percent."""
+    """Return the table in Markdown, percent: accuracy, and the error too where images are rejected."""
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     names = [key for key in rows[0] if isinstance(rows[0][key], dict) and "oblivious" in rows[0][key]]
     names.remove("images")
     heads = ["defense", "clean", *(f"{n} OBL" for n in names), *(f"{n} WB" for n in names), "rejected: clean, OBL, WB"]
     lines = ["| " + " | ".join([*heads, "ms / 128"]) + " |", "| --- " * (len(heads) + 1) + "|"]
     for row in rows:
-        cells = [row["defense"], f"{100 * row['clean']['accuracy']:.1f}"]
-        cells += [f"{100 * row[n][k]['accuracy']:.1f}" for k in ("oblivious", "white-box") for n in names]
+        cells = [row["defense"], _cell(row["clean"])]
+        cells += [_cell(row[n][k]) for k in ("oblivious", "white-box") for n in names]
         most = {k: max(row[n][k]["rejection"] for n in names) for k in ("oblivious", "white-box")}
         rejected = (row["clean"]["rejection"], most["oblivious"], most["white-box"])
         cells += [" / ".join(f"{100 * r:.1f}" for r in rejected), f"{row['latency']['ms_p50']:.1f}"]

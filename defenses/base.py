@@ -175,6 +175,11 @@ class Defense(nn.Module):
         """Return the names of the inference knobs that are thresholds of `suspicion`."""
         return tuple(f.name for f in fields(cls.Inference) if f.metadata["threshold"])
 
+    @classmethod
+    def rejects(cls) -> bool:
+        """Say whether the defense can reject at all."""
+        return bool(cls.thresholds()) or cls.accept is not Defense.accept
+
     def limits(self) -> Tensor:
         """Return the values of the thresholds, S."""
         if type(self).accept is not Defense.accept:

@@ -259,9 +259,12 @@ def versions(k: Train) -> list[tuple[Any, dict[str, float]]]:
 
 def _craft(attack: Any, classifier: nn.Module, batches: Batches, salt: int) -> Tensors:
     """Return one adversarial version of every training image, against its true label."""
-    pairs = zip(batches.x_NCHW.split(BATCH), batches.y_N.split(BATCH), strict=True)
+    made = []
     with reproducible(classifier, batches.seed + salt), torch.enable_grad():
-        return {"x_hat": torch.cat([attack(x_NCHW, y_N).detach().half() for x_NCHW, y_N in pairs])}
+        for x_NCHW, y_N in zip(batches.x_NCHW.split(BATCH), batches.y_N.split(BATCH), strict=True):
+            batches.boundary()
+            made.append(attack(x_NCHW, y_N).detach().half())
+    return {"x_hat": torch.cat(made)}
 
 
 def _layer(convolution: nn.Conv2d | nn.ConvTranspose2d) -> tuple[nn.Module, nn.Module, nn.Module]:

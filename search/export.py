@@ -117,7 +117,7 @@ def load(folder: str | Path) -> Defended:
     shape = Shape(**config["shape"])
     defense = defenses.find(config["defense"])(config["train"], config["inference"], shape)
     classifier = ARCHITECTURES[config["classifier"]].build(shape)
-    defense.adopt(ARCHITECTURES[config["trained_with"]].build(shape))
+    defense.adopt(ARCHITECTURES[config.get("trained_with", config["classifier"])].build(shape))
     defense.load_state_dict(from_bytes(files["weights.safetensors"]))
     classifier.load_state_dict(from_bytes(files["classifier.safetensors"]))
     return Defended(defense, classifier).eval().requires_grad_(False)
@@ -139,6 +139,8 @@ def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustnes
         "attacked_accuracy_interval": wilson(attacked.accuracy, images),
         "attacked_error": attacked.error,
         "attacked_rejection": attacked.rejection,
+        "rejects": bench.plan.defense.rejects(),
+        "detectors_attacked": False,
         "attacked_accuracy_of_the_search": score.attacked_accuracy,
         "oblivious_accuracy": (found.robustness.oblivious & again.oblivious).accuracy,
         "white_box_accuracy": (found.robustness.strongest & again.strongest).accuracy,
@@ -168,6 +170,19 @@ def _evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustnes
     }
 
 
+def _rejection(evidence: Mapping[str, Any]) -> str:
+    """Return what is rejected, in words; nothing where the defense cannot."""
+    if not evidence["rejects"]:
+        return ""
+    error, attacked, clean = (
+        f"{100 * evidence[name]:.1f} %" for name in ("attacked_error", "attacked_rejection", "clean_rejection")
+    )
+    return (
+        f"It rejects {clean} of the clean images (`model.accept(x)` says which); of the attacked ones {error} are "
+        f"accepted and wrong, {attacked} rejected. The attacks did not aim at its detectors, which flatters it. "
+    )
+
+
 def _card(candidate: Candidate, evidence: Mapping[str, Any]) -> str:
     score = candidate.score
     low, high = evidence["attacked_accuracy_interval"]
@@ -183,7 +198,7 @@ def _card(candidate: Candidate, evidence: Mapping[str, Any]) -> str:
 {warning}Attacked accuracy **{100 * evidence["attacked_accuracy"]:.1f} %** (95 % interval {100 * low:.1f} to \
 {100 * high:.1f}) under {score.threat}; white-box {100 * evidence["white_box_accuracy"]:.1f} %, oblivious \
 {100 * evidence["oblivious_accuracy"]:.1f} %, clean {100 * score.clean_accuracy:.1f} %, on {score.images} validation
-images. Trained on {evidence["train_images"]} images. Chosen on validation images, of which the
+images. {_rejection(evidence)}Trained on {evidence["train_images"]} images. Chosen on validation images, of which the
 choice made the best: the figure is optimistic, and the test split was not opened.
 
 | knob | value |

@@ -88,6 +88,15 @@ class Lane:
             self._enter()
 
     @contextmanager
+    def away(self) -> Iterator[None]:
+        """Let go of the lane while waiting for something else."""
+        fcntl.flock(self._lane, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            self._enter()
+
+    @contextmanager
     def quiet(self) -> Iterator[None]:
         """Hold the lane alone."""
         fcntl.flock(self._gate, fcntl.LOCK_EX)

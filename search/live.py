@@ -85,7 +85,7 @@ class Display(Listener):
     ) -> None:
         self._rows.pop(trial, None)
         self.done += 1
-        best = next(iter(ranking.ranked(candidates)), None)
+        best = next(iter((*ranking.feasible(self.study, candidates), *ranking.ranked(candidates))), None)
         if best is None:
             self._say(f"{trial} {state}{': ' + reason if reason else ''}")
         else:

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from search.score import Candidate
 from search.study import Study
 
+OBJECTIVES = ("attacked_error", "latency_ms_p50")
+"""What a search minimises: fields of a candidate's score."""
+
 
 def constraints(study: Study, candidate: Candidate) -> dict[str, float]:
     """Return by how much a candidate exceeds each constraint; zero or less is feasible."""

@@ -13,6 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from search import ranking
+from search.ranking import OBJECTIVES
 from search.score import Candidate
 from search.study import Study
 from spaces.space import InputError
@@ -46,6 +47,11 @@ class Record:
         self.space = study.plan().space
         self.searched = self.space.searched()
         self.optuna = self._open()
+        if (names := self.optuna.metric_names) != list(OBJECTIVES):
+            raise InputError(
+                f"a search must have the objectives {', '.join(OBJECTIVES)}, but {study.name}, of an earlier version, "
+                f"has {', '.join(names or ['none'])}; search again under another name"
+            )
 
     def _open(self) -> optuna.Study:
         if not journal(self.study).exists():
@@ -78,14 +84,15 @@ class Record:
 
     def importances(self) -> dict[str, float]:
         """Return how much each knob matters for the attacked error; empty where too little is known."""
-        if sum(t.state == TrialState.COMPLETE for t in self._all()) < 8:
-            return {}
-        errors = {t.values[0] for t in self._all() if t.state == TrialState.COMPLETE}
-        if len(errors) < 2:
+        # A candidate whose thresholds were picked may lack some knobs, and would take them out for all.
+        done = [t for t in self._all() if t.state == TrialState.COMPLETE and set(self.searched) <= set(t.params)]
+        if len(done) < 8 or len({t.values[0] for t in done}) < 2:
             return {}  # where nothing varies there is no variance to explain
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=self.study.seed)
         found = optuna.importance.get_param_importances(
-            self.optuna, evaluator=evaluator, target=lambda trial: trial.values[0]
+            self.optuna,
+            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=self.study.seed),
+            params=list(self.searched),
+            target=lambda trial: trial.values[0],
         )
         return dict(found)
 

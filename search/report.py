@@ -245,7 +245,10 @@ def risk_coverage(findings: Findings) -> Sequence[tuple[float, float]]:
 
 
 def charts(findings: Findings) -> dict[str, Any]:
-    """Return what the charts draw, for JSON: accuracies in percent, latencies in milliseconds."""
+    """Return what the charts draw, for JSON: accuracies in percent, latencies in milliseconds.
+
+    Under attack it is one minus the error, which is what the front is made of: accuracy where nothing is rejected.
+    """
     front = {c.candidate for c in findings.front}
     bare = findings.undefended
     best = findings.best and findings.fit(findings.best)
@@ -254,14 +257,14 @@ def charts(findings: Findings) -> dict[str, Any]:
         "knobs": list(findings.searched),
         "budget": findings.study.max_latency_ms,
         "best": findings.best and findings.best.candidate,
-        "undefended": _points(bare.score.attacked_accuracy) if bare else None,
+        "undefended": _points(1 - bare.score.attacked_error) if bare else None,
         "candidates": [
             {
                 "id": c.candidate,
                 "ms": _number(c.score.latency_ms_p50),
-                "attacked": _points(c.score.attacked_accuracy),
-                "low": _points(interval(c.score)[0]),
-                "high": _points(interval(c.score)[1]),
+                "attacked": _points(1 - c.score.attacked_error),
+                "low": _points(wilson(1 - c.score.attacked_error, c.score.images)[0]),
+                "high": _points(wilson(1 - c.score.attacked_error, c.score.images)[1]),
                 "clean": _points(c.score.clean_accuracy),
                 "front": c.candidate in front,
                 "broken": "; ".join(findings.broken(c)),

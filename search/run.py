@@ -10,7 +10,7 @@ from defenses.base import Metrics
 from search import trial
 from search.conductor import Conductor
 from search.events import Listener, State
-from search.ranking import ranked
+from search.ranking import feasible, ranked
 from search.score import Candidate
 from search.searcher import Proposer
 from search.study import Study
@@ -61,7 +61,7 @@ def execute(study: Study, name: str, params: Params, report: Callable[[str, int,
         bench = trial.Bench.of(study, store)
         fit = bench.fingerprint(params)
         candidates = trial.run_trial(study, params, store, lambda epoch, metrics: report(fit, epoch, metrics))
-        best = ranked(candidates)[0]
+        best = (*feasible(study, candidates), *ranked(candidates))[0]
         path = study.folder / "pictures" / f"{name}.png"
         return {
             "candidates": [candidate.to_json() for candidate in candidates],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import optuna
@@ -13,16 +13,12 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, R
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import spaces
-from search.ranking import constraints
+from search.ranking import OBJECTIVES, constraints
 from search.record import INTERRUPTED, Record, state_of, storage
 from search.score import Candidate
 from search.study import Study
 from spaces.space import GRID_LIMIT, Params, SearchSpace, contains, draw
 
-OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
-    "attacked_error": "minimize",
-    "latency_ms_p50": "minimize",
-}
 RETRIES = 20
 """How often a sampler may propose a training that is done before one is drawn for it."""
 
@@ -46,10 +42,11 @@ class Proposer(Record):
         study = optuna.create_study(
             study_name=self.study.name,
             storage=self._storage,
-            directions=list(OBJECTIVES.values()),
+            directions=["minimize"] * len(OBJECTIVES),
             load_if_exists=True,
         )
-        study.set_metric_names(list(OBJECTIVES))
+        if not study.metric_names:
+            study.set_metric_names(list(OBJECTIVES))
         # A resumed search must not draw again what it drew before.
         drawn = len(study.get_trials(deepcopy=False))
         study.sampler = _sampler(self.study, self.space, (self.study.seed + drawn) % 2**32)

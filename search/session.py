@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
@@ -142,6 +143,10 @@ def export_all(
         if written == wanted:
             break
         folder = out / candidate.candidate
+        if (other := _exported(folder)) not in (None, study.name):
+            raise InputError(
+                f"a folder of exports must be of one search, but {folder} is of {other}: choose another --out"
+            )
         try:
             if not folder.exists():
                 console.print(
@@ -158,6 +163,12 @@ def export_all(
     return 0 if written == wanted else 1
 
 
+def _exported(folder: Path) -> str | None:
+    """Return the search whose export lies in a folder; None where there is none."""
+    config = folder / "config.yaml"
+    return str(yaml.safe_load(config.read_text())["study"]["name"]) if config.exists() else None
+
+
 def _audited(folder: Path) -> str:
     """Return what the audit left of a candidate, beside what the search had found."""
     found = json.loads((folder / "evidence.json").read_text())
@@ -165,7 +176,8 @@ def _audited(folder: Path) -> str:
     passed = sum(gate["passed"] for gate in found["gates"])
     return (
         f"audited: {audited} % attacked accuracy ({ThreatModel(**found['threat'])}; the search's lighter attacks left "
-        f"{searched} %), white-box {percent(found['white_box_accuracy'])} %, "
+        f"{searched} %), error {percent(found['attacked_error'])} %, "
+        f"rejected {percent(found['attacked_rejection'])} %, white-box {percent(found['white_box_accuracy'])} %, "
         f"{passed} of {len(found['gates'])} gates passed"
     )
 

@@ -240,7 +240,7 @@ def pareto_chart(study: Study, undefended: Candidate, candidates: Sequence[Candi
         layout={
             "title": f"{study.name}: {study.defense} on {study.label}, {under}",
             "xaxis": {"title": "purification latency, p50 in ms"},
-            "yaxis": {"title": "attacked accuracy, fraction", "range": [0, 1]},
+            "yaxis": {"title": "attacked accuracy (with rejection), fraction", "range": [0, 1]},
         }
     )
     chart.add_trace(_points("candidates", candidates, mode="markers", opacity=0.5))
@@ -251,7 +251,7 @@ def pareto_chart(study: Study, undefended: Candidate, candidates: Sequence[Candi
 
 def _points(name: str, candidates: Sequence[Candidate], **style: Any) -> go.Scatter:
     x = [c.score.latency_ms_p50 for c in candidates]
-    y = [c.score.attacked_accuracy for c in candidates]
+    y = [1 - c.score.attacked_error for c in candidates]  # accuracy where nothing is rejected
     return go.Scatter(name=name, x=x, y=y, text=[c.candidate for c in candidates], **style)
 
 

@@ -118,9 +118,20 @@ class Bench:
 
     def consulted(self, defense: Defense) -> list[Classifier]:
         """Return what the defense's training may consult: one classifier, or those of its `bases`."""
+        return [self.classifier(architecture) for architecture in self._consulted(defense)]
+
+    def _consulted(self, defense: Defense) -> tuple[str, ...]:
         task = self.plan.task
-        own = task.classifier if defense.consults == "target" else task.partner
-        return [self.classifier(architecture) for architecture in defense.bases() or (own,)]
+        return defense.bases() or (task.classifier if defense.consults == "target" else task.partner,)
+
+    def needed(self) -> set[str]:
+        """Return the architectures whose classifiers the study's usual setting asks for."""
+        space = self.plan.space
+        usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
+        with torch.device("meta"):
+            defense = self.plan.defense(usual, space.usual(), self.plan.task.shape)
+        adopted = {self.plan.task.classifier} if type(defense).adopt is not Defense.adopt else set()
+        return {self.plan.protected, *self._consulted(defense), *adopted}
 
     @cached_property
     def exam(self) -> Exam:
@@ -168,7 +179,7 @@ class Bench:
 
     def _fingerprint(self, defense: Defense) -> str:
         return fingerprint(
-            source=[inspect.getsource(sys.modules[name]) for name in sorted(_sources(type(defense).__module__))],
+            source=_texts(type(defense).__module__),
             knobs=dict(defense.params.train),
             data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
             images=self.study.train_images,
@@ -208,7 +219,7 @@ class Bench:
             if rest not in groups:
                 with self.lane.working():
                     groups[rest] = exam.observe(defended), exam.gates(defended)
-                curve = risk_coverage(groups[rest][0])
+                curve = risk_coverage(groups[rest][0]) if thresholds else []
                 wanted += self._picked(params, thresholds, curve)
             found, gates = groups[rest]
             for one in wanted:
@@ -216,7 +227,10 @@ class Bench:
                 score = exam.score(verdict, gates, latency)
                 if one is not params:
                     score = replace(score, risk_coverage=tuple((p.clean_rejection, p.attacked_error) for p in curve))
-                name = f"{key[:8]}-{fingerprint(**one.inference)[:4]}"
+                mark = fingerprint(**one.inference)
+                name = f"{key[:8]}-{mark[:4]}"
+                if name in scored and scored[name].params != one:
+                    name = f"{key[:8]}-{mark}"
                 scored[name] = Candidate(
                     candidate=name,
                     fit=key,
@@ -239,7 +253,7 @@ class Bench:
         """Return the latency, measured once for each setting of the knobs that can change it and each device."""
         knobs = {**_latency_knobs(defense.train_knobs), **_latency_knobs(defense.inference_knobs)}
         key = fingerprint(
-            defense=inspect.getsource(sys.modules[type(defense).__module__]),
+            source=_texts(type(defense).__module__, measure.__module__),
             knobs=knobs,
             shape=str(defense.shape),
             device=device_name(self.device),
@@ -265,6 +279,7 @@ class Bench:
         if "defense" in state:
             defense.resume(state["defense"])
         curve: list[Metrics] = state["curve"]
+        rungs = self.rungs() if state.get("rungs", self.rungs()) == self.rungs() else "several"
         (x_NCHW, y_N), exam, knobs = self.training, self.exam, defense.train_knobs
         consulted = self.consulted(defense)
         target = self.target.network
@@ -288,14 +303,14 @@ class Bench:
                 metrics["cheap"] = exam.cheap(Defended(defense, target), self.study.cheap_images)
                 curve.append(metrics)
                 if len(curve) < knobs.epochs:
-                    self.store.save_progress(key, {"defense": defense.progress(), "curve": curve})
+                    self.store.save_progress(key, {"defense": defense.progress(), "curve": curve, "rungs": rungs})
                     report(len(curve), metrics)
         about = {
             "defense": self.study.defense,
             "task": self.study.task,
             "knobs": dict(params.train),
             "curve": curve,
-            "rungs": self.rungs(),
+            "rungs": rungs,
         }
         entry = self.store.put("fits", key, {"weights.safetensors": to_bytes(defense)}, about)
         self.store.drop_progress(key)
@@ -307,13 +322,15 @@ class Bench:
         """Return tensors that depend on the training images and the consulted classifiers, made once for all fits."""
         key = fingerprint(
             words=words,
-            source=[inspect.getsource(sys.modules[name]) for name in sorted(_sources(self.plan.defense.__module__))],
+            source=_texts(self.plan.defense.__module__),
             data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
             images=self.study.train_images,
             classifiers=[classifier.fingerprint for classifier in consulted],
             seed=self.study.seed,
         )
-        with self.store.lock("made", key):
+        with self.lane.away():  # whoever holds the lock may be waiting for the lane
+            held = self.store.lock("made", key).acquire()
+        with held:
             entry = self.store.get("made", key)
             if entry is None:
                 with attacks.suite.seeded(self.study.seed):
@@ -329,7 +346,7 @@ class Bench:
         """Return the adversarial images that depend on the classifier alone, made once for all searches."""
         suite = self.plan.suite.with_rungs()
         key = fingerprint(
-            source=inspect.getsource(attacks.suite),
+            source=_texts(attacks.suite.__name__),
             attacks=[str(attack) for attack in suite.oblivious],
             eps=self.plan.threat.eps,
             classifier=self.target.fingerprint,
@@ -362,15 +379,16 @@ def _finite(metrics: Metrics, epoch: int) -> None:
             raise TrialError(f"the training diverged: {name} is {value} after epoch {epoch}")
 
 
-def _sources(module: str) -> set[str]:
-    """Return a defense's module and, of the defenses and attacks, those from which it takes anything."""
-    found, left = set[str](), [module]
+def _texts(*modules: str) -> list[str]:
+    """Return the source of modules and, of the defenses and attacks, of those from which they take anything."""
+    found, left = set[str](), list(modules)
     while left:
         name = left.pop()
-        if name not in found and name.partition(".")[0] in ("defenses", "attacks"):
+        if name not in found and (name in modules or name.partition(".")[0] in ("defenses", "attacks")):
             found.add(name)
-            left += [str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()]
-    return found
+            taken = vars(sys.modules[name]).values()
+            left += [str(getattr(v, "__name__" if inspect.ismodule(v) else "__module__", "")) for v in taken]
+    return [inspect.getsource(sys.modules[name]) for name in sorted(found)]
 
 
 def _latency_knobs(knobs: Any) -> dict[str, Scalar]:

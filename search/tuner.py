@@ -199,14 +199,14 @@ def _trainable(config: dict[str, Any], study: Study) -> None:
 def _prepare(study: Study, resources: dict[str, float]) -> Candidate:
     """Train the classifiers side by side and score the bare one, on workers."""
     remote = ray.remote(num_cpus=resources["cpu"], num_gpus=resources["gpu"], max_retries=RESTARTS)
-    roles = [remote(_classifier).remote(study, role) for role in ("target", "consulted")]
-    ray.get(roles)
+    needed = Bench.of(study, store_of(study)).needed()
+    ray.get([remote(_classifier).remote(study, architecture) for architecture in sorted(needed)])
     undefended: Candidate = ray.get(remote(_undefended).remote(study))
     return undefended
 
 
-def _classifier(study: Study, role: str) -> None:
-    getattr(Bench.of(study, store_of(study)), role)
+def _classifier(study: Study, architecture: str) -> None:
+    Bench.of(study, store_of(study)).classifier(architecture)
 
 
 def _undefended(study: Study) -> Candidate:

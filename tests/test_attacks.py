@@ -27,7 +27,7 @@ from attacks.suite import (
     wrong_labels,
 )
 from attacks.threat import ThreatModel
-from attacks.view import View
+from attacks.view import Gradient, View
 from spaces.space import InputError
 
 WHITE = ThreatModel("Linf", 0.1, "white-box")
@@ -55,7 +55,7 @@ class Smooth(nn.Module):
         super().__init__()
         self.noise, self.steps, self.darkest = noise, steps, darkest
 
-    gradients = ("surrogate", "bpda", "exact")
+    gradients: tuple[Gradient, ...] = ("surrogate", "bpda", "exact")
 
     @property
     def stochastic(self) -> bool:
@@ -292,11 +292,33 @@ def test_the_risk_coverage_curve_is_that_of_trying_every_threshold(columns: int)
     front = risk_coverage(found)
     for budget in range(12):
         least = min(error for rejected, error in every if rejected <= budget)
-        point = pick(front, budget / 12 + 1e-9)
+        point = pick(front, budget / 12)
         assert point is not None and round(point.attacked_error * 12) == least
         verdict = found.judge(torch.tensor(point.limits))
         assert verdict.attacked.error == pytest.approx(point.attacked_error)
         assert verdict.clean.rejection == pytest.approx(point.clean_rejection)
+
+
+def test_a_suspicion_that_is_not_finite_is_rejected_and_no_threshold() -> None:
+    nan, inf = float("nan"), float("inf")
+    clean = Seen(torch.tensor([True, True, True]), torch.tensor([[0.0], [1.0], [nan]]))
+    one = Seen(torch.tensor([False, False, False]), torch.tensor([[nan], [inf], [0.5]]))
+    other = Seen(torch.tensor([False, True, False]), torch.tensor([[1.0], [0.0], [nan]]))
+    found = Observation(
+        threat=WHITE, clean=clean, oblivious={}, white_box={"a": one, "b": other}, limits_S=torch.ones(1)
+    )
+    for point in risk_coverage(found):
+        verdict = found.judge(torch.tensor(point.limits))
+        assert (point.clean_rejection, point.attacked_error) == (verdict.clean.rejection, verdict.attacked.error)
+    assert {point.limits for point in risk_coverage(found)} == {(0.0,), (1.0,)}
+
+
+def test_a_setting_exactly_on_the_budget_is_within_it() -> None:
+    clean = Seen(torch.ones(1000, dtype=torch.bool), torch.arange(1000.0)[:, None])
+    wrong = Seen(torch.zeros(1000, dtype=torch.bool), torch.arange(1000.0).flip(0)[:, None])
+    found = Observation(threat=WHITE, clean=clean, oblivious={}, white_box={"a": wrong}, limits_S=torch.ones(1))
+    point = pick(risk_coverage(found), 0.05)
+    assert point is not None and point.clean_rejection == 0.05
 
 
 def test_what_cannot_reject_has_no_curve(digits: Digits, classifier: nn.Module) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attacks.audit import audit, quick_gates
 from attacks.threat import ThreatModel
+from attacks.view import Gradient
 from tests.test_attacks import Digits, Guard, Smooth
 
 WHITE = ThreatModel("Linf", 0.1, "white-box")
@@ -57,6 +58,27 @@ def test_the_audit_passes_an_honest_model_and_is_stronger_than_noise(digits: Dig
     found = audit(classifier, digits[0][1400:1500], digits[1][1400:1500], WHITE, seed=1)
     assert found.alarms == () and len(found.gates) == 6
     assert float(found.robustness.survivors.double().mean()) < 0.8
+
+
+class Doorman(Smooth):
+    """A purifier without a gradient behind a detector that lets nothing pass but clean images."""
+
+    gradients: tuple[Gradient, ...] = ("exact",)
+
+    def purify(self, x: Tensor) -> Tensor:
+        return x.detach() + 0 * x
+
+    def suspicion(self, x: Tensor) -> Tensor:
+        return ((x * 16).round() - x * 16).abs().flatten(1).amax(1, keepdim=True)
+
+    def limits(self) -> Tensor:
+        return torch.tensor([1e-4])
+
+
+def test_a_detector_does_not_excuse_a_hidden_gradient(digits: Digits, classifier: nn.Module) -> None:
+    found = audit(Guard(Doorman(), classifier), digits[0][1400:1500], digits[1][1400:1500], WHITE, seed=1)
+    assert found.robustness.attacked.error < 0.2 and found.robustness.clean.rejection == 0
+    assert {"gradient", "unbounded"} <= {alarm.partition(":")[0] for alarm in found.alarms}
 
 
 def test_the_audit_refuses_a_model_that_hides_its_gradient(digits: Digits, classifier: nn.Module) -> None:

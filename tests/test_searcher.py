@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
 from attacks.threat import ThreatModel
 from search import ranking, session
-from search.record import Record, state_of
+from search.record import Record, state_of, storage
 from search.score import Candidate, Score
 from search.searcher import Proposer
 from search.store import fingerprint
@@ -211,3 +212,24 @@ def test_what_no_driver_runs_is_interrupted_and_not_running(study: Study) -> Non
         assert session.status(study)["running"] == 1
     found = session.status(study)
     assert (found["running"], found["interrupted"]) == (0, 1)
+
+
+def test_a_search_of_an_earlier_version_is_refused_in_one_line_and_left_alone(study: Study) -> None:
+    study.folder.mkdir(parents=True)
+    old = optuna.create_study(study_name=study.name, storage=storage(study), directions=["maximize", "minimize"])
+    old.set_metric_names(["attacked_accuracy", "latency_ms_p50"])
+    for opening in (Record, Proposer):
+        with pytest.raises(InputError, match="has attacked_accuracy, latency_ms_p50; search again under another name"):
+            opening(study)
+    assert optuna.load_study(study_name=study.name, storage=storage(study)).metric_names == old.metric_names
+
+
+def test_thresholds_that_a_curve_picked_reach_the_study_without_them(tmp_path: Path) -> None:
+    study = digits_study(tmp_path, defense="magnet")
+    proposer = Proposer(study)
+    name, params = proposed(proposer)
+    picked = Params(params.train, {**params.inference, "detector_1": 0.987})
+    proposer.finish(name, [scored(params, 0.5), scored(picked, 0.6)], {})
+    (told,) = (t for t in proposer.optuna.trials if t.user_attrs.get("of") == name)
+    assert "detector_1" not in told.params and "detector_2" in told.params
+    assert picked in [c.params for c in proposer.candidates()]

@@ -185,3 +185,59 @@ def test_a_png_shows_what_it_was_given() -> None:
     rows[1, 2, 0] = 1.0  # the third image of the second row is red
     image = Image.open(io.BytesIO(png(rows, zoom=1)))
     assert image.size == (12, 8) and image.getpixel((9, 5)) == (255, 0, 0) and image.getpixel((5, 5)) == (0, 0, 0)
+
+
+def test_a_defense_that_overrides_accept_alone_rejects(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PuVAE, "accept", lambda self, x_NCHW: x_NCHW.flatten(1).mean(1) > 0.3)
+    first, *_ = run_trial(study, setting(study), store_of(study), silent)
+    assert 0 < first.score.clean_rejection < 1 and first.score.risk_coverage == ()
+
+
+def test_rung_scores_of_another_study_are_not_taken_over_from_half_done_progress(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(epoch: int, metrics: Metrics) -> None:
+        raise Stop
+
+    studies = [digits_study(tmp_path, threat=threat) for threat in ("oblivious", "white-box")]
+    with pytest.raises(Stop):
+        run_trial(studies[0], setting(studies[0]), store_of(studies[0]), stop)
+    run_trial(studies[1], setting(studies[1]), store_of(studies[1]), silent)
+    for study in studies:
+        bench = Bench.of(study, store_of(study))
+        assert bench.curve(bench.fingerprint(setting(study))) == []
+
+
+def test_what_is_made_once_is_shared_by_fits_and_kept_as_float16(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def fit(self: PuVAE, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
+        def make() -> dict[str, torch.Tensor]:
+            made.append(1)
+            return {"noise": torch.rand(3), "index": torch.arange(3)}
+
+        found = batches.once("three numbers", make)
+        assert found["noise"].dtype == torch.float16 and found["index"].dtype == torch.int64
+        for _ in batches:
+            yield {"loss": float(found["noise"].sum())}
+
+    monkeypatch.setattr(PuVAE, "fit", fit)
+    curves = []
+    for lambda_rc in (0.1, 1.0):
+        run_trial(study, setting(study, lambda_rc=lambda_rc), store_of(study), silent)
+        bench = Bench.of(study, store_of(study))
+        key = bench.fingerprint(setting(study, lambda_rc=lambda_rc))
+        curves.append([metrics["loss"] for metrics in store_of(study).about("fits", key)["curve"]])
+    assert made == [1] and curves[0] == curves[1] and len(fits(study)) == 2
+
+
+def test_the_usual_setting_says_which_classifiers_are_trained_first(tmp_path: Path) -> None:
+    def needed(**fields: object) -> set[str]:
+        study = digits_study(tmp_path, **fields)
+        return Bench(study, store_of(study)).needed()
+
+    assert needed() == {"A", "B"}
+    assert needed(protect="digits/C") == {"C", "B"}
+    assert needed(defense="adversarial_training", protect="digits/C") == {"A", "C"}
+    assert needed(defense="advae", knobs={"bases": "advae-X+advae-A+advae-B"}) == {"A", "advae-X", "advae-A", "advae-B"}
