@@ -2,6 +2,7 @@
 
     python benchmarks/results.py run advae --storage runs      trains (or loads) and attacks; repeat for each defense
     python benchmarks/results.py table --storage runs          prints the table of what was run
+    python benchmarks/results.py latency                       times all of them in one quiet run, ours and paper-sized
     python benchmarks/results.py curve --storage runs          Defense-GAN's accuracy over time, from one projection
 
 Each attack stands alone, over all images: the number is the accuracy that this attack leaves. White-box takes, for
@@ -29,9 +30,12 @@ from attacks.robustness import craft_oblivious, observe
 from attacks.suite import CW_L2, FGSM, IFGSM, PGD_40, Attack, Suite
 from defenses.base import Defended
 from defenses.defense_gan import DefenseGAN
+from search.latency import Lane, device_name, measure
 from search.store import fingerprint, write_atomic
 from search.study import make
+from search.tasks import task as find_task
 from search.trial import Bench, store_of
+from spaces.space import SearchSpace
 
 KNOBS: dict[str, dict[str, Any]] = {
     "identity": {},
@@ -130,6 +134,28 @@ def curve(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def latency(args: argparse.Namespace) -> str:
+    """Return the purification latency at batch 128 of every defense: at the size trained here, and at its defaults.
+
+    Weights do not matter, so none are trained. Defense-GAN's default, 200 steps, takes minutes a batch on a CPU: it is
+    timed at 2 steps, which are 3 evaluations, and multiplied, since each step costs the same.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = [f"| defense | ms, as trained here | ms, default size | on {device_name(device)} |", "| --- " * 4 + "|"]
+    for name in args.names or defenses.names():
+        family, cells = defenses.find(name), []
+        space = SearchSpace.of(family)
+        for knobs in (KNOBS.get(name, {}), {}):
+            values = {**space.defaults, **knobs}
+            slow = name == "defense_gan" and not knobs
+            inference = {n: values[n] for n in space.inference} | ({"steps": 2} if slow else {})
+            defense = family({n: values[n] for n in space.train}, inference, find_task(args.task).shape).to(device)
+            ms = measure(defense, Lane(device), device).ms_p50
+            cells.append(f"{67 * ms:.0f} (67 x {ms:.0f})" if slow else f"{ms:.1f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " | |")
+    return "\n".join(lines)
+
+
 def _oblivious(attack: Attack, bench: Bench, folder: Path) -> dict[str, Tensor]:
     """Return the images that an attack makes of the bare classifier, made once for all defenses."""
     sources = [inspect.getsource(attacks.suite), inspect.getsource(attacks.corrected)]
@@ -150,8 +176,6 @@ def _figures(verdict: Any) -> dict[str, float]:
 
 def _first_of(name: str) -> dict[str, Any]:
     """Return each knob's default, so that the paper's grids are one setting."""
-    from spaces.space import SearchSpace
-
     return dict(SearchSpace.of(defenses.find(name)).defaults)
 
 
@@ -160,9 +184,9 @@ def _cell(figures: dict[str, float]) -> str:
     return f"{accuracy} / {error}" if figures["rejection"] else accuracy
 
 
-def table(folder: Path) -> str:
+def table(args: argparse.Namespace) -> str:
     """Return the table in Markdown, percent: accuracy, and the error too where images are rejected."""
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    rows = [json.loads(path.read_text()) for path in sorted((Path(args.storage) / "results").glob("*.json"))]
     names = [key for key in rows[0] if isinstance(rows[0][key], dict) and "oblivious" in rows[0][key]]
     names.remove("images")
     heads = ["defense", "clean", *(f"{n} OBL" for n in names), *(f"{n} WB" for n in names), "rejected: clean, OBL, WB"]
@@ -179,7 +203,7 @@ def table(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table", "curve"])
+    parser.add_argument("what", choices=["run", "table", "curve", "latency"])
     parser.add_argument("names", nargs="*", help="defenses; else all")
     parser.add_argument("--storage", default="runs")
     parser.add_argument("--task", default="mnist/A")
@@ -194,7 +218,7 @@ def main() -> None:
     folder = Path(args.storage) / "results"
     folder.mkdir(parents=True, exist_ok=True)
     if args.what != "run":
-        print(table(folder) if args.what == "table" else curve(args))
+        print({"table": table, "curve": curve, "latency": latency}[args.what](args))
         return
     torch.manual_seed(0)
     for name in args.names or defenses.names():
