@@ -41,7 +41,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "identity": {},
     "puvae": {"lambda_rc": 1.0, "lambda_kl": 2.0, "conv_maps": 8, "decoder_maps": 16, "learning_rate": 2e-3,
               "batch_size": 32, "epochs": 4},
-    "gmvae": {"alpha": 50.0, "maps": 16, "batch_size": 32, "learning_rate": 2e-3, "epochs": 15},
+    "gmvae": {"alpha": 15.0, "maps": 16, "batch_size": 32, "epochs": 15},
     "advae": {"lambda_rec": 0.2, "architecture": "unet", "levels": 2, "maps": 8, "pgd_steps": 4, "pgd_step_size": 0.15,
               "batch_size": 64, "learning_rate": 3e-3, "epochs": 8},
     "defense_vae": {"attacks": "fgsm+rand", "maps": 16, "learning_rate": 2e-3, "epoch_share": 0.25, "epochs": 6},
