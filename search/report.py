@@ -141,6 +141,7 @@ def render(findings: Findings) -> str:
         constraints=constraints(study),
         measures=measures(findings),
         charts=charts(findings),
+        rejects=any(c.score.clean_rejection or c.score.attacked_rejection for c in findings.candidates),
         lines=LINES,
         pictures=pictures(findings),
         config=study.to_yaml(),

@@ -319,6 +319,8 @@ def test_what_is_rejected_is_reported_apart() -> None:
     page = Page(render(rejecting()))
     broken = {str(c["broken"]).replace("\u00a0", " ") for c in page.data["candidates"] if c["broken"]}
     assert any("more than 5.0 % of the clean images rejected" in words for words in broken)
+    assert "Error accepted, wrong Rejected attacked Rejected clean" in page.words
+    assert "Error accepted, wrong" not in Page(render(findings_of())).words
     assert "Attacked images accepted and wrong" in page.words and "Attacked images rejected" in page.words
     assert page.data["risk"] == [[0, 60], [1, 40], [4, 10], [20, 2]]
     assert Page(render(findings_of())).data["risk"] == []
