@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ from search.study import Study, make
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Put the classifier that all tests share back in eval mode, which stock torchattacks does not."""
+    yield
+    if "classifier" in request.fixturenames:
+        request.getfixturevalue("classifier").eval()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,9 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -70,13 +72,16 @@ def test_every_defense_is_searched(defense: str, storage: Path) -> None:
 @pytest.mark.parametrize("defense", SELECTIVE)
 def test_thresholds_are_picked_from_the_curve_within_the_budget(defense: str, storage: Path) -> None:
     found = search(storage, defense, "--max-clean-rejection", "0.1", name=f"{defense}-budget")
+    named = spaces.named(defense, "smoke")
+    grid = {name: cast(Sequence[float], named[name]) for name in defenses.find(defense).thresholds()}
     by_fit: dict[str, list[dict[str, str]]] = {}
     for row in found:
         by_fit.setdefault(row["fit"], []).append(row)
     for rows in by_fit.values():
         within = [float(row["attacked_error"]) for row in rows if float(row["clean_rejection"]) <= 0.1]
-        picked = [row for row in rows if float(row[defenses.find(defense).thresholds()[0]]) not in (0.99, 1e6)]
-        assert within and min(within) == min(float(row["attacked_error"]) for row in picked)
+        picked = [row for row in rows if not all(float(row[name]) in grid[name] for name in grid)]
+        assert all(float(row["clean_rejection"]) <= 0.1 for row in picked)
+        assert min(float(row["attacked_error"]) for row in picked) == min(within)
 
 
 @pytest.mark.parametrize("defense", sorted({*SELECTIVE, *RETRAINED}))
