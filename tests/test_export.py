@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ from search.export import AlarmError, export, load
 from search.record import Record
 from search.run import run
 from search.score import Candidate
-from search.session import pick
+from search.session import export_all, pick
 from search.study import Study
 from search.trial import store_of
 from spaces.space import InputError
@@ -203,3 +204,13 @@ def test_candidates_are_picked_by_rank_front_or_name(searched: Study) -> None:
     assert pick(searched, pareto=False, top=None, candidate=every[-1].candidate[:-1]) == ([every[-1]], 1)
     with pytest.raises(InputError, match="a candidate must be one of the 6 in"):
         pick(searched, pareto=False, top=None, candidate="nobody")
+
+
+def test_the_export_of_another_search_is_not_taken_for_ones_own(searched: Study, folder: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["study"]["name"] = "another"
+    (tmp_path / folder.name).mkdir()
+    (tmp_path / folder.name / "config.yaml").write_text(yaml.safe_dump(config))
+    candidates, wanted = pick(searched, pareto=False, top=1, candidate=None)
+    with pytest.raises(InputError, match="is of another: choose another --out"):
+        export_all(searched, candidates, wanted, tmp_path, Console(), despite_alarms=True)
