@@ -154,6 +154,40 @@ def export(
     _exit(session.export_all(study, chosen, wanted, out, console, despite_alarms=despite_alarms))
 
 
+@app.command()
+def attack(
+    export: Annotated[Path, Argument(help="the folder of an export")],
+    suite: Annotated[str, Option(help="the attacks (list attacks)")] = "standard",
+    threat: Annotated[str | None, Option(help="oblivious, black-box or white-box; else the export's")] = None,
+    norm: Annotated[str | None, Option(help="Linf or L2; else the export's")] = None,
+    eps: Annotated[float | None, Option(help="its bound, in pixel units of [0, 1]; else the export's")] = None,
+    images: Annotated[int | None, Option(help="validation images; else as many as the search attacked")] = None,
+    substitute: Annotated[str | None, Option(help="the black-box attacker's architecture; else the partner")] = None,
+    seed: Annotated[int, Option(help="of random starts, targets and noise")] = 1,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Attack an exported winner by any suite; the table is printed and kept in the export.
+
+    Example: python launch.py attack runs/first/export/CANDIDATE --suite standard --images 100
+    """
+    from search.attack import attack as strike
+    from search.attack import page
+
+    table = strike(
+        export,
+        suite,
+        knowledge=threat,
+        norm=norm,
+        eps=eps,
+        images=images,
+        substitute=substitute,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    typer.echo(json.dumps(table, indent=1) if as_json else page(table), nl=as_json)
+
+
 @app.command("list")
 def list_(
     what: Annotated[str, Argument(help="defenses, attacks, spaces, tasks or searches")],
@@ -265,13 +299,14 @@ def _attacks() -> list[dict[str, Any]]:
             "suite": suite.name,
             "knowledge": knowledge,
             "attack": attack.name,
-            "steps": attack.steps,
-            "step / eps": attack.pace,
-            "targeted": attack.targeted,
+            "parameters": attack.spoken(),
+            "norm": "least L2" if attack.unbounded else ", ".join(attack.norms),
+            "eps": "the task's" if suite.eps is None else f"{suite.eps:g}",
+            "for": attack.aims or "any",
             "source": attack.source,
         }
         for suite in SUITES.values()
-        for knowledge, group in (("oblivious", suite.oblivious), ("white-box", suite.white_box))
+        for knowledge, group in (("oblivious, black-box", suite.oblivious), ("white-box", suite.white_box))
         for attack in group
     ]
 

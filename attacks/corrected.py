@@ -5,61 +5,73 @@ Shapes: N images, C channels, H x W pixels, K classes, J rival classes; images l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 import torchattacks
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from attacks.threat import Norm
+from attacks.tidy import Tidy, lengths, project, steepest
 from spaces.space import InputError
 
 CROSSING = 1e-4
 """How far beyond the linearised boundary each of DeepFool's steps goes, L2, in pixel units of [0, 1]."""
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with every submodule in eval mode, and leave each in the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+class PGD(Tidy, torchattacks.PGD):  # type: ignore[misc]  # torchattacks is not typed
+    """Projected gradient ascent of the cross-entropy, in either norm; FGSM and iFGSM are special cases.
 
+    Mends the stock FGSM, BIM, PGD and PGDL2: (1) an image's random start comes from the global generator and so depends
+    on the images beside it; (2) the L2 one takes the mean loss of the batch, and so divides small gradients by its
+    1e-10, and starts inside the ball at uniform radii (as here); (3) an image that an earlier iterate has fooled
+    may come back right: with `stops` it is returned as found, and costs no further step.
 
-class Tidy(torchattacks.attack.Attack):  # type: ignore[misc]  # torchattacks is not typed
-    """An attack that leaves its model as it was, also where it raises.
+    Args:
+        eps: bound of the perturbation, in pixel units of [0, 1].
+        alpha: step size, in the same units.
+        random_start: from a uniform point of the ball (L2: uniform direction and radius), else from the image.
 
-    The stock `__call__` puts the top module alone back, with train(), so that a frozen submodule ends up in train
-    mode; and restores nothing on an error. Some stock attacks add to the `grad` of the model's parameters: those
-    here differentiate by their input alone. Losses are summed over the batch, so that no image's gradient depends
-    on who is attacked beside it.
+    After a call `gains` holds the mean gain of the images that were still attacked, before each step.
+
+    Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2017, section 2.1; FGSM,
+    Goodfellow et al. 2014, is one step of eps without a random start, iFGSM, Kurakin et al. 2016, several.
     """
 
-    def __call__(self, x_NCHW: Tensor, y_N: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        applied = self._normalization_applied
-        try:
-            with evaluating(self.model), torch.enable_grad():
-                return super().__call__(x_NCHW, y_N, *args, **kwargs)
-        finally:
-            self._set_normalization_applied(applied)
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+        norm: Norm = "Linf",
+    ) -> None:
+        super().__init__(model, eps, alpha, steps, random_start)
+        self.norm = norm
+        self.gains: list[Tensor] = []
 
-    def _given(self, x_NCHW: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images on the model's device, and the labels to leave or, if targeted, to reach."""
-        x_NCHW, y_N = x_NCHW.detach().to(self.device), y_N.detach().to(self.device)
-        return x_NCHW, self.get_target_label(x_NCHW, y_N) if self.targeted else y_N
+    def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
+        x_NCHW, aim_N = self._given(x_NCHW, y_N)
+        moved_NCHW = self._start(x_NCHW) if self.random_start else x_NCHW.clone()
+        going = torch.arange(len(x_NCHW), device=x_NCHW.device)
+        self.gains = []
+        for _ in range(self.steps):
+            slope_NCHW, gain_N, found_N = self._look(moved_NCHW[going], aim_N[going])
+            self.gains.append(gain_N.mean())
+            if self.stops:
+                going, slope_NCHW = going[~found_N], slope_NCHW[~found_N]
+                if len(going) == 0:
+                    break
+            step_NCHW = self.alpha * steepest(slope_NCHW, self.norm)
+            moved_NCHW[going] = project(moved_NCHW[going] + step_NCHW, x_NCHW[going], self.eps, self.norm)
+        return moved_NCHW
 
-    def _slope(self, x_NCHW: Tensor, aim_N: Tensor) -> Tensor:
-        """Return the gradient along which the attack succeeds: up the loss of `aim_N`, or down if targeted."""
-        x_NCHW = x_NCHW.detach().requires_grad_()
-        loss = F.cross_entropy(self.get_logits(x_NCHW), aim_N, reduction="sum")
-        (slope_NCHW,) = torch.autograd.grad(-loss if self.targeted else loss, x_NCHW)
-        return slope_NCHW
+    def _start(self, x_NCHW: Tensor) -> Tensor:
+        draws, shape = self._random(x_NCHW), x_NCHW.shape[1:]
+        if self.norm == "Linf":
+            return (x_NCHW + self.eps * (2 * draws.uniform(*shape) - 1)).clamp(0, 1)
+        direction_NCHW = draws.normal(*shape)
+        radius_N111 = self.eps * draws.uniform(1, 1, 1)
+        return (x_NCHW + radius_N111 * direction_NCHW / lengths(direction_NCHW)).clamp(0, 1)
 
 
 class RandFGSM(Tidy):
@@ -89,8 +101,8 @@ class RandFGSM(Tidy):
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
         x_NCHW, aim_N = self._given(x_NCHW, y_N)
-        noisy_NCHW = (x_NCHW + self.alpha * torch.randn_like(x_NCHW).sign()).clamp(0, 1)
-        step_NCHW = (self.eps - self.alpha) * self._slope(noisy_NCHW, aim_N).sign()
+        noisy_NCHW = (x_NCHW + self.alpha * self._random(x_NCHW).sign(*x_NCHW.shape[1:])).clamp(0, 1)
+        step_NCHW = (self.eps - self.alpha) * self._look(noisy_NCHW, aim_N)[0].sign()
         return (noisy_NCHW + step_NCHW).clamp(0, 1)
 
 
@@ -250,7 +262,7 @@ class MIM(Tidy, torchattacks.MIFGSM):  # type: ignore[misc]  # torchattacks is n
         x_NCHW, aim_N = self._given(x_NCHW, y_N)
         moved_NCHW, momentum_NCHW = x_NCHW.clone(), torch.zeros_like(x_NCHW)
         for _ in range(self.steps):
-            slope_NCHW = self._slope(moved_NCHW, aim_N)
+            slope_NCHW = self._look(moved_NCHW, aim_N)[0]
             size_N111 = slope_NCHW.abs().mean((1, 2, 3), keepdim=True)
             unit_NCHW = torch.where(size_N111 > 0, slope_NCHW / size_N111, 0)
             momentum_NCHW = self.decay * momentum_NCHW + unit_NCHW

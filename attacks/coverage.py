@@ -2,7 +2,7 @@
 
 Source: GMVAE, section 3.4: the thresholds "determine the risk to coverage trade-off for this selective classifier";
 El-Yaniv and Wiener, On the Foundations of Noise-free Selective Classification, 2010.
-Shapes: N images, S columns of suspicion, V versions of each image.
+Shapes: N images (each draw of a stochastic defense's noise counts as one), S columns of suspicion, V versions of each.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ def risk_coverage(found: Observation) -> list[Point]:
     The limits lie at suspicions of clean images, since others reject as many of them and err as often or more. Exact
     for one column, and for two with up to `GRID` images; with more, the columns before the last are thinned.
     """
-    clean_NS = found.clean.suspicion_NS.double().cpu().numpy()
+    clean_NS = found.clean.suspicion_DNS.flatten(0, 1).double().cpu().numpy()
     images, columns = clean_NS.shape
     if not images or not columns:
         return []
-    versions_NVS = np.stack([seen.suspicion_NS.double().cpu().numpy() for seen in found.versions], axis=1)
-    wrong_NV = np.stack([~seen.right.cpu().numpy() for seen in found.versions], axis=1)
+    versions_NVS = np.stack(
+        [seen.suspicion_DNS.flatten(0, 1).double().cpu().numpy() for seen in found.versions], axis=1
+    )
+    wrong_NV = np.stack([~seen.right.flatten().cpu().numpy() for seen in found.versions], axis=1)
     best: dict[int, Point] = {}
     for outer in itertools.product(*(_values(column, columns - 1) for column in clean_NS[:, :-1].T)):
         for point in _sweep(clean_NS, versions_NVS, wrong_NV, outer):

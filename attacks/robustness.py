@@ -1,11 +1,12 @@
 """Accuracy under attack, sample by sample: what a model says of each version of an image, and the verdict on it.
 
-Shapes: N images, C channels, H x W pixels, K classes, S columns of suspicion (none where nothing can be rejected).
+Shapes: N images, C channels, H x W pixels, K classes, S columns of suspicion (none where nothing can be rejected), D
+draws of a stochastic defense's noise (one where there is none).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import cast
@@ -13,25 +14,35 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from attacks.substitute import train_substitute
 from attacks.suite import BATCH, Attack, Suite, reproducible
 from attacks.threat import ThreatModel
-from attacks.view import Guarded, View, gradients, limits, stochastic
+from attacks.view import Gradient, Guarded, View, bare, gradients, limits, openings, stochastic
+from spaces.space import InputError
+
+STEP = 0.1
+"""Of the Jacobian augmentation. Papernot et al. 2017 and CleverHans alternate its sign; minus, across the substitute's
+boundary, was the stronger attacker in all that was measured (docs/decisions.md)."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model says of one version of each image: whether its class is right, bool_N, and what is held against it.
+    """What a model says of one version of each image: whether its class is right, bool_DN, and what is held against it.
 
     An attack that spares an image leaves it as it was.
+
+    Args:
+        bounded: whether the version lies within the threat model; else it stands beside the worst case.
     """
 
     right: Tensor
-    suspicion_NS: Tensor
+    suspicion_DNS: Tensor
+    bounded: bool = True
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows for each image, bool_N; rejection never counts as accuracy.
+    """What follows for each image in each draw, bool_DN, and the shares of both; rejection never counts as accuracy.
 
     Args:
         right: every version is accepted and right.
@@ -43,7 +54,7 @@ class Verdict:
 
     @classmethod
     def of(cls, seen: Seen, limits_S: Tensor) -> Verdict:
-        accepted = (seen.suspicion_NS <= limits_S.to(seen.suspicion_NS)).all(dim=1)
+        accepted = (seen.suspicion_DNS <= limits_S.to(seen.suspicion_DNS)).all(dim=-1)
         return cls(accepted & seen.right, accepted & ~seen.right)
 
     def __and__(self, other: Verdict) -> Verdict:
@@ -62,6 +73,11 @@ class Verdict:
         """The share of images that are neither: some version is rejected, and none is accepted and wrong."""
         return _share(~self.right & ~self.wrong)
 
+    @property
+    def worst(self) -> float:
+        """The accuracy in the worst of the draws."""
+        return float(self.right.double().mean(dim=1).min())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness:
@@ -69,20 +85,26 @@ class Robustness:
 
     Args:
         oblivious: with every version crafted on the bare classifier.
-        white_box: with the white-box ones too; None where they were not run.
-        trail: accuracy after each attack, by `knowledge/attack`; oblivious ones over all samples each, white-box
-            ones cumulative.
+        black_box: with every version crafted on the attacker's substitute; None where they were not.
+        white_box: with all others and the white-box ones; None where they were not run.
+        trail: accuracy after each attack, by `knowledge/attack`; white-box ones cumulative, others over all images.
+        queries: images whose class the black-box attacker asked for.
     """
 
     threat: ThreatModel
     clean: Verdict
     oblivious: Verdict
+    black_box: Verdict | None
     white_box: Verdict | None
     trail: Mapping[str, float]
+    queries: int = 0
 
     @property
     def attacked(self) -> Verdict:
         """The verdict under the threat model."""
+        if self.threat.knowledge == "black-box":
+            assert self.black_box is not None, "the black-box attacks were not run"
+            return self.black_box
         return self.oblivious if self.threat.knowledge == "oblivious" else self.strongest
 
     @property
@@ -93,7 +115,7 @@ class Robustness:
 
     @property
     def robust(self) -> Tensor:
-        """Whether the clean image is accepted and right, and every version of it right or rejected, bool_N."""
+        """Whether the clean image is accepted and right, and every version of it right or rejected, bool_DN."""
         return self.clean.right & ~self.attacked.wrong
 
     @property
@@ -107,49 +129,84 @@ class Observation:
     """All that a model said. Verdicts under other limits need no other forward pass.
 
     Args:
-        white_box: None where they were not run.
+        black_box, white_box: None where they were not run.
+        queries: images whose class the black-box attacker asked for.
         limits_S: the model's own thresholds.
     """
 
     threat: ThreatModel
     clean: Seen
     oblivious: Mapping[str, Seen]
+    black_box: Mapping[str, Seen] | None
     white_box: Mapping[str, Seen] | None
     limits_S: Tensor
+    queries: int = 0
 
     def judge(self, limits_S: Tensor | None = None) -> Robustness:
         """Return the verdicts under the model's own thresholds, or others."""
         limits_S = self.limits_S if limits_S is None else limits_S
-        clean = oblivious = Verdict.of(self.clean, limits_S)
-        trail = {}
-        for name, seen in self.oblivious.items():
-            one = clean & Verdict.of(seen, limits_S)
-            trail[f"oblivious/{name}"] = one.accuracy
-            oblivious = oblivious & one
-        white_box = oblivious
-        for name, seen in (self.white_box or {}).items():
-            white_box = white_box & Verdict.of(seen, limits_S)
-            trail[f"white-box/{name}"] = white_box.accuracy
+        clean, trail = Verdict.of(self.clean, limits_S), dict[str, float]()
+
+        def worst(knowledge: str, versions: Mapping[str, Seen], start: Verdict, cumulative: bool = False) -> Verdict:
+            whole = start
+            for name, seen in versions.items():
+                one = (whole if cumulative and seen.bounded else clean) & Verdict.of(seen, limits_S)
+                trail[f"{knowledge}/{name}"] = one.accuracy
+                whole = whole & one if seen.bounded else whole
+            return whole
+
+        oblivious = worst("oblivious", self.oblivious, clean)
+        black_box = None if self.black_box is None else worst("black-box", self.black_box, clean)
+        white_box = None
+        if self.white_box is not None:
+            start = oblivious if black_box is None else oblivious & black_box
+            white_box = worst("white-box", self.white_box, start, cumulative=True)
         return Robustness(
             threat=self.threat,
             clean=clean,
             oblivious=oblivious,
-            white_box=None if self.white_box is None else white_box,
+            black_box=black_box,
+            white_box=white_box,
             trail=trail,
+            queries=self.queries,
         )
 
     @property
     def versions(self) -> tuple[Seen, ...]:
         """The clean images and their versions under the threat model."""
-        white_box = {} if self.threat.knowledge == "oblivious" else self.white_box or {}
-        return (self.clean, *self.oblivious.values(), *white_box.values())
+        white_box = self.threat.knowledge == "white-box"
+        blind = {} if self.threat.knowledge == "black-box" else self.oblivious
+        dark = {} if self.threat.knowledge == "oblivious" else self.black_box or {}
+        crafted = (*blind.values(), *dark.values(), *(self.white_box or {} if white_box else {}).values())
+        return (self.clean, *(seen for seen in crafted if seen.bounded))
 
 
 def craft_oblivious(
     suite: Suite, classifier: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int
 ) -> dict[str, Tensor]:
     """Return the adversarial images of each oblivious attack: they depend on the bare classifier alone."""
-    return {attack.name: attack.craft(View(classifier), x_NCHW, y_N, threat, seed) for attack in suite.oblivious}
+    attacks = suite.within(threat).oblivious
+    return {attack.name: attack.craft(View(classifier), x_NCHW, y_N, threat, seed) for attack in attacks}
+
+
+@dataclass(frozen=True)
+class Outsider:
+    """A black-box attacker.
+
+    Args:
+        x_NCHW: the images that it starts from; none of them is attacked.
+        build: makes its untrained substitute.
+    """
+
+    x_NCHW: Tensor
+    build: Callable[[], nn.Module]
+
+    def craft(
+        self, suite: Suite, target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int
+    ) -> tuple[dict[str, Tensor], int]:
+        """Return the images of each of the suite's attacks on the substitute, and how many queries it took."""
+        substitute = train_substitute(target, self.x_NCHW, self.build, step=-STEP, seed=seed)
+        return craft_oblivious(suite, substitute.network, x_NCHW, y_N, threat, seed), substitute.queries
 
 
 def evaluate(
@@ -162,10 +219,22 @@ def evaluate(
     oblivious: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     white_box: bool = False,
+    standing_N: Tensor | None = None,
+    start: int = 0,
 ) -> Robustness:
     """Attack a bare or defended classifier and return the verdict on each sample; see `observe`."""
-    found = observe(suite, target, x_NCHW, y_N, threat, oblivious=oblivious, seed=seed, white_box=white_box)
-    return found.judge()
+    return observe(
+        suite,
+        target,
+        x_NCHW,
+        y_N,
+        threat,
+        oblivious=oblivious,
+        seed=seed,
+        white_box=white_box,
+        standing_N=standing_N,
+        start=start,
+    ).judge()
 
 
 def observe(
@@ -176,70 +245,141 @@ def observe(
     threat: ThreatModel,
     *,
     oblivious: Mapping[str, Tensor] | None = None,
+    black_box: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     white_box: bool = False,
+    standing_N: Tensor | None = None,
+    start: int = 0,
 ) -> Observation:
     """Attack a bare or defended classifier.
 
-    A white-box attack sees only what the earlier ones left, except where images can be rejected: what one attack
-    brings past one threshold another may bring past a stricter one.
+    A white-box attack sees only what the earlier ones left (of a stochastic defense: what they left in some draw),
+    except where images can be rejected: what one brings past one threshold another may bring past a stricter one.
 
     Args:
         target: logits_NK from images in [0, 1]; with `accept` where it can reject.
         oblivious: images of `craft_oblivious`, where they are at hand.
+        black_box: images of `Outsider.craft`.
         seed: of the attacks and of the defense's noise.
-        white_box: run the white-box attacks too where the threat model is the oblivious one.
+        white_box: run the white-box attacks too where the threat model is another.
+        standing_N: the images to which white-box attacks keep, bool; None: all.
+        start: another number gives the white-box attacks other random starts; the defense's noise stays.
+
+    Raises:
+        InputError: images, labels or the model's answers are not what they must be.
     """
+    check(target, x_NCHW, y_N)
+    suite = suite.within(threat)
+    looks = suite.looks if stochastic(target) else 1
+    beyond = {attack.name for attack in suite.oblivious if attack.exceeds(threat)}
+
+    def fed(images: Mapping[str, Tensor]) -> dict[str, Seen]:
+        return {
+            name: look(target, adversarial_NCHW, y_N, seed, looks, bounded=name not in beyond)
+            for name, adversarial_NCHW in images.items()
+        }
+
     if oblivious is None:
-        bare = cast(Guarded, target).classifier if hasattr(target, "defense") else target
-        oblivious = craft_oblivious(suite, bare, x_NCHW, y_N, threat, seed)
-    clean = look(target, x_NCHW, y_N, seed)
-    blind = {name: look(target, adversarial_NCHW, y_N, seed) for name, adversarial_NCHW in oblivious.items()}
+        oblivious = craft_oblivious(suite, bare(target), x_NCHW, y_N, threat, seed)
+    clean, blind = look(target, x_NCHW, y_N, seed, looks), fed(oblivious)
+    dark = None if black_box is None else fed(black_box)
     seen: dict[str, Seen] | None = None
-    if threat.knowledge != "oblivious" or white_box:
+    if threat.knowledge == "white-box" or white_box:
         seen = {}
-        standing = reduce(torch.logical_and, (one.right for one in (clean, *blind.values())))
-        draws = suite.draws if stochastic(target) else 1
-        for gradient in gradients(target):
-            for attack in suite.white_box:
-                chosen = (standing | (clean.suspicion_NS.shape[1] > 0)).nonzero().flatten()
-                one = _strike(attack, View(target, gradient, draws), target, x_NCHW, y_N, threat, seed, clean, chosen)
-                seen[f"{attack.name} ({gradient})"] = one
-                standing = standing & one.right
-    return Observation(threat=threat, clean=clean, oblivious=blind, white_box=seen, limits_S=limits(target))
+        fallen = [one.right for one in (clean, *blind.values(), *(dark or {}).values()) if one.bounded]
+        standing = reduce(torch.logical_and, fallen)
+        rejects = clean.suspicion_DNS.shape[-1] > 0
+        for attack, gradient in strikes(suite, target):
+            wanted_N = standing.any(dim=0) | rejects
+            chosen = (wanted_N if standing_N is None else wanted_N & standing_N).nonzero().flatten()
+            view = View(target, gradient, suite.draws if stochastic(target) else 1)
+            stops = not (stochastic(target) or rejects or gradient == "surrogate")
+            x, y = x_NCHW[chosen], y_N[chosen]
+            made_NCHW = attack.craft(view, x, y, threat, seed + start, ids_N=chosen, stops=stops)
+            one = _met(target, made_NCHW, chosen, x_NCHW, y_N, seed, clean, bounded=not attack.exceeds(threat))
+            seen[f"{attack.name} ({gradient})" if attack.through == "each" else attack.name] = one
+            standing = standing & one.right if one.bounded else standing
+    return Observation(
+        threat=threat, clean=clean, oblivious=blind, black_box=dark, white_box=seen, limits_S=limits(target)
+    )
+
+
+def strikes(suite: Suite, target: nn.Module) -> list[tuple[Attack, Gradient]]:
+    """Return the white-box attacks that apply to the target, each with the gradient source it is run through."""
+    sources = gradients(target)
+    once: dict[str, tuple[Gradient, ...]] = {"each": (), "first": sources[:1], "exact": ("exact",)}
+    applies = [attack for attack in suite.white_box if attack.aims is None or attack.aims in openings(target)]
+    many = [(attack, gradient) for gradient in sources for attack in applies if attack.through == "each"]
+    return many + [(attack, gradient) for attack in applies for gradient in once[attack.through]]
 
 
 @torch.no_grad()
-def look(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> Seen:
-    """Return what a model says of images; noise is drawn from `seed`."""
+def look(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int, looks: int = 1, *, bounded: bool = True) -> Seen:
+    """Return what a model says of images; noise is drawn from `seed`, anew for each of `looks` draws."""
     rights, held = [], []
     with reproducible(target, seed):
-        for x, y in zip(x_NCHW.split(BATCH), y_N.split(BATCH), strict=True):
-            rights.append(target(x).argmax(1) == y)
-            rejects = hasattr(target, "defense")
-            held.append(cast(Guarded, target).defense.suspicion(x) if rejects else x.new_zeros((len(x), 0)))
-    return Seen(torch.cat(rights), torch.cat(held))
+        for _ in range(looks):
+            for x, y in zip(x_NCHW.split(BATCH), y_N.split(BATCH), strict=True):
+                rights.append(target(x).argmax(1) == y)
+                rejects = hasattr(target, "defense")
+                held.append(cast(Guarded, target).defense.suspicion(x) if rejects else x.new_zeros((len(x), 0)))
+    return Seen(torch.cat(rights).unflatten(0, (looks, -1)), torch.cat(held).unflatten(0, (looks, -1)), bounded)
 
 
-def _strike(
-    attack: Attack,
-    view: View,
+@torch.no_grad()
+def check(target: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> None:
+    """Raise InputError where images, labels or the model's answers to the first images are not what they must be."""
+    if x_NCHW.ndim != 4 or len(x_NCHW) != len(y_N) or len(y_N) == 0:
+        raise InputError(
+            f"images must be N x C x H x W with N labels, N at least 1, but are {_shape(x_NCHW)} with {_shape(y_N)}"
+        )
+    low, high = (float(edge) for edge in x_NCHW.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise InputError(f"images must lie in [0, 1], but lie in [{low:g}, {high:g}]")
+    x, y = x_NCHW[:32], y_N[:32]
+    with reproducible(target, 0):
+        logits_NK = target(x)
+    if logits_NK.ndim != 2 or len(logits_NK) != len(x) or logits_NK.shape[1] <= int(y.max()):
+        raise InputError(f"a model must return logits, {len(x)} x at least {int(y.max()) + 1}, but {_shape(logits_NK)}")
+    if not bool(logits_NK.isfinite().all()):
+        raise InputError("a model must return finite logits, but some are NaN or infinite")
+    if probabilities(logits_NK) > 0.5:
+        raise InputError("a model must return logits, but returns probabilities: leave the softmax out")
+
+
+def probabilities(logits_NK: Tensor) -> float:
+    """Return the share of rows that are a probability distribution."""
+    return _share((logits_NK >= 0).all(1) & ((logits_NK.sum(1) - 1).abs() < 1e-3))
+
+
+def _met(
     target: nn.Module,
+    made_NCHW: Tensor,
+    chosen: Tensor,
     x_NCHW: Tensor,
     y_N: Tensor,
-    threat: ThreatModel,
     seed: int,
     clean: Seen,
-    chosen: Tensor,
+    *,
+    bounded: bool,
 ) -> Seen:
-    """Attack the chosen images; the others stay as they were, and count as clean ones."""
-    right, suspicion_NS = clean.right.clone(), clean.suspicion_NS.clone()
+    """Return what a model says of the images made of the chosen ones; the others stay as they were.
+
+    What draws noise sees the whole batch, so that each draw's noise is the same for every version of an image: else an
+    image would fall to the number of its versions.
+    """
+    if stochastic(target):
+        return look(target, x_NCHW.index_copy(0, chosen, made_NCHW), y_N, seed, len(clean.right), bounded=bounded)
+    right, suspicion_DNS = clean.right.clone(), clean.suspicion_DNS.clone()
     if len(chosen):
-        x, y = x_NCHW[chosen], y_N[chosen]
-        one = look(target, attack.craft(view, x, y, threat, seed), y, seed)
-        right[chosen], suspicion_NS[chosen] = one.right, one.suspicion_NS
-    return Seen(right, suspicion_NS)
+        one = look(target, made_NCHW, y_N[chosen], seed)
+        right[:, chosen], suspicion_DNS[:, chosen] = one.right, one.suspicion_DNS
+    return Seen(right, suspicion_DNS, bounded)
 
 
-def _share(verdicts_N: Tensor) -> float:
-    return float(verdicts_N.double().mean())
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _share(verdicts: Tensor) -> float:
+    return float(verdicts.double().mean())

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 from spaces.space import InputError, choose
 
-Norm = Literal["Linf"]
-Knowledge = Literal["oblivious", "white-box"]
+Norm = Literal["Linf", "L2"]
+Knowledge = Literal["oblivious", "black-box", "white-box"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class ThreatModel:
     Args:
         norm: the norm of the perturbation.
         eps: its bound, in pixel units of [0, 1].
-        knowledge: `oblivious` sees the bare classifier; `white-box` sees classifier and defense. What PuVAE,
-            Defense-VAE and Defense-GAN call white-box is oblivious.
+        knowledge: `oblivious` sees the bare classifier; `black-box` sees neither, but asks the defended classifier
+            for its classes and trains a substitute (attacks/substitute.py); `white-box` sees classifier and defense.
+            What PuVAE, Defense-VAE and Defense-GAN call white-box is oblivious.
 
     Raises:
         InputError: a value is outside its law.
@@ -33,8 +34,10 @@ class ThreatModel:
     def __post_init__(self) -> None:
         choose("the norm", self.norm, get_args(Norm))
         choose("the threat model", self.knowledge, get_args(Knowledge))
-        if not (math.isfinite(self.eps) and 0 <= self.eps <= 1):
-            raise InputError(f"eps must be from 0 to 1, in pixel units of [0, 1], but is {self.eps}")
+        most = 1.0 if self.norm == "Linf" else math.inf
+        if not (math.isfinite(self.eps) and 0 <= self.eps <= most):
+            bound = "from 0 to 1" if self.norm == "Linf" else "at least 0 and finite"
+            raise InputError(f"eps must be {bound} in {self.norm}, in pixel units of [0, 1], but is {self.eps}")
 
     def __str__(self) -> str:
         return f"{self.knowledge}, {self.norm} eps {self.eps:g}"

@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.corrected import evaluating
+from attacks.tidy import evaluating
 from attacks.suite import reproducible
 from defenses.base import Batches, Defended, Defense, Knobs, Metrics
 from spaces.space import InputError, knob

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from attacks.view import Gradient
+from attacks.view import Gradient, Opening
 from spaces.space import Params, Scalar
 
 Metrics = dict[str, float]
@@ -92,6 +93,8 @@ class Defense(nn.Module):
     """Which classifier `fit` gets: the protected one, or its partner architecture (PuVAE's source classifier)."""
     differentiable: ClassVar[bool] = True
     """Whether a gradient flows through `purify`; where not, `surrogate` is overridden."""
+    descends: ClassVar[str | None] = None
+    """The inference knob that counts the steps of an optimisation in `purify`; None: there is none."""
 
     def __init__(self, train: Mapping[str, Scalar], inference: Mapping[str, Scalar], shape: Shape) -> None:
         super().__init__()
@@ -123,6 +126,17 @@ class Defense(nn.Module):
             return ("exact",)  # what is classified is not what `purify` and `surrogate` return
         own = type(self).surrogate is not Defense.surrogate
         return (*(("surrogate",) if own else ()), "bpda", *(("exact",) if self.differentiable else ()))
+
+    @property
+    def openings(self) -> tuple[Opening, ...]:
+        """What attacks made for this defense aim at, beside its gradient."""
+        kind = type(self)
+        own = {
+            "rejection": kind.rejects(),
+            "choice": kind.strain is not Defense.strain,
+            "latent": kind.latent is not Defense.latent,
+        }
+        return tuple(name for name, there in own.items() if there)  # type: ignore[misc]
 
     def build(self) -> None:
         """Build the networks from `self.train_knobs` and `self.shape`.
@@ -194,6 +208,33 @@ class Defense(nn.Module):
     def surrogate(self, x_NCHW: Tensor) -> Tensor:
         """Return a differentiable stand-in for `purify`, for an attacker's gradient."""
         return self.purify(x_NCHW)
+
+    def strain(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
+        """Return how near an image is to being purified into another class than its label, N, differentiable.
+
+        A defense that chooses between candidates of the classes says here by how much the label's is behind the best
+        other one; an attack raises it beside the cross-entropy.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not choose between candidates")
+
+    def latent(self, x_NCHW: Tensor) -> Tensor:
+        """Return the latent vectors, NZ, from which images are generated; for an attack in the latent space."""
+        raise NotImplementedError(f"{type(self).__name__} has no latent space")
+
+    def generate(self, z_NZ: Tensor) -> Tensor:
+        """Return the images of latent vectors."""
+        raise NotImplementedError(f"{type(self).__name__} has no latent space")
+
+    @contextmanager
+    def deepened(self, factor: int) -> Iterator[bool]:
+        """Run with so many times the steps of the optimisation in `purify`; yield whether there is one."""
+        own = self.inference_knobs
+        if self.descends is not None:
+            self.inference_knobs = replace(own, **{self.descends: factor * getattr(own, self.descends)})
+        try:
+            yield self.descends is not None
+        finally:
+            self.inference_knobs = own
 
     def track(self, **parts: Any) -> None:
         """Keep what a resumed fit needs beside the weights: optimisers, schedulers, auxiliary networks.

@@ -56,6 +56,7 @@ class DefenseGAN(Defense):
 
     Train = Train
     Inference = Inference
+    descends = "steps"
     differentiable = False
 
     @property
@@ -189,6 +190,10 @@ class DefenseGAN(Defense):
                 velocity_NRZ = k.momentum * velocity_NRZ + slope_NRZ
                 z_NRZ = z_NRZ - k.rate * velocity_NRZ
         return torch.stack([found[step] for step in at])
+
+    def latent(self, x_NCHW: Tensor) -> Tensor:
+        """Return z* of the projection, NZ; no gradient flows through its descent."""
+        return self.latents(x_NCHW, [self.inference_knobs.steps])[0]
 
     @torch.no_grad()
     def trajectory(self, x_NCHW: Tensor, at: Sequence[int]) -> Tensor:

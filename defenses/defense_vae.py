@@ -233,12 +233,23 @@ class DefenseVAE(Defense):
 
     # Inference: Figure 3.
 
+    @property
+    def together(self) -> bool:
+        """Whether the batch norms use the batch's own statistics at inference; see `_through`."""
+        return bool(self.inference_knobs.bn_eval == "batch")
+
     def rebuild(self, x_NCHW: Tensor, together: bool = False) -> Tensor:
         """Return the image decoded from z = mu; `together`: see `_through`."""
         return self.emit(self.decode(self.encode(x_NCHW, together)[0], together))
 
     def purify(self, x_NCHW: Tensor) -> Tensor:
-        return self.rebuild(x_NCHW, together=self.inference_knobs.bn_eval == "batch")
+        return self.rebuild(x_NCHW, self.together)
+
+    def latent(self, x_NCHW: Tensor) -> Tensor:
+        return self.encode(x_NCHW, self.together)[0]
+
+    def generate(self, z_NZ: Tensor) -> Tensor:
+        return self.emit(self.decode(z_NZ, self.together))
 
     def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
         return (self.own if self.retrains else classifier)(self.purify(x_NCHW))

@@ -16,6 +16,7 @@ from scipy.special import chdtri
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attacks.view import Opening
 from defenses.base import Batches, Defense, Knobs, Metrics
 from spaces.space import InputError, knob
 
@@ -75,6 +76,10 @@ class GMVAE(Defense):
     precision_KLL: Tensor
     error_mean: Tensor
     error_sigma: Tensor
+
+    @property
+    def openings(self) -> tuple[Opening, ...]:
+        return (*super().openings, "mixture")
 
     def build(self) -> None:
         k, s = self.train_knobs, self.shape
@@ -246,10 +251,26 @@ class GMVAE(Defense):
         winner_N = least.view(images, classes).argmin(dim=1)
         return best.view(images, classes, latent)[torch.arange(images, device=z.device), winner_N]
 
+    def mahalanobis(self, z_NL: Tensor, y_N: Tensor) -> Tensor:
+        """Return (mu_y - z)^T Sigma_y^-1 (mu_y - z), N, in float64."""
+        off_NL = (z_NL - self.means_KL[y_N]).double()
+        return torch.einsum("nl,nlm,nm->n", off_NL, self.precision_KLL[y_N], off_NL)
+
+    def ratios(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
+        """Return ||x - g(f(x))||^2 / tau_dec and the distance to mu_y / tau_enc, N2, the terms of Eq. 10 and 11.
+
+        The taus are the paper's, in pixels and latent units. One looser than its default counts as that: where none
+        rejects, the class is still to be changed. Neither is less than a hundredth of it: nothing passes zero.
+        """
+        usual, k, f_NL = Inference(), self.inference_knobs, self.encode(x_NCHW)
+        dec, dec_usual = (self.error_mean + knob * self.error_sigma for knob in (k.tau_dec, usual.tau_dec))
+        tau_dec = torch.clamp(dec, dec_usual / 100, dec_usual)
+        tau_enc = self.quantile * min(max(k.tau_enc, usual.tau_enc / 100), usual.tau_enc)
+        errors_N = self.errors(x_NCHW, f_NL).double()
+        return torch.stack((errors_N / tau_dec, self.mahalanobis(f_NL, y_N) / tau_enc), dim=1).to(x_NCHW.dtype)
+
     def _columns(self, x_NCHW: Tensor, z_NL: Tensor) -> Tensor:
         """Return both columns of `suspicion` for given codes. Source: section 3.4."""
-        nearest_N = self.distances(z_NL).argmin(dim=1)
-        off_NL = (z_NL - self.means_KL[nearest_N]).double()
-        mahalanobis_N = torch.einsum("nl,nlm,nm->n", off_NL, self.precision_KLL[nearest_N], off_NL)
+        distance_N = self.mahalanobis(z_NL, self.distances(z_NL).argmin(dim=1))
         sigmas_N = (self.errors(x_NCHW, z_NL).double() - self.error_mean) / self.error_sigma
-        return torch.stack((mahalanobis_N / self.quantile, sigmas_N), dim=1).to(x_NCHW.dtype)
+        return torch.stack((distance_N / self.quantile, sigmas_N), dim=1).to(x_NCHW.dtype)

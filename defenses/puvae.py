@@ -177,6 +177,15 @@ class PuVAE(Defense):
         weight_NK = F.softmax(-rmse(x_NCHW, candidates_NKCHW) / SOFT_CHOICE, dim=1)
         return (weight_NK[:, :, None, None, None] * candidates_NKCHW).sum(dim=1)
 
+    def strain(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
+        """Return by how much the label's candidate is farther than the nearest other one, in units of SOFT_CHOICE, N.
+
+        Source: the distances are Eq. 21's.
+        """
+        distance_NK, y_N1 = rmse(x_NCHW, self.candidates(x_NCHW)), y_N[:, None]
+        others_NK = distance_NK.scatter(1, y_N1, torch.inf)
+        return (distance_NK.gather(1, y_N1)[:, 0] - others_NK.amin(dim=1)) / SOFT_CHOICE
+
     def _features(self, x_NCHW: Tensor) -> Tensor:
         # Dilated convolutions are 1.3 to 2.4 times as fast this way round (training, CPU, 8 and 16 maps).
         return self.trunk(x_NCHW.contiguous(memory_format=torch.channels_last)).flatten(1)

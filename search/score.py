@@ -6,15 +6,15 @@ Shapes: N images, C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from attacks.audit import Gate, quick_gates
-from attacks.robustness import Observation, Robustness, evaluate, observe
+from attacks.probes import Gate, noise_gate, quick_gates
+from attacks.robustness import Observation, Outsider, Robustness, evaluate, observe
 from attacks.suite import SUITES, Suite
-from attacks.threat import ThreatModel
+from attacks.threat import Knowledge, ThreatModel
 from search.latency import Latency
 from spaces.space import Params, Scalar
 
@@ -30,9 +30,10 @@ class Score:
         attacked_rejection: the rest.
         attacks: accuracy after each attack, by `knowledge/attack`; oblivious ones each over all images, white-box
             ones cumulative (each sees what the earlier ones left).
+        queries: how often the black-box attacker asked; 0 where it was not run.
         images: how many validation images were attacked.
         device: where the latency was measured.
-        alarms: names of the quick gates that did not pass (attacks/audit.py).
+        alarms: names of the cheap gates that did not pass (attacks/probes.py).
         risk_coverage: (clean rejection, attacked error) of every setting of the thresholds that none beats, where
             this candidate's thresholds were picked from the curve.
     """
@@ -48,6 +49,8 @@ class Score:
     latency_ms_p50: float
     latency_ms_p95: float
     images: int
+    black_box_accuracy: float | None = None
+    queries: int = 0
     device: str = ""
     attacks: Mapping[str, float] = field(default_factory=dict)
     alarms: tuple[str, ...] = ()
@@ -80,7 +83,7 @@ class Candidate:
             "attacked_error": s.attacked_error,
             "attacked_rejection": s.attacked_rejection,
             "oblivious_accuracy": s.oblivious_accuracy,
-            "black_box_accuracy": None,
+            "black_box_accuracy": s.black_box_accuracy,
             "white_box_accuracy": s.white_box_accuracy,
             "clean_accuracy": s.clean_accuracy,
             "clean_rejection": s.clean_rejection,
@@ -89,6 +92,7 @@ class Candidate:
             "alarms": "; ".join(s.alarms),
             "state": "finished",
             "device": s.device,
+            "queries": s.queries,
             **s.attacks,
         }
 
@@ -116,6 +120,7 @@ class Exam:
     Args:
         oblivious: adversarial images of each oblivious attack of the suite and of the rungs, made once on the bare
             classifier.
+        outsider: the black-box attacker, where the study's threat model is its.
     """
 
     suite: Suite
@@ -124,22 +129,32 @@ class Exam:
     y_N: Tensor
     oblivious: Mapping[str, Tensor]
     seed: int
+    outsider: Outsider | None = None
 
     def observe(self, target: nn.Module) -> Observation:
-        """Attack under the oblivious and the white-box threat model, whichever the study's is."""
-        return observe(
+        """Attack under the oblivious and the white-box threat model, whichever the study's is, and under its own."""
+        black_box, queries = None, 0
+        if self.outsider is not None:
+            images = (self.x_NCHW, self.y_N)
+            black_box, queries = self.outsider.craft(self.suite, target, *images, self.threat, self.seed)
+        found = observe(
             self.suite,
             target,
             self.x_NCHW,
             self.y_N,
             self.threat,
             oblivious={attack.name: self.oblivious[attack.name] for attack in self.suite.oblivious},
+            black_box=black_box,
             seed=self.seed,
             white_box=True,
         )
+        return replace(found, queries=queries)
 
-    def gates(self, target: nn.Module) -> tuple[Gate, ...]:
-        return quick_gates(target, self.x_NCHW, self.y_N, seed=self.seed)
+    def gates(self, target: nn.Module, verdict: Robustness) -> tuple[Gate, ...]:
+        """Return the audit's cheap checks."""
+        images = (self.x_NCHW, self.y_N)
+        noise = noise_gate(target, *images, self.threat, verdict, self.seed)
+        return *quick_gates(target, *images, seed=self.seed), noise
 
     def score(self, verdict: Robustness, gates: tuple[Gate, ...], latency: Latency | None) -> Score:
         """Return the figures of a bare or defended classifier.
@@ -155,6 +170,8 @@ class Exam:
             attacked_error=attacked.error,
             attacked_rejection=attacked.rejection,
             oblivious_accuracy=verdict.oblivious.accuracy,
+            black_box_accuracy=None if verdict.black_box is None else verdict.black_box.accuracy,
+            queries=verdict.queries,
             white_box_accuracy=verdict.strongest.accuracy,
             clean_accuracy=verdict.clean.accuracy,
             clean_rejection=verdict.clean.rejection,
@@ -169,15 +186,17 @@ class Exam:
     def cheap(self, target: nn.Module, images: int) -> float:
         """Return the rung score: what withstands one small fixed attack, of the first `images` images.
 
-        A clean image that is rejected does not count, an attacked one does: so rejecting all scores nothing.
+        A clean image that is rejected does not count, an attacked one does: so rejecting all scores nothing. A
+        black-box attacker, who would train a substitute after each epoch, is stood in for by the oblivious one.
         """
         quick = SUITES["quick"]
+        knowledge: Knowledge = "white-box" if self.threat.knowledge == "white-box" else "oblivious"
         verdict = evaluate(
             quick,
             target,
             self.x_NCHW[:images],
             self.y_N[:images],
-            self.threat,
+            replace(self.threat, knowledge=knowledge),
             oblivious={attack.name: self.oblivious[attack.name][:images] for attack in quick.oblivious},
             seed=self.seed,
         )

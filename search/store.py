@@ -101,6 +101,10 @@ class Store:
         entry: dict[str, Any] = json.loads((self.root / kind / key / "entry.json").read_text())
         return dict(entry["about"])
 
+    def keys(self, kind: str) -> list[str]:
+        """Return the entries of a kind, whole or damaged."""
+        return sorted(path.parent.name for path in (self.root / kind).glob("[!.]*/entry.json"))
+
     def put(self, kind: str, key: str, files: Mapping[str, bytes], about: Mapping[str, object]) -> Path:
         """Write an entry in full and return its folder; the caller holds its lock and saw that it is not there.
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 import defenses
 import spaces
 from attacks.suite import SUITES, Suite
-from attacks.threat import Knowledge, ThreatModel
+from attacks.threat import Knowledge, Norm, ThreatModel
 from defenses.base import Defense
 from search import tasks
 from search.store import write_atomic
@@ -25,6 +25,8 @@ from search.tasks import task as find_task
 from spaces.space import InputError, Scalar, SearchSpace, choose, extremes, finite
 
 Method = Literal["tpe", "nsga2", "gp", "random", "qmc", "grid"]
+HELD_OUT = 150
+"""Validation images that a black-box attacker starts from. Source: Papernot et al. 2017, section 5.1."""
 KnobWish = Scalar | list[Scalar]
 
 
@@ -43,8 +45,13 @@ class Study(BaseModel):
     method: Method = Field("tpe", description="how Optuna proposes")
     trials: int = Field(40, ge=1, description="trainings at most")
     threat: Knowledge = Field("white-box", description="what the attacker knows")
+    norm: Norm = Field("Linf", description="the norm of the perturbation")
     eps: float | None = Field(
-        None, ge=0, le=1, description="L-infinity bound in pixel units of [0, 1]; else the task's"
+        None, ge=0, description="its bound, in pixel units of [0, 1]; else the suite's paper's, or the task's in Linf"
+    )
+    substitute: str | None = Field(
+        None,
+        description="the architecture of the black-box attacker's substitute (list tasks); else the task's partner",
     )
     suite: str = Field("search", description="the attacks that score a candidate (list attacks)")
     max_latency_ms: float | None = Field(
@@ -139,15 +146,28 @@ class Study(BaseModel):
         if self.method == "grid":
             next(space.grid())
         suite = SUITES[choose("the suite", self.suite, list(SUITES))]
-        eps = task.eps if self.eps is None else self.eps
         sizes = tasks.sizes(task.dataset, self.data_dir)
         for name, most in (("train_images", sizes.train), ("eval_images", sizes.validation)):
             asked = getattr(self, name)
             if asked is not None and asked > most:
                 raise InputError(f"{name} must be at most {most} on {task.dataset}, but is {asked}")
-        images = min(1000, sizes.validation) if self.eval_images is None else self.eval_images
+        free = sizes.validation - (HELD_OUT if self.threat == "black-box" else 0)
+        images = min(1000, free) if self.eval_images is None else self.eval_images
+        if images > free:
+            raise InputError(
+                f"eval_images must leave a black-box attacker {HELD_OUT} images, at most {free}, but is {images}"
+            )
         _buildable(defense, space, task)
-        return Plan(task, protected.classifier, defense, space, ThreatModel("Linf", eps, self.threat), suite, images)
+        substitute = find_task(f"{task.dataset}/{self.substitute or task.partner}").classifier
+        threat = ThreatModel(self.norm, self._eps(suite, task), self.threat)
+        return Plan(task, protected.classifier, substitute, defense, space, threat, suite, images)
+
+    def _eps(self, suite: Suite, task: Task) -> float:
+        if self.eps is not None:
+            return self.eps
+        if self.norm == "L2":
+            raise InputError("eps must be given in L2, where no paper has one for a task, but is not: --eps 1.5, say")
+        return task.eps if suite.eps is None else suite.eps
 
     def write(self) -> Path:
         """Write study.yaml into the search's folder."""
@@ -159,10 +179,16 @@ class Study(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study's words stand for; `protected` is the architecture that is attacked."""
+    """What a study's words stand for.
+
+    Args:
+        protected: the architecture that is attacked.
+        substitute: that of the black-box attacker's own network.
+    """
 
     task: Task
     protected: str
+    substitute: str
     defense: type[Defense]
     space: SearchSpace
     threat: ThreatModel

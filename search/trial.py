@@ -21,21 +21,26 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import attacks.suite
-from attacks.audit import Gate
+import attacks.tidy
+import defenses
 from attacks.coverage import Point, pick, risk_coverage
-from attacks.robustness import Observation, craft_oblivious
+from attacks.probes import Gate
+from attacks.robustness import Observation, Outsider
+from attacks.view import View
 from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
 from search import classifiers, tasks
+from search.architectures import ARCHITECTURES
 from search.classifiers import Classifier
 from search.latency import Lane, Latency, device_name, measure
 from search.score import Candidate, Exam
 from search.store import Store, fingerprint, to_bytes, write_atomic
-from search.study import Study
+from search.study import HELD_OUT, Study
 from spaces.space import GRID_LIMIT, Params, Scalar, SearchSpace, draw
 
 Report = Callable[[int, Metrics], None]
 """Told of each epoch, counted from 1; it may raise to stop the trial, whose progress stays in the store."""
 
+ADVERSARIAL = "adversarial_training"
 SAMPLE = 5
 """Further inference settings at which a fit is scored where the inference space is not finite and small."""
 
@@ -71,7 +76,8 @@ def baseline(study: Study, store: Store) -> Candidate:
     """Return the bare classifier as a candidate, scored by the same suite on the same images."""
     bench = Bench.of(study, store)
     bare, exam = bench.target.network, bench.exam
-    score = exam.score(exam.observe(bare).judge(), exam.gates(bare), None)
+    verdict = exam.observe(bare).judge()
+    score = exam.score(verdict, exam.gates(bare, verdict), None)
     return Candidate(
         candidate="undefended",
         fit=bench.target.fingerprint,
@@ -136,8 +142,17 @@ class Bench:
     @cached_property
     def exam(self) -> Exam:
         x_NCHW, y_N = self._load("validation", self.plan.eval_images)
-        images = self._oblivious(x_NCHW, y_N)
-        return Exam(self.plan.suite, self.plan.threat, x_NCHW, y_N, images, self.study.seed)
+        images, threat = self._oblivious(x_NCHW, y_N), self.plan.threat
+        outsider = self._outsider() if threat.knowledge == "black-box" else None
+        return Exam(self.plan.suite, threat, x_NCHW, y_N, images, self.study.seed, outsider)
+
+    def _outsider(self) -> Outsider:
+        """Return the black-box attacker: its images are the last of the validation split, which are not attacked."""
+        x_NCHW, _ = self._load("validation", None)
+        return Outsider(x_NCHW[-HELD_OUT:], lambda: self._substitute().to(self.device))
+
+    def _substitute(self) -> nn.Module:
+        return ARCHITECTURES[self.plan.substitute].build(self.plan.task.shape)
 
     def build(self, params: Params) -> Defense:
         torch.manual_seed(self.study.seed)
@@ -190,6 +205,24 @@ class Bench:
             seed=self.study.seed,
         )
 
+    def adversarially_trained(self) -> dict[str, nn.Module]:
+        """Return the static baseline beside a winner: the adversarially trained classifier, where there is one.
+
+        Of those that searches of this storage trained on the same images it is the one of the best last epoch.
+        """
+        fits = ((key, self.store.about("fits", key)) for key in self.store.keys("fits"))
+        kind = ADVERSARIAL, self.study.task
+        alike = [(key, about) for key, about in fits if (about["defense"], about["task"]) == kind]
+        for key, about in sorted(alike, key=lambda fit: -fit[1]["curve"][-1]["cheap"]):
+            defense = defenses.find(ADVERSARIAL)(about["knobs"], {}, self.plan.task.shape)
+            defense.adopt(self._adopted.network)
+            entry = self.store.get("fits", key) if self._fingerprint(defense) == key else None
+            if entry is not None:
+                defense.load_state_dict(load_file(entry / "weights.safetensors"))
+                beside = Defended(defense, self.target.network).to(self.device)
+                return {"adversarially trained": beside.eval().requires_grad_(False)}
+        return {}
+
     def settings(self, params: Params) -> list[Params]:
         """Return the inference settings at which a fit is scored, the proposed one first."""
         space = self.plan.space
@@ -218,7 +251,8 @@ class Bench:
             latency, wanted = self.latency(defense), [params]
             if rest not in groups:
                 with self.lane.working():
-                    groups[rest] = exam.observe(defended), exam.gates(defended)
+                    said = exam.observe(defended)
+                    groups[rest] = said, exam.gates(defended, said.judge())
                 curve = risk_coverage(groups[rest][0]) if thresholds else []
                 wanted += self._picked(params, thresholds, curve)
             found, gates = groups[rest]
@@ -333,7 +367,7 @@ class Bench:
         with held:
             entry = self.store.get("made", key)
             if entry is None:
-                with attacks.suite.seeded(self.study.seed):
+                with attacks.tidy.seeded(self.study.seed):
                     made = {name: tensor.cpu().contiguous() for name, tensor in halved(make()).items()}
                 entry = self.store.put("made", key, {"tensors.safetensors": save(made)}, {"words": words})
         return load_file(entry / "tensors.safetensors", device=str(self.device))
@@ -343,23 +377,28 @@ class Bench:
         return x_NCHW.to(self.device), y_N.to(self.device)
 
     def _oblivious(self, x_NCHW: Tensor, y_N: Tensor) -> Mapping[str, Tensor]:
-        """Return the adversarial images that depend on the classifier alone, made once for all searches."""
-        suite = self.plan.suite.with_rungs()
-        key = fingerprint(
-            source=_texts(attacks.suite.__name__),
-            attacks=[str(attack) for attack in suite.oblivious],
-            eps=self.plan.threat.eps,
-            classifier=self.target.fingerprint,
-            images=len(y_N),
-            seed=self.study.seed,
-        )
-        with self.store.lock("oblivious", key):
-            entry = self.store.get("oblivious", key)
-            if entry is None:
-                made = craft_oblivious(suite, self.target.network, x_NCHW, y_N, self.plan.threat, self.study.seed)
-                content = save({name: tensor.cpu().contiguous() for name, tensor in made.items()})
-                entry = self.store.put("oblivious", key, {"images.safetensors": content}, {"task": self.study.task})
-        return load_file(entry / "images.safetensors", device=str(self.device))
+        """Return the images that depend on the classifier alone, each attack's made once for all searches."""
+        suite, threat = self.plan.suite.with_rungs().within(self.plan.threat), self.plan.threat
+        images = {}
+        for attack in suite.oblivious:
+            key = fingerprint(
+                source=_texts(attacks.suite.__name__),
+                attack=str(attack),
+                norm=threat.norm,
+                eps=threat.eps,
+                classifier=self.target.fingerprint,
+                images=len(y_N),
+                seed=self.study.seed,
+            )
+            with self.store.lock("oblivious", key):
+                entry = self.store.get("oblivious", key)
+                if entry is None:
+                    made = attack.craft(View(self.target.network), x_NCHW, y_N, threat, self.study.seed)
+                    content = save({"images": made.cpu().contiguous()})
+                    about = {"task": self.study.task, **attack.budget(threat)}
+                    entry = self.store.put("oblivious", key, {"images.safetensors": content}, about)
+            images[attack.name] = load_file(entry / "images.safetensors", device=str(self.device))["images"]
+        return images
 
 
 def png(rows_RNCHW: Tensor, zoom: int = 3) -> bytes:

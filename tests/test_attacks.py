@@ -1,39 +1,65 @@
-"""Attacks against closed forms, the view against autograd, and the evaluation against counting by hand."""
+"""Every attack of every suite under one contract, and the suites against the papers' budgets."""
 
 from __future__ import annotations
 
-import itertools
+import copy
+import json
+import math
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchattacks
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from attacks.coverage import pick, risk_coverage
-from attacks.interval import wilson
-from attacks.robustness import Observation, Seen, craft_oblivious, evaluate, look, observe
+import attacks.suite
+from attacks.autoattack import APGD, Square
+from attacks.corrected import PGD, RandFGSM
 from attacks.suite import (
+    CW_L2,
+    DEEPFOOL,
     FGSM,
     FGSM_TARGETED,
     IFGSM,
-    IFGSM_TARGETED,
+    MIM_10,
+    MIXTURE,
     PGD_10,
+    STILL,
     SUITES,
     Attack,
     AttackError,
-    Suite,
     reproducible,
     wrong_labels,
 )
-from attacks.threat import ThreatModel
-from attacks.view import Gradient, View
-from spaces.space import InputError
+from attacks.threat import Norm, ThreatModel
+from attacks.tidy import Draws, lengths
+from attacks.view import View
+from tests.guards import Guard, Smooth
 
-WHITE = ThreatModel("Linf", 0.1, "white-box")
-OBLIVIOUS = ThreatModel("Linf", 0.1, "oblivious")
-EVERY = [FGSM, FGSM_TARGETED, IFGSM, IFGSM_TARGETED, PGD_10]
 Digits = tuple[Tensor, Tensor]
+WHITE = ThreatModel("Linf", 0.1, "white-box")
+THREATS: dict[Norm, ThreatModel] = {"Linf": WHITE, "L2": ThreatModel("L2", 0.5, "white-box")}
+EVERY = list(dict.fromkeys(attack for suite in SUITES.values() for attack in (*suite.oblivious, *suite.white_box)))
+SMALL = {"queries": 40, "binary_search_steps": 3, "lr": 0.2}
+
+
+def few(attack: Attack) -> Attack:
+    """Return the attack with at most eight steps."""
+    settings = tuple((name, SMALL.get(name, value)) for name, value in attack.settings)
+    return replace(attack, steps=attack.steps and min(attack.steps, 8), settings=settings)
+
+
+CASES = [(few(attack), THREATS[norm]) for attack in EVERY if attack.aims is None for norm in attack.norms]
+every_attack = pytest.mark.parametrize(
+    ("attack", "threat"), CASES, ids=[f"{attack.name}-{threat.norm}" for attack, threat in CASES]
+)
+
+
+@pytest.fixture
+def held_out(digits: Digits) -> Digits:
+    return digits[0][1400:1424], digits[1][1400:1424]
 
 
 class Linear(nn.Module):
@@ -48,42 +74,109 @@ class Linear(nn.Module):
         return torch.stack((score_N, torch.zeros_like(score_N)), dim=1)
 
 
-class Smooth(nn.Module):
-    """A purifier for tests: a known map, with noise and a rounding where asked for."""
+class Drawing(nn.Module):
+    """A training composite with a frozen part, that draws from torch's generator at each pass and may break at one."""
 
-    def __init__(self, noise: float = 0.0, steps: int = 0, darkest: float | None = None) -> None:
+    def __init__(self, classifier: nn.Module, breaks_at: int = 0) -> None:
         super().__init__()
-        self.noise, self.steps, self.darkest = noise, steps, darkest
-
-    gradients: tuple[Gradient, ...] = ("surrogate", "bpda", "exact")
-
-    @property
-    def stochastic(self) -> bool:
-        return self.noise > 0
-
-    def purify(self, x: Tensor) -> Tensor:
-        x = x + self.noise * torch.randn_like(x)
-        return (x * self.steps).round() / self.steps if self.steps else x
-
-    def surrogate(self, x: Tensor) -> Tensor:
-        return x
-
-    def suspicion(self, x: Tensor) -> Tensor:
-        return -x.flatten(1).mean(1, keepdim=True) if self.darkest is not None else x.new_zeros((len(x), 0))
-
-    def limits(self) -> Tensor:
-        return torch.tensor([] if self.darkest is None else [-self.darkest])
-
-
-class Guard(nn.Module):
-    """A defended classifier without the product's own classes."""
-
-    def __init__(self, defense: Smooth, classifier: nn.Module) -> None:
-        super().__init__()
-        self.defense, self.classifier = defense, classifier
+        self.frozen = nn.Sequential(copy.deepcopy(classifier).requires_grad_(), nn.Dropout()).eval()
+        self.idle, self.breaks_at, self.drawn = nn.Dropout(), breaks_at, list[float]()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.defense.purify(x))
+        assert not any(module.training for module in self.modules())
+        self.drawn.append(float(torch.rand(())))
+        if len(self.drawn) == self.breaks_at:
+            raise RuntimeError("on purpose")
+        return self.idle(self.frozen(x))
+
+
+def state(model: nn.Module) -> tuple[list[bool], list[int], str]:
+    """Return every module's mode, and the state of torch's and NumPy's generators."""
+    modes = [module.training for module in model.modules()]
+    return modes, torch.get_rng_state().tolist(), str(np.random.get_state(legacy=False))
+
+
+@every_attack
+def test_images_stay_within_the_threat_model(
+    attack: Attack, threat: ThreatModel, held_out: Digits, classifier: nn.Module
+) -> None:
+    x, kept = held_out[0], held_out[0].clone()
+    moved = attack.craft(classifier, *held_out, threat, 0)
+    assert moved.shape == x.shape and moved.dtype == x.dtype and not moved.requires_grad
+    assert 0 <= float(moved.min()) and float(moved.max()) <= 1
+    assert torch.equal(x, kept)
+    if not attack.exceeds(threat):
+        sizes = torch.linalg.vector_norm((moved - x).flatten(1), math.inf if threat.norm == "Linf" else 2, dim=1)
+        assert float(sizes.max()) <= threat.eps + 2e-6
+    assert float((classifier(moved).argmax(1) == held_out[1]).double().mean()) < 0.9
+
+
+@every_attack
+def test_generators_modes_and_parameters_are_left_alone_and_no_noise_is_replayed(
+    attack: Attack, threat: ThreatModel, held_out: Digits, classifier: nn.Module
+) -> None:
+    model = Drawing(classifier)
+    before = state(model)
+    attack.craft(model, *held_out, threat, 0)
+    assert state(model) == before
+    assert len(set(model.drawn)) == len(model.drawn) > 0
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    broken = Drawing(classifier, breaks_at=(len(model.drawn) + 1) // 2)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="on purpose"):
+        attack.craft(broken, *held_out, threat, 0)
+    assert state(broken) == before and torch.is_grad_enabled()
+    assert broken.drawn == model.drawn[: broken.breaks_at]
+
+
+@every_attack
+def test_an_image_does_not_depend_on_those_beside_it(
+    attack: Attack, threat: ThreatModel, held_out: Digits, classifier: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (x, y), ids = held_out, torch.arange(100, 124)
+
+    def crafted(chosen: Tensor, stops: bool) -> Tensor:
+        return attack.craft(classifier, x[chosen], y[chosen], threat, 3, ids_N=ids[chosen], stops=stops)
+
+    every = torch.arange(24)
+    whole, stopped = (crafted(every, stops) for stops in (False, True))
+    apart = torch.cat([crafted(chosen, stops=False) for chosen in every.split(8)])
+    assert torch.allclose(whole, apart, atol=1e-5)
+    monkeypatch.setattr(attacks.suite, "BATCH", 7)
+    assert torch.allclose(stopped, crafted(every, stops=True), atol=1e-5)
+
+
+@every_attack
+def test_the_seed_decides_and_another_one_matters_where_something_is_random(
+    attack: Attack, threat: ThreatModel, held_out: Digits, classifier: nn.Module
+) -> None:
+    first, again, other = (attack.craft(classifier, *held_out, threat, seed) for seed in (7, 7, 8))
+    starts = attack.family in (RandFGSM, APGD, Square) or (attack.family is PGD and attack.settings != STILL)
+    assert torch.equal(first, again)
+    assert torch.equal(first, other) is not (starts or attack.targeted)
+    renamed = replace(attack, name="another").craft(classifier, *held_out, threat, 7)
+    assert torch.equal(first, renamed) is not (starts or attack.targeted)  # attacks of a suite draw apart
+
+
+@every_attack
+def test_no_image_is_an_answer_to_none(
+    attack: Attack, threat: ThreatModel, held_out: Digits, classifier: nn.Module
+) -> None:
+    assert attack.craft(classifier, held_out[0][:0], held_out[1][:0], threat, 0).shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize("attack", EVERY, ids=lambda attack: attack.name)
+def test_the_budget_of_each_attack_can_be_written_down(attack: Attack) -> None:
+    for norm in attack.norms:
+        threat = THREATS[norm]
+        budget = json.loads(json.dumps(attack.budget(threat)))
+        assert budget["attack"] == attack.name and budget["class"] == f"attacks.{attack.family.__name__}"
+        assert budget.get("eps") == (None if attack.unbounded else threat.eps)
+        assert budget["norm"] == (threat.norm if "eps" in budget or norm == "L2" else "L2, least, not bounded by eps")
+        assert budget["targeted"] is attack.targeted and budget.get("steps") == attack.steps
+    assert "Linf" in attack.norms and (attack.aims is None) == (attack.family.__module__ in PLAIN)
+
+
+PLAIN = ("attacks.corrected", "attacks.autoattack")
 
 
 def test_fgsm_moves_each_pixel_by_eps_along_the_sign_of_the_known_gradient() -> None:
@@ -101,19 +194,26 @@ def test_targeted_fgsm_moves_towards_the_target() -> None:
     )  # with two classes the only wrong label is where the untargeted attack goes
 
 
-def test_pgd_reaches_the_optimum_of_a_linear_model() -> None:
+def test_a_suites_pgd_reaches_the_optimum_of_a_linear_model_in_the_threat_models_norm() -> None:
     model, x = Linear(), torch.full((1, 1, 4, 4), 0.5)
-    moved = PGD_10.craft(model, x, torch.tensor([0]), WHITE, 0) - x
-    assert torch.allclose(moved[0], -0.1 * model.w_CHW.detach().sign(), atol=1e-6)
+    w_CHW = model.w_CHW.detach()
+    for norm, threat in THREATS.items():
+        moved = replace(PGD_10, steps=60).craft(model, x, torch.tensor([0]), threat, 0) - x
+        way_CHW = w_CHW.sign() if norm == "Linf" else w_CHW / w_CHW.norm()
+        assert torch.allclose(moved[0], -threat.eps * way_CHW, atol=1e-4)
 
 
-@pytest.mark.parametrize("attack", EVERY, ids=lambda attack: attack.name)
-def test_images_stay_within_eps_and_the_pixel_range(attack: Attack, digits: Digits, classifier: nn.Module) -> None:
-    x, y = digits[0][:40], digits[1][:40]
-    adversarial = attack.craft(classifier, x, y, WHITE, 0)
-    assert float((adversarial - x).abs().max()) <= 0.1 + 1e-6
-    assert float(adversarial.min()) >= 0 and float(adversarial.max()) <= 1
-    assert not torch.equal(adversarial, x)
+def test_a_planted_adversarial_neighbour_is_found() -> None:
+    """A model that is wrong only in one small region near the sample; the gradient leads there."""
+
+    class Trap(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            depth = 50 * (x.flatten(1)[:, :4].mean(1) - 0.58)
+            return torch.stack((-depth, depth), dim=1)
+
+    x, y = torch.full((5, 1, 4, 4), 0.5), torch.zeros(5, dtype=torch.long)
+    for attack in (FGSM, IFGSM, PGD_10, MIM_10, DEEPFOOL):
+        assert bool((Trap()(attack.craft(Trap(), x, y, WHITE, 0)).argmax(1) == 1).all())
 
 
 class Escapes(torchattacks.FGSM):  # type: ignore[misc]  # torchattacks is not typed
@@ -129,234 +229,159 @@ class Nan(torchattacks.FGSM):  # type: ignore[misc]  # torchattacks is not typed
         return images * torch.nan
 
 
-@pytest.mark.parametrize("family", [Escapes, Nan])
-def test_what_leaves_the_threat_model_is_not_believed(family: type) -> None:
-    faulty = Attack(name="faulty", family=family, source="none")
-    with pytest.raises(AttackError, match=r"faulty must stay within white-box, Linf eps 0\.1"):
-        faulty.craft(Linear(), torch.full((1, 1, 4, 4), 0.5), torch.tensor([0]), WHITE, 0)
+class Darkens(torchattacks.FGSM):  # type: ignore[misc]  # torchattacks is not typed
+    """Within eps, and below 0."""
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return images - images.amax() - self.eps / 2
 
 
-def test_wrong_labels_are_wrong_and_all_occur() -> None:
-    y = torch.arange(10).repeat(200)
-    wrong = wrong_labels(y, 10)
-    assert bool((wrong != y).all()) and set(wrong.tolist()) == set(range(10))
-    assert {int(w) for w, label in zip(wrong, y, strict=True) if label == 0} == set(range(1, 10))
+@pytest.mark.parametrize(
+    ("family", "norm", "said"),
+    [
+        (Escapes, "Linf", r"faulty must stay within white-box, Linf eps 0\.1 and \[0, 1\], but moved by 0\.2 into"),
+        (Escapes, "L2", r"faulty must stay within white-box, L2 eps 0\.5 and \[0, 1\], but moved by 4 into \[1\.5"),
+        (Nan, "Linf", "moved by nan"),
+        (Nan, "L2", "moved by nan"),
+        (Darkens, "Linf", r"into \[-0\.05, "),
+    ],
+)
+def test_what_leaves_the_threat_model_is_not_believed(family: type, norm: Norm, said: str) -> None:
+    faulty = Attack(name="faulty", family=family, source="none", norms=(norm,))
+    x = torch.full((1, 1, 4, 4), 0.02 if family is Darkens else 0.5)
+    with pytest.raises(AttackError, match=said):
+        faulty.craft(Linear(), x, torch.tensor([0]), THREATS[norm], 0)
 
 
-@pytest.mark.parametrize("attack", EVERY, ids=lambda attack: attack.name)
-def test_an_attack_leaves_modes_and_generators_as_they_were(
-    attack: Attack, digits: Digits, classifier: nn.Module
+class Templates(Smooth):
+    """Classes are mean images: what GMVAE's attack needs."""
+
+    def __init__(self, means_KCHW: Tensor) -> None:
+        super().__init__()
+        self.means_KCHW = means_KCHW
+        self.means_KL = means_KCHW.flatten(1)
+
+    def ratios(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x - self.means_KCHW[y]).square().flatten(1).mean(1)[:, None].repeat(1, 2) * 10
+
+
+UNBOUNDED = [few(CW_L2), few(DEEPFOOL), replace(few(MIXTURE), settings=(("lr", 0.05),))]
+
+
+@pytest.mark.parametrize("attack", UNBOUNDED, ids=lambda attack: attack.name)
+def test_an_unbounded_attack_keeps_to_an_l2_ball_image_by_image_and_to_no_other(
+    attack: Attack, held_out: Digits, digits: Digits, classifier: nn.Module
 ) -> None:
-    composite = nn.Sequential(nn.Sequential(classifier, nn.Dropout()), nn.Identity()).train()
-    composite[0][0].eval()  # type: ignore[index]
-    modes = {module: module.training for module in composite.modules()}
-    before = torch.random.get_rng_state()
-    attack.craft(composite, digits[0][:4], digits[1][:4], WHITE, 0)
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert modes == {module: module.training for module in composite.modules()}
+    means = torch.stack([digits[0][:1400][digits[1][:1400] == k].mean(0) for k in range(10)])
+    x, y = held_out
+    model = View(Guard(Templates(means), classifier))
+    free = attack.craft(model, x, y, ThreatModel("L2", 100, "white-box"), 0)
+    assert torch.equal(attack.craft(model, x, y, WHITE, 0), free)
+    sizes = lengths(free - x)
+    eps = float(sizes.median())
+    assert 0 < eps and float((free - x).abs().amax()) > WHITE.eps
+    within = attack.craft(model, x, y, ThreatModel("L2", eps, "white-box"), 0)
+    assert torch.equal(within, torch.where(sizes <= eps, free, x))
+    assert attack.exceeds(WHITE) and not attack.exceeds(THREATS["L2"])
+
+
+def test_wrong_labels_are_wrong_uniform_and_an_images_own() -> None:
+    y = torch.arange(10).repeat(2000)
+    wrong = wrong_labels(y, 10, Draws(0, torch.arange(20_000)))
+    assert bool((wrong != y).all())
+    counts = ((wrong - y) % 10).bincount(minlength=10)
+    assert int(counts[1:].min()) > 2000 and int(counts[1:].max()) < 2450
+    some = torch.tensor([5, 17, 900])
+    assert torch.equal(wrong_labels(y[some], 10, Draws(0, some)), wrong[some])
+
+
+def test_a_targeted_attack_reaches_a_wrong_label_of_the_models_classes(held_out: Digits, classifier: nn.Module) -> None:
+    x, y = held_out
+    aims: list[Tensor] = []
+
+    class Aims(torchattacks.FGSM):  # type: ignore[misc]  # torchattacks is not typed
+        def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+            aims.append(self.get_target_label(images, labels))
+            return images
+
+    three = nn.Sequential(classifier, nn.Linear(10, 3))
+    Attack(name="aims", family=Aims, source="none", targeted=True).craft(three, x, y % 3, WHITE, 0)
+    assert set(aims[0].tolist()) == {0, 1, 2} and bool((aims[0] != y % 3).all())
 
 
 def test_modes_and_generators_are_restored_when_an_attack_raises() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Linear(1, 1)).train()
-    before = torch.random.get_rng_state()
+    before = state(model)
     with pytest.raises(RuntimeError, match="on purpose"), reproducible(model, 3):
         torch.rand(1)
         raise RuntimeError("on purpose")
-    assert model[0].training and torch.equal(before, torch.random.get_rng_state())
+    assert state(model) == before
 
 
-def test_the_same_seed_gives_the_same_images(digits: Digits, classifier: nn.Module) -> None:
-    x, y = digits[0][:10], digits[1][:10]
-    for attack in EVERY:
-        assert torch.equal(attack.craft(classifier, x, y, WHITE, 7), attack.craft(classifier, x, y, WHITE, 7))
-    assert not torch.equal(PGD_10.craft(classifier, x, y, WHITE, 7), PGD_10.craft(classifier, x, y, WHITE, 8))
+PAPERS: list[tuple[str, float, str, dict[str, Any]]] = [
+    ("puvae", 0.3, "fgsm-targeted", {"eps": 0.3, "alpha": 0.3, "steps": 1, "random_start": False}),
+    ("puvae", 0.3, "ifgsm-targeted", {"eps": 0.3, "alpha": 0.03, "steps": 10, "random_start": False}),
+    ("puvae", 0.3, "rand-fgsm-targeted", {"eps": 0.3, "alpha": 0.05}),
+    ("puvae", 0.3, "cw-100", {"steps": 100, "c": 0.01, "lr": 0.005, "binary_search_steps": 5}),
+    ("puvae-cifar", 0.06, "fgsm-targeted", {"eps": 0.06, "alpha": 0.06, "steps": 1}),
+    ("puvae-cifar", 0.06, "ifgsm-targeted", {"eps": 0.06, "alpha": 0.03, "steps": 10}),
+    ("puvae-cifar", 0.06, "rand-fgsm-cifar", {"eps": 0.06, "alpha": 0.005}),
+    ("puvae-cifar", 0.06, "cw-100", {"steps": 100}),
+    ("advae", 0.3, "fgsm", {"eps": 0.3, "alpha": 0.3, "steps": 1}),
+    ("advae", 0.3, "pgd-40-advae", {"eps": 0.3, "alpha": 0.01, "steps": 40}),
+    ("advae", 0.3, "cw-l2", {"steps": 1000, "c": 10, "lr": 0.2}),
+    ("advae-cifar", 8 / 255, "pgd-10-advae", {"eps": 8 / 255, "alpha": 1 / 255, "steps": 10}),
+    ("advae-cifar", 8 / 255, "cw-l2", {"steps": 1000, "c": 10, "lr": 0.2}),
+    ("gmvae", 0.3, "fgsm", {"eps": 0.3, "alpha": 0.3}),
+    ("gmvae", 0.3, "mim-10", {"eps": 0.3, "alpha": 0.06, "steps": 10}),
+    ("gmvae", 0.3, "pgd-40-advae", {"eps": 0.3, "alpha": 0.01, "steps": 40}),
+    ("defense-vae", 0.3, "fgsm", {"eps": 0.3, "alpha": 0.3}),
+    ("defense-vae", 0.3, "rand-fgsm", {"eps": 0.3, "alpha": 0.05}),
+    ("defense-vae", 0.3, "cw-100-fast", {"steps": 100, "c": 100, "lr": 10}),
+]
 
 
-def test_bpda_gives_the_classifiers_gradient_at_the_purified_image(digits: Digits, classifier: nn.Module) -> None:
-    guard = Guard(Smooth(steps=4), classifier)
-    x, y = digits[0][:5].clone().requires_grad_(), digits[1][:5]
-    logits = View(guard, "bpda")(x)
-    assert torch.allclose(logits, guard(x), atol=1e-6)
-    (slope,) = torch.autograd.grad(F.cross_entropy(logits, y), x)
-    purified = ((digits[0][:5] * 4).round() / 4).requires_grad_()
-    (expected,) = torch.autograd.grad(F.cross_entropy(classifier(purified), y), purified)
-    assert torch.allclose(slope, expected, atol=1e-6)
+@pytest.mark.parametrize(("suite", "eps", "name", "numbers"), PAPERS, ids=[f"{p[0]}-{p[2]}" for p in PAPERS])
+def test_a_papers_suite_has_its_budgets(suite: str, eps: float, name: str, numbers: dict[str, Any]) -> None:
+    assert SUITES[suite].eps == pytest.approx(eps)
+    options = attack_of(suite, name).options(ThreatModel("Linf", eps, "white-box"))
+    assert {key: options[key] for key in numbers} == pytest.approx(numbers)
 
 
-def test_bpda_breaks_the_rounding_that_hides_from_the_exact_gradient(digits: Digits, classifier: nn.Module) -> None:
-    guard = Guard(Smooth(steps=8), classifier)
-    x, y = digits[0][1400:1500], digits[1][1400:1500]
-    found = evaluate(SUITES["search"], guard, x, y, WHITE, oblivious={})
-    exact = PGD_10.craft(View(guard, "exact"), x, y, WHITE, 0)
-    masked = float(look(guard, exact, y, 0).right.double().mean())
-    assert float(found.robust.double().mean()) < masked - 0.3
+def attack_of(suite: str, name: str) -> Attack:
+    return next(a for a in (*SUITES[suite].oblivious, *SUITES[suite].white_box) if a.name == name)
 
 
-def test_draws_average_the_logits_of_one_batch(digits: Digits, classifier: nn.Module) -> None:
-    guard = Guard(Smooth(noise=0.3), classifier)
-    torch.manual_seed(1)
-    averaged = View(guard, "exact", draws=8)(digits[0][:3])
-    torch.manual_seed(1)
-    by_hand = torch.stack([guard(part) for part in [digits[0][:3].repeat(8, 1, 1, 1)]]).reshape(8, 3, 10).mean(0)
-    assert torch.allclose(averaged, by_hand, atol=1e-6)
+def test_puvaes_attacks_are_targeted_and_the_others_are_not() -> None:
+    for name, suite in SUITES.items():
+        aimed = {attack.targeted for attack in suite.oblivious}
+        assert aimed == {True} if name.startswith("puvae") or name == "quick" else False in aimed
+        assert not any(attack.targeted for attack in suite.white_box)
 
 
-def plain_verdicts(suite: Suite, target: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Every attack over all samples, one after the other: the slow way."""
-    robust = target(x).argmax(1) == y
-    for attack in suite.oblivious:
-        robust &= target(attack.craft(View(target), x, y, WHITE, 0)).argmax(1) == y
-    for attack in suite.white_box:
-        robust &= target(attack.craft(View(target), x, y, WHITE, 0)).argmax(1) == y
-    return robust
+def test_the_standard_suite_is_autoattack(classifier: nn.Module) -> None:
+    for norm, threat in THREATS.items():
+        suite = SUITES["standard"].within(threat)
+        assert suite.oblivious == suite.white_box and suite.looks == 20
+        made = [attack.family(classifier, **attack.options(threat)) for attack in suite.white_box]
+        assert [type(attack).__name__ for attack in made] == ["APGD", "APGD", "FAB", "Square"]
+        ce, targeted, fab, square = made
+        assert {(attack.norm, attack.eps) for attack in made} == {(norm, threat.eps)}
+        assert (ce.loss, ce.steps, ce.n_restarts, ce.thr_decr) == ("ce", 100, 1, 0.75)
+        assert (targeted.loss, targeted.steps, targeted.n_restarts, targeted.targets) == ("targeted", 100, 1, 9)
+        assert (fab.steps, fab.n_target_classes) == (100, 9)
+        assert (fab.alpha_max, fab.eta, fab.beta) == (0.1, 1.05, 0.9)
+        assert (square.n_queries, square.p_init) == (5000, 0.8)
 
 
-def test_attacking_survivors_only_gives_the_verdicts_of_attacking_all(digits: Digits, classifier: nn.Module) -> None:
-    """For attacks without a random start; a random start depends on who is attacked beside."""
-    suite = Suite(name="plain", oblivious=(FGSM,), white_box=(IFGSM,), draws=1)
-    x, y = digits[0][1400:1600], digits[1][1400:1600]
-    found = evaluate(suite, classifier, x, y, WHITE)
-    assert torch.equal(found.robust, plain_verdicts(suite, classifier, x, y))
-    assert 0 < int(found.robust.sum()) < 200
-
-
-def test_a_sample_is_robust_only_if_it_withstands_every_attack(digits: Digits, classifier: nn.Module) -> None:
-    x, y = digits[0][1400:1600], digits[1][1400:1600]
-    found = evaluate(SUITES["search"], classifier, x, y, WHITE)
-    for stronger, weaker in ((found.strongest, found.oblivious), (found.oblivious, found.clean)):
-        assert bool((stronger.right <= weaker.right).all()) and bool((stronger.wrong >= weaker.wrong).all())
-    cumulative = [share for name, share in found.trail.items() if name.startswith("white-box")]
-    assert cumulative == sorted(cumulative, reverse=True)
-    assert found.oblivious.accuracy <= min(share for name, share in found.trail.items() if name.startswith("oblivious"))
-
-
-def test_oblivious_images_are_crafted_on_the_bare_classifier(digits: Digits, classifier: nn.Module) -> None:
-    x, y = digits[0][1400:1450], digits[1][1400:1450]
-    guard = Guard(Smooth(steps=2), classifier)
-    made = craft_oblivious(SUITES["quick"], classifier, x, y, OBLIVIOUS, 0)
-    with_images = evaluate(SUITES["quick"], guard, x, y, OBLIVIOUS, oblivious=made)
-    assert with_images.white_box is None
-    assert torch.equal(with_images.robust, evaluate(SUITES["quick"], guard, x, y, OBLIVIOUS).robust)
-
-
-def test_rejection_never_counts_as_accuracy(digits: Digits, classifier: nn.Module) -> None:
-    x, y = digits[0][1400:1500], digits[1][1400:1500]
-    nothing = evaluate(SUITES["quick"], Guard(Smooth(darkest=2.0), classifier), x, y, WHITE)
-    assert (nothing.clean.accuracy, nothing.clean.error, nothing.clean.rejection) == (0, 0, 1)
-    assert (nothing.attacked.accuracy, nothing.attacked.error, nothing.attacked.rejection) == (0, 0, 1)
-    assert not bool(nothing.robust.any())
-
-
-def test_verdicts_under_other_thresholds_need_no_other_pass(digits: Digits, classifier: nn.Module) -> None:
-    x, y = digits[0][1400:1500], digits[1][1400:1500]
-    suite = Suite(name="plain", oblivious=(FGSM,), white_box=(IFGSM,), draws=1)
-    loose = observe(suite, Guard(Smooth(darkest=0.0), classifier), x, y, WHITE)
-    for darkest in (0.28, 0.31, 0.34):
-        strict = observe(suite, Guard(Smooth(darkest=darkest), classifier), x, y, WHITE).judge()
-        swept = loose.judge(torch.tensor([-darkest]))
-        assert 0 < strict.clean.rejection < 1 and strict.trail == swept.trail
-        for name in ("clean", "oblivious", "strongest"):
-            mine, theirs = getattr(swept, name), getattr(strict, name)
-            assert torch.equal(mine.right, theirs.right) and torch.equal(mine.wrong, theirs.wrong)
-
-
-def test_accuracy_error_and_rejection_are_counted_apart() -> None:
-    """Four images, by hand: all well; right but rejected under attack; wrong under attack; clean rejected."""
-    clean = Seen(torch.tensor([True, True, True, True]), torch.tensor([[0.0], [0.0], [0.0], [9.0]]))
-    attacked = Seen(torch.tensor([True, False, False, False]), torch.tensor([[0.0], [9.0], [1.0], [9.0]]))
-    found = Observation(
-        threat=OBLIVIOUS, clean=clean, oblivious={"a": attacked}, white_box=None, limits_S=torch.tensor([1.0])
-    ).judge()
-    assert (found.clean.accuracy, found.clean.error, found.clean.rejection) == (0.75, 0, 0.25)
-    assert (found.attacked.accuracy, found.attacked.error, found.attacked.rejection) == (0.25, 0.25, 0.5)
-    assert found.robust.tolist() == [True, True, False, False]
-
-
-@pytest.mark.parametrize("columns", [1, 2])
-def test_the_risk_coverage_curve_is_that_of_trying_every_threshold(columns: int) -> None:
-    generator = torch.Generator().manual_seed(columns)
-    clean, attacked = (
-        Seen(
-            torch.rand(12, generator=generator) < share,
-            torch.randint(0, 8, (12, columns), generator=generator).float() + shift,
-        )
-        for share, shift in ((0.9, 0), (0.3, 2))
-    )
-    found = Observation(
-        threat=WHITE, clean=clean, oblivious={}, white_box={"a": attacked}, limits_S=torch.zeros(columns)
-    )
-    every = []
-    for limits in itertools.product(range(-1, 11), repeat=columns):
-        verdict = found.judge(torch.tensor(limits, dtype=torch.float32))
-        every.append((round(verdict.clean.rejection * 12), round(verdict.attacked.error * 12)))
-    front = risk_coverage(found)
-    for budget in range(12):
-        least = min(error for rejected, error in every if rejected <= budget)
-        point = pick(front, budget / 12)
-        assert point is not None and round(point.attacked_error * 12) == least
-        verdict = found.judge(torch.tensor(point.limits))
-        assert verdict.attacked.error == pytest.approx(point.attacked_error)
-        assert verdict.clean.rejection == pytest.approx(point.clean_rejection)
-
-
-def test_a_suspicion_that_is_not_finite_is_rejected_and_no_threshold() -> None:
-    nan, inf = float("nan"), float("inf")
-    clean = Seen(torch.tensor([True, True, True]), torch.tensor([[0.0], [1.0], [nan]]))
-    one = Seen(torch.tensor([False, False, False]), torch.tensor([[nan], [inf], [0.5]]))
-    other = Seen(torch.tensor([False, True, False]), torch.tensor([[1.0], [0.0], [nan]]))
-    found = Observation(
-        threat=WHITE, clean=clean, oblivious={}, white_box={"a": one, "b": other}, limits_S=torch.ones(1)
-    )
-    for point in risk_coverage(found):
-        verdict = found.judge(torch.tensor(point.limits))
-        assert (point.clean_rejection, point.attacked_error) == (verdict.clean.rejection, verdict.attacked.error)
-    assert {point.limits for point in risk_coverage(found)} == {(0.0,), (1.0,)}
-
-
-def test_a_setting_exactly_on_the_budget_is_within_it() -> None:
-    clean = Seen(torch.ones(1000, dtype=torch.bool), torch.arange(1000.0)[:, None])
-    wrong = Seen(torch.zeros(1000, dtype=torch.bool), torch.arange(1000.0).flip(0)[:, None])
-    found = Observation(threat=WHITE, clean=clean, oblivious={}, white_box={"a": wrong}, limits_S=torch.ones(1))
-    point = pick(risk_coverage(found), 0.05)
-    assert point is not None and point.clean_rejection == 0.05
-
-
-def test_what_cannot_reject_has_no_curve(digits: Digits, classifier: nn.Module) -> None:
-    found = observe(SUITES["quick"], classifier, digits[0][:5], digits[1][:5], WHITE)
-    assert risk_coverage(found) == [] and pick([], 0.1) is None
-
-
-def test_a_planted_adversarial_neighbour_is_found() -> None:
-    """A model that is wrong only in one small region near the sample; the gradient leads there."""
-
-    class Trap(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(50.0))
-
-        def forward(self, x: Tensor) -> Tensor:
-            depth = self.scale * (x.flatten(1)[:, :4].mean(1) - 0.58)
-            return torch.stack((-depth, depth), dim=1)
-
-    found = evaluate(SUITES["search"], Trap(), torch.full((5, 1, 4, 4), 0.5), torch.zeros(5, dtype=torch.long), WHITE)
-    assert bool(found.clean.right.all()) and not bool(found.robust.any())
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        (("Linf", -0.1, "white-box"), "eps must be from 0 to 1"),
-        (("Linf", 1.5, "white-box"), "eps must be from 0 to 1"),
-        (("Linf", float("nan"), "white-box"), "eps must be from 0 to 1"),
-        (("L3", 0.1, "white-box"), "the norm must be one of Linf"),
-        (("Linf", 0.1, "whitebox"), "did you mean 'white-box'"),
-    ],
-)
-def test_a_threat_model_outside_its_law_is_refused(values: tuple[str, float, str], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        ThreatModel(*values)  # type: ignore[arg-type]
-
-
-def test_the_interval_is_wilsons() -> None:
-    low, high = wilson(0.9, 100)  # Brown, Cai, DasGupta 2001: (0.8256, 0.9448)
-    assert (round(low, 4), round(high, 4)) == (0.8256, 0.9448)
+def test_a_suite_keeps_what_can_be_bounded_in_the_norm_and_each_has_something_in_both() -> None:
+    for name, suite in SUITES.items():
+        assert suite.name == name and suite.within(WHITE) == suite
+        in_l2 = suite.within(THREATS["L2"])
+        assert in_l2.oblivious and in_l2.white_box
+        assert not {"rand-fgsm", "mim-10"} & {attack.name for attack in (*in_l2.oblivious, *in_l2.white_box)}
+        for group in (suite.oblivious, suite.white_box):
+            names = [attack.name for attack in group]
+            assert len(set(names)) == len(names)
+        assert {"ifgsm-targeted"} <= {attack.name for attack in suite.with_rungs().oblivious}
+    assert len(SUITES["full"].within(THREATS["L2"]).oblivious) == len(SUITES["full"].oblivious) - 2

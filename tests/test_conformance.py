@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 import defenses
 import spaces
-from attacks.suite import seeded
+from attacks.tidy import seeded
 from attacks.view import View
 from defenses.adversarial_training import AdversarialTraining
 from defenses.base import Batches, Defended, Defense, Knobs, Metrics, Shape, Tensors, halved

@@ -11,7 +11,8 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.corrected import CW, MIM, DeepFool, RandFGSM, Tidy
+from attacks.corrected import CW, MIM, PGD, DeepFool, RandFGSM
+from attacks.tidy import Draws, Tidy
 from spaces.space import InputError
 
 Digits = tuple[Tensor, Tensor]
@@ -21,14 +22,18 @@ OURS: dict[str, Make] = {
     "cw": lambda model: CW(model, lr=0.2, steps=20),
     "deepfool": DeepFool,
     "mim": lambda model: MIM(model, eps=0.3, alpha=0.05),
+    "pgd": lambda model: PGD(model, eps=0.3, alpha=0.05),
+    "pgd-l2": lambda model: PGD(model, eps=2, alpha=0.4, norm="L2"),
 }
 STOCK: dict[str, Make] = {
     "rand-fgsm": torchattacks.RFGSM,
     "cw": torchattacks.CW,
     "deepfool": torchattacks.DeepFool,
     "mim": torchattacks.MIFGSM,
+    "pgd": torchattacks.PGD,
+    "pgd-l2": torchattacks.PGDL2,
 }
-TARGETED = ["rand-fgsm", "cw", "mim"]
+TARGETED = [name for name in OURS if name != "deepfool"]
 
 
 @pytest.fixture
@@ -82,10 +87,10 @@ def test_rand_fgsm_spends_all_of_eps_where_the_stock_class_moves_a_pixel_by_twic
 
 def test_rand_fgsm_is_a_random_sign_step_and_then_fgsm_with_the_rest() -> None:
     (model, w_CHW), x = linear(), torch.full((8, 1, 4, 4), 0.5)
-    torch.manual_seed(5)
-    found = RandFGSM(model, eps=0.3, alpha=0.05)(x, torch.zeros(8, dtype=torch.long))
-    torch.manual_seed(5)
-    by_hand = x + 0.05 * torch.randn(x.shape).sign() - 0.25 * w_CHW.sign()  # down the score of class 0
+    attack = RandFGSM(model, eps=0.3, alpha=0.05)
+    attack.draws = Draws(5, torch.arange(8))
+    found = attack(x, torch.zeros(8, dtype=torch.long))
+    by_hand = x + 0.05 * Draws(5, torch.arange(8)).sign(1, 4, 4) - 0.25 * w_CHW.sign()  # down the score of class 0
     assert torch.allclose(found, by_hand, atol=1e-6)
 
 
@@ -95,7 +100,7 @@ def test_alpha_is_a_part_of_eps(eps: float, alpha: float) -> None:
         RandFGSM(linear()[0], eps=eps, alpha=alpha)
 
 
-@pytest.mark.parametrize("name", ["rand-fgsm", "mim"])
+@pytest.mark.parametrize("name", ["rand-fgsm", "mim", "pgd"])
 def test_images_stay_within_eps(name: str, held_out: Digits, classifier: nn.Module) -> None:
     moved = OURS[name](classifier)(*held_out)
     assert float((moved - held_out[0]).abs().max()) <= 0.3 + 1e-6
@@ -345,6 +350,34 @@ def test_modes_and_the_normalisation_are_restored_when_the_model_raises(name: st
             attack(*held_out)
         assert ([module.training for module in model.modules()] == modes) is kept
         assert attack._normalization_applied is kept
+
+
+class Sealed(nn.Module):
+    """A classifier that lets no gradient through."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.classifier(x)
+
+
+RAISES = pytest.mark.xfail(raises=RuntimeError, strict=True, reason="DeepFool._step does not differentiate by slope")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=RAISES if name == "deepfool" else ()) for name in OURS])
+def test_where_no_gradient_flows_an_attack_has_no_aim_and_the_stock_class_raises(
+    name: str, held_out: Digits, classifier: nn.Module
+) -> None:
+    sealed, (x, y) = Sealed(classifier), held_out
+    if name != "cw":  # its distance has a gradient
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            STOCK[name](sealed)(x, y)
+    moved = OURS[name](sealed)(x, y)
+    assert fooled(classifier, moved, y) < fooled(classifier, x, y) + 0.15
+    assert name in ("rand-fgsm", "pgd", "pgd-l2") or torch.allclose(moved, x, atol=1e-5)  # but for a random start
 
 
 @pytest.mark.parametrize("name", OURS)

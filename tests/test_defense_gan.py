@@ -361,3 +361,11 @@ def test_the_papers_space_trades_accuracy_for_latency_on_one_training() -> None:
     assert (space.trainings(), space.size()) == (1, 25)
     found = {(s.inference["steps"], s.inference["restarts"]) for s in space.grid()}
     assert {(200, 10), (400, 10), (200, 20), (400, 20)} <= found  # Defense-VAE's Table 4; 200, 20 is PuVAE's
+
+
+def test_what_is_generated_from_an_images_latent_vector_is_what_it_is_purified_to() -> None:
+    defense, x = build(), images(ODD).requires_grad_()
+    torch.manual_seed(3)
+    z = defense.latent(x)
+    torch.manual_seed(3)
+    assert torch.equal(defense.generate(z), defense.purify(x)) and z.shape == (4, 5) and not z.requires_grad

@@ -412,3 +412,12 @@ def test_it_gives_attacked_digits_back_their_class(digits: tuple[Tensor, Tensor]
         for logits in (classifier(attacked), defense.classify(attacked, classifier))
     )
     assert bare < 0.2 and defended > 0.6
+
+
+@pytest.mark.parametrize("bn_eval", ["running", "batch"])
+def test_what_is_generated_from_an_images_latent_vector_is_what_it_is_purified_to(bn_eval: str) -> None:
+    defense, x = build(bn_eval=bn_eval), images().requires_grad_()
+    z = defense.latent(x)
+    assert z.shape == (6, 5) and torch.equal(defense.generate(z), defense.purify(x))
+    (slope,) = torch.autograd.grad(z.square().sum(), x)
+    assert bool((slope.flatten(1).abs().amax(1) > 0).all()) and defense.openings == ("latent",)

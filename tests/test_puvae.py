@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.base import Shape
-from defenses.puvae import PuVAE, rmse
+from defenses.puvae import SOFT_CHOICE, PuVAE, rmse
 
 MNIST, CIFAR, DIGITS = Shape(1, 28, 28, 10), Shape(3, 32, 32, 10), Shape(1, 8, 8, 10)
 ODD = Shape(2, 9, 13, 4)
@@ -169,3 +169,25 @@ def test_the_surrogate_is_the_choice_where_one_candidate_is_much_nearer(monkeypa
     planted[:, 7] = x
     monkeypatch.setattr(defense, "candidates", lambda x_NCHW: planted)
     assert torch.allclose(defense.surrogate(x), defense.purify(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("injection", ["dense", "planes"])
+def test_the_strain_is_how_far_the_labels_candidate_is_behind(injection: str) -> None:
+    defense = build(ODD, sigma_eps=0.0, label_injection=injection).double()
+    x, y = images(ODD).double(), [0, 1, 2, 3, 0, 1]
+    by_hand = []
+    for n, label in enumerate(y):
+        candidates = defense.candidates(x[n : n + 1])[0].tolist()
+        pixels = x[n].flatten().tolist()
+        distances = []
+        for candidate in candidates:
+            pairs = zip(torch.tensor(candidate, dtype=torch.float64).flatten().tolist(), pixels, strict=True)
+            distances.append(math.sqrt(sum((a - b) ** 2 for a, b in pairs) / len(pixels)))
+        by_hand.append((distances[label] - min(d for k, d in enumerate(distances) if k != label)) / SOFT_CHOICE)
+    x.requires_grad_()
+    strain = defense.strain(x, torch.tensor(y))
+    assert strain.tolist() == pytest.approx(by_hand, rel=1e-6, abs=1e-9)
+    (slope,) = torch.autograd.grad(strain.sum(), x)
+    assert bool((slope.flatten(1).abs().amax(1) > 0).all())
+    chosen = rmse(x, defense.candidates(x)).argmin(1)
+    assert torch.equal(strain > 0, chosen != torch.tensor(y))

@@ -1,0 +1,163 @@
+"""The audit's checks that need no attack, or a few steps of one: cheap enough for every candidate of a search.
+
+Source: the numbers are those of docs/honest-numbers.md; Carlini et al., On Evaluating Adversarial Robustness, 2019;
+Athalye et al., Obfuscated Gradients, 2018; Croce and Hein, AutoAttack, 2020, flags of its checks.py; Pintor et al.,
+Indicators of Attack Failure, 2022. Shapes: N images, C channels, H x W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attacks.robustness import Robustness, Verdict, look, probabilities
+from attacks.suite import reproducible
+from attacks.threat import ThreatModel
+from attacks.tidy import Draws, project, slope, steepest
+from attacks.view import View, deepened, gradients, limits, stochastic
+
+SLACK = 0.05
+"""What chance may do to a share of a few dozen images before it counts."""
+UNDERFLOW = 88.0
+"""The lead of a logit beyond which exp(-lead) is no normal float32, and the softmax has no gradient."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One check.
+
+    Args:
+        check: its number in docs/honest-numbers.md.
+        law: what must hold, in words.
+        figure: what was found.
+        limit: what it is held to, at most.
+    """
+
+    check: int
+    name: str
+    law: str
+    figure: float
+    limit: float
+    passed: bool
+
+
+def at_most(check: int, name: str, law: str, figure: float, limit: float) -> Gate:
+    """Return the gate that passes where the figure keeps to the limit; NaN does not."""
+    return Gate(check, name, law, figure, limit, figure <= limit)
+
+
+def quick_gates(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, seed: int) -> tuple[Gate, ...]:
+    """Return the gates that cost a few passes over 32 images, for every candidate of a search.
+
+    Args:
+        target: a bare or defended classifier, logits_NK from images in [0, 1].
+    """
+    x, y = x_NCHW[:32], y_N[:32]
+    return (
+        _determinism(target, x),
+        _logits(target, x),
+        _saturation(target, x, seed),
+        _gradient(target, x, y, seed),
+        _stand_in(target),
+        _inner_loop(target, x, seed),
+        _batch(target, x, seed),
+        _order(target, x, seed),
+    )
+
+
+def noise_gate(
+    target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, found: Robustness, seed: int
+) -> Gate:
+    """Check 4: an attack is at least as strong as noise of the same size."""
+    sign_NCHW = Draws(seed, torch.arange(len(y_N), device=x_NCHW.device)).sign(*x_NCHW.shape[1:])
+    noisy_NCHW = project(x_NCHW + threat.eps * steepest(sign_NCHW, threat.norm), x_NCHW, threat.eps, threat.norm)
+    verdict = Verdict.of(look(target, noisy_NCHW, y_N, seed, len(found.clean.right)), limits(target))
+    lost = float((found.robust & verdict.wrong).double().mean())
+    return at_most(4, "noise", "random signs of size eps break nothing that withstood the attacks", lost, SLACK)
+
+
+@torch.no_grad()
+def _determinism(target: nn.Module, x_NCHW: Tensor) -> Gate:
+    """Check 2: a defense that draws noise says so, since then the gradient must be averaged over it."""
+    with reproducible(target, 0):
+        first, *others = (target(x_NCHW) for _ in range(5))
+    moved = max(float((other - first).abs().max()) for other in others)
+    if stochastic(target):
+        return Gate(
+            2, "determinism", "the defense says that it draws noise: gradients average draws", moved, moved, True
+        )
+    return at_most(2, "determinism", "five forwards agree, or the defense says that it draws noise", moved, 1e-4)
+
+
+def _logits(target: nn.Module, x_NCHW: Tensor) -> Gate:
+    """Check 3: on probabilities the cross-entropy saturates."""
+    figure = probabilities(_answers(target, x_NCHW, 0))
+    return at_most(3, "logits", "the model returns logits, not probabilities", figure, 0.5)
+
+
+def _saturation(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
+    """Check 3: logits so far apart that the cross-entropy has no gradient in float32."""
+    top_N2 = _answers(target, x_NCHW, seed).topk(2).values
+    figure = float((top_N2[:, 0] - top_N2[:, 1] > UNDERFLOW).double().mean())
+    return at_most(3, "saturation", "no logit leads so far that the softmax has no gradient", figure, 0.1)
+
+
+def _gradient(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> Gate:
+    """Check 3: through every source that the defense names each image gets a finite gradient that is not zero."""
+    without = 0.0
+    for gradient in gradients(target):
+        view, x = View(target, gradient), x_NCHW.clone().requires_grad_()
+        with reproducible(view, seed), torch.enable_grad():
+            slope_NCHW = slope(F.cross_entropy(view(x), y_N, reduction="none"), x).flatten(1)
+        usable_N = slope_NCHW.isfinite().all(1) & (slope_NCHW.abs().amax(1) > 0)
+        without = max(without, 1 - float(usable_N.double().mean()))
+    law = "through every gradient source that the defense names images have a finite gradient that is not zero"
+    return at_most(3, "gradient", law, without, 0.1)
+
+
+def _stand_in(target: nn.Module) -> Gate:
+    """Check 3: what has no gradient is attacked through a stand-in, which the defense has to bring."""
+    missing = float(not {"exact", "surrogate"} & set(gradients(target)))
+    return at_most(3, "stand-in", "a defense that is not differentiable brings a stand-in that is", missing, 0.0)
+
+
+@torch.no_grad()
+def _inner_loop(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
+    """Check 3: a purifier that descends has arrived, or its attacker differentiates a path and not a projection."""
+    law = "twice the steps of an optimisation that purifies lower its error by little"
+    errors = []
+    for steps in (1, 2):
+        with deepened(target, steps) as defense, reproducible(target, seed):
+            if defense is None:
+                return at_most(3, "inner-loop", "nothing is optimised to purify", 0.0, 0.0)
+            errors.append(float((defense.purify(x_NCHW) - x_NCHW).square().mean()))
+    return at_most(3, "inner-loop", law, 1 - errors[1] / errors[0] if errors[0] else 0.0, 0.2)
+
+
+def _batch(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
+    """Check 12: what is said of an image does not depend on the images beside it (batch statistics at test time)."""
+    half = len(x_NCHW) // 2
+    other_NCHW = torch.cat((x_NCHW[:half], 1 - x_NCHW[half:]))  # the same batch to a defense that draws noise
+    alone, beside = (_answers(target, x, seed)[:half] for x in (x_NCHW, other_NCHW))
+    moved = float((alone - beside).abs().max()) if half else 0.0
+    return at_most(12, "batch", "the logits of an image do not depend on the images beside it", moved, 1e-2)
+
+
+def _order(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
+    """Check 12: what is said of an image does not depend on its place, where a label could be looked up."""
+    turned = torch.arange(len(x_NCHW), device=x_NCHW.device).roll(1)
+    here, again, there = (
+        _answers(target, x, s).argmax(1) for x, s in ((x_NCHW, seed), (x_NCHW, seed + 1), (x_NCHW[turned], seed))
+    )
+    moved = float((there != here[turned]).double().mean()) - float((again != here).double().mean())
+    return at_most(12, "order", "the class of an image does not depend on its place in the batch", moved, 0.2)
+
+
+@torch.no_grad()
+def _answers(target: nn.Module, x_NCHW: Tensor, seed: int) -> Tensor:
+    """Return logits_NK."""
+    with reproducible(target, seed):
+        return target(x_NCHW)

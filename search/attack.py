@@ -1,0 +1,197 @@
+"""Attack an exported winner: any suite, under any threat model, on the validation split.
+
+Shapes: N images.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from attacks.interval import wilson
+from attacks.robustness import Outsider, Robustness, Verdict, craft_oblivious, observe
+from attacks.selective import fool
+from attacks.suite import MIXTURE, SUITES, Suite, reproducible
+from attacks.threat import ThreatModel
+from attacks.tidy import Draws
+from attacks.view import View, bare, openings, stochastic
+from defenses.base import Shape
+from search import tasks
+from search.architectures import ARCHITECTURES
+from search.export import load
+from search.store import write_atomic
+from search.study import HELD_OUT
+from search.tasks import task as find_task
+from spaces.space import InputError, choose
+
+FOOLING = 100
+"""Fooling images, spread over the classes as targets. Source: GMVAE, section 4."""
+LOOKS = 20
+"""Draws of a stochastic defense's noise over which a final verdict is taken (docs/honest-numbers.md, check 8)."""
+
+
+def attack(
+    folder: Path,
+    suite: str,
+    *,
+    knowledge: str | None = None,
+    norm: str | None = None,
+    eps: float | None = None,
+    images: int | None = None,
+    substitute: str | None = None,
+    data_dir: str | None = None,
+    seed: int = 1,
+) -> dict[str, Any]:
+    """Run a suite on an export and on the classifier that it defends, and write what was found into the export.
+
+    Args:
+        knowledge, norm, eps: the threat model; else the export's, and in L2 eps must be given.
+        images: of the validation split; else as many as the search attacked.
+        substitute: the architecture of the black-box attacker's network; else the task's partner.
+        seed: another one than the search's gives other random starts and targets.
+
+    Returns:
+        The table, as JSON; it lies in FOLDER/attacks too.
+
+    Raises:
+        InputError: the folder is no export, or a word stands for nothing.
+    """
+    attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=LOOKS)
+    target = load(folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    known = json.loads((folder / "evidence.json").read_text())
+    threat = _threat(ThreatModel(**config["threat"]), knowledge, norm, eps)
+    if not any((attacks.within(threat).oblivious, attacks.within(threat).white_box)):
+        raise InputError(f"the suite {suite} has no attack in {threat.norm}")
+    task = find_task(config["task"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x_NCHW, y_N = (t.to(device) for t in tasks.load(task.dataset, "validation", data_dir, None))
+    own = find_task(f"{task.dataset}/{substitute or task.partner}").classifier
+    outsider = Outsider(x_NCHW[-HELD_OUT:], lambda: ARCHITECTURES[own].build(task.shape))
+    wanted, free = images or known["images"], len(y_N) - (HELD_OUT if threat.knowledge == "black-box" else 0)
+    if not 1 <= wanted <= free:
+        raise InputError(f"images must be from 1 to {free} of {task.dataset}'s validation split, but is {wanted}")
+    target, start = target.to(device), time.monotonic()
+
+    def struck(model: nn.Module) -> Robustness:
+        return _struck(model, attacks, x_NCHW[:wanted], y_N[:wanted], threat, outsider, seed)
+
+    found, undefended = struck(target), struck(bare(target))
+    table = {
+        "export": known["candidate"],
+        "alarms": known["alarms"],
+        "suite": suite,
+        "threat": asdict(threat),
+        "images": wanted,
+        "split": "validation",
+        "draws": LOOKS if stochastic(target) else 1,
+        "seed": seed,
+        "seconds": round(time.monotonic() - start, 1),
+        "clean": _figures(found.clean, wanted),
+        "attacked": _figures(found.attacked, wanted),
+        "undefended": _figures(undefended.attacked, wanted),
+        "black_box_queries": found.queries,
+        "fooling_images_accepted": _fooled(target, task.shape, seed, device) if MIXTURE in attacks.white_box else None,
+        "trail": dict(found.trail),
+        "undefended_trail": dict(undefended.trail),
+        "budgets": _budgets(attacks, threat),
+    }
+    name = f"{suite}-{threat.knowledge}-{threat.norm}-{threat.eps:g}"
+    write_atomic(folder / "attacks" / f"{name}.json", json.dumps(table, indent=1).encode())
+    write_atomic(folder / "attacks" / f"{name}.md", page(table).encode())
+    return table
+
+
+def page(table: Mapping[str, Any]) -> str:
+    """Return the table for people, in markdown."""
+    threat, attacked, clean = ThreatModel(**table["threat"]), table["attacked"], table["clean"]
+    warning = "".join(f"> **ALARM** {alarm}\n\n" for alarm in table["alarms"])
+    low, high = attacked["interval"]
+    rows = "\n".join(
+        f"| {name} | {_percent(left)} | {_percent(table['undefended_trail'].get(name))} |"
+        for name, left in table["trail"].items()
+    )
+    worst = f", worst {_percent(attacked['worst'])}" if table["draws"] > 1 else ""
+    asked = f" The black-box attacker asked {table['black_box_queries']} times." if table["black_box_queries"] else ""
+    accepted = table["fooling_images_accepted"]
+    fooling = "" if accepted is None else f"{_percent(accepted)} of {FOOLING} fooling images (Eq. 11) are accepted.\n\n"
+    return f"""# {table["export"]} under the suite {table["suite"]}
+
+{warning}{threat}: **{_percent(attacked["accuracy"])}** of {table["images"]} validation images withstand all \
+(95 % interval {_percent(low)} to {_percent(high)}{worst}); error {_percent(attacked["error"])}, rejected \
+{_percent(attacked["rejection"])}; clean {_percent(clean["accuracy"])}, rejected {_percent(clean["rejection"])}; \
+undefended {_percent(table["undefended"]["accuracy"])}. Mean of {table["draws"]} draw(s).{asked}
+
+| after | accuracy left | undefended |
+| --- | --- | --- |
+{rows}
+
+{fooling}White-box rows are cumulative. Budgets: the JSON beside this page.
+"""
+
+
+def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: float | None) -> ThreatModel:
+    if eps is None and norm not in (None, own.norm):
+        raise InputError(f"eps must be given where the norm is not the export's, {own.norm}, but is not")
+    given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": eps}
+    return replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
+def _struck(
+    model: nn.Module,
+    suite: Suite,
+    x_NCHW: torch.Tensor,
+    y_N: torch.Tensor,
+    threat: ThreatModel,
+    outsider: Outsider,
+    seed: int,
+) -> Robustness:
+    """Attack under one threat model alone."""
+    black_box, queries = None, 0
+    if threat.knowledge == "black-box":
+        black_box, queries = outsider.craft(suite, model, x_NCHW, y_N, threat, seed)
+    oblivious = (
+        {} if threat.knowledge == "black-box" else craft_oblivious(suite, bare(model), x_NCHW, y_N, threat, seed)
+    )
+    found = observe(suite, model, x_NCHW, y_N, threat, oblivious=oblivious, black_box=black_box, seed=seed)
+    return replace(found, queries=queries).judge()
+
+
+def _fooled(target: nn.Module, shape: Shape, seed: int, device: torch.device) -> float | None:
+    """Return how many of 100 fooling images are accepted, a fraction; None where the defense has no mixture."""
+    if "mixture" not in openings(target):
+        return None
+    ids = torch.arange(FOOLING, device=device)
+    chw = (shape.channels, shape.height, shape.width)
+    images_NCHW = fool(View(target), ids % shape.classes, chw, Draws(seed, ids))
+    with torch.no_grad(), reproducible(target, seed):
+        return float(target.accept(images_NCHW).double().mean())  # type: ignore[operator]
+
+
+def _budgets(suite: Suite, threat: ThreatModel) -> list[dict[str, Any]]:
+    """Return the budget of each attack of a suite."""
+    suite = suite.within(threat)
+    groups = suite.white_box if threat.knowledge == "white-box" else ()
+    return [attack.budget(threat) for attack in dict.fromkeys((*suite.oblivious, *groups))]
+
+
+def _figures(verdict: Verdict, images: int) -> dict[str, Any]:
+    return {
+        "accuracy": verdict.accuracy,
+        "interval": wilson(verdict.accuracy, images),
+        "worst": verdict.worst,
+        "error": verdict.error,
+        "rejection": verdict.rejection,
+    }
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
