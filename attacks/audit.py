@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attacks.corrected import PGD
 from attacks.probes import SLACK, Gate, at_most, noise_gate, quick_gates
-from attacks.robustness import Observation, Outsider, Robustness, evaluate, observe
+from attacks.robustness import Observation, Outsider, Robustness, check, craft_oblivious, evaluate, observe
 from attacks.suite import FGSM, PGD_10, PGD_40, SQUARE, SUITES, Attack, Suite, reproducible
 from attacks.threat import ThreatModel
 from attacks.tidy import Draws, evaluating, project, seeded, steepest
@@ -79,10 +79,14 @@ def audit(
         InputError: images, labels or the model's answers are not what they must be.
     """
     suite, images = SUITES["audit"], (x_NCHW, y_N)
+    check(target, *images)
+    oblivious = craft_oblivious(suite, bare(target), *images, threat, seed)  # the baselines' classifier is the same
 
     def struck(model: nn.Module) -> Robustness:
         black_box = None if outsider is None else outsider.craft(suite, model, *images, threat, seed)[0]
-        return observe(suite, model, *images, threat, black_box=black_box, seed=seed, white_box=True).judge()
+        return observe(
+            suite, model, *images, threat, oblivious=oblivious, black_box=black_box, seed=seed, white_box=True
+        ).judge()
 
     found = struck(target)
     undefended = {} if bare(target) is target else {"undefended": bare(target)}
@@ -190,9 +194,14 @@ class _Probe:
         return self._share(standing_DN[: len(found.survivors)] & ~found.survivors)
 
     def _alone(
-        self, attack: Attack, threat: ThreatModel, standing_N: Tensor | None = None, draws: int = DRAWS
+        self,
+        attack: Attack,
+        threat: ThreatModel,
+        standing_N: Tensor | None = None,
+        draws: int = DRAWS,
+        looks: int = LOOKS,
     ) -> Observation:
-        suite = Suite(name=attack.name, oblivious=(), white_box=(attack,), draws=draws, looks=LOOKS)
+        suite = Suite(name=attack.name, oblivious=(), white_box=(attack,), draws=draws, looks=looks)
         few_N = self.few_N if standing_N is None else self.few_N & standing_N
         return observe(
             suite, self.target, self.x_NCHW, self.y_N, threat, oblivious={}, seed=self.seed, standing_N=few_N
@@ -251,7 +260,7 @@ class _Probe:
 
     def _at(self, threat: ThreatModel, attack: Attack, *, limited: bool = True) -> float:
         """Return what an attack leaves under another bound."""
-        seen = self._alone(attack, threat, draws=1)
+        seen = self._alone(attack, threat, draws=1, looks=1)
         found = seen.judge(None if limited else torch.full_like(seen.limits_S, torch.inf))
         return self._share(found.survivors)
 
@@ -274,8 +283,8 @@ class _Probe:
         """Check 9: where an adversarial neighbour is known, the attack finds one.
 
         A random corner of the ball is the neighbour x*. The model's logits z are read out by their component along
-        z(x*) - z(x): what lies beyond `PLANT` of x*'s own value counts as another class. Source: Zimmermann et al. 2022,
-        section 4: a readout, over the features of the model itself, that has an adversarial image inside the ball.
+        z(x*) - z(x): what lies beyond `PLANT` of x*'s own value counts as another class. Source: Zimmermann et al.
+        2022, section 4: a readout of the model's own features that has an adversarial image inside the ball.
         """
         law = "attacks find what was planted where an adversarial neighbour is known"
         x_NCHW = self.x_NCHW[self.few_N]

@@ -1,16 +1,14 @@
-"""The four parts of AutoAttack, each usable alone: APGD (cross-entropy, and targeted), FAB-T and Square.
+"""AutoAttack's parts that descend, each usable alone: APGD (cross-entropy, and targeted) and FAB-T.
 
 Source: Croce and Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
 attacks, 2020. Its standard version runs APGD with the cross-entropy, APGD targeted, FAB-T and Square in turn.
-Shapes: N images, A of them still attacked, C channels, H x W pixels, D = CHW, K classes, J rival classes, U random
-numbers, S x S pixels of a window. Of the papers' symbols x_..., d and d_orig are NCHW, f_... is N, alpha is N111.
+Shapes: N images, A of them still attacked, C channels, H x W pixels, D = CHW, K classes, J rival classes.
+Of the papers' symbols x_..., d and d_orig are NCHW, f_... is N, alpha is N111.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -18,13 +16,12 @@ import torchattacks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attacks.best import Best, lead, where, wide
 from attacks.threat import Norm
 from attacks.tidy import Draws, Tidy, lengths, project, slope, steepest
 from spaces.space import choose
 
 Loss = Literal["ce", "dlr", "targeted"]
-HALVINGS = 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000
-"""After which queries Square halves the share of the pixels in its window; not rescaled to the queries that it has."""
 
 
 class APGD(Tidy, torchattacks.APGD):  # type: ignore[misc]  # torchattacks is not typed
@@ -75,7 +72,7 @@ class APGD(Tidy, torchattacks.APGD):  # type: ignore[misc]  # torchattacks is no
         x_NCHW, y_N = self._given(x_NCHW, y_N)
         with torch.no_grad():
             logits_NK = self.get_logits(x_NCHW)
-        best, draws = _Best(x_NCHW, lead(logits_NK, y_N)), self._random(x_NCHW)
+        best, draws = Best(x_NCHW, lead(logits_NK, y_N)), self._random(x_NCHW)
         for rival_N in _rivals(logits_NK, y_N, self.targets if self.loss == "targeted" else 1).unbind(1):
             for _ in range(self.n_restarts):
                 self._climb(x_NCHW, y_N, rival_N, self._start(x_NCHW, draws), best)
@@ -87,7 +84,7 @@ class APGD(Tidy, torchattacks.APGD):  # type: ignore[misc]  # torchattacks is no
         way_NCHW = 2 * draws.uniform(*shape) - 1 if self.norm == "Linf" else draws.normal(*shape)
         return (x_NCHW + self.eps * way_NCHW / _sizes(way_NCHW, self.norm)).clamp(0, 1)
 
-    def _climb(self, x_NCHW: Tensor, y_N: Tensor, rival_N: Tensor, x_k: Tensor, best: _Best) -> None:
+    def _climb(self, x_NCHW: Tensor, y_N: Tensor, rival_N: Tensor, x_k: Tensor, best: Best) -> None:
         """Climb once from `x_k`, and offer every iterate to `best`."""
         left = best.left(self.stops)
         x_NCHW, y_N, rival_N, x_k = (t_N[left] for t_N in (x_NCHW, y_N, rival_N, x_k))
@@ -104,14 +101,14 @@ class APGD(Tidy, torchattacks.APGD):  # type: ignore[misc]  # torchattacks is no
             if self.stops:
                 going = going[lead_A <= 0]
             rises_N, f_k, higher_N = rises_N + (f_new > f_k), f_new.clone(), f_new > f_max
-            x_max, slope_max = _where(higher_N, x_k, x_max), _where(higher_N, slope_k, slope_max)
+            x_max, slope_max = where(higher_N, x_k, x_max), where(higher_N, slope_k, slope_max)
             f_max = torch.where(higher_N, f_k, f_max)
             if k in checkpoints:
                 halved_N = (rises_N < self.thr_decr * (k - last)) | (~halved_N & (f_max == f_checked))
                 eta_N, f_k = torch.where(halved_N, eta_N / 2, eta_N), torch.where(halved_N, f_max, f_k)
-                x_k, slope_k = _where(halved_N, x_max, x_k), _where(halved_N, slope_max, slope_k)
+                x_k, slope_k = where(halved_N, x_max, x_k), where(halved_N, slope_max, slope_k)
                 rises_N, f_checked, last = torch.zeros_like(f_k), f_max, k
-            z_NCHW = project(x_k + _wide(eta_N) * steepest(slope_k, self.norm), x_NCHW, self.eps, self.norm)
+            z_NCHW = project(x_k + wide(eta_N) * steepest(slope_k, self.norm), x_NCHW, self.eps, self.norm)
             alpha = 0.75 if k else 1.0
             moved_NCHW = x_k + alpha * (z_NCHW - x_k) + (1 - alpha) * (x_k - x_before)
             x_before, x_k = x_k, project(moved_NCHW, x_NCHW, self.eps, self.norm)
@@ -167,12 +164,12 @@ class FAB(Tidy, torchattacks.FAB):  # type: ignore[misc]  # torchattacks is not 
         with torch.no_grad():
             logits_NK = self.get_logits(x_NCHW)
         # The rank is what is left of eps.
-        best = _Best(x_NCHW, torch.where(lead(logits_NK, y_N) > 0, self.eps, x_NCHW.new_tensor(-torch.inf)))
+        best = Best(x_NCHW, torch.where(lead(logits_NK, y_N) > 0, self.eps, x_NCHW.new_tensor(-torch.inf)))
         for rival_N in _rivals(logits_NK, y_N, self.n_target_classes).unbind(1):
             self._approach(x_NCHW, y_N, rival_N, best)
-        return _where(best.rank_N >= 0, best.x_NCHW, x_NCHW)
+        return where(best.rank_N >= 0, best.x_NCHW, x_NCHW)
 
-    def _approach(self, x_NCHW: Tensor, y_N: Tensor, rival_N: Tensor, best: _Best) -> None:
+    def _approach(self, x_NCHW: Tensor, y_N: Tensor, rival_N: Tensor, best: Best) -> None:
         """Go to the boundary with the rivals, and offer every wrong iterate to `best`."""
         moved_NCHW = x_NCHW.clone()
         for _ in range(self.steps):
@@ -193,114 +190,7 @@ class FAB(Tidy, torchattacks.FAB):  # type: ignore[misc]  # torchattacks is not 
                 wrong_N = lead(self.get_logits(x_i), y_N[going]) > 0
                 spare_N = self.eps - _sizes(x_i - x_orig, self.norm).flatten()
                 best.offer(going, x_i, torch.where(wrong_N, spare_N, -torch.inf))
-                moved_NCHW[going] = _where(wrong_N, x_orig + self.beta * (x_i - x_orig), x_i)
-
-
-class Square(Tidy, torchattacks.Square):  # type: ignore[misc]  # torchattacks is not typed
-    """Square: random search over windows, without gradients.
-
-    Mends the stock Square: (1) a window's place, and in L-inf its signs, are the same for the whole batch, and an
-    image's draws depend on who still stands; (2) it resets the global generators at each call; (3) it rescales the
-    schedule of the windows' sizes to the number of queries, as AutoAttack does not; (4) no window reaches the last row
-    and the last column; (5) in L2, images below 5 x 5 and windows wider than the image raise.
-
-    Of each image the query with the highest lead of a wrong logit over the label's comes back; with `stops` the first
-    that is wrong. After a call `queries_N` holds how many each has cost.
-
-    Args:
-        eps: bound of the perturbation, in pixel units of [0, 1].
-        queries: of each image at most.
-        p_init: share of the image's pixels that lie in the window, at first.
-
-    Raises:
-        InputError: the norm is none of those.
-
-    Source: Andriushchenko et al., Square Attack, 2020, Algorithms 1 to 3 and Eq. 2.
-    """
-
-    def __init__(
-        self, model: nn.Module, eps: float = 8 / 255, queries: int = 5000, norm: Norm = "Linf", p_init: float = 0.8
-    ) -> None:
-        choose("the norm", norm, get_args(Norm))
-        super().__init__(model, norm, eps, queries, p_init=p_init, resc_schedule=False)
-        self.supported_mode = ["default"]
-        self.queries_N = torch.zeros(0)
-
-    @torch.no_grad()
-    def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
-        x_NCHW, y_N = self._given(x_NCHW, y_N)
-        draws, channels = self._random(x_NCHW), x_NCHW.shape[1]
-        start_NCHW = self._start(x_NCHW, draws)
-        best = _Best(x_NCHW, torch.full_like(y_N, -torch.inf, dtype=x_NCHW.dtype))
-        self.queries_N = torch.zeros_like(y_N)
-        for i in range(self.n_queries):
-            going = best.left(self.stops)
-            if len(going) == 0:
-                break
-            u_NU = draws.uniform(5 + channels)[going]
-            moved_NCHW = self._jump(i, x_NCHW[going], best.x_NCHW[going], u_NU) if i else start_NCHW
-            best.offer(going, moved_NCHW, lead(self.get_logits(moved_NCHW), y_N[going]))
-            self.queries_N[going] += 1
-        return best.x_NCHW
-
-    def _start(self, x_NCHW: Tensor, draws: Draws) -> Tensor:
-        """Return stripes, or in L2 a tiling, of random signs."""
-        _, C, H, W = x_NCHW.shape
-        if self.norm == "Linf":
-            return (x_NCHW + self.eps * draws.sign(C, 1, W)).clamp(0, 1)
-        side = max(1, min(H, W) // 5)
-        signs_NCHW = draws.sign(C, H // side + 1, W // side + 1).repeat_interleave(side, 2).repeat_interleave(side, 3)
-        tiles_HW = _eta(side, x_NCHW.device).repeat(H // side + 1, W // side + 1)
-        nu_NCHW = (signs_NCHW * tiles_HW)[..., :H, :W]
-        return (x_NCHW + self.eps * nu_NCHW / lengths(nu_NCHW)).clamp(0, 1)
-
-    def _jump(self, i: int, x_NCHW: Tensor, best_NCHW: Tensor, u_NU: Tensor) -> Tensor:
-        """Return the best images, changed in a window."""
-        _, C, H, W = x_NCHW.shape
-        side = self._side(i, H, W)
-        rows_NH1, cols_N1W, in_N1HW = _window(u_NU[:, 0:2], side, H, W)
-        rho_NC11 = torch.where(u_NU[:, 5:] < 0.5, -1.0, 1.0)[:, :, None, None]
-        if self.norm == "Linf":
-            return project(best_NCHW + 2 * self.eps * rho_NC11 * in_N1HW, x_NCHW, self.eps, self.norm)
-        nu_NCHW, second_N1HW = best_NCHW - x_NCHW, _window(u_NU[:, 2:4], side, H, W)[2]
-        eta_SS, (rows_NH1, cols_N1W) = _eta(side, x_NCHW.device), (t.clamp(0, side - 1) for t in (rows_NH1, cols_N1W))
-        turned_N11 = u_NU[:, 4, None, None] < 0.5
-        eta_N1HW = torch.where(turned_N11, eta_SS[cols_N1W, rows_NH1], eta_SS[rows_NH1, cols_N1W])[:, None]
-        unused_N111 = (self.eps**2 - lengths(nu_NCHW) ** 2).clamp(min=0)
-        available_NC11 = (_norms(nu_NCHW * (in_N1HW | second_N1HW)) ** 2 + unused_N111 / C).sqrt()
-        new_NCHW = (rho_NC11 * eta_N1HW + nu_NCHW / _norms(nu_NCHW * in_N1HW)) * in_N1HW
-        nu_NCHW = torch.where(in_N1HW, new_NCHW / _norms(new_NCHW) * available_NC11, nu_NCHW * ~second_N1HW)
-        return project(x_NCHW + nu_NCHW, x_NCHW, self.eps, self.norm)
-
-    def _side(self, i: int, height: int, width: int) -> int:
-        """Return the side of the i-th query's window, h: odd in L2."""
-        p = self.p_init / 2 ** bisect_left(HALVINGS, i)
-        side, most = round(math.sqrt(p * height * width)), min(height, width)
-        return min(max(side, 3) | 1, (most - 1) | 1) if self.norm == "L2" else min(max(side, 1), most)
-
-
-class _Best:
-    """The best image so far of each, by a rank that is above 0 where it needs no better one."""
-
-    def __init__(self, x_NCHW: Tensor, rank_N: Tensor) -> None:
-        self.x_NCHW, self.rank_N = x_NCHW.clone(), rank_N
-
-    def left(self, stops: bool) -> Tensor:
-        """Return the places of the images to attack on: with `stops` those that need a better one, else all."""
-        every = torch.arange(len(self.rank_N), device=self.rank_N.device)
-        return every[self.rank_N <= 0] if stops else every
-
-    def offer(self, going: Tensor, moved_NCHW: Tensor, rank_N: Tensor) -> None:
-        better_N = rank_N > self.rank_N[going]
-        self.rank_N[going] = torch.where(better_N, rank_N, self.rank_N[going])
-        self.x_NCHW[going] = _where(better_N, moved_NCHW, self.x_NCHW[going])
-
-
-def lead(logits_NK: Tensor, y_N: Tensor) -> Tensor:
-    """Return by how much the best wrong logit exceeds the label's; NaN, which fools nobody, counts as least."""
-    others_NK = logits_NK.scatter(1, y_N[:, None], -torch.inf)
-    lead_N = others_NK.amax(1) - logits_NK.gather(1, y_N[:, None])[:, 0]
-    return torch.where(lead_N.isnan(), -torch.inf, lead_N)
+                moved_NCHW[going] = where(wrong_N, x_orig + self.beta * (x_i - x_orig), x_i)
 
 
 def to_plane(x_NCHW: Tensor, gap_N: Tensor, w_NCHW: Tensor, norm: Norm) -> Tensor:
@@ -311,7 +201,7 @@ def to_plane(x_NCHW: Tensor, gap_N: Tensor, w_NCHW: Tensor, norm: Norm) -> Tenso
 
     Source: the projections of FAB, section 2, both solved by one sort.
     """
-    x_ND, w_ND = x_NCHW.flatten(1), (w_NCHW * _wide(gap_N.sign())).flatten(1)
+    x_ND, w_ND = x_NCHW.flatten(1), (w_NCHW * wide(gap_N.sign())).flatten(1)
     scale_N1 = w_ND.abs().amax(1, keepdim=True)
     usable_N1 = (scale_N1 > 0) & scale_N1.isfinite()
     w_ND = torch.where(usable_N1, w_ND / scale_N1, 0)
@@ -346,38 +236,5 @@ def _ahead(logits_NK: Tensor, y_N: Tensor, rival_N: Tensor) -> Tensor:
     return (logits_NK.gather(1, rival_N[:, None]) - logits_NK.gather(1, y_N[:, None]))[:, 0]
 
 
-def _window(u_N2: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each pixel's row, NH1, and column, N1W, in a window at a random place, and whether it lies in it, N1HW."""
-    top_N, left_N = (u_N2[:, 0] * (height - side + 1)).long(), (u_N2[:, 1] * (width - side + 1)).long()
-    rows_NH1 = torch.arange(height, device=u_N2.device)[:, None] - top_N[:, None, None]
-    cols_N1W = torch.arange(width, device=u_N2.device) - left_N[:, None, None]
-    in_NHW = (rows_NH1 >= 0) & (rows_NH1 < side) & (cols_N1W >= 0) & (cols_N1W < side)
-    return rows_NH1, cols_N1W, in_NHW[:, None]
-
-
-@lru_cache
-def _eta(side: int, device: torch.device) -> Tensor:
-    """Return the window of length 1 that an L2 step adds, SS: squares in squares, one half up, one down."""
-    n = side // 2
-    tails = torch.arange(1, n + 2).float().pow(-2).flip(0).cumsum(0).flip(0)
-    cols = (torch.arange(side) - n).abs()
-    halves = [tails[torch.maximum((torch.arange(rows) - rows // 2).abs()[:, None], cols)] for rows in (n, side - n)]
-    eta = torch.cat((halves[0], -halves[1]))
-    return (eta / eta.norm()).to(device)
-
-
 def _sizes(step_NCHW: Tensor, norm: Norm) -> Tensor:
     return step_NCHW.abs().amax((1, 2, 3), keepdim=True) if norm == "Linf" else lengths(step_NCHW)
-
-
-def _norms(step_NCHW: Tensor) -> Tensor:
-    """Return the L2 norm of each channel, NC11, above 0."""
-    return torch.linalg.vector_norm(step_NCHW, dim=(2, 3), keepdim=True).clamp(min=1e-12)
-
-
-def _wide(t_N: Tensor) -> Tensor:
-    return t_N[:, None, None, None]
-
-
-def _where(take_N: Tensor, one_NCHW: Tensor, other_NCHW: Tensor) -> Tensor:
-    return torch.where(_wide(take_N), one_NCHW, other_NCHW)

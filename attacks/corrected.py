@@ -10,7 +10,7 @@ import torchattacks
 from torch import Tensor, nn
 
 from attacks.threat import Norm
-from attacks.tidy import Tidy, lengths, project, steepest
+from attacks.tidy import Tidy, lengths, project, slope, steepest
 from spaces.space import InputError
 
 CROSSING = 1e-4
@@ -46,6 +46,7 @@ class PGD(Tidy, torchattacks.PGD):  # type: ignore[misc]  # torchattacks is not 
         norm: Norm = "Linf",
     ) -> None:
         super().__init__(model, eps, alpha, steps, random_start)
+        self.attack = type(self).__name__
         self.norm = norm
         self.gains: list[Tensor] = []
 
@@ -92,7 +93,7 @@ class RandFGSM(Tidy):
     """
 
     def __init__(self, model: nn.Module, eps: float = 0.3, alpha: float = 0.05) -> None:
-        if not 0 <= alpha < eps:
+        if not (0 <= alpha < eps or alpha == eps == 0):
             raise InputError(f"alpha must be from 0 to below eps, {eps:g}, since it is a part of it, but is {alpha:g}")
         super().__init__("RandFGSM", model)
         self.eps = eps
@@ -226,7 +227,7 @@ class DeepFool(Tidy, torchattacks.DeepFool):  # type: ignore[misc]  # torchattac
         f_NJ = logits_NK.gather(1, rivals_NJ) - logits_NK.gather(1, y_N[:, None])
         r_NCHW, nearest_N = torch.zeros_like(x_NCHW), f_NJ.new_full((len(y_N),), torch.inf)
         for j, f_N in enumerate(f_NJ.unbind(1)):
-            (w_NCHW,) = torch.autograd.grad(f_N.sum(), x_NCHW, retain_graph=j + 1 < f_NJ.shape[1])
+            w_NCHW = slope(f_N, x_NCHW, again=j + 1 < f_NJ.shape[1])
             norm_N = w_NCHW.flatten(1).norm(dim=1)
             distance_N = f_N.detach().abs() / norm_N
             nearer_N = (distance_N < nearest_N) & norm_N.isfinite()  # not so for 0 / 0, that is NaN, nor for 1 / 0

@@ -290,7 +290,8 @@ def observe(
         standing = reduce(torch.logical_and, fallen)
         rejects = clean.suspicion_DNS.shape[-1] > 0
         for attack, gradient in strikes(suite, target):
-            wanted_N = standing.any(dim=0) | rejects
+            # What is no part of the worst case cannot rely on it: it is run on all.
+            wanted_N = standing.any(dim=0) | (rejects or attack.exceeds(threat))
             chosen = (wanted_N if standing_N is None else wanted_N & standing_N).nonzero().flatten()
             view = View(target, gradient, suite.draws if stochastic(target) else 1)
             stops = not (stochastic(target) or rejects or gradient == "surrogate")
@@ -336,11 +337,12 @@ def check(target: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> None:
     low, high = (float(edge) for edge in x_NCHW.aminmax())
     if not (low >= 0 and high <= 1):
         raise InputError(f"images must lie in [0, 1], but lie in [{low:g}, {high:g}]")
-    x, y = x_NCHW[:32], y_N[:32]
+    x = x_NCHW[:32]
     with reproducible(target, 0):
         logits_NK = target(x)
-    if logits_NK.ndim != 2 or len(logits_NK) != len(x) or logits_NK.shape[1] <= int(y.max()):
-        raise InputError(f"a model must return logits, {len(x)} x at least {int(y.max()) + 1}, but {_shape(logits_NK)}")
+    classes = int(y_N.max()) + 1
+    if logits_NK.ndim != 2 or len(logits_NK) != len(x) or logits_NK.shape[1] < classes:
+        raise InputError(f"a model must return logits, {len(x)} x at least {classes}, but {_shape(logits_NK)}")
     if not bool(logits_NK.isfinite().all()):
         raise InputError("a model must return finite logits, but some are NaN or infinite")
     if probabilities(logits_NK) > 0.5:

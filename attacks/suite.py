@@ -15,9 +15,10 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.autoattack import APGD, FAB, Square
+from attacks.autoattack import APGD, FAB
 from attacks.corrected import CW, MIM, PGD, DeepFool, RandFGSM
 from attacks.selective import MixtureAttack, SelectivePGD
+from attacks.square import Square
 from attacks.tailored import ChoicePGD, LatentPGD
 from attacks.threat import Norm, ThreatModel
 from attacks.tidy import Draws, evaluating, lengths, seeded
@@ -138,9 +139,9 @@ class Attack:
     def _verified(self, adversarial_NCHW: Tensor, x_NCHW: Tensor, threat: ThreatModel) -> Tensor:
         step_NCHW = adversarial_NCHW - x_NCHW
         if self.unbounded and threat.norm == "L2":
-            within_N111 = lengths(step_NCHW) <= threat.eps
-            adversarial_NCHW = torch.where(within_N111, adversarial_NCHW, x_NCHW)
-            step_NCHW = torch.where(within_N111, step_NCHW, 0)
+            beyond_N111 = lengths(step_NCHW) > threat.eps
+            adversarial_NCHW = torch.where(beyond_N111, x_NCHW, adversarial_NCHW)
+            step_NCHW = torch.where(beyond_N111, 0, step_NCHW)
         moved = float(step_NCHW.abs().max() if threat.norm == "Linf" else lengths(step_NCHW).max())
         low, high = (float(edge) for edge in adversarial_NCHW.aminmax())
         # Written so that a NaN is a fault too.
@@ -257,6 +258,8 @@ class Suite:
         oblivious: crafted on the bare classifier, or in the black-box threat model on the attacker's substitute, and
             fed to whatever defends it.
         white_box: crafted on the whole, through each gradient source; they follow on the oblivious ones.
+        transfer: the oblivious attacks of the white-box threat model, where those that look for the nearest image,
+            which fools no other model, would cost most; empty: `oblivious`.
         draws: draws of a stochastic defense's noise in each gradient.
         looks: draws of a stochastic defense's noise over which each verdict is taken.
         eps: of the paper whose suite it is; None: the task's.
@@ -268,16 +271,17 @@ class Suite:
     draws: int
     looks: int = 1
     eps: float | None = None
+    transfer: tuple[Attack, ...] = ()
 
     def with_rungs(self) -> Suite:
         """Return the suite with the oblivious attacks that score a training's rungs."""
         return replace(self, oblivious=tuple(dict.fromkeys((*self.oblivious, *SUITES["quick"].oblivious))))
 
     def within(self, threat: ThreatModel) -> Suite:
-        """Return the suite with the attacks that can be bounded in the threat model's norm."""
+        """Return the suite as it is run under a threat model: with the attacks that can be bounded in its norm."""
+        blind = self.transfer if self.transfer and threat.knowledge == "white-box" else self.oblivious
         oblivious, white_box = (
-            tuple(attack for attack in group if threat.norm in attack.norms)
-            for group in (self.oblivious, self.white_box)
+            tuple(attack for attack in group if threat.norm in attack.norms) for group in (blind, self.white_box)
         )
         return replace(self, oblivious=oblivious, white_box=white_box)
 
@@ -297,13 +301,14 @@ SUITES: Mapping[str, Suite] = {
             draws=4,
             looks=20,
         ),
-        Suite(name="standard", oblivious=AUTO, white_box=AUTO, draws=20, looks=20),
+        Suite(name="standard", oblivious=AUTO, white_box=AUTO, draws=20, looks=20, transfer=(APGD_CE,)),
         Suite(
             name="full",
             oblivious=(*FIRST, RAND_FGSM, MIM_10, PGD_40, *AUTO, CW_L2, DEEPFOOL),
             white_box=(FGSM, PGD_40, MIM_10, *TAILORED_40, APGD_DLR, *AUTO, MIXTURE),
             draws=20,
             looks=20,
+            transfer=(*FIRST, RAND_FGSM, MIM_10, PGD_40, APGD_CE),
         ),
         Suite(
             name="puvae",

@@ -136,12 +136,17 @@ class Tidy(torchattacks.attack.Attack):  # type: ignore[misc]  # torchattacks is
         return slope(gain_N, x_NCHW), gain_N.detach(), (logits_NK.argmax(1) == aim_N) == self.targeted
 
 
-def slope(gain_N: Tensor, x_NCHW: Tensor) -> Tensor:
-    """Return the gradient of each image's gain, zero where none flows: the stock attacks raise where a purifier has
-    none, and the audit shall say so instead."""
+def slope(gain_N: Tensor, x_NCHW: Tensor, *, again: bool = False) -> Tensor:
+    """Return the gradient of each image's gain, zero where none flows.
+
+    The stock attacks raise where a purifier has none; here the audit says so.
+
+    Args:
+        again: keep the graph for another gradient.
+    """
     if not gain_N.requires_grad:
         return torch.zeros_like(x_NCHW)
-    (slope_NCHW,) = torch.autograd.grad(gain_N.sum(), x_NCHW, allow_unused=True)
+    (slope_NCHW,) = torch.autograd.grad(gain_N.sum(), x_NCHW, allow_unused=True, retain_graph=again)
     return torch.zeros_like(x_NCHW) if slope_NCHW is None else slope_NCHW
 
 

@@ -1,13 +1,14 @@
 """What an evaluation costs in passes through the model: ours, beside the same suite run plainly over all images.
 
-    python -m benchmarks.attacks                                     four suites at two budgets
-    python -m benchmarks.attacks --task mnist/A --suite search       a convolutional network
-    python -m benchmarks.attacks --json                              the rows as JSON, one a line
+    python -m benchmarks.attacks                                    four suites, two budgets: 7 minutes on a quiet core
+    python -m benchmarks.attacks --task mnist/A --suite search      a convolutional network
+    python -m benchmarks.attacks --json                             the rows as JSON, one a line
 
-Ours is what a search does: the oblivious images are made once for all candidates (`craft_oblivious`), white-box attacks
-see only what is left, and an image that is found wrong stops (`observe`). Plainly every attack makes its images of all
-samples, to the last step, and anew for each candidate. Here each candidate is the undefended classifier itself. Seeds
-and the images' numbers are the same in both, so that the verdicts compare image by image.
+From the repository's root, as a module: a script's own folder comes first on Python's path, and there `attacks` is this
+file. Ours is what a search does: the oblivious images are made once for all candidates (an evaluation `alone` makes
+them, a further one has them at hand), white-box attacks see only what is left, and an image that is found wrong stops.
+Plainly every attack makes its images of all samples, to the last step. Seeds and the images' numbers are the same in
+both, so that the verdicts compare image by image.
 
 A pass is one image through the model, forward or back. Beside the suite `standard` stands stock AutoAttack, of
 torchattacks: it keeps to the survivors too, but takes 10 steps where ours take 100, and makes no oblivious images.
@@ -23,7 +24,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import torch
 import torchattacks
 from torch import Tensor, nn
 
@@ -40,19 +40,19 @@ from search.trial import Bench, store_of
 class Cost:
     """Images passed forward and back, and seconds."""
 
-    forward: int = 0
-    backward: int = 0
-    seconds: float = 0.0
+    forward: int
+    backward: int
+    seconds: float
 
     @property
     def passes(self) -> int:
         return self.forward + self.backward
 
-    def plus(self, other: Cost, times: int = 1) -> Cost:
+    def plus(self, other: Cost) -> Cost:
         return Cost(
-            forward=self.forward + times * other.forward,
-            backward=self.backward + times * other.backward,
-            seconds=self.seconds + times * other.seconds,
+            forward=self.forward + other.forward,
+            backward=self.backward + other.backward,
+            seconds=self.seconds + other.seconds,
         )
 
 
@@ -82,10 +82,10 @@ class Counted(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way to evaluate some candidates.
+    """One way to evaluate a candidate.
 
     Args:
-        share: its passes, of those that as many candidates take plainly.
+        share: its passes, of those that it takes plainly.
         accuracy: share of the images that are right in every version.
         spared: images that stand here and fall plainly.
         felled: images that fall here and stand plainly.
@@ -94,7 +94,6 @@ class Row:
     suite: str
     eps: float
     way: str
-    candidates: int
     cost: Cost
     share: float
     accuracy: float
@@ -116,7 +115,8 @@ def plainly(suite: Suite, model: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat:
 def stock(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int) -> Tensor:
     """Run AutoAttack as torchattacks has it, and return who is right, bool_N."""
     with reproducible(model, seed):
-        attack = torchattacks.AutoAttack(model, threat.norm, threat.eps, n_classes=_classes(model, x_NCHW), seed=seed)
+        classes = model(x_NCHW[:1]).shape[1]
+        attack = torchattacks.AutoAttack(model, threat.norm, threat.eps, n_classes=classes, seed=seed)
         made_NCHW = attack(x_NCHW, y_N)
     return look(model, made_NCHW, y_N, seed).right[0]
 
@@ -128,37 +128,32 @@ def compare(
     y_N: Tensor,
     threat: ThreatModel,
     *,
-    candidates: Sequence[int] = (1, 2),
     seed: int = 0,
 ) -> list[Row]:
-    """Evaluate an undefended classifier plainly and as we do; return a row for each way and number of candidates.
-
-    A candidate costs what each costs: one is measured, and multiplied.
-    """
+    """Evaluate an undefended classifier plainly, with oblivious images of its own, and with shared ones at hand."""
     model = Counted(network)
     plain_N = plainly(suite, model, x_NCHW, y_N, threat, seed)
     plain = model.cost()
 
-    def row(way: str, right_N: Tensor, cost: Cost, count: int = 1) -> Row:
+    def row(way: str, right_N: Tensor, cost: Cost) -> Row:
         return Row(
             suite=suite.name,
             eps=threat.eps,
             way=way,
-            candidates=count,
             cost=cost,
-            share=cost.passes / (count * plain.passes),
+            share=cost.passes / plain.passes,
             accuracy=float(right_N.double().mean()),
             spared=int((right_N & ~plain_N).sum()),
             felled=int((plain_N & ~right_N).sum()),
         )
 
-    rows = [row("plain", plain_N, plain)]
     model = Counted(network)
-    made = craft_oblivious(suite, model, x_NCHW, y_N, threat, seed)
-    once, model = model.cost(), Counted(network)
-    seen = observe(suite, model, x_NCHW, y_N, threat, oblivious=made, seed=seed).judge()
+    oblivious = craft_oblivious(suite, model, x_NCHW, y_N, threat, seed)
+    shared, model = model.cost(), Counted(network)
+    right_N = observe(suite, model, x_NCHW, y_N, threat, oblivious=oblivious, seed=seed).judge().attacked.right[0]
     each = model.cost()
-    rows += [row("ours", seen.attacked.right[0], once.plus(each, count), count) for count in candidates]
+    rows = [row("plain", plain_N, plain), row("ours, alone", right_N, shared.plus(each))]
+    rows += [row("ours, images shared", right_N, each)]
     if suite.name == "standard":
         model = Counted(network)
         rows.append(row("stock, 10 steps", stock(model, x_NCHW, y_N, threat, seed), model.cost()))
@@ -166,31 +161,23 @@ def compare(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the rows in Markdown."""
-    heads = "suite", "eps", "run", "candidates", "forward", "backward", "passes", "of plain", "s", "left", "+", "-"
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    """Return the rows in Markdown; accuracy in percent."""
+    heads = "suite", "eps", "way", "forward", "backward", "passes", "of plain", "s", "left", "felled"
+    lines = ["| " + " | ".join((*heads, "spared")) + " |", "| --- " * (len(heads) + 1) + "|"]
     for row in rows:
-        cells = (
-            *(row.suite, f"{row.eps:g}", row.way, f"{row.candidates}"),
-            *(f"{row.cost.forward:,}", f"{row.cost.backward:,}", f"{row.cost.passes:,}", f"{row.share:.2f}"),
-            *(f"{row.cost.seconds:.1f}", f"{100 * row.accuracy:.1f} %", f"{row.spared}", f"{row.felled}"),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [row.suite, f"{row.eps:g}", row.way]
+        cells += [f"{count:,}" for count in (row.cost.forward, row.cost.backward, row.cost.passes)]
+        cells += [f"{row.share:.3f}", f"{row.cost.seconds:.1f}", f"{100 * row.accuracy:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{row.felled}", f"{row.spared}"]) + " |")
     return "\n".join(lines)
-
-
-@torch.no_grad()
-def _classes(model: nn.Module, x_NCHW: Tensor) -> int:
-    return int(model(x_NCHW[:1]).shape[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="mnist/advae-D", help="a data set and a classifier; two dense layers are fast")
+    parser.add_argument("--task", default="mnist/advae-D", help="dense layers: by far the fastest")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--suite", nargs="+", default=["search", "audit", "standard", "full"], choices=list(SUITES))
-    parser.add_argument("--eps", nargs="+", type=float, help="L-inf; else the task's and a third of it")
-    parser.add_argument("--candidates", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--eps", nargs="+", type=float, help="in L-inf; else the task's, and a third of it")
     parser.add_argument("--train-images", type=int, default=3000)
     parser.add_argument("--storage", default="runs")
     parser.add_argument("--json", action="store_true")
@@ -207,20 +194,13 @@ def main() -> None:
         }
     )
     bench = Bench(study, store_of(study))
-    x_NCHW, y_N = (t.to(bench.device) for t in tasks.load(bench.plan.task.dataset, "validation", limit=args.images))
-    rows = [
-        row
-        for eps in args.eps or (bench.plan.task.eps, bench.plan.task.eps / 3)
-        for name in args.suite
-        for row in compare(
-            SUITES[name],
-            bench.target.network,
-            x_NCHW,
-            y_N,
-            ThreatModel("Linf", eps, "white-box"),
-            candidates=args.candidates,
-        )
-    ]
+    task, network = bench.plan.task, bench.target.network
+    x_NCHW, y_N = (t.to(bench.device) for t in tasks.load(task.dataset, "validation", limit=args.images))
+    rows = []
+    for eps in args.eps or (task.eps, task.eps / 3):
+        threat = ThreatModel("Linf", eps, "white-box")
+        for name in args.suite:
+            rows += compare(SUITES[name], network, x_NCHW, y_N, threat)
     print("\n".join(json.dumps(asdict(row)) for row in rows) if args.json else table(rows))
 
 

@@ -19,8 +19,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.tidy import evaluating
 from attacks.suite import reproducible
+from attacks.tidy import evaluating
 from defenses.base import Batches, Defended, Defense, Knobs, Metrics
 from spaces.space import InputError, knob
 

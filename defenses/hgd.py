@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torchattacks
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from attacks.suite import BATCH, FGSM, Attack
+from attacks.suite import BATCH, FGSM, IFGSM, PGD_40, Attack
 from attacks.threat import ThreatModel
 from defenses.advae import UNet
 from defenses.base import Batches, Defense, Knobs, Metrics, Tensors
@@ -106,10 +105,8 @@ class HGD(Defense):
     def attacks(self) -> tuple[Attack, ...]:
         """Return the attacks whose images are denoised, each on the bare classifier."""
         steps = self.train_knobs.pgd_steps
-        pgd = Attack(name="pgd", family=torchattacks.PGD, source="AdvAE", steps=steps, pace=4 / 3 / steps)
-        ifgsm = (
-            Attack(name=f"ifgsm-{n}", family=torchattacks.BIM, source="HGD", steps=n, pace=1 / n) for n in (2, 4, 8)
-        )
+        pgd = replace(PGD_40, name="pgd", source="AdvAE", steps=steps, pace=4 / 3 / steps)
+        ifgsm = (replace(IFGSM, name=f"ifgsm-{n}", source="HGD", steps=n, pace=1 / n) for n in (2, 4, 8))
         return {"mix": (FGSM, *ifgsm), "fgsm": (FGSM,), "pgd": (pgd,)}[self.train_knobs.attack]
 
     def adversarial(self, x_NCHW: Tensor, y_N: Tensor, classifier: nn.Module) -> Tensors:

@@ -76,13 +76,20 @@ def attack(
     x_NCHW, y_N = (t.to(device) for t in tasks.load(task.dataset, "validation", data_dir, None))
     own = find_task(f"{task.dataset}/{substitute or task.partner}").classifier
     outsider = Outsider(x_NCHW[-HELD_OUT:], lambda: ARCHITECTURES[own].build(task.shape))
-    wanted, free = images or known["images"], len(y_N) - (HELD_OUT if threat.knowledge == "black-box" else 0)
+    free = len(y_N) - (HELD_OUT if threat.knowledge == "black-box" else 0)
+    wanted = min(known["images"], free) if images is None else images
     if not 1 <= wanted <= free:
         raise InputError(f"images must be from 1 to {free} of {task.dataset}'s validation split, but is {wanted}")
     target, start = target.to(device), time.monotonic()
 
+    x_NCHW, y_N = x_NCHW[:wanted], y_N[:wanted]
+    blind = threat.knowledge == "black-box"
+    oblivious = {} if blind else craft_oblivious(attacks, bare(target), x_NCHW, y_N, threat, seed)
+
     def struck(model: nn.Module) -> Robustness:
-        return _struck(model, attacks, x_NCHW[:wanted], y_N[:wanted], threat, outsider, seed)
+        asked = outsider.craft(attacks, model, x_NCHW, y_N, threat, seed) if blind else (None, 0)
+        made = observe(attacks, model, x_NCHW, y_N, threat, oblivious=oblivious, black_box=asked[0], seed=seed)
+        return replace(made, queries=asked[1]).judge()
 
     found, undefended = struck(target), struck(bare(target))
     table = {
@@ -143,26 +150,6 @@ def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: floa
         raise InputError(f"eps must be given where the norm is not the export's, {own.norm}, but is not")
     given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": eps}
     return replace(own, **{name: value for name, value in given.items() if value is not None})
-
-
-def _struck(
-    model: nn.Module,
-    suite: Suite,
-    x_NCHW: torch.Tensor,
-    y_N: torch.Tensor,
-    threat: ThreatModel,
-    outsider: Outsider,
-    seed: int,
-) -> Robustness:
-    """Attack under one threat model alone."""
-    black_box, queries = None, 0
-    if threat.knowledge == "black-box":
-        black_box, queries = outsider.craft(suite, model, x_NCHW, y_N, threat, seed)
-    oblivious = (
-        {} if threat.knowledge == "black-box" else craft_oblivious(suite, bare(model), x_NCHW, y_N, threat, seed)
-    )
-    found = observe(suite, model, x_NCHW, y_N, threat, oblivious=oblivious, black_box=black_box, seed=seed)
-    return replace(found, queries=queries).judge()
 
 
 def _fooled(target: nn.Module, shape: Shape, seed: int, device: torch.device) -> float | None:

@@ -115,7 +115,8 @@ class Findings:
 
     def named(self, knowledge: Knowledge | None = None) -> str:
         """Return the threat model in short, to stand at a number: the study's, or the one with this knowledge."""
-        return f"{knowledge or self.study.threat}, L∞\u00a0eps\u00a0{spoken_eps(self.eps)}"
+        norm = "L∞" if self.study.norm == "Linf" else "L2"
+        return f"{knowledge or self.study.threat}, {norm}\u00a0eps\u00a0{spoken_eps(self.eps)}"
 
     def fit(self, candidate: Candidate) -> TrialRecord | None:
         """Return the trial that trained a candidate's fit."""
@@ -209,8 +210,11 @@ def threat_in_words(findings: Findings) -> str:
     knows = {
         "white-box": "The attacker knows the classifier and the defense in full",
         "oblivious": "The attacker knows the classifier but not the defense",
+        "black-box": "The attacker sees only the classes that the whole answers, and trains a substitute on them",
     }[findings.study.threat]
     reach = "the task's eps" if findings.eps is None else spoken_eps(findings.eps)
+    if findings.study.norm == "L2":
+        return f"{knows}, and may move an image by up to {reach} in the L2 norm ({findings.named()})."
     return f"{knows}, and may move every pixel by up to {reach} of the way from black to white ({findings.named()})."
 
 
@@ -227,10 +231,12 @@ def constraints(study: Study) -> list[str]:
 def measures(findings: Findings) -> Iterator[tuple[str, str, list[str]]]:
     """Yield measure, condition, and the values of the best candidate and of the undefended classifier."""
     batch = "p50, batch of 128" + (f", {findings.device}" if findings.device else "")
+    asked = [("Black-box accuracy", findings.named("black-box"), lambda s: percent(s.black_box_accuracy))]
     rows: list[tuple[str, str, Callable[[Score], str]]] = [
         ("Attacked images accepted and wrong", findings.named(), lambda s: percent(s.attacked_error)),
         ("Attacked images rejected", findings.named(), lambda s: percent(s.attacked_rejection)),
         ("Oblivious accuracy", findings.named("oblivious"), lambda s: percent(s.oblivious_accuracy)),
+        *(asked if findings.study.threat == "black-box" else []),
         ("White-box accuracy", findings.named("white-box"), lambda s: percent(s.white_box_accuracy)),
         ("Clean accuracy", "no attack", lambda s: percent(s.clean_accuracy)),
         ("Clean images rejected", "no attack", lambda s: percent(s.clean_rejection)),

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +244,9 @@ def _conclude(study: Study, state: State, console: Console) -> int:
         if not ranked:
             console.print("no candidate is within the constraints", highlight=False)
         elif IFGSM in ranked[0].score.attacks:
+            threat = replace(ranked[0].score.threat, knowledge="oblivious")
             console.print(
-                f"oblivious targeted iFGSM, Linf eps {ranked[0].score.threat.eps:g}: {ranked[0].candidate} keeps "
+                f"targeted iFGSM ({threat}): {ranked[0].candidate} keeps "
                 f"{percent(ranked[0].score.attacks[IFGSM])} %, undefended {percent(undefended.score.attacks[IFGSM])} %",
                 highlight=False,
             )

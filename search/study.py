@@ -160,7 +160,8 @@ class Study(BaseModel):
         _buildable(defense, space, task)
         substitute = find_task(f"{task.dataset}/{self.substitute or task.partner}").classifier
         threat = ThreatModel(self.norm, self._eps(suite, task), self.threat)
-        return Plan(task, protected.classifier, substitute, defense, space, threat, suite, images)
+        within = suite.within(threat)
+        return Plan(task, protected.classifier, substitute, defense, space, threat, within, images)
 
     def _eps(self, suite: Suite, task: Task) -> float:
         if self.eps is not None:

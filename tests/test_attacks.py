@@ -15,8 +15,9 @@ import torchattacks
 from torch import Tensor, nn
 
 import attacks.suite
-from attacks.autoattack import APGD, Square
+from attacks.autoattack import APGD
 from attacks.corrected import PGD, RandFGSM
+from attacks.square import Square
 from attacks.suite import (
     CW_L2,
     DEEPFOOL,
@@ -157,6 +158,27 @@ def test_the_seed_decides_and_another_one_matters_where_something_is_random(
     assert torch.equal(first, renamed) is not (starts or attack.targeted)  # attacks of a suite draw apart
 
 
+def test_told_to_stop_an_attack_leaves_what_is_wrong_as_it_is(held_out: Digits, classifier: nn.Module) -> None:
+    x, y = held_out[0], (held_out[1] + torch.arange(24) % 2) % 10
+    wrong = classifier(x).argmax(1) != y
+    for stops in (False, True):
+        moved = (IFGSM.craft(classifier, x, y, WHITE, 0, stops=stops) != x).flatten(1).any(1)
+        assert torch.equal(moved, ~wrong if stops else torch.ones_like(wrong)) and 0 < int(wrong.sum()) < 24
+
+
+RAISES = pytest.mark.xfail(strict=True, reason="RandFGSM refuses alpha 0 at eps 0, which a threat model allows")
+BOUNDED = [(attack, threat) for attack, threat in CASES if not attack.unbounded]
+
+
+@pytest.mark.parametrize(
+    ("attack", "threat"),
+    [pytest.param(*case, marks=RAISES if case[0].family is RandFGSM else ()) for case in BOUNDED],
+    ids=[f"{attack.name}-{threat.norm}" for attack, threat in BOUNDED],
+)
+def test_with_no_room_images_stay(attack: Attack, threat: ThreatModel, held_out: Digits, classifier: nn.Module) -> None:
+    assert torch.equal(attack.craft(classifier, *held_out, replace(threat, eps=0.0), 0), held_out[0])
+
+
 @every_attack
 def test_no_image_is_an_answer_to_none(
     attack: Attack, threat: ThreatModel, held_out: Digits, classifier: nn.Module
@@ -176,7 +198,7 @@ def test_the_budget_of_each_attack_can_be_written_down(attack: Attack) -> None:
     assert "Linf" in attack.norms and (attack.aims is None) == (attack.family.__module__ in PLAIN)
 
 
-PLAIN = ("attacks.corrected", "attacks.autoattack")
+PLAIN = ("attacks.corrected", "attacks.autoattack", "attacks.square")
 
 
 def test_fgsm_moves_each_pixel_by_eps_along_the_sign_of_the_known_gradient() -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from attacks.corrected import CW, MIM, PGD, DeepFool, RandFGSM
 from attacks.tidy import Draws, Tidy
-from spaces.space import InputError
 
 Digits = tuple[Tensor, Tensor]
 Make = Callable[[nn.Module], Any]
@@ -92,12 +91,6 @@ def test_rand_fgsm_is_a_random_sign_step_and_then_fgsm_with_the_rest() -> None:
     found = attack(x, torch.zeros(8, dtype=torch.long))
     by_hand = x + 0.05 * Draws(5, torch.arange(8)).sign(1, 4, 4) - 0.25 * w_CHW.sign()  # down the score of class 0
     assert torch.allclose(found, by_hand, atol=1e-6)
-
-
-@pytest.mark.parametrize(("eps", "alpha"), [(0.3, 0.3), (0.3, 0.4), (0.3, -0.1), (0.0, 0.0), (0.3, float("nan"))])
-def test_alpha_is_a_part_of_eps(eps: float, alpha: float) -> None:
-    with pytest.raises(InputError, match="alpha must be from 0 to below eps"):
-        RandFGSM(linear()[0], eps=eps, alpha=alpha)
 
 
 @pytest.mark.parametrize("name", ["rand-fgsm", "mim", "pgd"])

@@ -107,7 +107,7 @@ def test_a_defense_protects_a_classifier_that_it_was_not_trained_with(storage: P
 
 
 def test_the_benchmark_makes_a_row_of_the_results(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/results.py"]
+    command = [sys.executable, "-m", "benchmarks.results"]
     small = ["--task", "digits/A", "--train-images", "200", "--eval-images", "20", "--white-images", "10"]
     small += ["--cw-steps", "5", "--storage", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

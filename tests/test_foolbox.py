@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.autoattack import APGD, FAB, Square
+from attacks.autoattack import APGD, FAB
 from attacks.corrected import CW, MIM, PGD, DeepFool
+from attacks.square import Square
 from attacks.threat import Norm
 from search.classifiers import train
 from search.tasks import load

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,16 +92,18 @@ def test_each_guides_loss_is_the_papers(guide: str) -> None:
 
 
 def test_the_papers_attacks_are_fgsm_and_ifgsm_of_two_four_and_eight_steps() -> None:
-    found = {attack.name: attack.options(0.16) for attack in build().attacks()}
+    threat, still = ThreatModel("Linf", 0.16, "oblivious"), {"norm": "Linf", "random_start": False}
+    found = {attack.name: attack.options(threat) for attack in build().attacks()}
     assert found == {
-        "fgsm": {"eps": 0.16},
-        "ifgsm-2": {"eps": 0.16, "alpha": 0.08, "steps": 2},
-        "ifgsm-4": {"eps": 0.16, "alpha": 0.04, "steps": 4},
-        "ifgsm-8": {"eps": 0.16, "alpha": 0.02, "steps": 8},
+        "fgsm": {"eps": 0.16, "alpha": 0.16, "steps": 1, **still},
+        "ifgsm-2": {"eps": 0.16, "alpha": 0.08, "steps": 2, **still},
+        "ifgsm-4": {"eps": 0.16, "alpha": 0.04, "steps": 4, **still},
+        "ifgsm-8": {"eps": 0.16, "alpha": 0.02, "steps": 8, **still},
     }
     assert [attack.name for attack in build(attack="fgsm").attacks()] == ["fgsm"]
     (pgd,) = build(attack="pgd").attacks()
-    assert pgd.options(0.3) == pytest.approx({"eps": 0.3, "alpha": 0.01, "steps": 40})
+    options = pgd.options(replace(threat, eps=0.3))
+    assert options.pop("norm") == "Linf" and options == pytest.approx({"eps": 0.3, "alpha": 0.01, "steps": 40})
 
 
 def test_images_are_spread_evenly_over_the_strengths_of_every_attack() -> None:

@@ -1,4 +1,4 @@
-"""The evaluation against counting by hand: verdicts, draws of the noise, who is attacked, and the three attackers."""
+"""The evaluation: who is attacked and how, draws of the noise, and the three attackers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from attacks.coverage import risk_coverage
-from attacks.robustness import (
-    Outsider,
-    craft_oblivious,
-    evaluate,
-    look,
-    observe,
-    strikes,
-)
+from attacks.robustness import Outsider, craft_oblivious, evaluate, look, observe, strikes
+from attacks.substitute import train_substitute
 from attacks.suite import (
     CHOICE_10,
     CW_L2,
     DEEPFOOL,
     FGSM,
+    FGSM_TARGETED,
     IFGSM,
     MIXTURE,
     PGD_10,
@@ -107,16 +102,17 @@ def test_an_attack_sees_what_the_earlier_ones_left_in_some_draw(
     noise: float, held_out: Digits, classifier: nn.Module, calls: list[Call]
 ) -> None:
     guard = Guard(Smooth(noise=noise), classifier) if noise else classifier
-    said = observe(NOISY, guard, *held_out, WHITE)
+    said = observe(replace(NOISY, oblivious=(FGSM_TARGETED,)), guard, *held_out, WHITE)
     (blind, *white) = calls
     assert said.white_box is not None and len(white) == len(said.white_box) == (6 if noise else 2)
     assert len(blind["x"]) == 100 and not blind.get("stops")
-    standing = said.clean.right & said.oblivious["fgsm"].right
+    standing = said.clean.right & said.oblivious["fgsm-targeted"].right
     for call, version in zip(white, said.white_box.values(), strict=True):
         assert torch.equal(call["ids_N"], standing.any(0).nonzero().flatten())
         assert torch.equal(call["x"], held_out[0][call["ids_N"]]) and torch.equal(call["y"], held_out[1][call["ids_N"]])
         assert call["stops"] is (noise == 0)  # what one draw gets wrong another may not
         standing = standing & version.right
+    assert 100 > len(white[0]["x"]) > len(white[-1]["x"]) > 0
     assert noise == 0 or bool((standing.any(0) & ~standing.all(0)).any())
 
 
@@ -318,12 +314,14 @@ def test_an_outsider_asks_for_classes_and_fools_the_classifier_with_its_substitu
     assert verdict.attacked.accuracy < float((classifier(noise).argmax(1) == held_out[1]).double().mean()) - 0.2
 
 
-def test_a_defended_outsiders_noise_and_substitute_follow_from_the_seed(
+def test_an_outsiders_substitute_goes_over_the_boundary_and_follows_from_the_seed(
     digits: Digits, held_out: Digits, classifier: nn.Module
 ) -> None:
     guard, outsider = Guard(Smooth(noise=0.2), classifier), Outsider(digits[0][1600:1604], small)
     first, again, other = (outsider.craft(PLAIN, guard, *held_out, BLACK, seed)[0]["fgsm"] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+    away = train_substitute(guard, digits[0][1600:1604], small, step=-0.1, seed=0).network  # over the boundary
+    assert torch.equal(first, FGSM.craft(away, *held_out, BLACK, 0))
 
 
 def test_evaluating_is_judging_what_was_observed(held_out: Digits, classifier: nn.Module) -> None:

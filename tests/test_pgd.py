@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from attacks.corrected import PGD
 from attacks.threat import Norm
 from attacks.tidy import Draws
-from tests.test_corrected import Score, fooled, l2, linear
+from tests.test_corrected import Score, Sealed, fooled, l2, linear
 
 Digits = tuple[Tensor, Tensor]
 NORMS: tuple[Norm, ...] = get_args(Norm)
@@ -296,32 +296,13 @@ def test_gains_are_the_mean_losses_before_each_step_of_those_still_attacked(
     assert len(gains(3)) == 3  # of this call alone
 
 
-class Sealed(nn.Module):
-    """A classifier that lets no gradient through."""
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.classifier(x)
-
-
 @both_norms
-def test_where_no_gradient_flows_images_stay_and_the_stock_class_raises(
+def test_where_no_gradient_flows_images_stay_and_where_it_is_zero(
     norm: Norm, held_out: Digits, classifier: nn.Module
 ) -> None:
-    sealed = Sealed(classifier)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        (torchattacks.PGD if norm == "Linf" else torchattacks.PGDL2)(sealed)(*held_out)
-    assert torch.equal(PGD(sealed, *BOUNDS[norm], random_start=False, norm=norm)(*held_out), held_out[0])
-
-
-@both_norms
-def test_where_the_gradient_is_zero_images_stay(norm: Norm) -> None:
-    flat, x = Score(lambda x: 0 * x.flatten(1).sum(1) + 1), torch.rand(3, 1, 4, 4)
-    assert torch.equal(PGD(flat, 0.3, random_start=False, norm=norm)(x, torch.zeros(3, dtype=torch.long)), x)
+    flat = Score(lambda x: 0 * x.flatten(1).sum(1) + 1)
+    for model, y in ((Sealed(classifier), held_out[1]), (flat, held_out[1] % 2)):
+        assert torch.equal(PGD(model, 0.3, random_start=False, norm=norm)(held_out[0], y), held_out[0])
 
 
 @both_norms

@@ -131,6 +131,15 @@ def test_in_linf_it_is_wrong_and_accepted_where_a_linear_program_finds_room(seed
         assert errors(target, moved, y) == there
 
 
+def test_the_margin_is_the_greatest_over_the_columns_in_units_of_their_limits() -> None:
+    held = torch.tensor([[0.5, 130.0], [0.9, 110.0], [3.0, 0.0]])
+    target = Watched(Score(lambda x: x.flatten(1).sum(1)), lambda x: held[x[:, 0, 0, 0].long()], [0.2, 100.0])
+    x = torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1, 1) + 0.25
+    attack = SelectivePGD(View(target))
+    _, _, margin = attack._choose(x, torch.tensor([1, 1, 0]), target.defense.limits().double())
+    assert margin.tolist() == pytest.approx([max(0.3 / 1.2, 30 / 101), max(0.7 / 1.2, 10 / 101), math.inf])
+
+
 def test_where_both_aims_conflict_the_step_lies_at_right_angles_to_the_climb() -> None:
     climb = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 2.0]])[:, None, :, None]
     slope = torch.tensor([[-3.0, 4.0], [3.0, 4.0], [0.0, 0.0]])[:, None, :, None]

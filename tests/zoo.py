@@ -1,49 +1,54 @@
-"""Defenses that are known to be broken, each in its own way, on 8 x 8 digits. None may pass an audit.
+"""Defenses that are known to be broken, each in its own way, and the alarm that each must raise; and two honest ones.
 
-Shapes: N images, C channels, H x W pixels, K classes.
+One is missing, since nothing here can catch it: a defense that has stored the very images that it is judged by, and
+looks up their labels by the nearest. Only images that it has not seen tell, that is the test split.
+
+Shapes: N images, C channels, H x W pixels, K classes, M stored images.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from optuna.distributions import FloatDistribution
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from defenses.base import Defense, Knobs, Shape
-from spaces.space import knob
+from defenses.advae import AdvAE
+from defenses.adversarial_training import AdversarialTraining
+from defenses.base import Batches, Defended, Defense, Knobs, Metrics, Shape
+from defenses.defense_gan import DefenseGAN
+from defenses.identity import Identity
+from spaces.space import Scalar, knob
 
+DIGITS = Shape(1, 8, 8, 10)
 LABELS: list[Tensor] = []
 """Where the peeking defense finds the labels of the images in their order."""
-DIGITS = Shape(1, 8, 8, 10)
 
 
-class Rounding(Defense):
+class NoOp(Identity):
+    """It changes nothing; the others change what they have to."""
+
+    gradients = Defense.gradients
+
+
+class Rounding(NoOp):
     """Pixels in eighths: the gradient is zero everywhere, and the defense says that it has one."""
 
     def purify(self, x_NCHW: Tensor) -> Tensor:
         return (8 * x_NCHW).round() / 8
 
 
-class NoOp(Defense):
-    """It changes nothing."""
-
-    def purify(self, x_NCHW: Tensor) -> Tensor:
-        return x_NCHW
-
-
-class Saturated(Defense):
+class Saturated(NoOp):
     """Logits a thousand times as large: the softmax has no gradient in float32."""
-
-    def purify(self, x_NCHW: Tensor) -> Tensor:
-        return x_NCHW
 
     def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
         return 1000 * classifier(x_NCHW)
 
 
-class HugeNoise(Defense):
+class HugeNoise(NoOp):
     """Noise of many times eps, and it says so."""
 
     @dataclass(frozen=True)
@@ -66,62 +71,102 @@ class SilentNoise(HugeNoise):
         return False
 
 
-class Detached(Defense):
-    """It classifies by what it cut off from the graph."""
-
-    def purify(self, x_NCHW: Tensor) -> Tensor:
-        return x_NCHW.detach()
+class Detached(NoOp):
+    """It classifies what it cut off from the graph, and hides that by a gradient of zero."""
 
     def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
-        return classifier(self.purify(x_NCHW)) + 0 * x_NCHW.flatten(1).sum(1, keepdim=True)
+        return classifier(x_NCHW.detach()) + 0 * x_NCHW.flatten(1).sum(1, keepdim=True)
 
 
-class BatchStatistics(Defense):
-    """It normalises each pixel by the batch that it happens to see."""
-
-    def purify(self, x_NCHW: Tensor) -> Tensor:
-        flat = (x_NCHW - x_NCHW.mean(0)) / (x_NCHW.std(0, unbiased=False) + 0.1)
-        return (0.3 + 0.2 * flat + 0.3 * x_NCHW).clamp(0, 1)
-
-
-class ArgminWithoutStandIn(Defense):
-    """The nearest of a few stored images: it says that it is not differentiable, and brings no stand-in."""
-
-    differentiable = False
+class BatchStatistics(NoOp):
+    """It normalises by the batch that it happens to see, with a BatchNorm that keeps no statistics of its own."""
 
     def build(self) -> None:
-        self.register_buffer("stored_MCHW", torch.zeros(200, 1, 8, 8))
+        self.norm = nn.BatchNorm2d(self.shape.channels, affine=False, track_running_stats=False)
 
     def purify(self, x_NCHW: Tensor) -> Tensor:
-        nearest_N = torch.cdist(x_NCHW.flatten(1), self.stored_MCHW.flatten(1)).argmin(1)
-        return self.stored_MCHW[nearest_N]
+        return (0.3 + 0.37 * self.norm(x_NCHW)).clamp(0, 1)  # the mean and deviation of digits
 
 
-class Peeks(Defense):
+class Argmin(NoOp):
+    """The nearest of the stored images: it says that it is not differentiable, and brings no stand-in."""
+
+    differentiable = False
+    stored_MCHW: Tensor
+
+    def build(self) -> None:
+        s = self.shape
+        self.register_buffer("stored_MCHW", torch.zeros(200, s.channels, s.height, s.width))
+
+    def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
+        self.stored_MCHW.copy_(batches.x_NCHW[: len(self.stored_MCHW)])
+        yield from super().fit(batches, classifier)
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        return self.stored_MCHW[torch.cdist(x_NCHW.flatten(1), self.stored_MCHW.flatten(1)).argmin(1)]
+
+
+class Peeks(NoOp):
     """It adds to the logits of the label that a global holds for the image's place."""
-
-    def purify(self, x_NCHW: Tensor) -> Tensor:
-        return x_NCHW
 
     def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
         logits_NK = classifier(x_NCHW)
         if not LABELS:
             return logits_NK
-        places = torch.arange(len(x_NCHW)) % len(LABELS[0])
-        return logits_NK + 30 * nn.functional.one_hot(LABELS[0][places], logits_NK.shape[1])
+        places_N = torch.arange(len(x_NCHW)) % len(LABELS[0])
+        return logits_NK + 30 * F.one_hot(LABELS[0][places_N], logits_NK.shape[1])
 
 
-class Remembers(Defense):
-    """It has seen the very images that it is judged by, and looks up the label of the nearest."""
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One defense with its knobs.
 
-    def build(self) -> None:
-        self.register_buffer("stored_MCHW", torch.zeros(200, 1, 8, 8))
-        self.register_buffer("labels_M", torch.zeros(200, dtype=torch.long))
+    Args:
+        alarm: the gate that must not let it pass; none for an honest one.
+        quick: whether a search raises it too, for every candidate.
+    """
 
-    def purify(self, x_NCHW: Tensor) -> Tensor:
-        return x_NCHW
+    kind: type[Defense]
+    alarm: str = ""
+    quick: bool = True
+    train: Mapping[str, Scalar] = field(default_factory=dict)
+    inference: Mapping[str, Scalar] = field(default_factory=dict)
 
-    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
-        nearest_N = torch.cdist(x_NCHW.flatten(1), self.stored_MCHW.flatten(1)).argmin(1)
-        logits_NK = classifier(x_NCHW)
-        return logits_NK + 30 * nn.functional.one_hot(self.labels_M[nearest_N], logits_NK.shape[1])
+    def before(self, classifier: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> Defended:
+        """Return it in front of a classifier, fitted to training images, for seconds on digits."""
+        torch.manual_seed(0)
+        defense = self.kind(self.train, self.inference, Shape(x_NCHW.shape[1], x_NCHW.shape[2], x_NCHW.shape[3], 10))
+        defense.adopt(classifier)
+        knobs = defense.train_knobs
+        for _ in defense.fit(Batches(x_NCHW, y_N, epochs=knobs.epochs, batch_size=knobs.batch_size), classifier):
+            pass
+        return Defended(defense, classifier).eval().requires_grad_(False)
+
+
+GAN: Mapping[str, Scalar] = {
+    "latent": 16,
+    "maps": 8,
+    "learning_rate": 2e-3,
+    "critic_steps": 2,
+    "batch_size": 64,
+    "epochs": 10,
+}
+ZOO: Mapping[str, Member] = {
+    "no-op": Member(kind=NoOp, alarm="baseline", quick=False),
+    "rounding": Member(kind=Rounding, alarm="gradient"),
+    "saturated logits": Member(kind=Saturated, alarm="saturation"),
+    "detached gradient": Member(kind=Detached, alarm="gradient"),
+    "huge noise": Member(kind=HugeNoise, alarm="draws", quick=False),
+    "silent noise": Member(kind=SilentNoise, alarm="determinism"),
+    "batch statistics": Member(kind=BatchStatistics, alarm="batch"),
+    "argmin without stand-in": Member(kind=Argmin, alarm="stand-in"),
+    "peeks at the label": Member(kind=Peeks, alarm="order"),
+    "unconverged Defense-GAN": Member(
+        kind=DefenseGAN, alarm="inner-loop", train=GAN, inference={"steps": 2, "restarts": 1}
+    ),
+}
+PGD: Mapping[str, Scalar] = {"eps": 0.1, "pgd_steps": 5, "pgd_step_size": 0.04, "learning_rate": 3e-3, "batch_size": 64}
+HONEST: Mapping[str, Member] = {
+    "adversarial training": Member(kind=AdversarialTraining, train={**PGD, "start": "pretrained", "epochs": 10}),
+    "AdvAE": Member(kind=AdvAE, train={**PGD, "architecture": "unet", "maps": 8, "epochs": 5}),
+}
