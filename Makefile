@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= quickstart
+# Threads that spin while they wait make runs beside each other many times slower.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup search test lint format lock clean
 .DEFAULT_GOAL := help

@@ -21,6 +21,9 @@ from attacks.view import View, deepened, gradients, limits, stochastic
 
 SLACK = 0.05
 """What chance may do to a share of a few dozen images before it counts."""
+LONGER = 8
+"""Times the steps of an inner optimisation. On digits Defense-GAN's error then falls by 35 to 50 % from 1 to 5 steps,
+by 6 to 18 % from 100 or 200 on; with twice the steps the two overlap."""
 UNDERFLOW = 88.0
 """The lead of a logit beyond which exp(-lead) is no normal float32, and the softmax has no gradient."""
 
@@ -127,9 +130,9 @@ def _stand_in(target: nn.Module) -> Gate:
 @torch.no_grad()
 def _inner_loop(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
     """Check 3: a purifier that descends has arrived, or its attacker differentiates a path and not a projection."""
-    law = "twice the steps of an optimisation that purifies lower its error by little"
+    law = f"{LONGER} times the steps of an optimisation that purifies lower its error by little"
     errors = []
-    for steps in (1, 2):
+    for steps in (1, LONGER):
         with deepened(target, steps) as defense, reproducible(target, seed):
             if defense is None:
                 return at_most(3, "inner-loop", "nothing is optimised to purify", 0.0, 0.0)

@@ -65,7 +65,8 @@ class SelectivePGD(PGD):
             wrong_NCHW = moved_NCHW[wrong].requires_grad_()
             over_NS = (self.model.suspicion(wrong_NCHW) - limits_S) / (1 + limits_S.abs())
             margin_N[wrong] = over_NS.detach().amax(dim=1)
-            slope_NCHW[wrong] = _aside(slope(-over_NS.amax(dim=1), wrong_NCHW), slope_NCHW[wrong])
+            aside_NCHW = _aside(slope(-over_NS.amax(dim=1), wrong_NCHW), slope_NCHW[wrong])
+            slope_NCHW = slope_NCHW.index_copy(0, wrong, aside_NCHW.to(slope_NCHW))
         return slope_NCHW, gain_N, margin_N
 
 

@@ -204,6 +204,7 @@ DEEPFOOL = Attack(
 )
 APGD_CE = Attack(name="apgd-ce", family=APGD, source=CROCE, steps=100, settings=(("loss", "ce"),), norms=BOTH)
 APGD_DLR = replace(APGD_CE, name="apgd-dlr", settings=(("loss", "dlr"),))
+APGD_DLR_50 = replace(APGD_DLR, name="apgd-dlr-50", steps=50)
 APGD_T = replace(APGD_CE, name="apgd-t", settings=(("loss", "targeted"),))
 FAB_T = Attack(name="fab-t", family=FAB, source="Croce and Hein 2020, FAB", steps=100, norms=BOTH)
 SQUARE = Attack(
@@ -297,7 +298,7 @@ SUITES: Mapping[str, Suite] = {
         Suite(
             name="audit",
             oblivious=(*FIRST, PGD_40),
-            white_box=(PGD_40, *TAILORED_40, replace(MIXTURE, name="gmvae-eq10-200", steps=200)),
+            white_box=(PGD_40, APGD_DLR_50, *TAILORED_40, replace(MIXTURE, name="gmvae-eq10-200", steps=200)),
             draws=4,
             looks=20,
         ),

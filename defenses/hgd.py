@@ -123,7 +123,8 @@ class HGD(Defense):
 
     def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
         k, x_NCHW, y_N = self.train_knobs, batches.x_NCHW, batches.y_N
-        shaped_by = f"hgd {[attack.budget(k.eps) for attack in self.attacks()]} in {k.strengths} strengths"
+        whole = ThreatModel("Linf", k.eps, "oblivious")
+        shaped_by = f"hgd {[attack.budget(whole) for attack in self.attacks()]} in {k.strengths} strengths"
         made = batches.once(shaped_by, lambda: self.adversarial(x_NCHW, y_N, classifier))
         # Clean images are pairs of their own, so that what needs no denoising is left as it is.
         x_PCHW = torch.cat((x_NCHW.half(), *(made[attack.name] for attack in self.attacks())))

@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from attacks.audit import Audit
+from attacks.audit import TWICE, Audit
 from attacks.interval import wilson
-from attacks.probes import at_most
+from attacks.probes import Gate, at_most
 from attacks.robustness import Robustness, Verdict
 from attacks.suite import SUITES
+from attacks.threat import ThreatModel
 from search import tasks
 from search.score import Candidate
 from search.trial import Bench
@@ -38,7 +39,18 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
     )
     drift = abs(again.attacked.accuracy - score.attacked_accuracy)
     reproduced = at_most(2, "reproduced", "the search's attacks run again give the same figure", drift, REPRODUCED)
-    gates = (*found.gates, reproduced, separate)
+    suites = {"search": bench.plan.suite, "audit": SUITES["audit"].within(threat), "convergence": TWICE}
+    budgets = {
+        name: {
+            "draws": suite.draws,
+            "looks": suite.looks,
+            "oblivious": [attack.budget(threat) for attack in suite.oblivious],
+            "white_box": [attack.budget(threat) for attack in suite.white_box],
+        }
+        for name, suite in suites.items()
+    }
+    attacks = {"search": dict(score.attacks), "audit": dict(audited.trail)}
+    gates = (_named(attacks, budgets, threat), *found.gates, reproduced, separate)
     both = [
         one & other if one.right.shape == other.right.shape else one
         for one, other in (
@@ -79,16 +91,8 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
             for name, beside in found.baselines.items()
         },
         "gates": [asdict(gate) for gate in gates],
-        "attacks": {"search": dict(score.attacks), "audit": dict(audited.trail)},
-        "budgets": {
-            name: {
-                "draws": suite.draws,
-                "looks": suite.looks,
-                "oblivious": [attack.budget(threat) for attack in suite.within(threat).oblivious],
-                "white_box": [attack.budget(threat) for attack in suite.within(threat).white_box],
-            }
-            for name, suite in (("search", bench.plan.suite), ("audit", SUITES["audit"]))
-        },
+        "attacks": attacks,
+        "budgets": budgets,
         "split": "validation: kept from the training set by the task's fixed rule (search/datasets.py), never test",
         "data_sha256": tasks.checksum(bench.plan.task.dataset, bench.study.data_dir),
         "train_images": bench.study.train_images or "all",
@@ -98,6 +102,13 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONS}},
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any], threat: ThreatModel) -> Gate:
+    """Check 1: every figure under an attack has that attack's budget beside it."""
+    known = {one["attack"] for suite in budgets.values() for one in (*suite["oblivious"], *suite["white_box"])}
+    ran = {name.partition("/")[2].partition(" (")[0] for trail in attacks.values() for name in trail}
+    return at_most(1, "named", f"every attack has a name and a budget ({threat})", len(ran - known), 0.0)
 
 
 def figures(name: str, verdict: Verdict, images: int) -> dict[str, Any]:

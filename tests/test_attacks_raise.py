@@ -147,7 +147,6 @@ def test_a_model_that_does_not_return_logits_is_refused(answer: str, digits: Dig
         says(words, lambda: observe(QUICK, target, digits[0][:40], digits[1][:40], WHITE))  # noqa: B023
 
 
-@pytest.mark.xfail(strict=True, reason="robustness.check looks at the first 32 labels alone")
 def test_a_late_label_that_the_model_does_not_know_is_refused_too(digits: Digits, classifier: nn.Module) -> None:
     x, y = digits[0][:300], digits[1][:300].clone()
     y[-1] = 10

@@ -230,7 +230,6 @@ def test_an_unbounded_attack_stands_in_the_trail_and_changes_nothing_else_in_lin
     assert risk_coverage(one) == risk_coverage(other) and len(one.versions) == len(other.versions) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="observe attacks survivors alone, and the trail counts the others as right")
 def test_the_trail_of_an_unbounded_white_box_attack_is_over_all_images(held_out: Digits, classifier: nn.Module) -> None:
     """What fell to the attacks before it is not counted as withstanding it."""
     verdict = evaluate(replace(PLAIN, white_box=(IFGSM, FAST_CW)), classifier, *held_out, WHITE)
