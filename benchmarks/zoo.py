@@ -79,7 +79,7 @@ def main() -> None:
     for name in args.members or everyone:
         member = everyone[name]
         if name in HONEST:
-            member = replace(member, train={**member.train, "eps": args.eps, "pgd_step_size": 0.4 * args.eps})
+            member = replace(member, train={**member.train, "eps": args.eps, "pgd_step_size": 0.6 * args.eps})
         print(row(name, member.before(network, *training), x_NCHW, y_N, args.eps), flush=True)
 
 

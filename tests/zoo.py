@@ -165,8 +165,8 @@ ZOO: Mapping[str, Member] = {
         kind=DefenseGAN, alarm="inner-loop", train=GAN, inference={"steps": 2, "restarts": 1}
     ),
 }
-PGD: Mapping[str, Scalar] = {"eps": 0.1, "pgd_steps": 5, "pgd_step_size": 0.04, "learning_rate": 3e-3, "batch_size": 64}
+PGD: Mapping[str, Scalar] = {"eps": 0.1, "pgd_steps": 3, "pgd_step_size": 0.06, "learning_rate": 5e-3, "batch_size": 64}
 HONEST: Mapping[str, Member] = {
     "adversarial training": Member(kind=AdversarialTraining, train={**PGD, "start": "pretrained", "epochs": 10}),
-    "AdvAE": Member(kind=AdvAE, train={**PGD, "architecture": "unet", "maps": 8, "epochs": 5}),
+    "AdvAE": Member(kind=AdvAE, train={**PGD, "architecture": "unet", "maps": 8, "epochs": 8}),
 }
