@@ -115,7 +115,10 @@ def status(
     for state in states:
         best = state["best"]
         said = (
-            f"{100 * best['attacked_accuracy']:.1f} % attacked ({best['threat']}), {best['candidate']}" if best else "-"
+            f"{100 * best['attacked_accuracy']:.1f} % attacked ({best['threat']}, {best['norm']} eps {best['eps']:g}), "
+            f"{best['candidate']}"
+            if best
+            else "-"
         )
         counts = [str(state[key]) for key in (*counted, "trials", "candidates")]
         table.add_row(state["name"], state["task"], *counts, said)
@@ -160,9 +163,9 @@ def attack(
     suite: Annotated[str, Option(help="the attacks (list attacks)")] = "standard",
     threat: Annotated[str | None, Option(help="oblivious, black-box or white-box; else the export's")] = None,
     norm: Annotated[str | None, Option(help="Linf or L2; else the export's")] = None,
-    eps: Annotated[float | None, Option(help="its bound, in pixel units of [0, 1]; else the export's")] = None,
+    eps: Annotated[str | None, Option(help="its bound, in pixel units of [0, 1], 8/255 too; else the export's")] = None,
     images: Annotated[int | None, Option(help="validation images; else as many as the search attacked")] = None,
-    substitute: Annotated[str | None, Option(help="the black-box attacker's architecture; else the partner")] = None,
+    substitute: Annotated[str | None, Option(help="the black-box attacker's architecture; else the study's")] = None,
     seed: Annotated[int, Option(help="of random starts, targets and noise")] = 1,
     data_dir: DataDir = None,
     as_json: Json = False,

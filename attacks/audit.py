@@ -11,21 +11,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attacks.corrected import PGD
-from attacks.probes import SLACK, Gate, at_most, noise_gate, quick_gates
+from attacks.probes import SLACK, Gate, at_most, noise_gate, noisy, quick_gates
 from attacks.robustness import Observation, Outsider, Robustness, check, craft_oblivious, evaluate, observe
-from attacks.suite import FGSM, PGD_10, PGD_40, SQUARE, SUITES, Attack, Suite, reproducible
+from attacks.suite import FGSM, NES_30, PGD_10, PGD_40, SQUARE, SUITES, Attack, Suite, reproducible
 from attacks.threat import ThreatModel
 from attacks.tidy import Draws, evaluating, project, seeded, steepest
-from attacks.view import View, bare, gradients, openings, stochastic
+from attacks.view import View, bare, gradients, limits, openings, stochastic
 
 PGD_20 = replace(PGD_10, name="pgd-20", steps=20, pace=0.1)
 PROBES = 32
-"""Images of the checks that attack anew; twice as many in that of convergence."""
+"""Images of the checks that attack anew; twice as many where few more are looked for."""
 TWICE = Suite(
     name="convergence",
     oblivious=(),
@@ -39,6 +40,8 @@ TRANSFERRED = 0.1
 """What one attack alone may leave of what all transferred images break."""
 SQUARE_GAIN = 0.002
 """What Square may find that the gradient attacks left, or two images. Source: AutoAttack's flag, 0.2 %."""
+ESTIMATED = 0.02
+"""What an estimated gradient may find that the model's own left; it finds nothing behind honest defenses."""
 MOVING = 0.05
 """By what share the loss may still rise in the last ten steps."""
 DISAGREE = 0.1
@@ -76,7 +79,7 @@ def audit(
     outsider: Outsider | None = None,
     baselines: Mapping[str, nn.Module] | None = None,
 ) -> Audit:
-    """Attack a model harder than a search does, and check that the attack itself can be believed.
+    """Attack a model anew, harder than the suite `search` does, and check that the attack itself can be believed.
 
     Args:
         target: a bare or defended classifier, logits_NK from images in [0, 1].
@@ -92,10 +95,9 @@ def audit(
     oblivious = craft_oblivious(suite, bare(target), *images, threat, seed)  # the baselines' classifier is the same
 
     def struck(model: nn.Module) -> Robustness:
-        black_box = None if outsider is None else outsider.craft(suite, model, *images, threat, seed)[0]
-        return observe(
-            suite, model, *images, threat, oblivious=oblivious, black_box=black_box, seed=seed, white_box=True
-        ).judge()
+        asked = (None, 0) if outsider is None else outsider.craft(suite, model, *images, threat, seed)
+        made: dict[str, Any] = {"oblivious": oblivious, "black_box": asked[0], "seed": seed, "white_box": True}
+        return replace(evaluate(suite, model, *images, threat, **made), queries=asked[1])
 
     found = struck(target)
     undefended = {} if bare(target) is target else {"undefended": bare(target)}
@@ -105,10 +107,11 @@ def audit(
     standing_DN = heavier.survivors
     gates = (
         *quick_gates(target, x_NCHW, y_N, seed=seed),
-        noise_gate(target, x_NCHW, y_N, threat, heavier, seed),
+        noise_gate(noisy(target, *images, threat, seed, len(heavier.clean.right)), heavier, limits(target)),
         probe.single_step(standing_DN),
         probe.transfer(found),
         probe.square(standing_DN),
+        probe.estimated(standing_DN),
         at_most(5, "convergence", "twice the steps and draws from another start find no more", lost, SLACK),
         probe.trajectory(standing_DN),
         *probe.budget(),
@@ -178,10 +181,11 @@ class _Probe:
     y_N: Tensor
     threat: ThreatModel
     seed: int
+    images: int = PROBES
 
     @property
     def few_N(self) -> Tensor:
-        return torch.arange(len(self.y_N), device=self.y_N.device) < PROBES
+        return torch.arange(len(self.y_N), device=self.y_N.device) < self.images
 
     def _share(self, verdicts_DN: Tensor) -> float:
         return float(verdicts_DN[:, self.few_N].double().mean())
@@ -216,6 +220,13 @@ class _Probe:
         gain = self._more(replace(SQUARE, settings=(("queries", 200),)), standing_DN)
         return at_most(4, "square", "Square finds nothing that the gradient attacks left", gain, limit)
 
+    def estimated(self, standing_DN: Tensor) -> Gate:
+        """Check 4: a gradient that is estimated from answers alone finds little that the model's own did not."""
+        law = "an estimated gradient breaks little that the model's own gradients left"
+        more = replace(self, images=2 * PROBES)
+        limit = SLACK if stochastic(self.target) else max(ESTIMATED, 1 / int(more.few_N.sum()))
+        return at_most(4, "estimated", law, more._more(NES_30, standing_DN), limit)
+
     def transfer(self, found: Robustness) -> Gate:
         """Check 4: who sees all breaks at least what images made on the bare classifier break."""
         fell_DN = found.clean.right & found.oblivious.wrong
@@ -249,7 +260,7 @@ class _Probe:
         rise = max(after - before for before, after in pairwise(left))
         farthest = 1.0 if self.threat.norm == "Linf" else math.sqrt(self.x_NCHW[0].numel())
         free = self._at(replace(self.threat, eps=farthest), PGD_20, limited=False)
-        with torch.no_grad():
+        with torch.no_grad(), reproducible(self.target, self.seed):
             chance = 1 / self.target(self.x_NCHW[:1]).shape[1]
         return (
             at_most(6, "budget", "a larger eps leaves no more", rise, SLACK),

@@ -9,6 +9,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
+from attacks.best import where
 from attacks.threat import Norm
 from attacks.tidy import Tidy, lengths, project, slope, steepest
 from spaces.space import InputError
@@ -59,7 +60,8 @@ class PGD(Tidy, torchattacks.PGD):  # type: ignore[misc]  # torchattacks is not 
             slope_NCHW, gain_N, found_N = self._look(moved_NCHW[going], aim_N[going])
             self.gains.append(gain_N.mean())
             if self.stops:
-                going, slope_NCHW = going[~found_N], slope_NCHW[~found_N]
+                left = (~found_N).nonzero().flatten()
+                going, slope_NCHW = going[left], slope_NCHW[left]
                 if len(going) == 0:
                     break
             step_NCHW = self.alpha * steepest(slope_NCHW, self.norm)
@@ -166,7 +168,8 @@ class CW(Tidy, torchattacks.CW):  # type: ignore[misc]  # torchattacks is not ty
             with torch.no_grad():
                 hit_N = ((logits_NK.argmax(1) == aim_N) == self.targeted) & (f_N <= -self.kappa)
                 better_N = hit_N & (squared_N < best_N)
-                best_N[better_N], best_NCHW[better_N] = squared_N[better_N], moved_NCHW[better_N]
+                best_N.copy_(torch.where(better_N, squared_N, best_N))
+                best_NCHW.copy_(where(better_N, moved_NCHW, best_NCHW))
                 found_N |= hit_N
         return found_N
 

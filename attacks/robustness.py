@@ -7,9 +7,9 @@ draws of a stochastic defense's noise (one where there is none).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -215,26 +215,10 @@ def evaluate(
     x_NCHW: Tensor,
     y_N: Tensor,
     threat: ThreatModel,
-    *,
-    oblivious: Mapping[str, Tensor] | None = None,
-    seed: int = 0,
-    white_box: bool = False,
-    standing_N: Tensor | None = None,
-    start: int = 0,
+    **options: Any,
 ) -> Robustness:
-    """Attack a bare or defended classifier and return the verdict on each sample; see `observe`."""
-    return observe(
-        suite,
-        target,
-        x_NCHW,
-        y_N,
-        threat,
-        oblivious=oblivious,
-        seed=seed,
-        white_box=white_box,
-        standing_N=standing_N,
-        start=start,
-    ).judge()
+    """Attack a bare or defended classifier and return the verdict on each sample; `options` are those of `observe`."""
+    return observe(suite, target, x_NCHW, y_N, threat, **options).judge()
 
 
 def observe(
@@ -370,12 +354,13 @@ def _met(
     What draws noise sees the whole batch, so that each draw's noise is the same for every version of an image: else an
     image would fall to the number of its versions.
     """
+    if len(chosen) == 0:
+        return replace(clean, bounded=bounded)
     if stochastic(target):
         return look(target, x_NCHW.index_copy(0, chosen, made_NCHW), y_N, seed, len(clean.right), bounded=bounded)
     right, suspicion_DNS = clean.right.clone(), clean.suspicion_DNS.clone()
-    if len(chosen):
-        one = look(target, made_NCHW, y_N[chosen], seed)
-        right[:, chosen], suspicion_DNS[:, chosen] = one.right, one.suspicion_DNS
+    one = look(target, made_NCHW, y_N[chosen], seed)
+    right[:, chosen], suspicion_DNS[:, chosen] = one.right, one.suspicion_DNS
     return Seen(right, suspicion_DNS, bounded)
 
 

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 from attacks.autoattack import APGD, FAB
 from attacks.corrected import CW, MIM, PGD, DeepFool, RandFGSM
+from attacks.nes import NES
 from attacks.selective import MixtureAttack, SelectivePGD
 from attacks.square import Square
 from attacks.tailored import ChoicePGD, LatentPGD
 from attacks.threat import Norm, ThreatModel
 from attacks.tidy import Draws, evaluating, lengths, seeded
-from attacks.view import Opening
+from attacks.view import Opening, rows
 from spaces.space import InputError
 
 BATCH = 256
+ROWS = 2560
+"""How many images pass through a network at once with their gradients: an image's draws and candidates each count."""
 ROUNDING = 1e-6
 """How far a pixel may lie outside its bounds before it is a fault: float32 rounds x + eps."""
 BOTH: tuple[Norm, ...] = get_args(Norm)
@@ -131,7 +134,8 @@ class Attack:
         with reproducible(model, seed), torch.enable_grad():
             labels_N = wrong_labels(y_N, _classes(model, x_NCHW), Draws(seed + 1, ids_N)) if self.targeted else y_N
             adversarial = []
-            for x, labels, ids in zip(x_NCHW.split(BATCH), labels_N.split(BATCH), ids_N.split(BATCH), strict=True):
+            size = max(1, min(BATCH, ROWS // rows(model)))
+            for x, labels, ids in zip(x_NCHW.split(size), labels_N.split(size), ids_N.split(size), strict=True):
                 attack.draws = Draws(seed, ids)
                 adversarial.append(attack(x, labels).detach())
         return self._verified(torch.cat(adversarial), x_NCHW, threat)
@@ -159,6 +163,7 @@ FGSM = Attack(name="fgsm", family=PGD, source="Goodfellow et al. 2014", steps=1,
 FGSM_TARGETED = replace(FGSM, name="fgsm-targeted", source="Kurakin et al. 2016; PuVAE Eq. 1", targeted=True)
 IFGSM = Attack(name="ifgsm", family=PGD, source=KURAKIN, steps=10, pace=0.1, settings=STILL, norms=BOTH)
 IFGSM_TARGETED = replace(IFGSM, name="ifgsm-targeted", source="PuVAE Eq. 2", targeted=True)
+IFGSM_CIFAR = replace(IFGSM_TARGETED, name="ifgsm-targeted-cifar", pace=0.5)
 RAND_FGSM = Attack(
     name="rand-fgsm", family=RandFGSM, source="Tramer et al. 2018; alpha 0.05 at eps 0.3", portions=(("alpha", 1 / 6),)
 )
@@ -215,6 +220,7 @@ SQUARE = Attack(
     norms=BOTH,
     through="exact",
 )
+NES_30 = Attack(name="nes-30", family=NES, source="Ilyas et al. 2018", steps=30, norms=BOTH, through="exact")
 SELECTIVE_10 = Attack(
     name="selective-10",
     family=SelectivePGD,
@@ -284,7 +290,7 @@ class Suite:
         oblivious, white_box = (
             tuple(attack for attack in group if threat.norm in attack.norms) for group in (blind, self.white_box)
         )
-        return replace(self, oblivious=oblivious, white_box=white_box)
+        return replace(self, oblivious=oblivious, white_box=white_box, transfer=())
 
 
 FIRST = (FGSM_TARGETED, IFGSM_TARGETED, FGSM, IFGSM)
@@ -306,7 +312,7 @@ SUITES: Mapping[str, Suite] = {
         Suite(
             name="full",
             oblivious=(*FIRST, RAND_FGSM, MIM_10, PGD_40, *AUTO, CW_L2, DEEPFOOL),
-            white_box=(FGSM, PGD_40, MIM_10, *TAILORED_40, APGD_DLR, *AUTO, MIXTURE),
+            white_box=(FGSM, PGD_40, MIM_10, *TAILORED_40, APGD_DLR, *AUTO, NES_30, MIXTURE),
             draws=20,
             looks=20,
             transfer=(*FIRST, RAND_FGSM, MIM_10, PGD_40, APGD_CE),
@@ -320,7 +326,12 @@ SUITES: Mapping[str, Suite] = {
         ),
         Suite(
             name="puvae-cifar",
-            oblivious=(FGSM_TARGETED, replace(IFGSM_TARGETED, pace=0.5), RAND_FGSM_CIFAR, CW_100),
+            oblivious=(
+                FGSM_TARGETED,
+                IFGSM_CIFAR,
+                RAND_FGSM_CIFAR,
+                CW_100,
+            ),
             white_box=(PGD_10, CHOICE_10),
             draws=2,
             eps=0.06,

@@ -27,6 +27,8 @@ class Purifier(Protocol):
     def openings(self) -> tuple[Opening, ...]: ...
     @property
     def stochastic(self) -> bool: ...
+    @property
+    def candidates_each(self) -> int: ...
     def purify(self, x_NCHW: Tensor) -> Tensor: ...
     def surrogate(self, x_NCHW: Tensor) -> Tensor: ...
     def suspicion(self, x_NCHW: Tensor) -> Tensor: ...
@@ -99,6 +101,13 @@ def bare(target: nn.Module) -> nn.Module:
 def gradients(target: nn.Module) -> tuple[Gradient, ...]:
     """Return the gradient sources that an attacker of `target` has."""
     return cast(Guarded, target).defense.gradients if hasattr(target, "defense") else ("exact",)
+
+
+def rows(model: nn.Module) -> int:
+    """Return how many images one image becomes on its way through a model."""
+    target = getattr(model, "target", model)
+    each = cast(Guarded, target).defense.candidates_each if hasattr(target, "defense") else 1
+    return int(getattr(model, "draws", 1)) * each
 
 
 def openings(target: nn.Module) -> tuple[Opening, ...]:

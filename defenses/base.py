@@ -93,8 +93,6 @@ class Defense(nn.Module):
     """Which classifier `fit` gets: the protected one, or its partner architecture (PuVAE's source classifier)."""
     differentiable: ClassVar[bool] = True
     """Whether a gradient flows through `purify`; where not, `surrogate` is overridden."""
-    descends: ClassVar[str | None] = None
-    """The inference knob that counts the steps of an optimisation in `purify`; None: there is none."""
 
     def __init__(self, train: Mapping[str, Scalar], inference: Mapping[str, Scalar], shape: Shape) -> None:
         super().__init__()
@@ -118,6 +116,16 @@ class Defense(nn.Module):
     def stochastic(self) -> bool:
         """Whether `purify` draws noise at the present inference setting."""
         return False
+
+    @property
+    def descends(self) -> str | None:
+        """The inference knob that counts the steps of an optimisation in `purify`; None: there is none."""
+        return None
+
+    @property
+    def candidates_each(self) -> int:
+        """How many images `purify` makes of one, all of which pass through its networks at once."""
+        return 1
 
     @property
     def gradients(self) -> tuple[Gradient, ...]:

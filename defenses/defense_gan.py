@@ -56,12 +56,19 @@ class DefenseGAN(Defense):
 
     Train = Train
     Inference = Inference
-    descends = "steps"
     differentiable = False
 
     @property
     def stochastic(self) -> bool:
         return True
+
+    @property
+    def descends(self) -> str | None:
+        return "steps"
+
+    @property
+    def candidates_each(self) -> int:
+        return int(self.inference_knobs.restarts)
 
     def build(self) -> None:
         """Build the generator: a dense layer to 4 x 4, and transposed convolutions that double. Source: the code.

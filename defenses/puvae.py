@@ -63,6 +63,10 @@ class PuVAE(Defense):
     def stochastic(self) -> bool:
         return self.inference_knobs.sigma_eps > 0
 
+    @property
+    def candidates_each(self) -> int:
+        return self.shape.classes
+
     def build(self) -> None:
         k, s = self.train_knobs, self.shape
         self.planes = k.label_injection == "planes"

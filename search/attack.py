@@ -28,7 +28,7 @@ from search import tasks
 from search.architectures import ARCHITECTURES
 from search.export import load
 from search.store import write_atomic
-from search.study import HELD_OUT
+from search.study import HELD_OUT, as_written
 from search.tasks import task as find_task
 from spaces.space import InputError, choose
 
@@ -44,7 +44,7 @@ def attack(
     *,
     knowledge: str | None = None,
     norm: str | None = None,
-    eps: float | None = None,
+    eps: float | str | None = None,
     images: int | None = None,
     substitute: str | None = None,
     data_dir: str | None = None,
@@ -55,7 +55,7 @@ def attack(
     Args:
         knowledge, norm, eps: the threat model; else the export's, and in L2 eps must be given.
         images: of the validation split; else as many as the search attacked.
-        substitute: the architecture of the black-box attacker's network; else the task's partner.
+        substitute: the architecture of the black-box attacker's network; else the study's.
         seed: another one than the search's gives other random starts and targets.
 
     Returns:
@@ -74,7 +74,8 @@ def attack(
     task = find_task(config["task"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x_NCHW, y_N = (t.to(device) for t in tasks.load(task.dataset, "validation", data_dir, None))
-    own = find_task(f"{task.dataset}/{substitute or task.partner}").classifier
+    partner = find_task(f"{task.dataset}/{config['classifier']}").partner
+    own = find_task(f"{task.dataset}/{substitute or config['study'].get('substitute') or partner}").classifier
     outsider = Outsider(x_NCHW[-HELD_OUT:], lambda: ARCHITECTURES[own].build(task.shape))
     free = len(y_N) - (HELD_OUT if threat.knowledge == "black-box" else 0)
     wanted = min(known["images"], free) if images is None else images
@@ -100,6 +101,7 @@ def attack(
         "images": wanted,
         "split": "validation",
         "draws": LOOKS if stochastic(target) else 1,
+        "draws_in_a_gradient": attacks.draws if stochastic(target) else 1,
         "seed": seed,
         "seconds": round(time.monotonic() - start, 1),
         "clean": _figures(found.clean, wanted),
@@ -111,7 +113,7 @@ def attack(
         "undefended_trail": dict(undefended.trail),
         "budgets": _budgets(attacks, threat),
     }
-    name = f"{suite}-{threat.knowledge}-{threat.norm}-{threat.eps:g}"
+    name = f"{suite}-{threat.knowledge}-{threat.norm}-{threat.eps:g}-images-{wanted}-seed-{seed}"
     write_atomic(folder / "attacks" / f"{name}.json", json.dumps(table, indent=1).encode())
     write_atomic(folder / "attacks" / f"{name}.md", page(table).encode())
     return table
@@ -145,10 +147,12 @@ undefended {_percent(table["undefended"]["accuracy"])}. Mean of {table["draws"]}
 """
 
 
-def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: float | None) -> ThreatModel:
+def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: float | str | None) -> ThreatModel:
     if eps is None and norm not in (None, own.norm):
         raise InputError(f"eps must be given where the norm is not the export's, {own.norm}, but is not")
-    given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": eps}
+    if isinstance(bound := as_written(eps), str):
+        raise InputError(f"eps must be a number or a fraction, but is {eps!r}")
+    given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": bound}
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -29,8 +29,7 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
 
     Args:
         found: the audit's attacks.
-        again: the search's, run again. Its verdicts count too, unless the defense draws noise: then the audit's draws
-            are the final ones.
+        again: the search's, run again. Its verdicts count too.
     """
     score, images, threat = candidate.score, candidate.score.images, candidate.score.threat
     audited = found.robustness
@@ -51,15 +50,14 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
     }
     attacks = {"search": dict(score.attacks), "audit": dict(audited.trail)}
     gates = (_named(attacks, budgets, threat), *found.gates, reproduced, separate)
-    both = [
-        one & other if one.right.shape == other.right.shape else one
+    attacked, oblivious, strongest = (
+        _worse(one, other)
         for one, other in (
             (audited.attacked, again.attacked),
             (audited.oblivious, again.oblivious),
             (audited.strongest, again.strongest),
         )
-    ]
-    attacked, oblivious, strongest = both
+    )
     return {
         "alarms": [*(f"{gate.name}: {gate.law}" for gate in gates if not gate.passed), *score.alarms],
         "candidate": candidate.candidate,
@@ -73,8 +71,8 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
         "attacked_accuracy_of_the_search": score.attacked_accuracy,
         **figures("oblivious", oblivious, images),
         **figures("white_box", strongest, images),
-        "black_box_accuracy": score.black_box_accuracy,
-        "black_box_queries": score.queries,
+        "black_box_accuracy": attacked.accuracy if audited.black_box else None,
+        "black_box_queries": audited.queries,
         **figures("clean", audited.clean, images),
         "clean_error": audited.clean.error,
         "clean_rejection": audited.clean.rejection,
@@ -109,6 +107,16 @@ def _named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any
     known = {one["attack"] for suite in budgets.values() for one in (*suite["oblivious"], *suite["white_box"])}
     ran = {name.partition("/")[2].partition(" (")[0] for trail in attacks.values() for name in trail}
     return at_most(1, "named", f"every attack has a name and a budget ({threat})", len(ran - known), 0.0)
+
+
+def _worse(one: Verdict, other: Verdict) -> Verdict:
+    """Return what both left; of a defense that draws noise what left less, for a draw of the one is none of the other.
+
+    A search that judged by fewer draws than the audit does not count against it.
+    """
+    if len(one.right) == 1:
+        return one & other
+    return min(one, other, key=lambda verdict: verdict.accuracy) if len(other.right) == len(one.right) else one
 
 
 def figures(name: str, verdict: Verdict, images: int) -> dict[str, Any]:
@@ -156,9 +164,10 @@ def card(candidate: Candidate, evidence: Mapping[str, Any]) -> str:
 
 {warning}Attacked accuracy **{100 * evidence["attacked_accuracy"]:.1f} %** (95 % interval {100 * low:.1f} to \
 {100 * high:.1f}) under {score.threat}; white-box {100 * evidence["white_box_accuracy"]:.1f} %, oblivious \
-{100 * evidence["oblivious_accuracy"]:.1f} %, clean {100 * score.clean_accuracy:.1f} %, on {score.images} validation
-images. {_spread(evidence)}{_rejection(evidence)}Trained on {evidence["train_images"]} images. Chosen on validation
-images, of which the choice made the best: the figure is optimistic, and the test split was not opened.
+{100 * evidence["oblivious_accuracy"]:.1f} %, clean {100 * evidence["clean_accuracy"]:.1f} %, on {score.images} \
+validation images. {_spread(evidence)}{_rejection(evidence)}Trained on {evidence["train_images"]} images.
+Chosen on validation images, of which the choice made the best: the figure is optimistic, and the test split was not
+opened.
 
 | beside it, at the same budget | clean | attacked | oblivious | white-box |
 | --- | --- | --- | --- | --- |

@@ -15,6 +15,7 @@ from safetensors.torch import load as from_bytes
 
 import defenses
 from attacks.audit import audit
+from attacks.suite import AttackError
 from defenses.base import Defended, Shape
 from search.architectures import ARCHITECTURES
 from search.evidence import card, evidence
@@ -55,16 +56,21 @@ def export(
     _, defense = bench.fit(candidate.params, silent)
     target = Defended(defense, bench.target.network)
     exam = bench.exam
-    found = audit(
-        target,
-        exam.x_NCHW,
-        exam.y_N,
-        exam.threat,
-        seed=study.seed + 1,
-        outsider=exam.outsider,
-        baselines=bench.adversarially_trained(),
-    )
-    known = evidence(bench, candidate, found, exam.observe(target).judge()) | {"refused_before_it": refused}
+    try:
+        found = audit(
+            target,
+            exam.x_NCHW,
+            exam.y_N,
+            exam.threat,
+            seed=study.seed + 1,
+            outsider=exam.outsider,
+            baselines=bench.adversarially_trained(),
+        )
+    except (AttackError, InputError) as error:
+        raise AlarmError(f"{candidate.candidate} cannot be audited: {error}") from None
+    aimed = Defended(defense.at(bench.aimed(candidate.params).inference), bench.target.network)
+    again = exam.observe(aimed).judge(defense.at(candidate.params.inference).limits())
+    known = evidence(bench, candidate, found, again) | {"refused_before_it": refused}
     if known["alarms"] and not despite_alarms:
         raise AlarmError(f"{candidate.candidate} raised {len(known['alarms'])} alarm(s): {'; '.join(known['alarms'])}")
     config = {

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attacks.probes import Gate, noise_gate, quick_gates
-from attacks.robustness import Observation, Outsider, Robustness, evaluate, observe
+from attacks.probes import Gate, noise_gate, noisy, quick_gates
+from attacks.robustness import Observation, Outsider, Seen, evaluate, observe
 from attacks.suite import SUITES, Suite
 from attacks.threat import Knowledge, ThreatModel
 from search.latency import Latency
@@ -93,6 +93,7 @@ class Candidate:
             "state": "finished",
             "device": s.device,
             "queries": s.queries,
+            "norm": s.threat.norm,
             **s.attacks,
         }
 
@@ -111,6 +112,15 @@ class Candidate:
             "risk_coverage": tuple((rejection, error) for rejection, error in data["score"]["risk_coverage"]),
         }
         return cls(**{**data, "params": Params(**data["params"]), "score": Score(**score)})
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a target said under attack, its cheap gates, and what it said of noise."""
+
+    found: Observation
+    gates: tuple[Gate, ...]
+    noise: Seen
 
 
 @dataclass(frozen=True)
@@ -150,19 +160,21 @@ class Exam:
         )
         return replace(found, queries=queries)
 
-    def gates(self, target: nn.Module, verdict: Robustness) -> tuple[Gate, ...]:
-        """Return the audit's cheap checks."""
-        images = (self.x_NCHW, self.y_N)
-        noise = noise_gate(target, *images, self.threat, verdict, self.seed)
-        return *quick_gates(target, *images, seed=self.seed), noise
+    def probe(self, target: nn.Module, found: Observation) -> Probed:
+        """Run the audit's cheap checks, which serve every setting of the thresholds."""
+        images, looks = (self.x_NCHW, self.y_N), len(found.clean.right)
+        noise = noisy(target, *images, self.threat, self.seed, looks)
+        return Probed(found, quick_gates(target, *images, seed=self.seed), noise)
 
-    def score(self, verdict: Robustness, gates: tuple[Gate, ...], latency: Latency | None) -> Score:
+    def score(self, probed: Probed, limits_S: Tensor, latency: Latency | None) -> Score:
         """Return the figures of a bare or defended classifier.
 
         Args:
-            verdict: of what `observe` found.
+            limits_S: its thresholds.
             latency: None where there is nothing that purifies.
         """
+        verdict = probed.found.judge(limits_S)
+        gates = (*probed.gates, noise_gate(probed.noise, verdict, limits_S))
         attacked = verdict.attacked
         return Score(
             threat=self.threat,

@@ -51,7 +51,15 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
 
 def proceed(study: Study, console: Console, *, debug: bool) -> int:
     """Go on with a search and return the exit code."""
-    return _run(study, Record(study).candidates() if journal(study).exists() else [], console, debug=debug)
+    known = Record(study).candidates() if journal(study).exists() else []
+    threat = study.plan().threat
+    for candidate in known:
+        if candidate.score.threat != threat:
+            raise InputError(
+                f"a search must go on under its own threat model, {candidate.score.threat}, but its study says "
+                f"{threat} by now: name the former's eps in {study.folder / 'study.yaml'}"
+            )
+    return _run(study, known, console, debug=debug)
 
 
 def names(storage: Path) -> list[str]:

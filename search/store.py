@@ -102,8 +102,9 @@ class Store:
         return dict(entry["about"])
 
     def keys(self, kind: str) -> list[str]:
-        """Return the entries of a kind, whole or damaged."""
-        return sorted(path.parent.name for path in (self.root / kind).glob("[!.]*/entry.json"))
+        """Return the whole entries of a kind; a damaged one is set aside."""
+        found = sorted(path.name for path in (self.root / kind).glob("[!.]*"))
+        return [key for key in found if self.get(kind, key) is not None]
 
     def put(self, kind: str, key: str, files: Mapping[str, bytes], about: Mapping[str, object]) -> Path:
         """Write an entry in full and return its folder; the caller holds its lock and saw that it is not there.

@@ -51,7 +51,7 @@ class Study(BaseModel):
     )
     substitute: str | None = Field(
         None,
-        description="the architecture of the black-box attacker's substitute (list tasks); else the task's partner",
+        description="the black-box attacker's architecture (list tasks); else the protected one's partner",
     )
     suite: str = Field("search", description="the attacks that score a candidate (list attacks)")
     max_latency_ms: float | None = Field(
@@ -110,11 +110,7 @@ class Study(BaseModel):
     @field_validator("eps", mode="before")
     @classmethod
     def _may_be_a_fraction(cls, eps: object) -> object:
-        """Take 8/255 as it is written in papers."""
-        try:
-            return float(Fraction(eps)) if isinstance(eps, str) and "/" in eps else eps
-        except (ValueError, ZeroDivisionError):
-            return eps
+        return as_written(eps)
 
     @field_validator("data_dir")
     @classmethod
@@ -158,7 +154,7 @@ class Study(BaseModel):
                 f"eval_images must leave a black-box attacker {HELD_OUT} images, at most {free}, but is {images}"
             )
         _buildable(defense, space, task)
-        substitute = find_task(f"{task.dataset}/{self.substitute or task.partner}").classifier
+        substitute = find_task(f"{task.dataset}/{self.substitute or protected.partner}").classifier
         threat = ThreatModel(self.norm, self._eps(suite, task), self.threat)
         within = suite.within(threat)
         return Plan(task, protected.classifier, substitute, defense, space, threat, within, images)
@@ -202,6 +198,14 @@ class Plan:
         domain = self.space.train.get("epochs")
         values = () if domain is None else finite(domain) or (domain.high,)  # type: ignore[attr-defined]
         return max((int(value) for value in values), default=1)
+
+
+def as_written(eps: object) -> object:
+    """Take 8/255 as it is written in papers."""
+    try:
+        return float(Fraction(eps)) if isinstance(eps, str) else eps
+    except (ValueError, ZeroDivisionError):
+        return eps
 
 
 def _buildable(defense: type[Defense], space: SearchSpace, task: Task) -> None:

@@ -146,7 +146,7 @@ class Tracker(Listener):
 
     def _threat(self) -> dict[str, Any]:
         threat = self._undefended.score.threat
-        return {"threat": threat.knowledge, "eps": threat.eps}
+        return {"threat": threat.knowledge, "norm": threat.norm, "eps": threat.eps}
 
     def _progress(self) -> dict[str, float]:
         best = next(iter(feasible(self._study, self._candidates)), None)

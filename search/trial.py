@@ -24,18 +24,17 @@ import attacks.suite
 import attacks.tidy
 import defenses
 from attacks.coverage import Point, pick, risk_coverage
-from attacks.probes import Gate
-from attacks.robustness import Observation, Outsider
+from attacks.robustness import Outsider
 from attacks.view import View
 from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
 from search import classifiers, tasks
 from search.architectures import ARCHITECTURES
 from search.classifiers import Classifier
 from search.latency import Lane, Latency, device_name, measure
-from search.score import Candidate, Exam
+from search.score import Candidate, Exam, Probed
 from search.store import Store, fingerprint, to_bytes, write_atomic
 from search.study import HELD_OUT, Study
-from spaces.space import GRID_LIMIT, Params, Scalar, SearchSpace, draw
+from spaces.space import GRID_LIMIT, InputError, Params, Scalar, SearchSpace, draw
 
 Report = Callable[[int, Metrics], None]
 """Told of each epoch, counted from 1; it may raise to stop the trial, whose progress stays in the store."""
@@ -76,8 +75,8 @@ def baseline(study: Study, store: Store) -> Candidate:
     """Return the bare classifier as a candidate, scored by the same suite on the same images."""
     bench = Bench.of(study, store)
     bare, exam = bench.target.network, bench.exam
-    verdict = exam.observe(bare).judge()
-    score = exam.score(verdict, exam.gates(bare, verdict), None)
+    found = exam.observe(bare)
+    score = exam.score(exam.probe(bare, found), found.limits_S, None)
     return Candidate(
         candidate="undefended",
         fit=bench.target.fingerprint,
@@ -208,13 +207,19 @@ class Bench:
     def adversarially_trained(self) -> dict[str, nn.Module]:
         """Return the static baseline beside a winner: the adversarially trained classifier, where there is one.
 
-        Of those that searches of this storage trained on the same images it is the one of the best last epoch.
+        Of those that searches of this storage trained on the same images it is the one of the best last epoch, those
+        whose epochs were scored as this study scores them first.
         """
         fits = ((key, self.store.about("fits", key)) for key in self.store.keys("fits"))
         kind = ADVERSARIAL, self.study.task
         alike = [(key, about) for key, about in fits if (about["defense"], about["task"]) == kind]
-        for key, about in sorted(alike, key=lambda fit: -fit[1]["curve"][-1]["cheap"]):
-            defense = defenses.find(ADVERSARIAL)(about["knobs"], {}, self.plan.task.shape)
+        for key, about in sorted(
+            alike, key=lambda fit: (fit[1]["rungs"] != self.rungs(), -fit[1]["curve"][-1]["cheap"])
+        ):
+            try:
+                defense = defenses.find(ADVERSARIAL)(about["knobs"], {}, self.plan.task.shape)
+            except (TypeError, InputError):
+                continue  # of another version of the defense
             defense.adopt(self._adopted.network)
             entry = self.store.get("fits", key) if self._fingerprint(defense) == key else None
             if entry is not None:
@@ -243,22 +248,19 @@ class Bench:
         are searched: the least attacked error at the clean rejection that the study allows.
         """
         exam, scored = self.exam, dict[str, Candidate]()
-        groups: dict[str, tuple[Observation, tuple[Gate, ...]]] = {}
+        groups: dict[str, Probed] = {}
         for params in settings:
-            defended = Defended(defense.at(params.inference), self.target.network)
-            thresholds = defense.thresholds()
-            rest = fingerprint(**{name: value for name, value in params.inference.items() if name not in thresholds})
-            latency, wanted = self.latency(defense), [params]
+            thresholds, aimed = defense.thresholds(), self.aimed(params)
+            rest = fingerprint(**aimed.inference)
+            latency, wanted = self.latency(defense.at(params.inference)), [params]
             if rest not in groups:
+                defended = Defended(defense.at(aimed.inference), self.target.network)
                 with self.lane.working():
-                    said = exam.observe(defended)
-                    groups[rest] = said, exam.gates(defended, said.judge())
-                curve = risk_coverage(groups[rest][0]) if thresholds else []
+                    groups[rest] = exam.probe(defended, exam.observe(defended))
+                curve = risk_coverage(groups[rest].found) if thresholds and exam.outsider is None else []
                 wanted += self._picked(params, thresholds, curve)
-            found, gates = groups[rest]
             for one in wanted:
-                verdict = found.judge(defense.at(one.inference).limits())
-                score = exam.score(verdict, gates, latency)
+                score = exam.score(groups[rest], defense.at(one.inference).limits(), latency)
                 if one is not params:
                     score = replace(score, risk_coverage=tuple((p.clean_rejection, p.attacked_error) for p in curve))
                 mark = fingerprint(**one.inference)
@@ -274,6 +276,16 @@ class Bench:
                     score=score,
                 )
         return list(scored.values())
+
+    def aimed(self, params: Params) -> Params:
+        """Return the setting at which the attacks aim: that of the thresholds is the same for all of a fit.
+
+        But what a black-box attacker learns depends on what is rejected.
+        """
+        if self.plan.threat.knowledge == "black-box":
+            return params
+        usual, names = self.plan.space.usual(), self.plan.defense.thresholds()
+        return Params(params.train, {**params.inference, **{name: usual[name] for name in names}})
 
     def _picked(self, params: Params, thresholds: Sequence[str], curve: Sequence[Point]) -> list[Params]:
         """Return the setting with the thresholds that the curve picks; a threshold that the space fixes stays."""
@@ -378,7 +390,7 @@ class Bench:
 
     def _oblivious(self, x_NCHW: Tensor, y_N: Tensor) -> Mapping[str, Tensor]:
         """Return the images that depend on the classifier alone, each attack's made once for all searches."""
-        suite, threat = self.plan.suite.with_rungs().within(self.plan.threat), self.plan.threat
+        suite, threat = self.plan.suite.with_rungs(), self.plan.threat
         images = {}
         for attack in suite.oblivious:
             key = fingerprint(

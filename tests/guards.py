@@ -24,6 +24,8 @@ class Smooth(nn.Module):
     def openings(self) -> tuple[Opening, ...]:
         return () if self.darkest is None else ("rejection",)
 
+    candidates_each = 1
+
     @property
     def stochastic(self) -> bool:
         return self.noise > 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import attacks.suite
 from attacks.autoattack import APGD
 from attacks.corrected import PGD, RandFGSM
+from attacks.nes import NES
 from attacks.square import Square
 from attacks.suite import (
     CW_L2,
@@ -151,7 +152,7 @@ def test_the_seed_decides_and_another_one_matters_where_something_is_random(
     attack: Attack, threat: ThreatModel, held_out: Digits, classifier: nn.Module
 ) -> None:
     first, again, other = (attack.craft(classifier, *held_out, threat, seed) for seed in (7, 7, 8))
-    starts = attack.family in (RandFGSM, APGD, Square) or (attack.family is PGD and attack.settings != STILL)
+    starts = attack.family in (RandFGSM, APGD, Square, NES) or (attack.family is PGD and attack.settings != STILL)
     assert torch.equal(first, again)
     assert torch.equal(first, other) is not (starts or attack.targeted)
     renamed = replace(attack, name="another").craft(classifier, *held_out, threat, 7)
@@ -197,7 +198,7 @@ def test_the_budget_of_each_attack_can_be_written_down(attack: Attack) -> None:
     assert "Linf" in attack.norms and (attack.aims is None) == (attack.family.__module__ in PLAIN)
 
 
-PLAIN = ("attacks.corrected", "attacks.autoattack", "attacks.square")
+PLAIN = ("attacks.corrected", "attacks.autoattack", "attacks.square", "attacks.nes")
 
 
 def test_fgsm_moves_each_pixel_by_eps_along_the_sign_of_the_known_gradient() -> None:
@@ -345,7 +346,7 @@ PAPERS: list[tuple[str, float, str, dict[str, Any]]] = [
     ("puvae", 0.3, "rand-fgsm-targeted", {"eps": 0.3, "alpha": 0.05}),
     ("puvae", 0.3, "cw-100", {"steps": 100, "c": 0.01, "lr": 0.005, "binary_search_steps": 5}),
     ("puvae-cifar", 0.06, "fgsm-targeted", {"eps": 0.06, "alpha": 0.06, "steps": 1}),
-    ("puvae-cifar", 0.06, "ifgsm-targeted", {"eps": 0.06, "alpha": 0.03, "steps": 10}),
+    ("puvae-cifar", 0.06, "ifgsm-targeted-cifar", {"eps": 0.06, "alpha": 0.03, "steps": 10}),
     ("puvae-cifar", 0.06, "rand-fgsm-cifar", {"eps": 0.06, "alpha": 0.005}),
     ("puvae-cifar", 0.06, "cw-100", {"steps": 100}),
     ("advae", 0.3, "fgsm", {"eps": 0.3, "alpha": 0.3, "steps": 1}),
@@ -398,8 +399,9 @@ def test_the_standard_suite_is_autoattack(classifier: nn.Module) -> None:
 
 def test_a_suite_keeps_what_can_be_bounded_in_the_norm_and_each_has_something_in_both() -> None:
     for name, suite in SUITES.items():
-        assert suite.name == name and suite.within(replace(WHITE, knowledge="oblivious")) == suite
-        assert suite.within(WHITE) == replace(suite, oblivious=suite.transfer or suite.oblivious)
+        assert suite.name == name and suite.within(replace(WHITE, knowledge="oblivious")) == replace(suite, transfer=())
+        assert suite.within(WHITE) == replace(suite, oblivious=suite.transfer or suite.oblivious, transfer=())
+        assert suite.within(WHITE).within(WHITE) == suite.within(WHITE)
         in_l2 = suite.within(THREATS["L2"])
         assert in_l2.oblivious and in_l2.white_box
         assert not {"rand-fgsm", "mim-10"} & {attack.name for attack in (*in_l2.oblivious, *in_l2.white_box)}
