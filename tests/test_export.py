@@ -269,7 +269,7 @@ def test_an_export_is_attacked_by_any_suite(
     sources = {f"white-box/pgd-5 ({source})" for source in ("surrogate", "bpda", "exact")}
     assert set(table["trail"]) == {"oblivious/ifgsm-targeted"} | sources
     assert {budget["attack"] for budget in table["budgets"]} == {"ifgsm-targeted", "pgd-5"}
-    kept = folder / "attacks" / "quick-white-box-Linf-0.1"
+    kept = folder / "attacks" / "quick-white-box-Linf-0.1-images-40-seed-1"
     assert json.loads(kept.with_name(kept.name + ".json").read_text()) == table
     assert "white-box, Linf eps 0.1" in kept.with_name(kept.name + ".md").read_text()
     load(folder)  # which the tables have not changed
@@ -280,7 +280,7 @@ def test_a_black_box_attacker_asks_the_whole_pipeline_and_is_weaker(folder: Path
     assert table["black_box_queries"] == 150 * 2**6
     assert table["images"] == 30  # of 180; the attacker starts from the others
     assert set(table["trail"]) == {"black-box/ifgsm-targeted"}
-    white = json.loads((folder / "attacks" / "quick-white-box-Linf-0.1.json").read_text())
+    white = json.loads((folder / "attacks" / "quick-white-box-Linf-0.1-images-40-seed-1.json").read_text())
     assert white["attacked"]["accuracy"] < table["attacked"]["accuracy"] <= table["clean"]["accuracy"] + 0.05
 
 

@@ -218,5 +218,5 @@ ZOO: Mapping[str, Member] = {
 PGD: Mapping[str, Scalar] = {"eps": 0.1, "pgd_steps": 3, "pgd_step_size": 0.06, "learning_rate": 5e-3, "batch_size": 64}
 HONEST: Mapping[str, Member] = {
     "adversarial training": Member(kind=AdversarialTraining, train={**PGD, "start": "pretrained", "epochs": 10}),
-    "AdvAE": Member(kind=AdvAE, train={**PGD, "architecture": "unet", "maps": 8, "epochs": 6}),
+    "AdvAE": Member(kind=AdvAE, train={**PGD, "architecture": "unet", "maps": 8, "lambda_rec": 0.2, "epochs": 6}),
 }
