@@ -11,11 +11,13 @@ from optuna.trial import TrialState
 from defenses.base import Metrics
 from search.events import Listener, State
 from search.halving import Halving
+from search.latency import Latency
+from search.ranking import front
 from search.score import Candidate
 from search.searcher import Proposer
 from search.study import Study
 from search.trial import store_of
-from spaces.space import Params
+from search.work import Proposal
 
 
 class Conductor:
@@ -33,31 +35,52 @@ class Conductor:
         self.halving = Halving(
             epochs=study.plan().epochs, grace=study.grace, factor=study.halving, patience=study.patience
         )
-        self._params: dict[str, Params] = {}
+        self._running: dict[str, Proposal] = {}
         self._curves: dict[str, dict[int, float]] = {}
         self._began: dict[str, float] = {}
-        self._open = False
+        self._open = self._spent = self._exhausted = False
         for trial in proposer.trials():
             for epoch, score in trial.user_attrs.get("curve", []):
                 self.halving.stops(trial.user_attrs["trial"], epoch, score)
 
     @property
-    def left(self) -> int:
-        """How many trials are still to be run."""
-        return max(0, self.study.trials - self.proposer.ended())
+    def done(self) -> bool:
+        """Whether nothing more will be proposed."""
+        return self._exhausted or (not self._trains and not self._running and not self.proposer.refinements_left())
 
-    def next(self) -> tuple[str, Params] | None:
-        """Return the next trial, or None where the space is exhausted."""
-        proposal = self.proposer.propose()
+    def next(self) -> Proposal | None:
+        """Return what is to be run next; None where nothing is, for now or, if `done`, for good.
+
+        The trainings come first; when the last of them has ended, the best fits are refined.
+        """
+        proposal = self.proposer.propose() if self._trains else None
+        self._spent |= self._trains and proposal is None
+        if proposal is None and all(running.refines for running in self._running.values()):
+            proposal = self.proposer.refine()
+            self._exhausted = proposal is None
         if proposal is not None:
-            self._params[proposal[0]] = proposal[1]
+            self._running[proposal.name] = proposal
         return proposal
+
+    @property
+    def _trains(self) -> bool:
+        running = sum(not proposal.refines for proposal in self._running.values())
+        return not self._spent and self.proposer.ended() + running < self.study.trials
+
+    def leaders(self) -> list[Candidate]:
+        """Return the candidates of the front whose latency is to be measured again: one of each latency."""
+        found = front(self.study, self.proposer.candidates())
+        return list({candidate.score.latency_ms_p50: candidate for candidate in found}.values())
+
+    def clocked(self, candidate: Candidate, again: Latency) -> None:
+        """Keep the latency that a candidate of the front had when all was quiet."""
+        self.proposer.note(f"clocked {candidate.candidate}", again.to_json())
 
     def started(self, name: str) -> None:
         """Take note that a trial runs now, for the first time or after its worker died."""
         self._began.setdefault(name, time.time())
         for listener in self.listeners:
-            listener.trial_started(name, self._params[name])
+            listener.trial_started(name, self._running[name].params)
 
     def epoch(self, name: str, fit: str, epoch: int, metrics: Metrics) -> bool:
         """Take an epoch's metrics, and return whether the trial stops here; a fit that stops leaves no progress."""
@@ -100,6 +123,7 @@ class Conductor:
             listener.search_ended(state, candidates)
 
     def _about(self, name: str) -> dict[str, object]:
+        self._running.pop(name, None)
         seconds = time.time() - self._began.pop(name, time.time())
         return {"curve": sorted(self._curves.pop(name, {}).items()), "seconds": round(seconds, 3)}
 

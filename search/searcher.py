@@ -17,6 +17,7 @@ from search.ranking import OBJECTIVES, constraints
 from search.record import INTERRUPTED, Record, state_of, storage
 from search.score import Candidate
 from search.study import Study
+from search.work import Proposal
 from spaces.space import GRID_LIMIT, Params, SearchSpace, contains, draw
 
 RETRIES = 20
@@ -53,8 +54,8 @@ class Proposer(Record):
         self._rng = np.random.default_rng((self.study.seed, drawn))
         return study
 
-    def propose(self) -> tuple[str, Params] | None:
-        """Return the next trial's name and setting, or None where every training of the space is done."""
+    def propose(self) -> Proposal | None:
+        """Return the next training, or None where every one of the space is done."""
         seen = {_key(params) for params in self._proposed().values()}
         for attempt in itertools.count():
             if attempt >= RETRIES and not self._enqueue_unseen(seen):
@@ -70,7 +71,15 @@ class Proposer(Record):
             name = f"t{len(self._proposed()) + 1:03d}"
             trial.set_user_attr("trial", name)
         self._running[name] = trial
-        return name, params
+        return Proposal(name, params)
+
+    def refine(self) -> Proposal | None:
+        """Return an inference setting to try on one of the best fits, or None where enough were tried."""
+        return None
+
+    def refinements_left(self) -> int:
+        """Return how many are still to be tried."""
+        return 0
 
     def finish(self, name: str, candidates: Sequence[Candidate], about: Mapping[str, Any]) -> None:
         """Tell the study every candidate of a trial, the proposed one first."""

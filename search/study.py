@@ -73,9 +73,17 @@ class Study(BaseModel):
     cheap_images: int = Field(128, ge=1, description="of them, those that score a training after each epoch")
     epochs: int | None = Field(None, ge=1, description="epochs of a training; else the defense's own")
     classifier_epochs: int = Field(10, ge=1, description="epochs of the protected classifier and of its partner")
+    stopping: Literal["halving", "median", "none"] = Field(
+        "halving", description="the rule that stops trainings early, on their rung scores"
+    )
     grace: int = Field(1, ge=1, description="epochs before a training may be stopped")
     halving: float = Field(3.0, gt=1, description="of those that reach a rung one in so many goes on")
     patience: int = Field(8, ge=0, description="trainings that reach a rung before any is stopped there")
+    refine: int = Field(
+        24, ge=0, description="settings tried at the end on the best fits, where inference knobs are continuous"
+    )
+    warm_start: str | None = Field(None, description="a search of the storage, or an export's folder, to begin from")
+    trial_timeout: float | None = Field(None, gt=0, description="seconds after which a trial is given up; else never")
     gpus_per_trial: float | None = Field(None, ge=0, description="a fraction shares one; else 0.25 where there is one")
     cpus_per_trial: float = Field(1.0, gt=0, description="CPU cores of a trial")
     concurrent: int | None = Field(None, ge=1, description="trials at once; else what the cluster holds")

@@ -57,8 +57,11 @@ class TrialError(RuntimeError):
     """A trial cannot be finished, and trying again will not help."""
 
 
-def run_trial(study: Study, params: Params, store: Store, report: Report) -> list[Candidate]:
+def run_trial(study: Study, params: Params, store: Store, report: Report, *, alone: bool = False) -> list[Candidate]:
     """Train the fit of `params` or load it, and score it at every inference setting.
+
+    Args:
+        alone: score it at the proposed setting alone.
 
     Returns:
         The candidates, the proposed setting first.
@@ -68,7 +71,7 @@ def run_trial(study: Study, params: Params, store: Store, report: Report) -> lis
     """
     bench = Bench.of(study, store)
     key, defense = bench.fit(params, report)
-    return bench.candidates(key, defense, bench.settings(params))
+    return bench.candidates(key, defense, [params] if alone else bench.settings(params))
 
 
 def baseline(study: Study, store: Store) -> Candidate:
@@ -311,6 +314,11 @@ class Bench:
         about = self.store.about("latency", key)
         about.pop("knobs")
         return Latency(**about)
+
+    def clock(self, params: Params) -> Latency:
+        """Measure the latency of a stored fit's setting again; what the store holds stays."""
+        _, defense = self.fit(params, silent)
+        return measure(defense, self.lane, self.device)
 
     def picture(self, params: Params, path: Path, images: int = 10) -> Path:
         """Write a PNG with rows of clean, attacked (oblivious targeted iFGSM) and purified images."""

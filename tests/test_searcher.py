@@ -49,7 +49,7 @@ def six(params: Params, attacked: float = 0.5) -> list[Candidate]:
 def proposed(proposer: Proposer) -> tuple[str, Params]:
     proposal = proposer.propose()
     assert proposal is not None
-    return proposal
+    return proposal.name, proposal.params
 
 
 def test_every_candidate_of_a_trial_is_a_trial_of_the_study(study: Study) -> None:
@@ -77,9 +77,8 @@ def test_no_training_is_proposed_twice_and_an_exhausted_space_says_so(study: Stu
     proposer = Proposer(study)
     seen = []
     while (proposal := proposer.propose()) is not None:
-        name, params = proposal
-        seen.append(tuple(params.train.items()))
-        proposer.finish(name, six(params), {})
+        seen.append(tuple(proposal.params.train.items()))
+        proposer.finish(proposal.name, six(proposal.params), {})
     assert len(seen) == len(set(seen)) == proposer.space.trainings() == 8
 
 

@@ -1,0 +1,97 @@
+"""What a search's workers do, whoever runs them. No Ray, Optuna or W&B in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from defenses.base import Metrics
+from search import trial
+from search.latency import Latency
+from search.ranking import feasible, ranked
+from search.score import Candidate
+from search.study import Study
+from search.trial import Bench, store_of
+from spaces.space import Params
+
+Report = Callable[[str, int, Metrics], None]
+"""Hears the fit's fingerprint, the epoch and its metrics; it may raise BaseException to stop the trial."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a worker is asked for.
+
+    Args:
+        name: t001, t002, ... of a training, r001, r002, ... of a refinement.
+        refines: score a stored fit at this one inference setting, and train nothing.
+    """
+
+    name: str
+    params: Params
+    refines: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What workers are asked to do; `benchmarks/scale.py` puts something else in its place, to time the engine alone.
+
+    Its members are functions of modules, so that they travel to a worker by name.
+    """
+
+    needed: Callable[[Study], list[str]]
+    classifier: Callable[[Study, str], None]
+    undefended: Callable[[Study], Candidate]
+    execute: Callable[[Study, Proposal, Report], dict[str, Any]]
+    clock: Callable[[Study, Candidate], Latency]
+
+
+def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
+    """Run one trial to its end and return its last report."""
+    store = store_of(study)
+    try:
+        bench = Bench.of(study, store)
+        fit = bench.fingerprint(proposal.params)
+        candidates = trial.run_trial(
+            study, proposal.params, store, lambda epoch, metrics: report(fit, epoch, metrics), alone=proposal.refines
+        )
+        best = (*feasible(study, candidates), *ranked(candidates))[0]
+        path = study.folder / "pictures" / f"{proposal.name}.png"
+        return {
+            "candidates": [candidate.to_json() for candidate in candidates],
+            "curve": bench.curve(fit),
+            "picture": _drawn(bench, best.params, path),
+        }
+    except Exception as error:  # whatever a defense raises is the trial's failure, not the search's
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def _drawn(bench: Bench, params: Params, path: Path) -> str:
+    """Return the path of a trial's picture, or nothing: a disk that is full must not cost the candidates."""
+    try:
+        return str(bench.picture(params, path))
+    except OSError:
+        return ""
+
+
+def _needed(study: Study) -> list[str]:
+    return sorted(Bench.of(study, store_of(study)).needed())
+
+
+def _classifier(study: Study, architecture: str) -> None:
+    Bench.of(study, store_of(study)).classifier(architecture)
+
+
+def _undefended(study: Study) -> Candidate:
+    return trial.baseline(study, store_of(study))
+
+
+def _clock(study: Study, candidate: Candidate) -> Latency:
+    """Measure the latency of a stored fit's candidate again."""
+    bench = Bench.of(study, store_of(study))
+    return bench.clock(candidate.params)
+
+
+REAL = Work(_needed, _classifier, _undefended, execute, _clock)
