@@ -26,8 +26,9 @@ search: setup  ## the default search on real MNIST, embedded: local Ray, a journ
 	$(BIN)/python launch.py $(if $(wildcard runs/$(RUN)/study.yaml),resume $(RUN),search --name $(RUN) --config search/quickstart.yaml)
 	$(BIN)/python launch.py export $(RUN) --top 1
 
+# A file stays with one worker, since its tests share what they train; one thread each, or two would fight for a core.
 test: setup  ## the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.ready  ## ruff and mypy --strict
 	$(BIN)/ruff check .

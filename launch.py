@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,20 @@ from spaces.space import InputError, SearchSpace, choose, spoken
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Fetch, check and list the data sets.")
 app.add_typer(data, name="data")
-console = Console(width=None if sys.stdout.isatty() else 1000)  # what is piped is never cut
 
-Storage = Annotated[str, Option(help="the folder that holds searches and the store")]
+
+class Screen(Console):
+    """The terminal, or what the output is piped to, such as `head`."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence: whoever listened has heard enough, but a search has not ended."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = Screen(width=None if sys.stdout.isatty() else 1000)  # what is piped is never cut
+
+Storage = Annotated[str, Option(help="the folder or URI that holds searches and the store")]
 Json = Annotated[bool, Option("--json", help="print JSON")]
 DataDir = Annotated[str | None, Option(help="the data cache; else $CRUCIBLE_DATA or ~/.cache/crucible")]
 
@@ -96,13 +108,14 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say what runs, what is done, and the best so far."""
-    from search import session
+    from search import courier, session
+    from search.progress import board, details
 
-    names = [name] if name else session.names(Path(storage))
+    names = [name] if name else courier.names(storage)
     states = []
     for each in names:
         try:
-            states.append(session.status(_study(each, storage)))
+            states.append(session.status(courier.opened(each, storage, whole=False)))
         except InputError as error:
             if name:
                 raise
@@ -110,19 +123,9 @@ def status(
     if as_json:
         typer.echo(json.dumps(states[0] if name else states, indent=1))
         return
-    counted = ("finished", "running", "interrupted", "pruned", "failed")
-    table = Table("search", "task", *counted, "of", "candidates", "best", box=None)
-    for state in states:
-        best = state["best"]
-        said = (
-            f"{100 * best['attacked_accuracy']:.1f} % attacked ({best['threat']}, {best['norm']} eps {best['eps']:g}), "
-            f"{best['candidate']}"
-            if best
-            else "-"
-        )
-        counts = [str(state[key]) for key in (*counted, "trials", "candidates")]
-        table.add_row(state["name"], state["task"], *counts, said)
-    console.print(table)
+    console.print(board(states))
+    for line in details(states[0]) if name else ():
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -198,14 +201,14 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List defenses with their knobs, attacks with their suites, spaces, tasks or searches."""
-    from search import session
+    from search import courier
 
     listings: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "defenses": _defenses,
         "attacks": _attacks,
         "spaces": _spaces,
         "tasks": _tasks,
-        "searches": lambda: [{"search": name} for name in session.names(Path(storage))],
+        "searches": lambda: [{"search": name} for name in courier.names(storage)],
     }
     _print(listings[choose("what to list", what, list(listings))](), as_json)
 
@@ -215,7 +218,7 @@ def doctor(storage: Storage = "runs", data_dir: DataDir = None, as_json: Json = 
     """Say what this machine can do, and what is missing, each with its remedy."""
     from search.doctor import examine
 
-    findings = examine(Path(storage), data_dir)
+    findings = examine(storage, data_dir)
     _print([vars(finding) for finding in findings], as_json)
     if any(not finding.well for finding in findings):
         raise typer.Exit(1)
@@ -273,13 +276,9 @@ def _value(text: str) -> Any:
 
 
 def _study(name: str, storage: str) -> Study:
-    from search import session
+    from search import courier
 
-    known = session.names(Path(storage))
-    if not known:
-        raise InputError(f"a search must exist, but there is none in {storage}; begin one with `search`")
-    choose("the search", name, known)
-    return read(Path(storage) / name / "study.yaml", {"storage": storage})
+    return courier.opened(name, storage)
 
 
 def _defenses() -> list[dict[str, Any]]:
@@ -363,6 +362,13 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        from search.store import trouble
+
+        if (reason := trouble(error)) is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return int(result or 0)

@@ -27,12 +27,17 @@ from spaces.space import knob
 class Train(Knobs):
     attack: str = knob("pgd", CategoricalDistribution(("fgsm", "pgd")), "what makes each step's adversarial images")
     eps: float = knob(0.3, FloatDistribution(0.0, 1.0), "their L-infinity bound, in pixel units of [0, 1]")
-    pgd_steps: int = knob(40, IntDistribution(1, 1000), "pgd: gradient steps; AdvAE on MNIST 40, on CIFAR-10 10")
-    pgd_step_size: float = knob(0.01, FloatDistribution(1e-4, 1.0, log=True), "pgd: step, in pixel units; AdvAE's")
+    pgd_steps: int = knob(
+        40, IntDistribution(1, 1000), "gradient steps; AdvAE on MNIST 40, on CIFAR-10 10", given={"attack": ("pgd",)}
+    )
+    pgd_step_size: float = knob(
+        0.01, FloatDistribution(1e-4, 1.0, log=True), "step, in pixel units; AdvAE's", given={"attack": ("pgd",)}
+    )
     clean_share: float = knob(
         0.5,
         FloatDistribution(0.0, 1.0),
-        "fgsm: alpha, weight of the clean images' loss; pgd trains on adversarial images alone",
+        "alpha, weight of the clean images' loss; pgd trains on adversarial images alone",
+        given={"attack": ("fgsm",)},
     )
     start: str = knob(
         "scratch",

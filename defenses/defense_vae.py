@@ -25,7 +25,7 @@ from attacks.corrected import CW, DeepFool, RandFGSM
 from attacks.suite import BATCH, reproducible
 from attacks.view import Gradient
 from defenses.base import Batches, Defense, Knobs, Metrics, Tensors
-from spaces.space import InputError, knob
+from spaces.space import Condition, InputError, knob
 
 EPS = {"paper": (0.25, 0.3, 0.35, 0.4), "code": (0.2, 0.25, 0.3, 0.35)}
 """Of FGSM and of RAND+FGSM, in pixel units of [0, 1]. Source: section 4.1, and the code."""
@@ -37,6 +37,9 @@ DEEPFOOL = {"steps": 50, "overshoot": 0.02}
 """Of DeepFool's one version (inferred: section 4.2 names no setting); these are its authors' defaults."""
 ATTACKS = ("fgsm+rand+cw", "fgsm+rand", "fgsm+cw", "rand+cw", "fgsm+rand+deepfool", "fgsm+rand+cw+clean")
 """The paper's; those of Table 2, whose third is untrained; and, not the paper's, with the clean image itself."""
+WITH_CW: Condition = {"attacks": tuple(named for named in ATTACKS if "cw" in named)}
+RETRAINED: Condition = {"variant": ("rec", "e2e")}
+END_TO_END: Condition = {"variant": ("e2e",)}
 EDGE = 0.01
 """How near to 0 and 1 a bn_relu pixel counts: the BCE of 0 and 1 is infinite; nearer than this it did not train."""
 
@@ -57,13 +60,23 @@ class Train(Knobs):
     )
     eps_set: str = knob("paper", CategoricalDistribution(tuple(EPS)), "whose eps FGSM and RAND+FGSM have")
     eps_scale: float = knob(1.0, FloatDistribution(0.01, 2.0), "factor on these eps and on alpha; below 1 for colour")
-    cw_steps: int = knob(100, IntDistribution(1, 10_000), "steps of CW (the code's; the paper does not say)")
-    cw_c: float = knob(100.0, FloatDistribution(1e-3, 1e4, log=True), "weight of CW's class term (the code's)")
+    cw_steps: int = knob(
+        100, IntDistribution(1, 10_000), "steps of CW (the code's; the paper does not say)", given=WITH_CW
+    )
+    cw_c: float = knob(
+        100.0, FloatDistribution(1e-3, 1e4, log=True), "weight of CW's class term (the code's)", given=WITH_CW
+    )
     epoch_share: float = knob(1.0, FloatDistribution(0.001, 1.0), "share of the V N pairs an epoch shows, drawn anew")
     kl_weight: float = knob(1.0, FloatDistribution(0.0, 1e3), "of the KL divergence: Eq. 4 has 1, the code 0")
-    lambda_ce: float = knob(1.0, FloatDistribution(1e-4, 1e5, log=True), "lambda of Eq. 5 (the paper does not say)")
-    rec_share: float = knob(0.2, FloatDistribution(0.0, 0.9), "share of the epochs that retrain the copy (not said)")
-    e2e_share: float = knob(0.2, FloatDistribution(0.0, 0.9), "share that then tunes end to end (not said)")
+    lambda_ce: float = knob(
+        1.0, FloatDistribution(1e-4, 1e5, log=True), "lambda of Eq. 5 (the paper does not say)", given=END_TO_END
+    )
+    rec_share: float = knob(
+        0.2, FloatDistribution(0.0, 0.9), "share of the epochs that retrain the copy (not said)", given=RETRAINED
+    )
+    e2e_share: float = knob(
+        0.2, FloatDistribution(0.0, 0.9), "share that then tunes end to end (not said)", given=END_TO_END
+    )
     maps: int = knob(64, IntDistribution(1, 512), "base width of the convolutions, Table 6", latency=True)
     latent: int = knob(128, IntDistribution(1, 1024), "latent dimensions, Table 6", latency=True)
     deeper: int = knob(0, IntDistribution(0, 2), "3 x 3 layers on the smallest maps, appendix A", latency=True)
@@ -74,7 +87,9 @@ class Train(Knobs):
         latency=True,
     )
     learning_rate: float = knob(5e-4, FloatDistribution(1e-6, 1e-1, log=True), "Adam's on the VAE (the code's)")
-    rec_learning_rate: float = knob(1e-3, FloatDistribution(1e-6, 1e-1, log=True), "Adam's on the copy, section 4.3")
+    rec_learning_rate: float = knob(
+        1e-3, FloatDistribution(1e-6, 1e-1, log=True), "Adam's on the copy, section 4.3", given=RETRAINED
+    )
     batch_size: int = knob(16, IntDistribution(1, 4096), "pairs a step (the code's)")
     epochs: int = knob(5, IntDistribution(1, 1000), "of all phases together; section 4.1 has 5 for the VAE")
 

@@ -29,6 +29,7 @@ RIDGE = 1e-3
 """Share of its mean variance that keeps a class's covariance invertible where latent dimensions lie idle (inferred)."""
 PIXELS = 2**21
 """How many pixels are decoded at once in reclassification: some 2 GB with the paper's maps."""
+RECLASSIFIED = {"reclassify": (True,)}
 ENC, DEC = FloatDistribution(0.0, 1e9), FloatDistribution(-10.0, 1e9)
 
 
@@ -56,11 +57,20 @@ class Inference(Knobs):
     reclassify: bool = knob(
         False, CategoricalDistribution((False, True)), "search a code for doubted images, section 3.5", latency=True
     )
-    doubt_enc: float = knob(1.0, ENC, "beyond it an image is doubted; the paper's tau_enc", latency=True)
-    doubt_dec: float = knob(3.0, DEC, "beyond it an image is doubted; the paper's tau_dec", latency=True)
-    reclassify_steps: int = knob(30, IntDistribution(1, 10_000), "steps of that search (not said)", latency=True)
+    doubt_enc: float = knob(
+        1.0, ENC, "beyond it an image is doubted; the paper's tau_enc", latency=True, given=RECLASSIFIED
+    )
+    doubt_dec: float = knob(
+        3.0, DEC, "beyond it an image is doubted; the paper's tau_dec", latency=True, given=RECLASSIFIED
+    )
+    reclassify_steps: int = knob(
+        30, IntDistribution(1, 10_000), "steps of that search (not said)", latency=True, given=RECLASSIFIED
+    )
     reclassify_rate: float = knob(
-        3e-3, FloatDistribution(1e-5, 1.0, log=True), "Adam's in that search, in latent units (not said)"
+        3e-3,
+        FloatDistribution(1e-5, 1.0, log=True),
+        "Adam's in that search, in latent units (not said)",
+        given=RECLASSIFIED,
     )
 
 

@@ -45,7 +45,9 @@ class Train(Knobs):
         CategoricalDistribution(("mix", "fgsm", "pgd")),
         "on the bare classifier: FGSM and iFGSM of 2, 4 and 8 steps (the paper), FGSM, or PGD (AdvAE's HGD)",
     )
-    pgd_steps: int = knob(40, IntDistribution(2, 1000), "steps of PGD, each 4 / 3 eps / steps as in AdvAE")
+    pgd_steps: int = knob(
+        40, IntDistribution(2, 1000), "steps of PGD, each 4 / 3 eps / steps as in AdvAE", given={"attack": ("pgd",)}
+    )
     eps: float = knob(0.3, FloatDistribution(0.0, 1.0), "largest L-inf bound, in pixel units; 16 / 255 in the paper")
     strengths: int = knob(
         16,

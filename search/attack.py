@@ -114,6 +114,7 @@ def attack(
         "budgets": _budgets(attacks, threat),
     }
     name = f"{suite}-{threat.knowledge}-{threat.norm}-{threat.eps:g}-images-{wanted}-seed-{seed}"
+    (folder / "attacks").mkdir(exist_ok=True)
     write_atomic(folder / "attacks" / f"{name}.json", json.dumps(table, indent=1).encode())
     write_atomic(folder / "attacks" / f"{name}.md", page(table).encode())
     return table

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from search.sources import FULL, Progress
 from spaces.space import InputError
 
 HOME = "~/.cache/crucible"
+LEDGER = "decoded.json"
 
 
 class NoSpace(InputError):
@@ -94,7 +95,7 @@ def fault(decoded: Path, thorough: bool) -> str | None:
 
 def read_ledger(decoded: Path) -> dict[str, Any]:
     """Return what is known of a decoded cache: `files`, `checksum` and, where the files say it, `train`."""
-    ledger: dict[str, Any] = json.loads((decoded / "decoded.json").read_text())
+    ledger: dict[str, Any] = json.loads((decoded / LEDGER).read_text())
     return ledger
 
 
@@ -113,14 +114,50 @@ def _clear_errors(dataset: str, root: Path) -> Iterator[None]:
         ) from error
 
 
+def pack(dataset: str, data_dir: str | Path | None) -> dict[str, Pixels]:
+    """Return the files of the decoded cache by name, memory-mapped: with them another machine needs no network."""
+    decoded = ensure(dataset, data_dir)
+    names = [*read_ledger(decoded)["files"], LEDGER]
+    return {name: np.asarray(np.memmap(decoded / name, np.uint8, "r")) for name in names}
+
+
+def adopt(dataset: str, data_dir: str | Path | None, packed: Callable[[], Mapping[str, Pixels]]) -> None:
+    """Write a packed cache where there is none that is whole; of several processes one does it.
+
+    Raises:
+        InputError: no space, or a folder that cannot be used; one line.
+    """
+    if any(fault(decoded, thorough=False) is None for decoded in caches(dataset, data_dir)):
+        return
+    _, home = roots(data_dir)
+    with _clear_errors(dataset, home):
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / f".{dataset}.lock"):
+            if fault(home / "decoded" / dataset, thorough=False) is None:
+                return
+            with _placing(dataset, home) as work:
+                (work / "new").mkdir(parents=True)
+                for name, content in packed().items():
+                    with (work / "new" / name).open("wb") as file:
+                        file.write(content.data)
+
+
 def _build(data: DataSet, root: Path, home: Path, progress: Progress) -> None:
-    """Fetch what is missing, decode it beside the cache and put it in place by a rename; the caller holds the lock."""
+    """Fetch what is missing and decode it; the caller holds the lock."""
     origin = data.origin
-    work, decoded = home / ".work" / origin.dataset, home / "decoded" / origin.dataset
-    try:
+    with _placing(origin.dataset, home) as work:
         folder = gather(origin, origin.places(root, home), origin.raw(home), work, progress)
         shutil.rmtree(work, ignore_errors=True)
         _decode(data, folder, work / "new", progress)
+
+
+@contextmanager
+def _placing(dataset: str, home: Path) -> Iterator[Path]:
+    """Yield a path for what is half done; the cache that lies in `new` in it then takes its place by a rename."""
+    work, decoded = home / ".work" / dataset, home / "decoded" / dataset
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        yield work
         decoded.parent.mkdir(exist_ok=True)
         if decoded.exists():
             os.replace(decoded, work / "old")
@@ -147,7 +184,7 @@ def _decode(data: DataSet, folder: Path, new: Path, progress: Progress) -> None:
             mark.update(np.load(y_path).data)
             ledger["checksum"] = mark.hexdigest()
             ledger["train"] = data.train if found.train is None else found.train
-    (new / "decoded.json").write_text(json.dumps(ledger, indent=1))
+    (new / LEDGER).write_text(json.dumps(ledger, indent=1))
 
 
 def _heard(blocks: Iterable[Pixels], what: str, total: int, progress: Progress) -> Iterator[Pixels]:

@@ -1,28 +1,59 @@
-"""The Ray cluster that a search runs on: started here or joined, and left again."""
+"""The Ray cluster that a search runs on: started here or joined, looked over, and left again."""
 
 from __future__ import annotations
 
+import os
+import re
 import socket
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError
+import torch
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from search import cache
+from search.store import write_atomic
 from search.study import Study
+from search.tasks import task
 from spaces.space import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = [str(ROOT / package) for package in ("spaces", "attacks", "defenses", "search")]
+ALL_BUT_PYTHON = ["*", "!.", "!*.py"]
+"""What does not travel of the four packages, as .gitignore has it: they are flat, and workers need their code alone."""
+ASK_S = 300.0
+"""Seconds in which a node must take the code and the data, and say what it sees."""
+CONTEXTS = 0.1
+"""The part of a GPU that is left to CUDA's contexts, which the cap on a process's memory does not count."""
+
+
+@dataclass(frozen=True)
+class Berth:
+    """What a worker of a search has.
+
+    Args:
+        cpu, gpu: how much of its node; a fraction of a GPU shares one.
+        data: the decoded data set in Ray's object store, for a node that lacks it; None on this machine alone.
+    """
+
+    cpu: float
+    gpu: float
+    data: ray.ObjectRef[Any] | None = None
 
 
 @contextmanager
-def joined(study: Study) -> Iterator[dict[str, float]]:
-    """Start or join the Ray cluster, yield a trial's resources, and leave it.
+def joined(study: Study) -> Iterator[Berth]:
+    """Start or join the Ray cluster, yield what each worker has there, and leave it.
 
     Raises:
-        InputError: there is no such cluster, or it does not hold what a trial asks for.
+        InputError: there is no such cluster, it runs another Ray or Python, no node holds what a trial asks for, or
+            a node does not reach the storage.
     """
     try:
         yield _join(study)
@@ -30,41 +61,150 @@ def joined(study: Study) -> Iterator[dict[str, float]]:
         ray.shutdown()
 
 
-def _join(study: Study) -> dict[str, float]:
+def at_work(study: Study, berth: Berth, what: Callable[..., Any], *more: object) -> Any:
+    """Do a piece of the study's work on a worker."""
+    ready(study, berth)
+    return what(study, *more)
+
+
+def ready(study: Study, berth: Berth) -> None:
+    """Make a worker ready: cap its share of the GPU, and see that its node has the data."""
+    if 0 < berth.gpu < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction((1 - CONTEXTS) * berth.gpu)  # Ray's fractions are bookkeeping only
+    if (data := berth.data) is not None:
+        cache.adopt(task(study.task).dataset, study.data_dir, lambda: ray.get(data))
+
+
+def _join(study: Study) -> Berth:
+    # A job that was submitted to a cluster runs on that one.
+    address = study.address or ("auto" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else None)
+    _connect(study, address)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    cpu, gpu = study.cpus_per_trial, study.gpus_per_trial
+    if gpu is None:
+        gpu = 0.25 if any("GPU" in node["Resources"] for node in nodes) else 0.0
+    fitting = _fitting(nodes, cpu, gpu)
+    if address is None:
+        return Berth(cpu, gpu)
+    berth = Berth(cpu, gpu, ray.put(cache.pack(task(study.task).dataset, study.data_dir)))
+    _look_over(study, berth, fitting)
+    return berth
+
+
+def _connect(study: Study, address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if study.address is None:
+    # Ray hides the GPUs of a node from its workers only where it hands out some.
+    environment = {"CUDA_VISIBLE_DEVICES": ""} if study.gpus_per_trial == 0 else {}
+    if address is None:
         options |= {"address": "local", "include_dashboard": False}
-        options |= {"runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}}}
+        options |= {"runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT), **environment}}}
     else:
-        excludes = [".git", ".venv", "runs", "docs", "tests", "*.pyc"]
-        options |= {"address": study.address, "runtime_env": {"working_dir": str(ROOT), "excludes": excludes}}
-    _reachable(study.address)
+        options |= {"address": address}
+        options |= {"runtime_env": {"py_modules": CODE, "excludes": ALL_BUT_PYTHON, "env_vars": environment}}
+    _reachable(address)
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, AuthenticationError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"address must be a running Ray cluster, but {study.address}: {reason} "
+            f"address must be a running Ray cluster, but {address}: {reason} "
             "(where the cluster asks for a token, set RAY_AUTH_MODE=token)"
         ) from None
-    held = ray.cluster_resources()
-    gpus = study.gpus_per_trial
-    asked = {"cpu": study.cpus_per_trial, "gpu": (0.25 if held.get("GPU") else 0.0) if gpus is None else gpus}
-    for kind, amount in asked.items():
-        if amount > held.get(kind.upper(), 0.0):
-            raise InputError(
-                f"{kind}s_per_trial must be at most what the cluster has, {held.get(kind.upper(), 0.0):g}, "
-                f"but is {amount:g}"
-            )
-    return asked
+    except RuntimeError as error:
+        raise InputError(_refused(str(address), error)) from None
+
+
+def _refused(address: str, error: RuntimeError) -> str:
+    """Say in one line why Ray would not join a cluster that runs."""
+    versions = re.findall(r"(?:Ray|Python): (\S+)", str(error))
+    if len(versions) == 4:
+        return (
+            "a cluster must run the same Ray and Python as this process, "
+            f"{versions[2]} on {versions[3]}, but {address} runs {versions[0]} on {versions[1]}: "
+            "install requirements.lock on all its nodes, or submit the search to it (`ray job submit`)"
+        )
+    if "No node info found" in str(error):
+        return (
+            f"a search must run on a node of its cluster, but this machine is none of {address}: make it one "
+            f"(`ray start --address={address}`), or submit the search to it (`ray job submit`)"
+        )
+    return f"address must be a running Ray cluster, but {address}: {str(error).splitlines()[0]}"
 
 
 def _reachable(address: str | None) -> None:
     """Refuse an address where nobody listens at once; Ray would try for more than a minute."""
+    if "://" in str(address):
+        raise InputError(
+            f"address must be auto or HOST:PORT, but is {address}: from a machine that is no node of the cluster, "
+            "submit the search (`ray job submit`)"
+        )
     host, colon, port = (address or "").rpartition(":")
-    if not colon or "://" in str(address):
+    if not colon:
         return
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
         raise InputError(f"address must be a running Ray cluster, but {address}: {error}") from None
+
+
+def _fitting(nodes: list[dict[str, Any]], cpu: float, gpu: float) -> list[dict[str, Any]]:
+    """Return the nodes that hold a trial."""
+    if gpu > 1 and gpu % 1:
+        raise InputError(f"gpus_per_trial must be a fraction of one GPU or whole ones, but is {gpu:g}")
+    sizes = [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes]
+    for name, amount, most in zip(("cpus", "gpus"), (cpu, gpu), map(max, zip(*sizes, strict=True)), strict=True):
+        if amount > most:
+            raise InputError(
+                f"{name}_per_trial must be at most what the cluster has on one node, {most:g}, but is {amount:g}"
+            )
+    fitting = [node for node, (cpus, gpus) in zip(nodes, sizes, strict=True) if cpus >= cpu and gpus >= gpu]
+    if not fitting:
+        held = ", ".join(f"{cpus:g} and {gpus:g}" for cpus, gpus in sorted(set(sizes)))
+        raise InputError(
+            f"a trial must fit on one node, but asks for {cpu:g} CPUs and {gpu:g} GPUs of nodes with {held}"
+        )
+    return fitting
+
+
+def _look_over(study: Study, berth: Berth, nodes: list[dict[str, Any]]) -> None:
+    """Send each node the code and the data, and see that it reaches the storage.
+
+    Raises:
+        InputError: a node lacks a package, has no space for the data, or sees another storage.
+    """
+    token = None if "://" in study.storage else Path(study.storage) / f".token-{uuid.uuid4().hex}"
+    if token is not None:
+        write_atomic(token, b"")
+    look: Any = ray.remote(at_work)
+    try:
+        asked = []
+        for node in nodes:
+            pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            seen = look.options(num_cpus=0, scheduling_strategy=pinned).remote(study, berth, _sees, token)
+            asked.append((node["NodeManagerAddress"], seen))
+        for address, seen in asked:
+            if not _answer(address, seen):
+                raise InputError(
+                    f"the storage must be a folder that every node reaches, but {study.storage} is another one on node "
+                    f"{address}, or is not there: put it on a shared file system and name it by --storage, or give a URI"
+                )
+    finally:
+        if token is not None:
+            token.unlink(missing_ok=True)
+
+
+def _sees(study: Study, token: Path | None) -> bool:
+    return token is None or token.exists()
+
+
+def _answer(address: str, asked: ray.ObjectRef[bool]) -> bool:
+    try:
+        return ray.get(asked, timeout=ASK_S)
+    except GetTimeoutError:
+        reason = f"it did not answer in {ASK_S:g} s"
+    except RayTaskError as error:
+        reason = str(error.cause)
+    except RayError as error:
+        reason = str(error)
+    reason = " ".join(reason.split()[:60])
+    raise InputError(f"each node must hold what requirements.lock names and the data, but node {address}: {reason}")

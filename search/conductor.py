@@ -3,56 +3,81 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from optuna.trial import TrialState
 
 from defenses.base import Metrics
 from search.events import Listener, State
-from search.halving import Halving
 from search.latency import Latency
 from search.ranking import front
 from search.score import Candidate
 from search.searcher import Proposer
+from search.stopping import rule_of
+from search.store import StorageError, trouble
 from search.study import Study
 from search.trial import store_of
 from search.work import Proposal
 
 
+RESTARTS = 2
+"""How often a trial is handed out again when its worker dies."""
+
+
 class Conductor:
     """Hands out trials, stops them at rungs, tells the study what became of them, and the listeners everything.
+
+    When the storage fails, no trial is to blame: none is handed out any more, what runs goes on to its end, and what
+    could not be kept counts as running, so that a resumed search proposes it again and finds its work in the store.
 
     Args:
         proposer: the study; what it holds already is kept.
         listeners: told in this order.
+
+    Attributes:
+        trouble: what is wrong with the storage, once it has failed.
     """
 
     def __init__(self, study: Study, proposer: Proposer, listeners: Sequence[Listener]) -> None:
         self.study = study
         self.proposer = proposer
         self.listeners = listeners
-        self.halving = Halving(
-            epochs=study.plan().epochs, grace=study.grace, factor=study.halving, patience=study.patience
-        )
+        self.rule = rule_of(study)
         self._running: dict[str, Proposal] = {}
         self._curves: dict[str, dict[int, float]] = {}
         self._began: dict[str, float] = {}
+        self._restarts: dict[str, int] = {}
+        self._deaths: dict[str, int] = {}
+        self._again: list[str] = []
+        self._stopped: dict[str, str] = {}
+        self.trouble: OSError | None = None
         self._open = self._spent = self._exhausted = False
         for trial in proposer.trials():
             for epoch, score in trial.user_attrs.get("curve", []):
-                self.halving.stops(trial.user_attrs["trial"], epoch, score)
+                self.rule.stops(trial.user_attrs["trial"], epoch, score)
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will be proposed."""
-        return self._exhausted or (not self._trains and not self._running and not self.proposer.refinements_left())
+        """Whether nothing more will be proposed; what runs may have to be handed out again."""
+        if self._running:
+            return False
+        return bool(self.trouble) or self._exhausted or not (self._trains or self.proposer.refinements_left())
 
     def next(self) -> Proposal | None:
         """Return what is to be run next; None where nothing is, for now or, if `done`, for good.
 
         The trainings come first; when the last of them has ended, the best fits are refined.
         """
+        found: list[Proposal | None] = []
+        if self.trouble is None:
+            self._kept(lambda: found.append(self._next()))
+        return found[0] if found else None
+
+    def _next(self) -> Proposal | None:
+        if self._again:
+            return self._running[self._again.pop(0)]
         proposal = self.proposer.propose() if self._trains else None
         self._spent |= self._trains and proposal is None
         if proposal is None and all(running.refines for running in self._running.values()):
@@ -74,22 +99,23 @@ class Conductor:
 
     def clocked(self, candidate: Candidate, again: Latency) -> None:
         """Keep the latency that a candidate of the front had when all was quiet."""
-        self.proposer.note(f"clocked {candidate.candidate}", again.to_json())
+        self._kept(lambda: self.proposer.note(f"clocked {candidate.candidate}", again.to_json()))
 
     def started(self, name: str) -> None:
         """Take note that a trial runs now, for the first time or after its worker died."""
+        if name in self._began:
+            self._restarts[name] = self._restarts.get(name, 0) + 1
         self._began.setdefault(name, time.time())
-        for listener in self.listeners:
-            listener.trial_started(name, self._running[name].params)
+        self._hear(lambda listener: listener.trial_started(name, self._running[name].params))
 
     def epoch(self, name: str, fit: str, epoch: int, metrics: Metrics) -> bool:
         """Take an epoch's metrics, and return whether the trial stops here; a fit that stops leaves no progress."""
         self._curves.setdefault(name, {})[epoch] = metrics["cheap"]
-        for listener in self.listeners:
-            listener.epoch_ended(name, epoch, metrics)
-        stops = self.halving.stops(name, epoch, metrics["cheap"])
+        self._hear(lambda listener: listener.epoch_ended(name, epoch, metrics))
+        whole = epoch == self._running[name].params.train.get("epochs")
+        stops = self.rule.stops(name, epoch, metrics["cheap"]) and not whole
         if stops:
-            store_of(self.study).drop_progress(fit)
+            self._stopped[name] = fit
         return stops
 
     def finished(
@@ -97,38 +123,86 @@ class Conductor:
     ) -> None:
         """Take the candidates of a trial; `curve` is the rung score of every epoch, of earlier runs too."""
         self._curves[name] = dict(enumerate(curve, start=1))
+        for epoch, score in self._curves[name].items() if not self._running[name].refines else ():
+            self.rule.stops(name, epoch, score)  # epochs of an earlier run, or of another search, are news to it
         about = self._about(name) | {"picture": str(picture) if picture else ""}
-        self.proposer.finish(name, candidates, about)
-        self._tell(name, "finished", candidates, picture, "")
+        if self._kept(lambda: self.proposer.finish(name, candidates, about)):
+            self._tell(name, "finished", candidates, picture, "")
+        else:
+            self._tell(name, "interrupted", (), None, str(self.trouble))
 
-    def pruned(self, name: str) -> None:
-        self.proposer.stop(name, TrialState.PRUNED, self._about(name))
-        self._tell(name, "pruned", (), None, "")
+    def silent(self, name: str) -> None:
+        """Take the end of a trial that said nothing: a rung stopped it, or its defense left the worker."""
+        if name not in self._stopped:
+            self.failed(name, "it ended without a word")
+            return
+        fit, about = self._stopped[name], self._about(name)
+        if self._kept(lambda: self.proposer.stop(name, TrialState.PRUNED, about)):
+            store_of(self.study).drop_progress(fit)
+            self._tell(name, "pruned", (), None, "")
+        else:
+            self._tell(name, "interrupted", (), None, str(self.trouble))
 
     def failed(self, name: str, reason: str) -> None:
-        self.proposer.stop(name, TrialState.FAIL, self._about(name) | {"reason": reason})
-        self._tell(name, "failed", (), None, reason)
+        about = self._about(name) | {"reason": reason}
+        if self._kept(lambda: self.proposer.stop(name, TrialState.FAIL, about)):
+            self._tell(name, "failed", (), None, reason)
+        else:
+            self._tell(name, "interrupted", (), None, str(self.trouble))
+
+    def interrupted(self, name: str, reason: str) -> None:
+        """Take a trial that its storage let down: the study has it as running."""
+        self.trouble = self.trouble or StorageError(reason)
+        self._about(name)
+        self._tell(name, "interrupted", (), None, reason)
+
+    def died(self, name: str, why: str = "") -> None:
+        """Take the death of a trial's worker: the trial is handed out again, but not for ever."""
+        self._deaths[name] = self._deaths.get(name, 0) + 1
+        if self._deaths[name] > RESTARTS:
+            self.failed(name, f"its worker died, {self._deaths[name]} times over{why and ': '}{why}")
+        elif self.trouble is not None:
+            self.interrupted(name, str(self.trouble))
+        else:
+            self._again.append(name)
 
     def begin(self, undefended: Candidate) -> None:
         self.proposer.note("undefended", undefended.to_json())
         self._open = True
-        for listener in self.listeners:
-            listener.search_started(self.study, undefended)
+        self._hear(lambda listener: listener.search_started(self.study, undefended))
 
     def end(self, state: State) -> None:
         if not self._open:
             return  # interrupted before it began
-        candidates = self.proposer.candidates()
-        for listener in self.listeners:
-            listener.search_ended(state, candidates)
+        found: list[Candidate] = []
+        self._kept(lambda: found.extend(self.proposer.candidates()))
+        self._hear(lambda listener: listener.search_ended(state, found))
 
     def _about(self, name: str) -> dict[str, object]:
         self._running.pop(name, None)
+        self._stopped.pop(name, None)
         seconds = time.time() - self._began.pop(name, time.time())
-        return {"curve": sorted(self._curves.pop(name, {}).items()), "seconds": round(seconds, 3)}
+        restarts = {"restarts": self._restarts.pop(name)} if name in self._restarts else {}
+        return {"curve": sorted(self._curves.pop(name, {}).items()), "seconds": round(seconds, 3), **restarts}
 
     def _tell(
         self, name: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
+        self._hear(lambda listener: listener.trial_ended(name, state, candidates, picture, reason))
+
+    def _hear(self, tell: Callable[[Listener], None]) -> None:
+        """Tell the listeners; one that has no room to write, or nobody to show it to, ends no search."""
         for listener in self.listeners:
-            listener.trial_ended(name, state, candidates, picture, reason)
+            with suppress(OSError):
+                tell(listener)
+
+    def _kept(self, keep: Callable[[], None]) -> bool:
+        """Say whether the study could keep what it was told."""
+        try:
+            keep()
+        except OSError as error:
+            if trouble(error) is None:
+                raise
+            self.trouble = self.trouble or error
+            return False
+        return True

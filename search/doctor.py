@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from search import tasks
+from search import remote, tasks
 from search.datasets import DATASETS
 
 GIB = 2**30
@@ -27,9 +27,9 @@ class Finding:
     remedy: str = ""
 
 
-def examine(storage: Path, data_dir: str | None) -> list[Finding]:
+def examine(storage: str, data_dir: str | None) -> list[Finding]:
     """Return the findings on this machine."""
-    return [_python(), *_packages(), _device(), _memory(), _disk(storage), *_data(data_dir), _wandb()]
+    return [_python(), *_packages(), _device(), _memory(), *_storage(storage), *_data(data_dir), _wandb()]
 
 
 def _python() -> Finding:
@@ -61,6 +61,20 @@ def _memory() -> Finding:
     well = shared > GIB
     remedy = "" if well else "give the machine or container more (docker run --shm-size=4g)"
     return Finding("shared memory", well, f"{shared / GIB:.1f} GiB free for Ray's objects", remedy)
+
+
+def _storage(storage: str) -> list[Finding]:
+    """Look at the disk that a search writes to and, where the storage is a URI, whether it answers."""
+    try:
+        storage = remote.checked(storage)
+        mirror, disk = remote.mirror(storage), _disk(remote.local(storage))
+        if mirror is not None:
+            mirror.reach()
+    except ValueError as error:
+        return [Finding("storage", False, storage, str(error))]
+    except OSError as error:
+        return [disk, Finding("storage URI", False, str(error), "see to its credentials, or choose another --storage")]
+    return [disk, Finding("storage URI", True, f"{storage} can be written")] if mirror else [disk]
 
 
 def _disk(storage: Path) -> Finding:

@@ -92,6 +92,7 @@ def export(
     }
     known["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files["evidence.json"] = json.dumps(known, indent=1).encode()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_atomic(folder) as temporary:
         for name, content in files.items():
             write_atomic(temporary / name, content)

@@ -23,9 +23,10 @@ class Ledger(Listener):
     def __init__(self, path: Path, known: Sequence[Candidate]) -> None:
         self.path = path
         self._rows = {candidate.candidate: candidate.row() for candidate in known}
+        self._behind = True
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
-        write_atomic(self.path, self._text(list(self._rows), header=True).encode())
+        self._rewrite()
 
     def trial_ended(
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
@@ -33,11 +34,21 @@ class Ledger(Listener):
         new = [c.candidate for c in candidates if c.candidate not in self._rows]
         before = self._columns()
         self._rows.update({c.candidate: c.row() for c in candidates})
-        if self._columns() != before:  # such as the attacks that another variant of a defense calls for
-            write_atomic(self.path, self._text(list(self._rows), header=True).encode())
+        if self._behind or self._columns() != before:  # such as the attacks that another variant calls for
+            self._rewrite()
             return
+        self._behind = True  # where the disk is full, half a row is
         with self.path.open("a", newline="") as file:
             file.write(self._text(new, header=False))
+        self._behind = False
+
+    def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
+        if self._behind:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        write_atomic(self.path, self._text(list(self._rows), header=True).encode())
+        self._behind = False
 
     def _columns(self) -> list[str]:
         return list(dict.fromkeys(column for row in self._rows.values() for column in row))

@@ -84,7 +84,7 @@ class Display(Listener):
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
         self._rows.pop(trial, None)
-        self.done += 1
+        self.done += state != "interrupted"
         best = next(iter((*ranking.feasible(self.study, candidates), *ranking.ranked(candidates))), None)
         if best is None:
             self._say(f"{trial} {state}{': ' + reason if reason else ''}")
@@ -139,15 +139,29 @@ def leaderboard(
     for heading in searched:
         table.add_column(heading, justify="right", no_wrap=True)
     rejects = any(c.score.clean_rejection or c.score.attacked_rejection for c in ranked)
+    several = len(ranking.devices(ranked)) > 1
     apart = ("error %", "rejected %", "clean rejected %") if rejects else ()
     for heading in ("attacked %", "95 %", *apart, "oblivious %", "white-box %", "clean %", "p50 ms"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=max(6, len(heading)))
+    if several:
+        table.add_column("timed on")
     for candidate in ranked[:top]:
-        knobs = candidate.params.flat()
-        table.add_row(candidate.candidate, *(brief(knobs[name]) for name in searched), *_figures(candidate, rejects))
+        knobs, device = candidate.params.flat(), [candidate.score.device] if several else []
+        figures = _figures(candidate, rejects)
+        table.add_row(candidate.candidate, *(brief(knobs[name]) for name in searched), *figures, *device)
     if undefended is not None:
         table.add_row("undefended", *("-" for _ in searched), *_figures(undefended, rejects), style="dim")
     return table
+
+
+def refusals(study: Study, candidates: Sequence[Candidate]) -> str:
+    """Return in one line how many candidates keep to the constraints, the one that refuses most first."""
+    within = len(ranking.feasible(study, candidates))
+    each = (
+        f"{one.words}: {one.within}" + (f" (refuses {one.alone} alone)" if one.alone else "")
+        for one in ranking.kept(study, candidates)
+    )
+    return f"constraints: {within} of {len(candidates)} candidates keep to all; {', '.join(each)}"
 
 
 def _figures(candidate: Candidate, rejects: bool) -> list[str]:

@@ -9,13 +9,15 @@ from pathlib import Path
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from search import ranking
+from search.journal import Journal
+from search.latency import Latency
 from search.ranking import OBJECTIVES
 from search.score import Candidate
 from search.study import Study
+from search.trial import store_of
 from spaces.space import InputError
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -54,7 +56,7 @@ class Record:
             )
 
     def _open(self) -> optuna.Study:
-        if not journal(self.study).exists():
+        if not begun(self.study):
             raise InputError(f"a search that has begun is needed, but {self.study.name} has no {journal(self.study)}")
         return optuna.load_study(study_name=self.study.name, storage=storage(self.study))
 
@@ -71,6 +73,11 @@ class Record:
         """Return the bare classifier's figures, where they are known."""
         found = self.optuna.user_attrs.get("undefended")
         return Candidate.from_json(found) if found else None
+
+    def clocked(self) -> dict[str, Latency]:
+        """Return the latencies that were measured again at the end, by candidate."""
+        found = {key.partition("clocked ")[2]: value for key, value in self.optuna.user_attrs.items()}
+        return {candidate: Latency(**again) for candidate, again in found.items() if candidate}
 
     def candidates(self) -> list[Candidate]:
         """Return every finished candidate, once."""
@@ -115,5 +122,17 @@ def journal(study: Study) -> Path:
     return study.folder / "study.journal"
 
 
-def storage(study: Study) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(journal(study))))
+def storage(study: Study, *, drives: bool = False) -> JournalStorage:
+    """Return the journal of a search.
+
+    Args:
+        drives: for its driver, which alone may mend it and waits for a storage that is away.
+    """
+    return JournalStorage(Journal(journal(study), store_of(study) if drives else None))
+
+
+def begun(study: Study) -> bool:
+    """Say whether a search has a study to go on with; a driver may have died before."""
+    return journal(study).exists() and any(
+        found.system_attrs.get("study:metric_names") for found in storage(study).get_all_studies()
+    )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from defenses.base import Metrics
+from search import courier
 from search.conductor import Conductor
 from search.events import Listener, State
+from search.latency import Latency
 from search.score import Candidate
 from search.searcher import Proposer
 from search.study import Study
+from search.trial import store_of
 from search.work import REAL, Work
 
 
@@ -28,36 +34,65 @@ def run(study: Study, listeners: Sequence[Listener], *, debug: bool = False, wor
 
     Raises:
         InputError: the cluster does not hold what a trial asks for.
+        StorageError: the storage failed; what had ended before is kept.
     """
     if debug:
         conductor = open_conductor(study, listeners)
-        state = _in_process(conductor, work)
+        with _terminable():
+            state = _in_process(conductor, work)
     else:
         from search import tuner  # Ray takes a second to import
 
-        with tuner.joined(study) as resources:
+        with tuner.joined(study) as berth:
             conductor = open_conductor(study, listeners)
-            state = tuner.run(conductor, resources, work)
-    conductor.end(state)
+            with _terminable():
+                state = tuner.run(conductor, berth, work)
+    conductor.end("failed" if conductor.trouble else state)
+    if conductor.trouble is not None:
+        raise conductor.trouble
     return state
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Take SIGTERM, a batch system's or a cluster's notice to leave, as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def open_conductor(study: Study, listeners: Sequence[Listener]) -> Conductor:
     """Write the study and open its journal; nothing of a search exists before."""
+    store_of(study).make()
     study.write()
     return Conductor(study, Proposer(study), listeners)
 
 
 def settle(conductor: Conductor, name: str, last: dict[str, Any] | None) -> None:
-    """Tell the study what a trial's last report says; without one of the last reports a rung stopped it."""
+    """Tell the study what a trial's last report says."""
     if last is not None and "candidates" in last:
         candidates = [Candidate.from_json(data) for data in last["candidates"]]
-        picture = Path(last["picture"]) if last["picture"] else None
-        conductor.finished(name, candidates, picture, last["curve"])
+        conductor.finished(name, candidates, courier.picture(conductor.study, last["picture"]), last["curve"])
     elif last is not None and "failed" in last:
         conductor.failed(name, last["failed"])
+    elif last is not None and "interrupted" in last:
+        conductor.interrupted(name, last["interrupted"])
     else:
-        conductor.pruned(name)
+        conductor.silent(name)
+
+
+def time_again(conductor: Conductor, measure: Callable[[Candidate], Latency]) -> None:
+    """Time the front again; where that fails, the first figure stands."""
+    for candidate in () if conductor.trouble else conductor.leaders():
+        try:
+            conductor.clocked(candidate, measure(candidate))
+        except Exception as error:
+            warnings.warn(f"{candidate.candidate} could not be timed again: {error}", stacklevel=2)
 
 
 def _in_process(conductor: Conductor, work: Work) -> State:
@@ -77,8 +112,7 @@ def _in_process(conductor: Conductor, work: Work) -> State:
             except Stopped:
                 last = None
             settle(conductor, name, last)
-        for candidate in conductor.leaders():
-            conductor.clocked(candidate, work.clock(study, candidate))
+        time_again(conductor, lambda candidate: work.clock(study, candidate))
     except KeyboardInterrupt:
         return "interrupted"
     return "finished"

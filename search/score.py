@@ -1,21 +1,12 @@
-"""What is known of a candidate: accuracy under attack, clean accuracy, rejection, latency, alarms.
-
-Shapes: N images, C channels, H x W pixels, K classes.
-"""
+"""What is known of a candidate: accuracy under attack, clean accuracy, rejection, latency, alarms."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
-
-from attacks.probes import Gate, noise_gate, noisy, quick_gates
-from attacks.robustness import Observation, Outsider, Seen, evaluate, observe
-from attacks.suite import SUITES, Suite
-from attacks.threat import Knowledge, ThreatModel
-from search.latency import Latency
+from attacks.threat import ThreatModel
 from spaces.space import Params, Scalar
 
 
@@ -112,104 +103,3 @@ class Candidate:
             "risk_coverage": tuple((rejection, error) for rejection, error in data["score"]["risk_coverage"]),
         }
         return cls(**{**data, "params": Params(**data["params"]), "score": Score(**score)})
-
-
-@dataclass(frozen=True)
-class Probed:
-    """What a target said under attack, its cheap gates, and what it said of noise."""
-
-    found: Observation
-    gates: tuple[Gate, ...]
-    noise: Seen
-
-
-@dataclass(frozen=True)
-class Exam:
-    """The images and attacks that every candidate of a study faces.
-
-    Args:
-        oblivious: adversarial images of each oblivious attack of the suite and of the rungs, made once on the bare
-            classifier.
-        outsider: the black-box attacker, where the study's threat model is its.
-    """
-
-    suite: Suite
-    threat: ThreatModel
-    x_NCHW: Tensor
-    y_N: Tensor
-    oblivious: Mapping[str, Tensor]
-    seed: int
-    outsider: Outsider | None = None
-
-    def observe(self, target: nn.Module) -> Observation:
-        """Attack under the oblivious and the white-box threat model, whichever the study's is, and under its own."""
-        black_box, queries = None, 0
-        if self.outsider is not None:
-            images = (self.x_NCHW, self.y_N)
-            black_box, queries = self.outsider.craft(self.suite, target, *images, self.threat, self.seed)
-        found = observe(
-            self.suite,
-            target,
-            self.x_NCHW,
-            self.y_N,
-            self.threat,
-            oblivious={attack.name: self.oblivious[attack.name] for attack in self.suite.oblivious},
-            black_box=black_box,
-            seed=self.seed,
-            white_box=True,
-        )
-        return replace(found, queries=queries)
-
-    def probe(self, target: nn.Module, found: Observation) -> Probed:
-        """Run the audit's cheap checks, which serve every setting of the thresholds."""
-        images, looks = (self.x_NCHW, self.y_N), len(found.clean.right)
-        noise = noisy(target, *images, self.threat, self.seed, looks)
-        return Probed(found, quick_gates(target, *images, seed=self.seed), noise)
-
-    def score(self, probed: Probed, limits_S: Tensor, latency: Latency | None) -> Score:
-        """Return the figures of a bare or defended classifier.
-
-        Args:
-            limits_S: its thresholds.
-            latency: None where there is nothing that purifies.
-        """
-        verdict = probed.found.judge(limits_S)
-        gates = (*probed.gates, noise_gate(probed.noise, verdict, limits_S))
-        attacked = verdict.attacked
-        return Score(
-            threat=self.threat,
-            attacked_accuracy=attacked.accuracy,
-            attacked_error=attacked.error,
-            attacked_rejection=attacked.rejection,
-            oblivious_accuracy=verdict.oblivious.accuracy,
-            black_box_accuracy=None if verdict.black_box is None else verdict.black_box.accuracy,
-            queries=verdict.queries,
-            white_box_accuracy=verdict.strongest.accuracy,
-            clean_accuracy=verdict.clean.accuracy,
-            clean_rejection=verdict.clean.rejection,
-            latency_ms_p50=latency.ms_p50 if latency else 0.0,
-            latency_ms_p95=latency.ms_p95 if latency else 0.0,
-            images=len(self.y_N),
-            device=latency.device if latency else "",
-            attacks=verdict.trail,
-            alarms=tuple(gate.name for gate in gates if not gate.passed),
-        )
-
-    def cheap(self, target: nn.Module, images: int) -> float:
-        """Return the rung score: what withstands one small fixed attack, of the first `images` images.
-
-        A clean image that is rejected does not count, an attacked one does: so rejecting all scores nothing. A
-        black-box attacker, who would train a substitute after each epoch, is stood in for by the oblivious one.
-        """
-        quick = SUITES["quick"]
-        knowledge: Knowledge = "white-box" if self.threat.knowledge == "white-box" else "oblivious"
-        verdict = evaluate(
-            quick,
-            target,
-            self.x_NCHW[:images],
-            self.y_N[:images],
-            replace(self.threat, knowledge=knowledge),
-            oblivious={attack.name: self.oblivious[attack.name][:images] for attack in quick.oblivious},
-            seed=self.seed,
-        )
-        return float(verdict.robust.double().mean())

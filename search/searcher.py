@@ -17,6 +17,7 @@ from search.ranking import OBJECTIVES, constraints
 from search.record import INTERRUPTED, Record, state_of, storage
 from search.score import Candidate
 from search.study import Study
+from search.trial import store_of
 from search.work import Proposal
 from spaces.space import GRID_LIMIT, Params, SearchSpace, contains, draw
 
@@ -34,12 +35,14 @@ class Proposer(Record):
         super().__init__(study)
         self._running: dict[str, optuna.Trial] = {}
         self._recover()
-        if not self._all():
-            self._enqueue_starts()
+        if not self.optuna.user_attrs.get("enqueued"):
+            self._enqueue_starts(skip_if_exists=bool(self._all()))
+            self.note("enqueued", True)
 
     def _open(self) -> optuna.Study:
-        self.study.folder.mkdir(parents=True, exist_ok=True)
-        self._storage = storage(self.study)
+        store_of(self.study).make()
+        self.study.folder.mkdir(exist_ok=True)
+        self._storage = storage(self.study, drives=True)
         study = optuna.create_study(
             study_name=self.study.name,
             storage=self._storage,
@@ -126,6 +129,8 @@ class Proposer(Record):
     def _recover(self) -> None:
         """Propose again what was running when a driver died; that this may die half way changes nothing."""
         for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if "trial" not in trial.user_attrs and "fixed_params" in trial.system_attrs:
+                self.optuna.enqueue_trial(trial.system_attrs["fixed_params"])  # it waited, and its turn had just come
             self._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
             self.optuna.tell(trial.number, state=TrialState.FAIL)
         waiting = self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,))
@@ -135,17 +140,18 @@ class Proposer(Record):
             if state_of(trial) == "interrupted" and name not in enqueued:
                 self.optuna.enqueue_trial(trial.params, user_attrs={"trial": name})
 
-    def _enqueue_starts(self) -> None:
+    def _enqueue_starts(self, *, skip_if_exists: bool) -> None:
         """Enqueue the known good settings; for a grid, the whole of it."""
         if self.study.method == "grid":
             for params in _trainings(self.space):
                 setting = {**params.train, **self.space.usual()}
-                self.optuna.enqueue_trial({name: value for name, value in setting.items() if name in self.searched})
+                known = {name: value for name, value in setting.items() if name in self.searched}
+                self.optuna.enqueue_trial(known, skip_if_exists=skip_if_exists)
             return
         for start in spaces.starts(self.study.defense):
             known = {name: value for name, value in start.items() if name in self.searched}
             if all(contains(self.space.flat()[name], value) for name, value in start.items()):
-                self.optuna.enqueue_trial(known)
+                self.optuna.enqueue_trial(known, skip_if_exists=skip_if_exists)
 
     def _enqueue_unseen(self, seen: set[str]) -> bool:
         """Enqueue a training that was not proposed yet, at random; False where there is none."""

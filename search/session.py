@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
 from attacks.threat import ThreatModel
-from search import ranking, report, run, tasks
+from search import courier, ranking, report, run, tasks
+from search.agreement import agreement
 from search.datasets import DATASETS
 from search.events import State
 from search.export import AlarmError, export
+from search.findings import find
 from search.ledger import Ledger
-from search.live import Display, leaderboard, percent
-from search.record import Record, journal, state_of
+from search.live import Display, leaderboard, percent, refusals
+from search.progress import progress
+from search.record import Record, begun
 from search.score import Candidate
+from search.store import StorageError, trouble
 from search.study import Study
 from search.tracking import Tracker
 from search.trial import store_of
@@ -39,9 +44,10 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
 
     Raises:
         InputError: the name is taken, the storage cannot be written, or the data cannot be had.
+        StorageError: the storage failed on the way.
     """
-    _writable(Path(study.storage))
-    if (study.folder / "study.yaml").exists():
+    _writable(study)
+    if study.name in courier.names(study.storage):
         raise InputError(
             f"a search's name must be new, but {study.name!r} exists in {study.storage}: "
             f"go on with `{_resume(study)}`, or choose another name"
@@ -51,7 +57,7 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
 
 def proceed(study: Study, console: Console, *, debug: bool) -> int:
     """Go on with a search and return the exit code."""
-    known = Record(study).candidates() if journal(study).exists() else []
+    known = Record(study).candidates() if begun(study) else []
     threat = study.plan().threat
     for candidate in known:
         if candidate.score.threat != threat:
@@ -62,63 +68,16 @@ def proceed(study: Study, console: Console, *, debug: bool) -> int:
     return _run(study, known, console, debug=debug)
 
 
-def names(storage: Path) -> list[str]:
-    """Return the searches of a storage."""
-    try:
-        return sorted(path.parent.name for path in storage.glob("*/study.yaml"))
-    except OSError:
-        return []
-
-
 def status(study: Study) -> dict[str, Any]:
     """Return how far a search is, and the best so far."""
-    record = Record(study)
-    states = [state_of(trial) for trial in record.trials()]
-    if not _runs(study):
-        states = ["interrupted" if state == "running" else state for state in states]
-    best = next(iter(record.feasible()), None)
-    return {
-        "name": study.name,
-        "task": study.label,
-        "defense": study.defense,
-        "trials": study.trials,
-        **{state: states.count(state) for state in ("finished", "running", "interrupted", "pruned", "failed")},
-        "candidates": len(record.candidates()),
-        "best": best.row() if best else None,
-    }
+    return progress(study, runs=_runs(study))
 
 
 def write_report(study: Study) -> Path:
-    """Write report.html and return its path."""
-    return report.write(findings(study), study.folder / "report.html")
-
-
-def findings(study: Study) -> report.Findings:
-    """Return what a search has found, for the report."""
-    record = Record(study)
-    candidates, feasible = record.candidates(), record.feasible()
-    return report.Findings(
-        study=study,
-        undefended=record.undefended(),
-        candidates=candidates,
-        best=next(iter(feasible), None),
-        front=ranking.front(study, candidates),
-        searched=list(record.searched),
-        importances=record.importances(),
-        device=feasible[0].score.device if feasible else "",
-        trials=[
-            report.TrialRecord(
-                trial=trial.user_attrs["trial"],
-                state=state_of(trial),
-                params=record.space.complete(trial.params),
-                curve=[score for _, score in trial.user_attrs.get("curve", [])],
-                reason=trial.user_attrs.get("reason", ""),
-                picture=Path(trial.user_attrs["picture"]) if trial.user_attrs.get("picture") else None,
-                seconds=trial.user_attrs.get("seconds"),
-            )
-            for trial in record.trials()
-        ],
-    )
+    """Write report.html, into the storage too where that is elsewhere, and return its path."""
+    path = report.write(find(study), study.folder / "report.html")
+    courier.deliver(study, path)
+    return path
 
 
 def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) -> tuple[list[Candidate], int]:
@@ -163,6 +122,7 @@ def export_all(
                 )
                 store = store_of(study)
                 export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms)
+            courier.deliver(study, *folder.iterdir())
             console.print(f"{_audited(folder)}\nexported {folder}", highlight=False, soft_wrap=True)
             written += 1
         except AlarmError as error:
@@ -215,7 +175,9 @@ def check(datasets: Sequence[str], data_dir: str | None) -> list[dict[str, Any]]
 def _run(study: Study, known: Sequence[Candidate], console: Console, *, debug: bool) -> int:
     """Run what is left of a search, alone: two drivers on one study would undo each other's work."""
     plan = study.plan()
-    _writable(Path(study.storage))
+    _writable(study)
+    if other := courier.driver(study):
+        raise InputError(f"a search must run once at a time, but {study.name!r} runs on {other}, or did a minute ago")
     tasks.fetch(plan.task.dataset, study.data_dir)  # and check them, before anything is trained
     if study.train_images is not None:
         console.print(
@@ -227,20 +189,27 @@ def _run(study: Study, known: Sequence[Candidate], console: Console, *, debug: b
         f"the classifiers that {study.defense} on {study.label} needs come first; trained once, they are kept",
         highlight=False,
     )
-    ended = Record(study).ended() if journal(study).exists() else 0
-    display = Display(console, study, list(plan.space.searched()), plan.epochs, ended)
-    tracker = Tracker(study.wandb, study.folder, lambda line: console.print(line, highlight=False))
-    lock = store_of(study).lock("searches", study.name)
+    ended = Record(study).ended() if begun(study) else 0
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
     try:
-        with lock.acquire(timeout=0):
+        with store_of(study).lock("searches", study.name).acquire(timeout=0), courier.sending(study, say) as couriers:
             ledger = Ledger(study.folder / "candidates.csv", known)
-            state = run.run(study, [ledger, tracker, display], debug=debug)
+            tracker = Tracker(study.wandb, study.folder, say)
+            display = Display(console, study, list(plan.space.searched()), plan.epochs, ended)
+            with closing(tracker), closing(display):
+                state = run.run(study, [ledger, tracker, *couriers, display], debug=debug)
+            return _conclude(study, state, console)
     except Timeout:
         raise InputError(f"a search must run once at a time, but {study.name!r} runs already") from None
-    finally:
-        display.close()
-        tracker.close()
-    return _conclude(study, state, console)
+    except Exception as error:
+        if (reason := trouble(error)) is None:
+            raise
+        raise StorageError(
+            f"the storage failed: {reason}. What had ended is kept; when it is mended, go on with: {_resume(study)}"
+        ) from error
 
 
 def _conclude(study: Study, state: State, console: Console) -> int:
@@ -249,6 +218,11 @@ def _conclude(study: Study, state: State, console: Console) -> int:
     ranked, undefended = record.feasible(), record.undefended()
     if undefended is not None:
         console.print(leaderboard(study, list(record.searched), undefended, ranked))
+        candidates = record.candidates()
+        agreed = agreement(record, candidates)
+        lines = [refusals(study, candidates), agreed.line, *([f"warning: {agreed.warning}"] if agreed.warning else [])]
+        for line in lines if candidates else ():
+            console.print(line, highlight=False, soft_wrap=True)
         if not ranked:
             console.print("no candidate is within the constraints", highlight=False)
         elif IFGSM in ranked[0].score.attacks:
@@ -280,17 +254,22 @@ def _runs(study: Study) -> bool:
     """Say whether a driver runs this search now."""
     try:
         with store_of(study).lock("searches", study.name).acquire(timeout=0):
-            return False
+            return courier.driver(study) is not None
     except Timeout:
         return True
 
 
-def _writable(storage: Path) -> None:
+def _writable(study: Study) -> None:
     try:
-        storage.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=storage):
+        study.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=study.root):
             pass
     except OSError as error:
         raise InputError(
-            f"a storage must be a folder that can be written, but {storage}: {os.strerror(error.errno or 0)}"
+            f"a storage must be a folder that can be written, but {study.root}: {os.strerror(error.errno or 0)}"
         ) from None
+    try:
+        if study.mirror:
+            study.mirror.reach()
+    except OSError as error:
+        raise InputError(f"a storage must be a URI that can be written, but {error}") from None

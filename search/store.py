@@ -3,25 +3,60 @@ resuming and recovering.
 
 An entry is a folder `kind/key/` with its files and an `entry.json` that holds their SHA-256. It is written beside its
 place and renamed, so it is there in full or not at all; what does not match its checksum is set aside and made again.
+
+A storage may be away for a while: an unmounted disk, a network share. A file in the store says that it is there; where
+it has been seen, whoever reads or writes waits for it, and nothing is made anew on the bare mount point.
 """
 
 from __future__ import annotations
 
+import errno
+import faulthandler
 import hashlib
 import io
 import json
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from filelock import FileLock
 from safetensors.torch import save
 from torch import nn
+
+from search.remote import Mirror, Unreachable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PATIENCE_S = float(os.environ.get("CRUCIBLE_STORAGE_PATIENCE_S", "600"))
+"""How long a storage that is away is waited for."""
+MARKER = "here"
+MEANING = b"The store of Crucible's searches is here. While this file is missing, they wait for its return.\n"
+BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
+
+
+class StorageError(OSError):
+    """The storage cannot be read or written, whatever it is asked for: no trial is to blame."""
+
+
+def trouble(error: BaseException | None) -> str | None:
+    """Return what is wrong with the storage where that is why something failed; None where it is not."""
+    while error is not None:
+        if isinstance(error, StorageError):
+            return str(error)
+        if isinstance(error, OSError) and error.errno in BROKEN:
+            return f"{error.filename or 'a file'}: {os.strerror(error.errno)}"
+        # Ray wraps what a worker raised.
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
 
 
 def fingerprint(**parts: object) -> str:
@@ -35,8 +70,7 @@ def to_bytes(module: nn.Module) -> bytes:
 
 
 def write_atomic(path: Path, content: bytes) -> Path:
-    """Write a file that is there in full or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file that is there in full or not at all, into a folder that exists."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
@@ -53,7 +87,7 @@ def write_atomic(path: Path, content: bytes) -> Path:
 def folder_atomic(folder: Path) -> Iterator[Path]:
     """Yield a folder to write into that takes the name `folder` at the end, and is gone if anything fails."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         yield temporary
         os.replace(temporary, folder)
@@ -61,51 +95,138 @@ def folder_atomic(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _patiently(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
+    """Let a method wait for a storage that is away, and do it again if the storage went meanwhile."""
+
+    @wraps(method)
+    def patient(store: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        while True:
+            store.wait()
+            try:
+                found = method(store, *args, **kwargs)
+            except OSError as error:
+                if store.away:
+                    continue
+                reason = error if isinstance(error, StorageError) else trouble(error) or str(error)
+                raise StorageError(str(reason)) from error
+            if not store.away:  # what was not found may only have been away
+                return found
+
+    return patient
+
+
 class Store:
     """A folder of entries that all searches of one storage share.
 
     Args:
-        root: the folder; made where it is missing.
+        root: the folder; made with the first entry, or by `make`.
+        mirror: where entries last, if that is elsewhere.
     """
 
-    def __init__(self, root: Path) -> None:
+    _seen: set[Path] = set()
+    """The stores that this process knows to exist: one that is missing is away, not new."""
+
+    def __init__(self, root: Path, mirror: Mirror | None = None) -> None:
         self.root = root.resolve()
+        self.mirror = mirror
 
     def __repr__(self) -> str:
         return f"Store({self.root})"
 
+    def make(self) -> Store:
+        """Make the store where it is new; where it was seen before it must return by itself."""
+        if self.root not in self._seen:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not self._here:
+                write_atomic(self.root / MARKER, MEANING)
+            self._seen.add(self.root)
+        return self
+
+    def expected(self) -> Store:
+        """Take the store as one that exists, whether it is here or away: a worker never makes one."""
+        if self.mirror is not None:  # each node has a folder of its own
+            return self.make()
+        self._seen.add(self.root)
+        return self
+
+    @property
+    def away(self) -> bool:
+        """Whether the store exists but is not here."""
+        return self.root in self._seen and not self._here
+
+    @property
+    def _here(self) -> bool:
+        return (self.root / MARKER).exists()
+
+    def wait(self) -> None:
+        """Return when the store is here.
+
+        Raises:
+            StorageError: it did not return.
+        """
+        until = time.monotonic() + PATIENCE_S
+        while self.away:
+            # A trial's time limit is not meant for this; `search/tuner.py` sets it.
+            faulthandler.cancel_dump_traceback_later()
+            if time.monotonic() > until:
+                raise StorageError(f"{self.root.parent} was away for {PATIENCE_S:g} s")
+            time.sleep(0.2)
+
     def lock(self, kind: str, key: str) -> FileLock:
         """Return the lock of one entry; a process that dies lets go of it."""
-        path = self.root / "locks" / f"{kind}-{key}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path)
+        self.make().wait()
+        return _Lock(self.root / "locks" / f"{kind}-{key}")
 
+    @_patiently
     def get(self, kind: str, key: str) -> Path | None:
-        """Return an entry's folder if it is there and whole; a damaged one is set aside."""
+        """Return an entry's folder if it is there and whole; a damaged one is set aside, and fetched anew."""
         folder = self.root / kind / key
         if not folder.is_dir():
-            return None
+            return self._fetched(kind, key)
         try:
-            digests = json.loads((folder / "entry.json").read_text())["sha256"]
-            if all(_digest((folder / name).read_bytes()) == digest for name, digest in digests.items()):
+            if _whole(folder):
                 return folder
-        except (OSError, ValueError, KeyError):
-            pass
+        except (FileNotFoundError, ValueError, KeyError):
+            if self.away:
+                return None
         shutil.rmtree(self.root / "damaged" / key, ignore_errors=True)
         (self.root / "damaged").mkdir(exist_ok=True)
         os.replace(folder, self.root / "damaged" / key)
-        return None
+        return self._fetched(kind, key)
 
+    def _fetched(self, kind: str, key: str) -> Path | None:
+        """Bring an entry from the mirror if it is there and whole; one that is not is made, and sent, anew."""
+        if self.mirror is None:
+            return None
+        folder = self.make().root / kind / key
+        folder.parent.mkdir(exist_ok=True)
+        try:
+            with folder_atomic(folder) as temporary:
+                self.mirror.fetch_entry(f"{kind}/{key}", temporary)
+                if not _whole(temporary):
+                    raise ValueError("damaged")
+        except (OSError, ValueError, KeyError):
+            return None
+        return folder
+
+    @_patiently
     def about(self, kind: str, key: str) -> dict[str, Any]:
         """Return what an entry says of itself."""
-        entry: dict[str, Any] = json.loads((self.root / kind / key / "entry.json").read_text())
-        return dict(entry["about"])
+        path = self.root / kind / key / "entry.json"
+        if self.mirror is None or path.exists():
+            return dict(json.loads(path.read_bytes())["about"])
+        return dict(json.loads(self.mirror.read(f"{kind}/{key}/entry.json"))["about"])
 
     def keys(self, kind: str) -> list[str]:
-        """Return the whole entries of a kind; a damaged one is set aside."""
+        """Return the whole entries of a kind; a damaged one is set aside, one that lies elsewhere is not looked at."""
         found = sorted(path.name for path in (self.root / kind).glob("[!.]*"))
-        return [key for key in found if self.get(kind, key) is not None]
+        keys = {key for key in found if self.get(kind, key) is not None}
+        if self.mirror is not None:
+            with suppress(OSError):
+                keys.update(self.mirror.holding(f"{kind}/*/entry.json"))
+        return sorted(keys)
 
+    @_patiently
     def put(self, kind: str, key: str, files: Mapping[str, bytes], about: Mapping[str, object]) -> Path:
         """Write an entry in full and return its folder; the caller holds its lock and saw that it is not there.
 
@@ -113,38 +234,76 @@ class Store:
             files: name -> content.
             about: what shaped it, for people; JSON.
         """
-        folder = self.root / kind / key
+        folder = self.make().root / kind / key
+        if self.get(kind, key) is not None:
+            return folder  # by whoever had the lock while this storage, or its locks, were away
+        folder.parent.mkdir(exist_ok=True)
         with folder_atomic(folder) as temporary:
             for name, content in files.items():
                 write_atomic(temporary / name, content)
             entry = {"about": dict(about), "sha256": {name: _digest(content) for name, content in files.items()}}
             write_atomic(temporary / "entry.json", json.dumps(entry, indent=1).encode())
+        if self.mirror is not None:
+            self.mirror.send_entry(f"{kind}/{key}")
         return folder
 
     def save_progress(self, key: str, state: Mapping[str, Any]) -> None:
-        """Keep the state of a half-done fit, in place of an earlier one."""
+        """Keep the state of a half-done fit, in place of an earlier one.
+
+        It only serves recovery: that it cannot be written ends nothing.
+        """
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         payload = buffer.getvalue()
-        write_atomic(self._progress(key), _digest(payload).encode() + payload)
-
-    def load_progress(self, key: str, device: torch.device) -> dict[str, Any] | None:
-        """Return the state of a half-done fit, or None where there is none or it is damaged."""
         try:
-            content = self._progress(key).read_bytes()
-        except FileNotFoundError:
-            return None
-        if _digest(content[64:]).encode() != content[:64]:
+            self.make().wait()
+            self._progress(key).parent.mkdir(exist_ok=True)
+            write_atomic(self._progress(key), _digest(payload).encode() + payload)
+            if self.mirror is not None:
+                with suppress(Unreachable):  # the next epoch tries again
+                    self.mirror.send(f"progress/{key}")
+        except OSError as error:
+            warnings.warn(f"a half-done fit could not be kept ({error}): if it dies, it starts anew", stacklevel=2)
+
+    @_patiently
+    def load_progress(self, key: str, device: torch.device) -> dict[str, Any] | None:
+        """Return the state of a half-done fit, or None where there is none or it is damaged.
+
+        Of one that is here and one that another node got to, it is that of more epochs.
+        """
+        kept = []
+        with suppress(FileNotFoundError):
+            kept.append(self._progress(key).read_bytes())
+        if self.mirror is not None:
+            with suppress(OSError):
+                kept.append(self.mirror.read(f"progress/{key}"))
+        whole = [content[64:] for content in kept if _digest(content[64:]).encode() == content[:64]]
+        if kept and not whole:
             self.drop_progress(key)
-            return None
-        state: dict[str, Any] = torch.load(io.BytesIO(content[64:]), map_location=device, weights_only=True)
-        return state
+        states = [torch.load(io.BytesIO(payload), map_location=device, weights_only=True) for payload in whole]
+        return max(states, key=lambda state: len(state.get("curve", ())), default=None)
 
     def drop_progress(self, key: str) -> None:
-        self._progress(key).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._progress(key).unlink()
+        if self.mirror is not None:
+            self.mirror.drop(f"progress/{key}")
 
     def _progress(self, key: str) -> Path:
         return self.root / "progress" / key
+
+
+class _Lock(FileLock):
+    """A lock of a store. One that is waited for makes its folder anew each time, so it may not while that is away."""
+
+    def _acquire(self) -> None:
+        Store(Path(self.lock_file).parent.parent).wait()
+        super()._acquire()
+
+
+def _whole(folder: Path) -> bool:
+    digests = json.loads((folder / "entry.json").read_text())["sha256"]
+    return all(_digest((folder / name).read_bytes()) == digest for name, digest in digests.items())
 
 
 def _digest(content: bytes) -> str:

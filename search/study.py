@@ -18,7 +18,7 @@ import spaces
 from attacks.suite import SUITES, Suite
 from attacks.threat import Knowledge, Norm, ThreatModel
 from defenses.base import Defense
-from search import tasks
+from search import remote, tasks
 from search.store import write_atomic
 from search.tasks import Task
 from search.tasks import task as find_task
@@ -89,7 +89,7 @@ class Study(BaseModel):
     concurrent: int | None = Field(None, ge=1, description="trials at once; else what the cluster holds")
     address: str | None = Field(None, description="a Ray cluster: auto or HOST:PORT; else a local one")
     storage: str = Field(
-        "runs", validate_default=True, description="the folder that holds searches and the store they share"
+        "runs", validate_default=True, description="the folder or URI that holds searches and the store they share"
     )
     data_dir: str | None = Field(None, description="the data cache; else $CRUCIBLE_DATA or ~/.cache/crucible")
     wandb: Literal["online", "offline", "disabled"] | None = Field(
@@ -98,9 +98,19 @@ class Study(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything")
 
     @property
+    def root(self) -> Path:
+        """The folder in which this node works: the storage, or the one that stands for a URI here."""
+        return remote.local(self.storage)
+
+    @property
     def folder(self) -> Path:
         """Everything a user sees of this search lies here."""
-        return Path(self.storage) / self.name
+        return self.root / self.name
+
+    @property
+    def mirror(self) -> remote.Mirror | None:
+        """The search's folder at the storage's URI, if that is one."""
+        return remote.mirror(self.storage, self.name)
 
     @property
     def label(self) -> str:
@@ -128,9 +138,7 @@ class Study(BaseModel):
     @field_validator("storage")
     @classmethod
     def _is_a_folder(cls, storage: str) -> str:
-        if "://" in storage:
-            raise ValueError("must be a folder that all workers reach")
-        return str(Path(storage).expanduser().resolve())  # workers have folders of their own
+        return remote.checked(storage)  # workers have working directories of their own
 
     def plan(self) -> Plan:
         """Return what the study's words stand for.
@@ -176,6 +184,7 @@ class Study(BaseModel):
 
     def write(self) -> Path:
         """Write study.yaml into the search's folder."""
+        self.folder.mkdir(exist_ok=True)
         return write_atomic(self.folder / "study.yaml", self.to_yaml().encode())
 
     def to_yaml(self) -> str:

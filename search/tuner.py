@@ -10,11 +10,13 @@ os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+# A worker whose last trial, which a rung stopped, has not let go by then is never used again, nor is the next trial.
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
 
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
@@ -22,19 +24,17 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from defenses.base import Metrics
-from search.cluster import joined
-from search.conductor import Conductor
+from search.cluster import Berth, at_work, joined, ready
+from search.conductor import RESTARTS, Conductor
 from search.events import State
-from search.run import settle
+from search.run import settle, time_again
 from search.score import Candidate
 from search.study import Study
+from search.watch import Watch
 from search.work import Proposal, Work
 from spaces.space import Params
 
 __all__ = ["joined", "run"]
-
-RESTARTS = 2
-"""How often a trial is started again when its worker dies."""
 
 
 class Desk(Callback):
@@ -71,8 +71,11 @@ class Ask(Searcher):
         return {"name": proposal.name, "refines": proposal.refines, **setting}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        last = {"failed": f"its worker died, {RESTARTS + 1} times over"} if error else result
-        settle(self.desk.conductor, self.desk.names.pop(trial_id), last)
+        name = self.desk.names.pop(trial_id)
+        if error:
+            self.desk.conductor.died(name)
+        else:
+            settle(self.desk.conductor, name, result)
 
     def save(self, checkpoint_path: str) -> None:
         """Keep nothing: the study's journal is the truth."""
@@ -96,26 +99,36 @@ class Rungs(FIFOScheduler):
         return self.STOP if stops else self.CONTINUE
 
 
-def run(conductor: Conductor, resources: dict[str, float], work: Work) -> State:
+def run(conductor: Conductor, berth: Berth, work: Work) -> State:
     """Run the trials that are left on the cluster that was joined."""
     study, desk = conductor.study, Desk(conductor)
-    remote = ray.remote(num_cpus=resources["cpu"], num_gpus=resources["gpu"], max_retries=RESTARTS)
+    remote = ray.remote(num_cpus=berth.cpu, num_gpus=berth.gpu, max_retries=RESTARTS)(at_work)
     try:
-        conductor.begin(_prepare(study, remote, work))
-        if not conductor.done:
-            _tuner(study, desk, resources, work).fit()
-        if desk.names:
+        conductor.begin(_prepare(study, berth, remote, work))
+        while not conductor.done:
+            try:
+                with TemporaryDirectory(prefix="crucible-tune-") as scratch:
+                    _tuner(study, desk, berth, work, scratch).fit()
+            except RuntimeError as error:  # Ray Tune knows no worker that Ray's memory monitor killed
+                if not desk.names:
+                    raise
+                for name in desk.names.values():
+                    conductor.died(name, str(error).partition("\n")[0])
+                desk.names.clear()
+            else:
+                break
+        if desk.names or not conductor.done:
             return "interrupted"
-        for candidate in conductor.leaders():
-            conductor.clocked(candidate, ray.get(remote(work.clock).remote(study, candidate)))
+        time_again(conductor, lambda candidate: ray.get(remote.remote(study, berth, work.clock, candidate)))
     except KeyboardInterrupt:
         return "interrupted"
     return "finished"
 
 
-def _tuner(study: Study, desk: Desk, resources: dict[str, float], work: Work) -> tune.Tuner:
+def _tuner(study: Study, desk: Desk, berth: Berth, work: Work, scratch: str) -> tune.Tuner:
+    trainable = tune.with_parameters(_trainable, study=study, berth=berth, work=work)
     return tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trainable, study=study, work=work), resources),
+        tune.with_resources(trainable, {"cpu": berth.cpu, "gpu": berth.gpu}),
         tune_config=tune.TuneConfig(
             num_samples=-1,  # the conductor says when there are enough
             search_alg=Ask(desk),
@@ -126,30 +139,35 @@ def _tuner(study: Study, desk: Desk, resources: dict[str, float], work: Work) ->
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(study.folder),
-            failure_config=tune.FailureConfig(max_failures=RESTARTS),
+            storage_path=scratch,  # nothing is ever read from there, and a full or absent storage must not end Ray Tune
             callbacks=[desk],
             verbose=0,
         ),
     )
 
 
-def _trainable(config: dict[str, Any], study: Study, work: Work) -> None:
+def _trainable(config: dict[str, Any], study: Study, berth: Berth, work: Work) -> None:
     """Run one trial in a worker of Ray."""
-    share = 0.25 if study.gpus_per_trial is None else study.gpus_per_trial
-    if torch.cuda.is_available() and 0 < share < 1:
-        torch.cuda.set_per_process_memory_fraction(share)  # Ray's fractions are bookkeeping only
+    ready(study, berth)
+
+    watch = Watch(study, config["name"])
 
     def report(fit: str, epoch: int, metrics: Metrics) -> None:
-        tune.report({"fit": fit, "epoch": epoch, "reported": list(metrics), **metrics})
+        with watch.paused():
+            tune.report({"fit": fit, "epoch": epoch, "reported": list(metrics), **metrics})
 
-    params = Params(config["train"], config["inference"])
-    tune.report(work.execute(study, Proposal(config["name"], params, config["refines"]), report))
+    proposal = Proposal(config["name"], Params(config["train"], config["inference"]), config["refines"])
+    if word := watch.word():
+        last: dict[str, Any] = {"failed": word}
+    else:
+        with watch.running():
+            last = work.execute(study, proposal, report)
+    tune.report(last)
 
 
-def _prepare(study: Study, remote: Any, work: Work) -> Candidate:
+def _prepare(study: Study, berth: Berth, remote: Any, work: Work) -> Candidate:
     """Train the classifiers side by side and score the bare one, on workers."""
-    needed = ray.get(remote(work.needed).remote(study))
-    ray.get([remote(work.classifier).remote(study, architecture) for architecture in needed])
-    undefended: Candidate = ray.get(remote(work.undefended).remote(study))
+    needed = ray.get(remote.remote(study, berth, work.needed))
+    ray.get([remote.remote(study, berth, work.classifier, architecture) for architecture in needed])
+    undefended: Candidate = ray.get(remote.remote(study, berth, work.undefended))
     return undefended

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from defenses.base import Metrics
 from search import trial
 from search.latency import Latency
 from search.ranking import feasible, ranked
 from search.score import Candidate
+from search.store import Store, trouble
 from search.study import Study
 from search.trial import Bench, store_of
 from spaces.space import Params
@@ -49,48 +53,71 @@ class Work:
 
 
 def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
-    """Run one trial to its end and return its last report."""
-    store = store_of(study)
-    try:
-        bench = Bench.of(study, store)
-        fit = bench.fingerprint(proposal.params)
-        candidates = trial.run_trial(
-            study, proposal.params, store, lambda epoch, metrics: report(fit, epoch, metrics), alone=proposal.refines
-        )
-        best = (*feasible(study, candidates), *ranked(candidates))[0]
-        path = study.folder / "pictures" / f"{proposal.name}.png"
-        return {
-            "candidates": [candidate.to_json() for candidate in candidates],
-            "curve": bench.curve(fit),
-            "picture": _drawn(bench, best.params, path),
-        }
-    except Exception as error:  # whatever a defense raises is the trial's failure, not the search's
-        return {"failed": f"{type(error).__name__}: {error}"}
+    """Run one trial to its end and return its last report.
+
+    What fails while the storage is away is done again when it has returned: whatever was finished is in the store.
+    """
+    store = store_of(study).expected()
+    while True:
+        try:
+            store.wait()
+            return _execute(study, proposal, report, store)
+        except Exception as error:  # whatever a defense raises is the trial's failure, not the search's
+            reason = trouble(error)
+            if store.away and reason is None:
+                continue
+            last = {"interrupted": reason} if reason else {"failed": f"{type(error).__name__}: {error}"}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # for the next trial, if this one took too much
+        return last
+
+
+def _execute(study: Study, proposal: Proposal, report: Report, store: Store) -> dict[str, Any]:
+    bench = Bench.of(study, store)
+    fit = bench.fingerprint(proposal.params)
+    candidates = trial.run_trial(
+        study, proposal.params, store, lambda epoch, metrics: report(fit, epoch, metrics), alone=proposal.refines
+    )
+    best = (*feasible(study, candidates), *ranked(candidates))[0]
+    path = study.folder / "pictures" / f"{proposal.name}.png"
+    return {
+        "candidates": [candidate.to_json() for candidate in candidates],
+        "curve": bench.curve(fit),
+        "picture": _drawn(bench, best.params, path),
+    }
 
 
 def _drawn(bench: Bench, params: Params, path: Path) -> str:
     """Return the path of a trial's picture, or nothing: a disk that is full must not cost the candidates."""
+    mirror = bench.study.mirror
     try:
-        return str(bench.picture(params, path))
+        if mirror is not None:
+            path.parent.parent.mkdir(parents=True, exist_ok=True)  # each node has a folder of its own
+        path.parent.mkdir(exist_ok=True)
+        bench.picture(params, path)
     except OSError:
         return ""
+    if mirror is not None:
+        with suppress(OSError):  # the driver's courier may have more luck
+            mirror.send(f"pictures/{path.name}")
+    return str(path)
 
 
 def _needed(study: Study) -> list[str]:
-    return sorted(Bench.of(study, store_of(study)).needed())
+    return sorted(Bench.of(study, store_of(study).expected()).needed())
 
 
 def _classifier(study: Study, architecture: str) -> None:
-    Bench.of(study, store_of(study)).classifier(architecture)
+    Bench.of(study, store_of(study).expected()).classifier(architecture)
 
 
 def _undefended(study: Study) -> Candidate:
-    return trial.baseline(study, store_of(study))
+    return trial.baseline(study, store_of(study).expected())
 
 
 def _clock(study: Study, candidate: Candidate) -> Latency:
     """Measure the latency of a stored fit's candidate again."""
-    bench = Bench.of(study, store_of(study))
+    bench = Bench.of(study, store_of(study).expected())
     return bench.clock(candidate.params)
 
 

@@ -33,7 +33,7 @@ def starts(defense: str) -> tuple[Mapping[str, Scalar], ...]:
 
 
 def _files() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(__path__) if module.name != "space"]
+    return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("domain", "space")]
 
 
 def _module(defense: str) -> Any:

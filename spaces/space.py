@@ -1,46 +1,51 @@
-"""Knobs, settings and search spaces. A domain is an Optuna distribution: there is no second language."""
+"""Knobs, settings and search spaces."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-Scalar = bool | int | float | str
-Domain = BaseDistribution | Sequence[Scalar] | Scalar
-"""What a named space may say of a knob: a range, a grid, or one value."""
+from spaces.domain import Domain, InputError, Scalar, choose, contains, draw, extremes, finite, narrowed, only, spoken
+
+__all__ = [
+    "GRID_LIMIT",
+    "Condition",
+    "Domain",
+    "InputError",
+    "Params",
+    "Scalar",
+    "SearchSpace",
+    "choose",
+    "conditions",
+    "contains",
+    "draw",
+    "extremes",
+    "finite",
+    "knob",
+    "only",
+    "spoken",
+]
+
+Condition = Mapping[str, Sequence[Scalar]]
+"""When a knob matters: other knob -> the values at one of which that must be."""
 
 GRID_LIMIT = 64
 """A finite set of inference settings up to this size is scored whole."""
 
 
-class InputError(ValueError):
-    """Bad input: one line with the law, the value and the legal choices. The command line exits with 2."""
-
-
-def choose(what: str, value: str, legal: Sequence[str]) -> str:
-    """Return `value` if it is legal; else raise an InputError that names the choices and the nearest one."""
-    if value in legal:
-        return value
-    near = difflib.get_close_matches(value, legal, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"{what} must be one of {', '.join(legal)}, but is {value!r}{hint}")
-
-
 def knob(
-    default: Scalar, domain: BaseDistribution, meaning: str, *, latency: bool = False, threshold: bool = False
+    default: Scalar,
+    domain: BaseDistribution,
+    meaning: str,
+    *,
+    latency: bool = False,
+    threshold: bool = False,
+    given: Condition | None = None,
 ) -> Any:
     """Declare one hyperparameter as a field of a defense's Train or Inference dataclass.
 
@@ -50,8 +55,10 @@ def knob(
         meaning: what it is, with its unit and source.
         latency: whether it can change the purification latency.
         threshold: whether it is the limit of a column of `Defense.suspicion` (an inference knob).
+        given: at which values of other knobs, declared before it and categorical, it matters; elsewhere it takes its
+            default. A train-time knob may name train-time knobs alone.
     """
-    about = {"domain": domain, "meaning": meaning, "latency": latency, "threshold": threshold}
+    about = {"domain": domain, "meaning": meaning, "latency": latency, "threshold": threshold, "given": given or {}}
     return field(default=default, metadata=about)
 
 
@@ -68,11 +75,16 @@ class Params:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The domains of a defense's knobs, split by whether a change needs a new training."""
+    """The domains of a defense's knobs, split by whether a change needs a new training.
+
+    Args:
+        given: the conditions of the knobs that do not always matter. Where one does not, it takes its default.
+    """
 
     train: Mapping[str, BaseDistribution]
     inference: Mapping[str, BaseDistribution]
     defaults: Mapping[str, Scalar]
+    given: Mapping[str, Condition] = field(default_factory=dict)
 
     @classmethod
     def of(cls, defense: Any) -> SearchSpace:
@@ -82,6 +94,7 @@ class SearchSpace:
             {f.name: f.metadata["domain"] for f in dataclasses.fields(defense.Train)},
             {f.name: f.metadata["domain"] for f in dataclasses.fields(defense.Inference)},
             {f.name: _default(f) for f in knobs},
+            {f.name: f.metadata["given"] for f in knobs if f.metadata["given"]},
         )
 
     def flat(self) -> dict[str, BaseDistribution]:
@@ -96,11 +109,34 @@ class SearchSpace:
         for name in named:
             choose("a knob", name, list(self.flat()))
         wishes = {**self.defaults, **named}
-        return SearchSpace(
-            {name: _narrowed(name, domain, wishes[name]) for name, domain in self.train.items()},
-            {name: _narrowed(name, domain, wishes[name]) for name, domain in self.inference.items()},
-            self.defaults,
-        )
+        return self._with({name: narrowed(name, domain, wishes[name]) for name, domain in self.flat().items()})
+
+    def at(self, values: Mapping[str, Scalar]) -> SearchSpace:
+        """Return what is left of the space where knobs have these values, such as a fit's train-time knobs."""
+        return self._with({**self.flat(), **{name: CategoricalDistribution((v,)) for name, v in values.items()}})
+
+    def _with(self, domains: Mapping[str, BaseDistribution]) -> SearchSpace:
+        """Return the space with other domains: a knob that can no longer matter takes its default for good."""
+        kept, given, never = dict[str, BaseDistribution](), dict[str, Condition](), set[str]()
+        for name, domain in domains.items():
+            left = {o: [v for v in finite(kept[o]) or () if v in legal] for o, legal in self._asked(name)}
+            if any(o in never or not values for o, values in left.items()):
+                never.add(name)
+                kept[name] = CategoricalDistribution((self.defaults[name],))
+                continue
+            kept[name] = domain
+            depends = {o: v for o, v in left.items() if o in given or len(v) < len(finite(kept[o]) or ())}
+            if depends:
+                given[name] = depends
+        train = {name: kept[name] for name in self.train}
+        return SearchSpace(train, {name: kept[name] for name in self.inference}, self.defaults, given)
+
+    def _asked(self, name: str) -> Iterable[tuple[str, Sequence[Scalar]]]:
+        return self.given.get(name, {}).items()
+
+    def matters(self, name: str, values: Mapping[str, Any]) -> bool:
+        """Say whether a knob matters where the knobs before it have these values."""
+        return all(self.matters(o, values) and values[o] in legal for o, legal in self._asked(name))
 
     def usual(self) -> dict[str, Scalar]:
         """Return one inference setting: each knob's default where it lies in the space, else its first value."""
@@ -114,16 +150,26 @@ class SearchSpace:
         return values[0] if values else domain.low  # type: ignore[attr-defined]  # not finite, so a range
 
     def searched(self) -> dict[str, BaseDistribution]:
-        """Return the domains of the knobs that have more than one value."""
+        """Return the domains of the knobs that have more than one value, each after those that it depends on."""
         return {name: domain for name, domain in self.flat().items() if not domain.single()}
+
+    def setting(self, value: Callable[[str, BaseDistribution], Scalar]) -> Params:
+        """Return the setting in which each knob that matters has the `value` of its name and domain."""
+        values = dict[str, Scalar]()
+        for name, domain in self.flat().items():
+            values[name] = value(name, domain) if self.matters(name, values) else self.defaults[name]
+        return Params({n: values[n] for n in self.train}, {n: values[n] for n in self.inference})
 
     def complete(self, chosen: Mapping[str, Any]) -> Params:
         """Return the setting with the `chosen` values and, elsewhere, the one value of each knob."""
-        values = {name: chosen[name] if name in chosen else only(name, d) for name, d in self.flat().items()}
-        return Params({n: values[n] for n in self.train}, {n: values[n] for n in self.inference})
+        return self.setting(lambda name, domain: chosen[name] if name in chosen else only(name, domain))
+
+    def drawn(self, rng: np.random.Generator) -> Params:
+        """Return a setting at random."""
+        return self.setting(lambda name, domain: draw(domain, rng))
 
     def grid(self) -> Iterator[Params]:
-        """Yield every setting of a finite space, the last knob moving fastest.
+        """Yield every setting of a finite space once, the last knob moving fastest.
 
         Raises:
             InputError: a searched knob is continuous.
@@ -132,105 +178,47 @@ class SearchSpace:
         for name, domain in domains.items():
             if finite(domain) is None:
                 raise InputError(f"a grid needs finite domains, but {name} is {spoken(domain)}")
-        for values in itertools.product(*(finite(domain) or () for domain in domains.values())):
-            yield self.complete(dict(zip(domains, values, strict=True)))
+        yield from (self.complete(values) for values in self._branches(list(domains), {}))
+
+    def _branches(self, left: Sequence[str], values: Mapping[str, Scalar]) -> Iterator[Mapping[str, Scalar]]:
+        if not left:
+            yield values
+            return
+        name, *rest = left
+        choices = finite(self.flat()[name]) or () if self.matters(name, values) else (self.defaults[name],)
+        for choice in choices:
+            yield from self._branches(rest, {**values, name: choice})
 
     def size(self) -> int | None:
         """Return how many settings there are, or None where a knob is continuous."""
-        return _size(self.flat())
+        return self._count(list(self.flat()), {})
 
     def trainings(self) -> int | None:
         """Return how many trainings the whole space needs, or None where a train-time knob is continuous."""
-        return _size(self.train)
+        return self._count(list(self.train), {})
+
+    def _count(self, left: Sequence[str], values: Mapping[str, Scalar]) -> int | None:
+        """Count the settings of the knobs that are `left`, branching where others depend on a knob."""
+        total, domains = 1, self.flat()
+        for i, name in enumerate(left):
+            if not self.matters(name, values):
+                continue
+            choices = finite(domains[name])
+            if choices is None:
+                return None
+            if not any(name in condition for condition in self.given.values()):
+                total *= len(choices)
+                continue
+            counts = [self._count(left[i + 1 :], {**values, name: choice}) for choice in choices]
+            return None if None in counts else total * sum(count or 0 for count in counts)
+        return total
 
 
-def finite(domain: BaseDistribution) -> tuple[Scalar, ...] | None:
-    """Return the values of a finite domain in order, or None for a continuous one."""
-    if isinstance(domain, CategoricalDistribution):
-        return tuple(domain.choices)  # type: ignore[arg-type]  # no knob is None
-    if isinstance(domain, IntDistribution) and not domain.log:
-        return tuple(range(domain.low, domain.high + 1, domain.step))
-    if isinstance(domain, FloatDistribution) and domain.single():
-        return (domain.low,)
-    return None
-
-
-def extremes(domain: BaseDistribution) -> tuple[Scalar, ...]:
-    """Return every choice of a categorical domain, and the two ends of another."""
-    if isinstance(domain, CategoricalDistribution):
-        return tuple(domain.choices)  # type: ignore[arg-type]  # no knob is None
-    assert isinstance(domain, FloatDistribution | IntDistribution)
-    return domain.low, domain.high
-
-
-def draw(domain: BaseDistribution, rng: np.random.Generator) -> Scalar:
-    """Return a value of the domain, uniformly, or log-uniformly on a log scale."""
-    values = finite(domain)
-    if values is not None:
-        return values[int(rng.integers(len(values)))]
-    assert isinstance(domain, FloatDistribution | IntDistribution)
-    if domain.log:
-        value = math.exp(rng.uniform(math.log(domain.low), math.log(domain.high)))
-    else:
-        value = rng.uniform(domain.low, domain.high)
-    return round(value) if isinstance(domain, IntDistribution) else value
-
-
-def only(name: str, domain: BaseDistribution) -> Scalar:
-    """Return the value of a domain that has one."""
-    values = finite(domain)
-    if values is None or len(values) != 1:
-        raise InputError(f"a setting names every knob that is searched: {name}, {spoken(domain)}, has no value")
-    return values[0]
-
-
-def contains(domain: BaseDistribution, value: object) -> bool:
-    """Say whether `value` is in `domain`, of its type."""
-    if isinstance(domain, CategoricalDistribution):
-        return any(value == choice and type(value) is type(choice) for choice in domain.choices)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return False
-    if isinstance(domain, IntDistribution) and not isinstance(value, int):
-        return False
-    assert isinstance(domain, FloatDistribution | IntDistribution)
-    return domain._contains(float(value))
-
-
-def spoken(domain: BaseDistribution) -> str:
-    """Return the domain in words, for an error or a table."""
-    if isinstance(domain, CategoricalDistribution):
-        return "one of " + ", ".join(str(choice) for choice in domain.choices)
-    assert isinstance(domain, FloatDistribution | IntDistribution)
-    kind = "a whole number" if isinstance(domain, IntDistribution) else "a number"
-    return f"{kind} from {domain.low:g} to {domain.high:g}" + (" (log scale)" if domain.log else "")
+def conditions(given: Condition) -> str:
+    """Return in words when a knob matters; nothing where it always does."""
+    return " and ".join(f"{name} is {' or '.join(map(str, values))}" for name, values in given.items())
 
 
 def _default(declared: dataclasses.Field[Any]) -> Scalar:
     value: Any = declared.default
     return value
-
-
-def _narrowed(name: str, declared: BaseDistribution, wish: Domain) -> BaseDistribution:
-    if isinstance(wish, FloatDistribution | IntDistribution):
-        inside = all(contains(declared, end) for end in (wish.low, wish.high))
-        if isinstance(declared, FloatDistribution | IntDistribution) and type(wish) is type(declared) and inside:
-            return wish
-        raise InputError(f"{name} must be {spoken(declared)}, but the space says {spoken(wish)}")
-    values: list[Any] = list(wish.choices) if isinstance(wish, CategoricalDistribution) else _listed(wish)
-    if not values:
-        raise InputError(f"{name} must be {spoken(declared)}, but its grid is empty")
-    if isinstance(declared, FloatDistribution):  # YAML and the shell write 1.0 as 1
-        values = [float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
-    for value in values:
-        if not contains(declared, value):
-            raise InputError(f"{name} must be {spoken(declared)}, but is {value!r}")
-    return CategoricalDistribution(tuple(dict.fromkeys(values)))
-
-
-def _listed(wish: object) -> list[Any]:
-    return list(wish) if isinstance(wish, list | tuple) else [wish]
-
-
-def _size(domains: Mapping[str, BaseDistribution]) -> int | None:
-    counts = [finite(domain) for domain in domains.values()]
-    return None if any(c is None for c in counts) else math.prod(len(c) for c in counts if c is not None)

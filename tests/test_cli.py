@@ -56,7 +56,10 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["search", "--min-clean-accuracy", "90"], "min_clean_accuracy must be less than or equal to 1"),
     (["search", "--name", "../up"], "name must be letters, digits, '.', '_' and '-', and no path, but is '../up'"),
     (["search", "--name", ".hidden"], "and no path, but is '.hidden'"),
-    (["search", "--storage", "s3://bucket/runs"], "storage must be a folder that all workers reach"),
+    (
+        ["search", "--storage", "s3://bucket/runs"],
+        "storage must be a folder or a URI of an installed file system: pip install s3fs",
+    ),
     (["search", "--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
     (["search", "--gpu", "1"], "No such option: --gpu"),
     (["status", "nothing", "--storage", "/tmp/there-is-none"], "a search must exist, but there is none in"),

@@ -23,9 +23,11 @@ from sklearn.datasets import load_digits
 
 from attacks.interval import wilson
 from attacks.threat import Knowledge, ThreatModel
-from search.report import Findings, TrialRecord, duration, interval, render, spoken_eps, spoken_value, write
+from search.findings import Findings, TrialRecord
+from search.report import interval, render, write
 from search.score import Candidate, Score
 from search.study import Study
+from search.wording import duration, spoken_eps, spoken_value
 from spaces.space import Params, Scalar
 
 SEARCHED = ("lambda_rc", "lambda_kl", "lambda_ce", "conv_maps", "sigma_eps")

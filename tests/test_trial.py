@@ -10,11 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+import attacks.suite
+from attacks.robustness import Observation
 from attacks.suite import SUITES
 from defenses.base import Batches, Metrics
 from defenses.puvae import PuVAE
+from search import exam, trial
+from search.exam import Exam
 from search.score import Candidate
 from search.study import Study
+from search.texts import texts
 from search.trial import Bench, TrialError, baseline, png, run_trial, store_of
 from spaces.space import Params
 from tests.conftest import digits_study
@@ -68,6 +73,125 @@ def test_the_second_time_nothing_is_trained_and_the_scores_are_the_same(
 
 class Killed(BaseException):
     """Stands in for a worker that dies."""
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, target: object, name: str) -> None:
+    """Let whatever calls it fail."""
+
+    def forbidden(*args: object, **options: object) -> object:
+        raise AssertionError(f"{name} again")
+
+    monkeypatch.setattr(target, name, forbidden)
+
+
+def test_a_second_search_over_the_same_space_trains_nothing_and_attacks_nothing(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search(study: Study) -> list[Candidate]:
+        chosen = ((lambda_rc, sigma_eps) for lambda_rc in (0.1, 1.0) for sigma_eps in (0.0, 1.0))
+        settings = [setting(study, lambda_rc=lambda_rc, sigma_eps=sigma_eps) for lambda_rc, sigma_eps in chosen]
+        trials = [run_trial(study, params, store_of(study), silent, alone=True) for params in settings]
+        return [baseline(study, store_of(study)), *(candidate for trial in trials for candidate in trial)]
+
+    first = search(study)
+    forbid(monkeypatch, PuVAE, "fit")
+    for name in ("observe", "noisy", "quick_gates"):
+        forbid(monkeypatch, exam, name)
+    forbid(monkeypatch, trial, "measure")
+    other = study.model_copy(update={"name": "other", "trials": 9, "method": "grid", "max_clean_rejection": 0.2})
+    assert search(other) == first
+
+
+def test_a_trial_that_is_killed_scores_no_setting_again(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def observed(self: Exam, target: nn.Module) -> Observation:
+        calls.append(1)
+        if len(calls) == 5:
+            raise Killed
+        return observe(self, target)
+
+    observe = Exam.observe
+    monkeypatch.setattr(Exam, "observe", observed)
+    with pytest.raises(Killed):
+        run_trial(study, setting(study), store_of(study), silent)
+    assert len(run_trial(study, setting(study), store_of(study), silent)) == 6 and len(calls) == 4 + 1 + 2
+
+
+def test_a_damaged_score_is_made_again(study: Study) -> None:
+    first, store = baseline(study, store_of(study)), store_of(study)
+    (key,) = store.keys("scores")
+    said = store.root / "scores" / key / "said.safetensors"
+    good = said.read_bytes()
+    said.write_bytes(good[:-4] + b"oops")
+    assert baseline(study, store) == first and said.read_bytes() == good
+
+
+def test_everything_that_changes_a_score_changes_its_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(fit: str = "fit", over: dict[str, object] | None = None, **fields: object) -> str:
+        study = digits_study(tmp_path, **fields)
+        bench = Bench(study, store_of(study))
+        params = bench.aimed(setting(study, **(over or {})))
+        with torch.device("meta"):
+            defense = bench.plan.defense(params.train, params.inference, bench.plan.task.shape)
+        return bench.sitting(fit, defense)
+
+    first = key()
+    variants: list[dict[str, object]] = [
+        {"seed": 1},
+        {"eval_images": 50},
+        {"suite": "quick"},
+        {"threat": "oblivious"},
+        {"eps": 0.1},
+        {"eps": 0.1 + 1e-9},
+        {"eps": 0.3, "norm": "L2"},
+        {"threat": "black-box"},
+        {"threat": "black-box", "substitute": "C"},
+        {"task": "digits/B"},
+        {"protect": "digits/C"},
+        {"classifier_epochs": 3},
+        {"over": {"sigma_eps": 1.0}},
+        {"fit": "another"},
+    ]
+    assert len({first, *(key(**fields) for fields in variants)}) == 1 + len(variants)  # type: ignore[arg-type]
+    for same in ({"name": "other"}, {"trials": 9}, {"cheap_images": 5}, {"max_clean_rejection": 0.2}, {"patience": 1}):
+        assert key(**same) == first  # type: ignore[arg-type]
+    source = Path(attacks.suite.__file__).read_text()
+    assert source in texts(exam.__name__)
+    monkeypatch.setattr(trial, "texts", lambda *modules: [text for text in texts(*modules) if text != source])
+    assert key() != first
+
+
+def test_what_was_said_serves_every_threshold_and_every_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored(**fields: object) -> list[Candidate]:
+        study = digits_study(tmp_path, defense="magnet", suite="quick", epochs=1, **fields)
+        return run_trial(study, setting(study), store_of(study), silent)
+
+    first = scored(max_clean_rejection=0.05)
+    store = store_of(digits_study(tmp_path))
+    assert len(store.keys("scores")) == 2 and len(first) >= 8  # one for each reformer
+    forbid(monkeypatch, Exam, "observe")
+    assert scored(max_clean_rejection=0.05) == first
+    other = scored(max_clean_rejection=0.3)
+    assert (
+        first != other
+        and {c.candidate: c for c in first if not c.score.risk_coverage}.items()
+        <= {c.candidate: c for c in other}.items()
+    )
+
+
+def test_a_black_box_attacker_learns_of_each_threshold_anew(tmp_path: Path) -> None:
+    def sittings(threat: str) -> int:
+        study = digits_study(tmp_path, defense="magnet", threat=threat)
+        bench, found = Bench(study, store_of(study)), set()
+        for limit in (0.99, 1e6):
+            params = bench.aimed(setting(study, detector_1=limit))
+            found.add(bench.sitting("fit", bench.plan.defense(params.train, params.inference, bench.plan.task.shape)))
+        return len(found)
+
+    assert sittings("white-box") == 1 and sittings("black-box") == 2
 
 
 def killed_after(epochs: int) -> object:

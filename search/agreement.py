@@ -1,0 +1,182 @@
+"""How well the cheap scores rank trainings: what stopping them early rests on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import ConstantInputWarning, kendalltau, spearmanr
+
+from search.record import Record, state_of
+from search.score import Candidate
+from search.stopping import rungs
+from search.study import Study
+from spaces.space import Scalar
+
+LEAST = 4
+"""Trainings below which nothing is said."""
+ENOUGH = 8
+"""Trainings from which a low correlation is warned of."""
+LOW = 0.5
+
+
+@dataclass(frozen=True)
+class Rank:
+    """How the cheap scores after one epoch rank the finished trainings.
+
+    Args:
+        epoch: None for the last epoch of each.
+        trainings: how many are compared.
+        rho: Spearman's, between cheap and final scores; None where too few are compared or either does not vary.
+        low, high: its 95 % interval, by Bonett and Wright's standard error.
+        tau: Kendall's tau-b.
+    """
+
+    epoch: int | None
+    trainings: int
+    rho: float | None = None
+    low: float | None = None
+    high: float | None = None
+    tau: float | None = None
+
+    @property
+    def when(self) -> str:
+        return "the last epoch" if self.epoch is None else f"epoch {self.epoch}"
+
+    @property
+    def poor(self) -> bool:
+        """Whether enough trainings were compared to say that the cheap score ranks them badly."""
+        return self.trainings >= ENOUGH and (self.rho is None or self.rho < LOW)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How cheap and final scores agree over the finished trainings.
+
+    Those that were stopped early have no final score: what is said here holds for the survivors.
+
+    Args:
+        usual: whether the final score is that at the space's usual inference setting, at which the cheap scores are
+            taken; else, where not every training was scored there, it is each training's best.
+        points: (trial, cheap score of its last epoch, final score), each in [0, 1]; the final score is one minus the
+            attacked error.
+        ranks: one for each rung, and the last epoch's.
+    """
+
+    study: Study
+    usual: bool
+    points: Sequence[tuple[str, float, float]]
+    ranks: Sequence[Rank]
+
+    @property
+    def last(self) -> Rank:
+        return self.ranks[-1]
+
+    @property
+    def setting(self) -> str:
+        return "at the usual inference setting" if self.usual else "at each training's best inference setting"
+
+    @property
+    def line(self) -> str:
+        """What is known, in one line."""
+        if self.last.rho is None:
+            return f"cheap against final scores: no rank correlation over {len(self.points)} finished trainings"
+        rungs = "".join(f", after {r.when} {r.rho:.2f}" for r in self.ranks[:-1] if r.rho is not None)
+        within = f" ({self.last.low:.2f} to {self.last.high:.2f})" if self.last.low is not None else ""
+        return (
+            f"cheap against final scores of {self.last.trainings} finished trainings: Spearman's rho "
+            f"{self.last.rho:.2f}{within}, Kendall's tau {self.last.tau:.2f}{rungs}"
+        )
+
+    @property
+    def warning(self) -> str:
+        """What to do where the cheap score is a bad guide; nothing where it is a good one, or too little is known."""
+        poor = next((rank for rank in self.ranks if rank.poor), None)
+        if poor is None:
+            return ""
+        if len({final for *_, final in self.points}) == 1:
+            return f"all {len(self.points)} finished trainings are equal under attack: no score can rank them"
+        found = "is the same for all of" if poor.rho is None else f"ranks badly (rho {poor.rho:.2f})"
+        remedy = (
+            f"more --cheap-images than {self.study.cheap_images}"
+            if self.last.poor
+            else f"a later --grace than {self.study.grace}"
+        )
+        if self.study.stopping != "none":
+            remedy += ", or --stopping none: good trainings may have been stopped"
+        return f"the cheap score after {poor.when} {found} {poor.trainings} finished trainings; try {remedy}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "final": self.setting,
+            "ranks": [vars(rank) for rank in self.ranks],
+            "warning": self.warning or None,
+        }
+
+
+def agreement(record: Record, candidates: Iterable[Candidate]) -> Agreement:
+    """Compare the cheap scores of a search's finished trainings with what their fits were worth in the end.
+
+    Args:
+        candidates: all of the search.
+    """
+    study, usual = record.study, dict(record.space.usual())
+    fits: dict[tuple[tuple[str, Scalar], ...], list[Candidate]] = {}
+    for candidate in candidates:
+        fits.setdefault(_key(candidate.params.train), []).append(candidate)
+    found = []
+    for trial in record.trials():
+        curve = {int(epoch): float(score) for epoch, score in trial.user_attrs.get("curve", [])}
+        of = fits.get(_key(record.space.complete(trial.params).train), [])
+        if state_of(trial) == "finished" and curve and of:
+            found.append((str(trial.user_attrs["trial"]), curve, of))
+    at_usual = [[c for c in of if c.params.inference == usual] for *_, of in found]
+    everywhere = all(at_usual)
+    finals = [
+        max(1 - c.score.attacked_error for c in (at if everywhere else of))
+        for at, (*_, of) in zip(at_usual, found, strict=True)
+    ]
+    curves = [curve for _, curve, _ in found]
+    points = [(name, curve[max(curve)], final) for (name, curve, _), final in zip(found, finals, strict=True)]
+    return Agreement(study, everywhere, points, ranks(curves, finals, rungs(study)))
+
+
+def ranks(curves: Sequence[Mapping[int, float]], finals: Sequence[float], epochs: Sequence[int]) -> list[Rank]:
+    """Return the rank correlations after each of the epochs and after the last of each curve.
+
+    Args:
+        curves: each training's cheap score by epoch.
+        finals: each training's final score.
+        epochs: those at which trainings are judged; one at which no training had yet to go on is left out.
+    """
+    found = []
+    for epoch in epochs:
+        on = [(curve[epoch], final) for curve, final in zip(curves, finals, strict=True) if epoch in curve]
+        found.append(_rank(epoch, on))
+    return [*found, _rank(None, [(curve[max(curve)], final) for curve, final in zip(curves, finals, strict=True)])]
+
+
+def _rank(epoch: int | None, pairs: Sequence[tuple[float, float]]) -> Rank:
+    """Source: Bonett and Wright, Sample size requirements for estimating Pearson, Kendall and Spearman correlations,
+    Psychometrika 65, 2000, equation 3.
+    """
+    n = len(pairs)
+    if n < LEAST:
+        return Rank(epoch, n)
+    cheap, final = zip(*pairs, strict=True)
+    with warnings.catch_warnings(action="ignore", category=ConstantInputWarning):
+        rho, tau = float(spearmanr(cheap, final).statistic), float(kendalltau(cheap, final).statistic)
+    if not np.isfinite(rho):
+        return Rank(epoch, n)
+    if abs(rho) > 1 - 1e-9:
+        return Rank(epoch, n, rho, None, None, tau)
+    wide = 1.96 * np.sqrt((1 + rho**2 / 2) / (n - 3))
+    low, high = (float(np.tanh(np.arctanh(rho) + side * wide)) for side in (-1, 1))
+    return Rank(epoch, n, rho, low, high, tau)
+
+
+def _key(train: Mapping[str, Scalar]) -> tuple[tuple[str, Scalar], ...]:
+    return tuple(sorted(train.items()))

@@ -1,0 +1,168 @@
+"""The exam that every candidate of a study sits: what a target says under attack, and the score that follows.
+
+What it said is kept in the store: whatever the thresholds are, their verdicts need no other forward pass.
+Shapes: D draws, N images, C channels, H x W pixels, S columns of suspicion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from attacks.probes import Gate, noise_gate, noisy, quick_gates
+from attacks.robustness import Observation, Outsider, Seen, evaluate, observe
+from attacks.suite import SUITES, Suite
+from attacks.threat import Knowledge, ThreatModel
+from search.latency import Latency
+from search.score import Score
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a target said under attack, its cheap gates, and what it said of noise."""
+
+    found: Observation
+    gates: tuple[Gate, ...]
+    noise: Seen
+
+    def tensors(self) -> bytes:
+        """Return the verdicts on each image as safetensors."""
+        parts = {"limits": self.found.limits_S}
+        for name, seen in self._seen().items():
+            parts |= {f"right {name}": seen.right, f"suspicion {name}": seen.suspicion_DNS}
+        return save({name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()})
+
+    def about(self) -> dict[str, Any]:
+        """Return the rest, as JSON. Its order is that of the attacks, which safetensors does not keep."""
+        return {
+            "threat": asdict(self.found.threat),
+            "queries": self.found.queries,
+            "gates": [asdict(gate) for gate in self.gates],
+            "bounded": [(name, seen.bounded) for name, seen in self._seen().items()],
+        }
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Probed:
+        """Return what `tensors` and `about` were made of."""
+        groups: dict[str, dict[str, Seen]] = {"": {}, "oblivious": {}, "black-box": {}, "white-box": {}}
+        for name, bounded in about["bounded"]:
+            knowledge, _, attack = name.rpartition("/")
+            groups[knowledge][attack] = Seen(tensors[f"right {name}"], tensors[f"suspicion {name}"], bounded)
+        threat = ThreatModel(**about["threat"])
+        found = Observation(
+            threat=threat,
+            clean=groups[""]["clean"],
+            oblivious=groups["oblivious"],
+            black_box=groups["black-box"] if threat.knowledge == "black-box" else None,
+            white_box=groups["white-box"],
+            limits_S=tensors["limits"],
+            queries=about["queries"],
+        )
+        return cls(found, tuple(Gate(**gate) for gate in about["gates"]), groups[""]["noise"])
+
+    def _seen(self) -> dict[str, Seen]:
+        found = self.found
+        return {
+            "clean": found.clean,
+            "noise": self.noise,
+            **{f"oblivious/{name}": seen for name, seen in found.oblivious.items()},
+            **{f"black-box/{name}": seen for name, seen in (found.black_box or {}).items()},
+            **{f"white-box/{name}": seen for name, seen in (found.white_box or {}).items()},
+        }
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The images and attacks that every candidate of a study faces.
+
+    Args:
+        oblivious: adversarial images of each oblivious attack of the suite and of the rungs, made once on the bare
+            classifier.
+        outsider: the black-box attacker, where the study's threat model is its.
+    """
+
+    suite: Suite
+    threat: ThreatModel
+    x_NCHW: Tensor
+    y_N: Tensor
+    oblivious: Mapping[str, Tensor]
+    seed: int
+    outsider: Outsider | None = None
+
+    def probe(self, target: nn.Module) -> Probed:
+        """Attack, and run the audit's cheap checks, which serve every setting of the thresholds."""
+        found = self.observe(target)
+        images, looks = (self.x_NCHW, self.y_N), len(found.clean.right)
+        noise = noisy(target, *images, self.threat, self.seed, looks)
+        return Probed(found, quick_gates(target, *images, seed=self.seed), noise)
+
+    def observe(self, target: nn.Module) -> Observation:
+        """Attack under the oblivious and the white-box threat model, whichever the study's is, and under its own."""
+        black_box, queries = None, 0
+        if self.outsider is not None:
+            images = (self.x_NCHW, self.y_N)
+            black_box, queries = self.outsider.craft(self.suite, target, *images, self.threat, self.seed)
+        found = observe(
+            self.suite,
+            target,
+            self.x_NCHW,
+            self.y_N,
+            self.threat,
+            oblivious={attack.name: self.oblivious[attack.name] for attack in self.suite.oblivious},
+            black_box=black_box,
+            seed=self.seed,
+            white_box=True,
+        )
+        return replace(found, queries=queries)
+
+    def score(self, probed: Probed, limits_S: Tensor, latency: Latency | None) -> Score:
+        """Return the figures of a bare or defended classifier.
+
+        Args:
+            limits_S: its thresholds.
+            latency: None where there is nothing that purifies.
+        """
+        verdict = probed.found.judge(limits_S)
+        gates = (*probed.gates, noise_gate(probed.noise, verdict, limits_S))
+        attacked = verdict.attacked
+        return Score(
+            threat=self.threat,
+            attacked_accuracy=attacked.accuracy,
+            attacked_error=attacked.error,
+            attacked_rejection=attacked.rejection,
+            oblivious_accuracy=verdict.oblivious.accuracy,
+            black_box_accuracy=None if verdict.black_box is None else verdict.black_box.accuracy,
+            queries=verdict.queries,
+            white_box_accuracy=verdict.strongest.accuracy,
+            clean_accuracy=verdict.clean.accuracy,
+            clean_rejection=verdict.clean.rejection,
+            latency_ms_p50=latency.ms_p50 if latency else 0.0,
+            latency_ms_p95=latency.ms_p95 if latency else 0.0,
+            images=len(self.y_N),
+            device=latency.device if latency else "",
+            attacks=verdict.trail,
+            alarms=tuple(gate.name for gate in gates if not gate.passed),
+        )
+
+    def cheap(self, target: nn.Module, images: int) -> float:
+        """Return the rung score: what withstands one small fixed attack, of the first `images` images.
+
+        A clean image that is rejected does not count, an attacked one does: so rejecting all scores nothing. A
+        black-box attacker, who would train a substitute after each epoch, is stood in for by the oblivious one.
+        """
+        quick = SUITES["quick"]
+        knowledge: Knowledge = "white-box" if self.threat.knowledge == "white-box" else "oblivious"
+        verdict = evaluate(
+            quick,
+            target,
+            self.x_NCHW[:images],
+            self.y_N[:images],
+            replace(self.threat, knowledge=knowledge),
+            oblivious={attack.name: self.oblivious[attack.name][:images] for attack in quick.oblivious},
+            seed=self.seed,
+        )
+        return float(verdict.robust.double().mean())

@@ -1,0 +1,176 @@
+"""What the report knows of a search, finished or running."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from attacks.threat import Knowledge
+from search import courier, ranking
+from search.agreement import Agreement, agreement
+from search.latency import Latency
+from search.ranking import Kept
+from search.record import Record, state_of
+from search.score import Candidate
+from search.study import Study
+from search.wording import milliseconds, percent, spoken_eps
+from spaces.space import Params
+
+APART = 0.1
+"""How far the second latency of a member of the front may lie from the first, a fraction, before it is remarked."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as the study's journal tells it.
+
+    Args:
+        trial: its identity.
+        state: finished, pruned, failed, interrupted or running.
+        params: the proposed setting.
+        curve: the cheap score, in [0, 1], by epoch.
+        reason: why it did not finish; empty otherwise.
+        picture: a PNG of clean, attacked and purified images.
+        seconds: how long it took.
+    """
+
+    trial: str
+    state: str
+    params: Params
+    curve: Sequence[float]
+    reason: str
+    picture: Path | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that the page shows.
+
+    Args:
+        undefended: the bare classifier, scored by the same suite on the same images.
+        candidates: all that are finished.
+        best: the best feasible one.
+        front: the Pareto front among the feasible.
+        searched: names of the knobs that were searched.
+        importances: each knob's share in the variance of attacked accuracy; empty after too few trials.
+        device: where the best one's latency was measured.
+        agreement: of cheap and final scores.
+        again: the latency of the front's candidates when it was timed again at the end.
+    """
+
+    study: Study
+    undefended: Candidate | None
+    candidates: Sequence[Candidate]
+    best: Candidate | None
+    front: Sequence[Candidate]
+    searched: Sequence[str]
+    importances: Mapping[str, float]
+    trials: Sequence[TrialRecord]
+    device: str = ""
+    agreement: Agreement | None = None
+    again: Mapping[str, Latency] = field(default_factory=dict)
+
+    @cached_property
+    def ranked(self) -> list[Candidate]:
+        """The candidates, the feasible ones first, then by attacked error and latency."""
+        return sorted(ranking.ranked(self.candidates), key=lambda c: bool(self.broken(c)))
+
+    @cached_property
+    def kept(self) -> list[Kept]:
+        """How many candidates keep to each constraint."""
+        return ranking.kept(self.study, self.candidates)
+
+    @cached_property
+    def within(self) -> int:
+        """How many candidates keep to all constraints."""
+        return len(ranking.feasible(self.study, self.candidates))
+
+    @cached_property
+    def devices(self) -> list[str]:
+        """Where latencies were measured."""
+        return ranking.devices(self.candidates)
+
+    @property
+    def images(self) -> int:
+        """How many validation images were attacked."""
+        scored = (*self.candidates, *filter(None, [self.undefended]))
+        return max((c.score.images for c in scored), default=self.study.plan().eval_images)
+
+    @property
+    def eps(self) -> float | None:
+        """The bound of the attacks, in pixel units of [0, 1]; None as long as only the task knows it."""
+        scored = self.undefended or next(iter(self.candidates), None)
+        return scored.score.threat.eps if scored else self.study.eps
+
+    def count(self, state: str) -> int:
+        return sum(trial.state == state for trial in self.trials)
+
+    def broken(self, candidate: Candidate) -> list[str]:
+        """Return the constraints of the study that a candidate breaks, in words."""
+        words = {
+            "alarms": f"alarm: {'; '.join(candidate.score.alarms)}",
+            "max_clean_rejection": f"more than {percent(self.study.max_clean_rejection)} of the clean images rejected",
+            "min_clean_accuracy": f"clean accuracy below {percent(self.study.min_clean_accuracy)}",
+            "max_latency_ms": f"slower than {milliseconds(self.study.max_latency_ms)}",
+        }
+        return [words[name] for name, excess in ranking.constraints(self.study, candidate).items() if excess > 0]
+
+    def named(self, knowledge: Knowledge | None = None) -> str:
+        """Return the threat model in short, to stand at a number: the study's, or the one with this knowledge."""
+        norm = "L∞" if self.study.norm == "Linf" else "L2"
+        return f"{knowledge or self.study.threat}, {norm}\u00a0eps\u00a0{spoken_eps(self.eps)}"
+
+    def remark(self, candidate: Candidate) -> str:
+        """Return what the second measurement of a latency says of the first; nothing where they agree."""
+        again, first = self.again.get(candidate.candidate), candidate.score.latency_ms_p50
+        if again is None or first <= 0:
+            return ""
+        if again.device != candidate.score.device:
+            return f"on another device: {again.device}"
+        moved = again.ms_p50 / first - 1
+        if abs(moved) <= APART:
+            return ""
+        return f"{abs(moved):.0%} {'slower' if moved > 0 else 'faster'} the second time: the device was not quiet"
+
+    def fit(self, candidate: Candidate) -> TrialRecord | None:
+        """Return the trial that trained a candidate's fit."""
+        train = dict(candidate.params.train)
+        return next((t for t in self.trials if dict(t.params.train) == train), None)
+
+
+def find(study: Study) -> Findings:
+    """Return what a search has found.
+
+    Raises:
+        InputError: it has not begun.
+    """
+    record = Record(study)
+    candidates = record.candidates()
+    feasible = ranking.feasible(study, candidates)
+    return Findings(
+        study=study,
+        undefended=record.undefended(),
+        candidates=candidates,
+        best=next(iter(feasible), None),
+        front=ranking.front(study, candidates),
+        searched=list(record.searched),
+        importances=record.importances(),
+        device=feasible[0].score.device if feasible else "",
+        agreement=agreement(record, candidates),
+        again=record.clocked(),
+        trials=[
+            TrialRecord(
+                trial=trial.user_attrs["trial"],
+                state=state_of(trial),
+                params=record.space.complete(trial.params),
+                curve=[score for _, score in trial.user_attrs.get("curve", [])],
+                reason=trial.user_attrs.get("reason", ""),
+                picture=courier.picture(study, trial.user_attrs.get("picture", "")),
+                seconds=trial.user_attrs.get("seconds"),
+            )
+            for trial in record.trials()
+        ],
+    )

@@ -1,0 +1,117 @@
+"""What all trials of a study share in one process: data, classifiers and adversarial images.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import attacks.suite
+from attacks.robustness import Outsider
+from attacks.view import View
+from defenses.base import Defense
+from search import classifiers, tasks
+from search.architectures import ARCHITECTURES
+from search.classifiers import Classifier
+from search.exam import Exam
+from search.latency import Lane
+from search.store import Store, fingerprint
+from search.study import HELD_OUT, Study
+from search.texts import texts
+
+
+class Materials:
+    """Data, classifiers and adversarial images of a study, on the device; each made on first use."""
+
+    def __init__(self, study: Study, store: Store) -> None:
+        self.study = study
+        self.store = store
+        self.plan = study.plan()
+        uses_gpu = torch.cuda.is_available() and study.gpus_per_trial != 0
+        self.device = torch.device("cuda" if uses_gpu else "cpu")
+        self.lane = Lane(self.device)
+
+    @cached_property
+    def training(self) -> tuple[Tensor, Tensor]:
+        return self._load("train", self.study.train_images)
+
+    @cached_property
+    def target(self) -> Classifier:
+        """The classifier that is attacked."""
+        return self.classifier(self.plan.protected)
+
+    def classifier(self, architecture: str) -> Classifier:
+        task = self.plan.task
+        return classifiers.obtain(self.study, task, architecture, self.store, lambda: self.training, self.device)
+
+    @property
+    def _adopted(self) -> Classifier:
+        """The classifier that a defense may take over: its task's."""
+        return self.classifier(self.plan.task.classifier)
+
+    def consulted(self, defense: Defense) -> list[Classifier]:
+        """Return what the defense's training may consult: one classifier, or those of its `bases`."""
+        return [self.classifier(architecture) for architecture in self._consulted(defense)]
+
+    def _consulted(self, defense: Defense) -> tuple[str, ...]:
+        task = self.plan.task
+        return defense.bases() or (task.classifier if defense.consults == "target" else task.partner,)
+
+    def needed(self) -> set[str]:
+        """Return the architectures whose classifiers the study's usual setting asks for."""
+        space = self.plan.space
+        usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
+        with torch.device("meta"):
+            defense = self.plan.defense(usual, space.usual(), self.plan.task.shape)
+        adopted = {self.plan.task.classifier} if type(defense).adopt is not Defense.adopt else set()
+        return {self.plan.protected, *self._consulted(defense), *adopted}
+
+    @cached_property
+    def exam(self) -> Exam:
+        x_NCHW, y_N = self._load("validation", self.plan.eval_images)
+        images, threat = self._oblivious(x_NCHW, y_N), self.plan.threat
+        outsider = self._outsider() if threat.knowledge == "black-box" else None
+        return Exam(self.plan.suite, threat, x_NCHW, y_N, images, self.study.seed, outsider)
+
+    def _outsider(self) -> Outsider:
+        """Return the black-box attacker: its images are the last of the validation split, which are not attacked."""
+        x_NCHW, _ = self._load("validation", None)
+        return Outsider(x_NCHW[-HELD_OUT:], lambda: self._substitute().to(self.device))
+
+    def _substitute(self) -> nn.Module:
+        return ARCHITECTURES[self.plan.substitute].build(self.plan.task.shape)
+
+    def _load(self, split: Literal["train", "validation"], limit: int | None) -> tuple[Tensor, Tensor]:
+        x_NCHW, y_N = tasks.load(self.plan.task.dataset, split, self.study.data_dir, limit)
+        return x_NCHW.to(self.device), y_N.to(self.device)
+
+    def _oblivious(self, x_NCHW: Tensor, y_N: Tensor) -> Mapping[str, Tensor]:
+        """Return the images that depend on the classifier alone, each attack's made once for all searches."""
+        suite, threat = self.plan.suite.with_rungs(), self.plan.threat
+        images = {}
+        for attack in suite.oblivious:
+            key = fingerprint(
+                source=texts(attacks.suite.__name__),
+                attack=str(attack),
+                norm=threat.norm,
+                eps=threat.eps,
+                classifier=self.target.fingerprint,
+                images=len(y_N),
+                seed=self.study.seed,
+            )
+            with self.store.lock("oblivious", key):
+                entry = self.store.get("oblivious", key)
+                if entry is None:
+                    made = attack.craft(View(self.target.network), x_NCHW, y_N, threat, self.study.seed)
+                    content = save({"images": made.cpu().contiguous()})
+                    about = {"task": self.study.task, **attack.budget(threat)}
+                    entry = self.store.put("oblivious", key, {"images.safetensors": content}, about)
+            images[attack.name] = load_file(entry / "images.safetensors", device=str(self.device))["images"]
+        return images

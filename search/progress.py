@@ -1,0 +1,112 @@
+"""How far a search is: what `status` says of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from optuna.trial import FrozenTrial
+from rich.table import Table
+
+from search import ranking
+from search.agreement import agreement
+from search.record import ENDED, Record, state_of
+from search.study import Study
+from search.wording import duration
+
+COUNTED = ("finished", "running", "interrupted", "pruned", "failed")
+
+
+def progress(study: Study, *, runs: bool) -> dict[str, Any]:
+    """Return how far a search is, and the best so far; accuracies are fractions, times seconds.
+
+    Args:
+        runs: whether a driver is at work on it.
+
+    Raises:
+        InputError: it has not begun.
+    """
+    record = Record(study)
+    trials, candidates = record.trials(), record.candidates()
+    states = Counter("interrupted" if state == "running" and not runs else state for state in map(state_of, trials))
+    feasible, agreed = ranking.feasible(study, candidates), agreement(record, candidates)
+    refinements = [t for t in record.optuna.get_trials(deepcopy=False) if t.user_attrs.get("refines")]
+    return {
+        "name": study.name,
+        "task": study.label,
+        "defense": study.defense,
+        "runs": runs,
+        "trials": study.trials,
+        **{state: states[state] for state in COUNTED},
+        "candidates": len(candidates),
+        "best": feasible[0].row() if feasible else None,
+        "stopping": study.stopping,
+        "refinements": sum(trial.state.is_finished() for trial in refinements),
+        **_pace(study, trials, runs=runs),
+        "feasible": len(feasible),
+        "constraints": [{**vars(one), "words": one.words} for one in ranking.kept(study, candidates)],
+        "rank_correlation": agreed.to_json(),
+        "restarts": sum(trial.user_attrs.get("restarts", 0) for trial in trials),
+        "failures": {t.user_attrs["trial"]: t.user_attrs["reason"] for t in trials if t.user_attrs.get("reason")},
+    }
+
+
+def _pace(study: Study, trials: Sequence[FrozenTrial], *, runs: bool) -> dict[str, float | None]:
+    """Return the time in which some training was under way, and what follows from it for the rest."""
+    ended = sum(state_of(trial) in ENDED for trial in trials)
+    seconds = _busy((t for t in trials if state_of(t) in ENDED or (runs and state_of(t) == "running")), datetime.now())
+    left = seconds / ended * (study.trials - ended) if runs and ended else None
+    return {
+        "seconds": round(seconds, 1),
+        "trainings_per_minute": round(60 * ended / seconds, 3) if ended and seconds else None,
+        "seconds_left": left if left is None else round(left, 1),
+    }
+
+
+def _busy(trials: Iterable[FrozenTrial], now: datetime) -> float:
+    """Return the seconds in which at least one of the trials ran: a search that was left has gaps."""
+    seconds, until = 0.0, datetime.min
+    for begin, end in sorted((t.datetime_start or now, t.datetime_complete or now) for t in trials):
+        seconds += max(0.0, (end - max(begin, until)).total_seconds())
+        until = max(until, end)
+    return seconds
+
+
+def board(states: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of searches for people."""
+    table = Table("search", "task", *COUNTED, "of", "candidates", "time", "a minute", "left", "best", box=None)
+    for state in states:
+        best, pace = state["best"], state["trainings_per_minute"]
+        said = (
+            f"{100 * best['attacked_accuracy']:.1f} % attacked ({best['threat']}, {best['norm']} eps {best['eps']:g}), "
+            f"{best['candidate']}"
+            if best
+            else "-"
+        )
+        table.add_row(
+            state["name"],
+            state["task"],
+            *(str(state[key]) for key in (*COUNTED, "trials", "candidates")),
+            duration(state["seconds"]),
+            "–" if pace is None else f"{pace:.1f}",
+            duration(state["seconds_left"]),
+            said,
+        )
+    return table
+
+
+def details(state: Mapping[str, Any]) -> list[str]:
+    """Return what else is to be said of one search, a line each."""
+    constraints = ", ".join(f"{one['words']}: {one['within']}" for one in state["constraints"])
+    last = state["rank_correlation"]["ranks"][-1]
+    rho = "unknown" if last["rho"] is None else f"{last['rho']:.2f}"
+    return [
+        f"stopping: {state['stopping']}; cheap against final scores of {last['trainings']} trainings: rho {rho}",
+        f"constraints: {state['feasible']} of {state['candidates']} candidates keep to all ({constraints})",
+        *([f"warning: {state['rank_correlation']['warning']}"] if state["rank_correlation"]["warning"] else []),
+        *([f"refinements: {state['refinements']}"] if state["refinements"] else []),
+        *([f"restarts after a worker died: {state['restarts']}"] if state["restarts"] else []),
+        *(f"{trial} failed: {reason}" for trial, reason in state["failures"].items()),
+    ]

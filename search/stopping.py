@@ -1,0 +1,116 @@
+"""The rules that stop trainings early, each on the rung scores of the epochs. No Ray, Optuna or W&B in here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from math import isclose
+from statistics import fmean, median
+from typing import Protocol
+
+import numpy as np
+
+from search.study import Study
+
+
+class Rule(Protocol):
+    """Decides at each epoch whether a training stops; whoever reaches its last epoch has finished."""
+
+    def stops(self, trial: str, epoch: int, score: float) -> bool:
+        """Record the score of a trial at an epoch, and say whether it stops there.
+
+        Args:
+            score: higher is better, and means the same at every epoch.
+        """
+
+
+class Halving:
+    """Asynchronous successive halving: of those who reach a rung, only the best part goes on.
+
+    Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020, Algorithm 2, in the stopping
+    variant: a trial is judged when it reaches the rung, against those who came before it.
+
+    Args:
+        epochs: of a whole training; the last epoch is never a rung.
+        grace: the first rung, in epochs.
+        factor: the rungs lie at grace, grace * factor, grace * factor ** 2, ...; 1 / factor of each goes on.
+        patience: how many trials reach a rung before any is stopped there.
+    """
+
+    def __init__(self, *, epochs: int, grace: int, factor: float, patience: int) -> None:
+        self.rungs = {grace}
+        while max(self.rungs) * factor < epochs:
+            self.rungs.add(max(max(self.rungs) + 1, round(max(self.rungs) * factor)))
+        self.rungs = {rung for rung in self.rungs if rung < epochs}
+        self.factor = factor
+        self.patience = patience
+        self._scores: dict[int, dict[str, float]] = defaultdict(dict)
+
+    def stops(self, trial: str, epoch: int, score: float) -> bool:
+        """Say whether the trial is not among the best part of those who reached the rung."""
+        if epoch not in self.rungs:
+            return False
+        scores = self._scores[epoch]
+        scores[trial] = score
+        if len(scores) <= self.patience:
+            return False
+        last = float(np.quantile(list(scores.values()), 1 - 1 / self.factor))
+        return score < last and not isclose(score, last)  # 1 - 1 / 3 is a little more than two thirds
+
+
+class Median:
+    """The median rule: a trial stops whose best score so far is below the median of the others' running averages.
+
+    Source: Golovin et al., Google Vizier: A Service for Black-Box Optimization, KDD 2017, section 3.2.2. There the
+    others are the completed trials; here they are all that have reached the epoch, since trials run side by side.
+
+    Args:
+        epochs: of a whole training; at the last epoch nobody is stopped.
+        grace: the first epoch at which a trial may be stopped.
+        patience: how many others reach an epoch before any is stopped there.
+    """
+
+    def __init__(self, *, epochs: int, grace: int, patience: int) -> None:
+        self.judged = range(grace, epochs)
+        self.patience = max(1, patience)
+        self._curves: dict[str, dict[int, float]] = defaultdict(dict)
+        self._averages: dict[int, dict[str, float]] = defaultdict(dict)
+
+    def stops(self, trial: str, epoch: int, score: float) -> bool:
+        """Say whether the best score up to this epoch is below the median of the others' averages up to it."""
+        curve = self._curves[trial]
+        curve[epoch] = score
+        so_far = [curve[e] for e in curve if e <= epoch]
+        averages = self._averages[epoch]
+        averages[trial] = fmean(so_far)
+        others = [average for other, average in averages.items() if other != trial]
+        if epoch not in self.judged or len(others) < self.patience:
+            return False
+        return max(so_far) < median(others)
+
+
+class Never:
+    """Stops nobody."""
+
+    def stops(self, trial: str, epoch: int, score: float) -> bool:
+        """Say no."""
+        return False
+
+
+def rungs(study: Study) -> list[int]:
+    """Return the epochs at which halving judges, or would."""
+    return sorted(_halving(study).rungs)
+
+
+def rule_of(study: Study) -> Rule:
+    """Return the study's rule, before any trial has reached an epoch."""
+    match study.stopping:
+        case "halving":
+            return _halving(study)
+        case "median":
+            return Median(epochs=study.plan().epochs, grace=study.grace, patience=study.patience)
+        case "none":
+            return Never()
+
+
+def _halving(study: Study) -> Halving:
+    return Halving(epochs=study.plan().epochs, grace=study.grace, factor=study.halving, patience=study.patience)

@@ -1,0 +1,45 @@
+"""How the report writes a figure."""
+
+from __future__ import annotations
+
+import math
+
+from spaces.space import Scalar
+
+
+def percent(fraction: float | None) -> str:
+    if fraction is None or not math.isfinite(fraction):
+        return "–"
+    return f"{100 * fraction:.1f}\u00a0%"
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3g}\u00a0ms" if value < 1000 else f"{value:,.0f}\u00a0ms"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.0f}\u00a0s"
+    minutes = round(seconds / 60)
+    return f"{minutes}\u00a0min" if minutes < 60 else f"{minutes // 60}\u00a0h {minutes % 60:02d}\u00a0min"
+
+
+def spoken_value(value: Scalar | None) -> str:
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def spoken_eps(eps: float | None) -> str:
+    """Return eps as papers write it: 0.3, but 8/255."""
+    if eps is None:
+        return "of the task"
+    levels = eps * 255
+    in_levels = len(f"{eps:g}") > 5 and abs(levels - round(levels)) < 1e-3
+    return f"{round(levels)}/255" if in_levels else f"{eps:g}"

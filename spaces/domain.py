@@ -1,0 +1,139 @@
+"""Domains and values of knobs. A domain is an Optuna distribution: there is no second language."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+Scalar = bool | int | float | str
+Domain = BaseDistribution | Sequence[Scalar] | Scalar
+"""What a named space may say of a knob: a range (LOW..HIGH or LOW..HIGH:log as text), a grid, or one value."""
+
+
+class InputError(ValueError):
+    """Bad input: one line with the law, the value and the legal choices. The command line exits with 2."""
+
+
+def choose(what: str, value: str, legal: Sequence[str]) -> str:
+    """Return `value` if it is legal; else raise an InputError that names the choices and the nearest one."""
+    if value in legal:
+        return value
+    near = difflib.get_close_matches(value, legal, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"{what} must be one of {', '.join(legal)}, but is {value!r}{hint}")
+
+
+def finite(domain: BaseDistribution) -> tuple[Scalar, ...] | None:
+    """Return the values of a finite domain in order, or None for a continuous one."""
+    if isinstance(domain, CategoricalDistribution):
+        return tuple(domain.choices)  # type: ignore[arg-type]  # no knob is None
+    if isinstance(domain, IntDistribution) and not domain.log:
+        return tuple(range(domain.low, domain.high + 1, domain.step))
+    if isinstance(domain, FloatDistribution | IntDistribution) and domain.single():
+        return (domain.low,)
+    return None
+
+
+def extremes(domain: BaseDistribution) -> tuple[Scalar, ...]:
+    """Return every choice of a categorical domain, and the two ends of another."""
+    if isinstance(domain, CategoricalDistribution):
+        return tuple(domain.choices)  # type: ignore[arg-type]  # no knob is None
+    assert isinstance(domain, FloatDistribution | IntDistribution)
+    return domain.low, domain.high
+
+
+def draw(domain: BaseDistribution, rng: np.random.Generator) -> Scalar:
+    """Return a value of the domain, uniformly, or log-uniformly on a log scale."""
+    values = finite(domain)
+    if values is not None:
+        return values[int(rng.integers(len(values)))]
+    assert isinstance(domain, FloatDistribution | IntDistribution)
+    if domain.log:
+        value = math.exp(rng.uniform(math.log(domain.low), math.log(domain.high)))
+    else:
+        value = rng.uniform(domain.low, domain.high)
+    return round(value) if isinstance(domain, IntDistribution) else value
+
+
+def only(name: str, domain: BaseDistribution) -> Scalar:
+    """Return the value of a domain that has one."""
+    values = finite(domain)
+    if values is None or len(values) != 1:
+        raise InputError(f"a setting names every knob that is searched: {name}, {spoken(domain)}, has no value")
+    return values[0]
+
+
+def contains(domain: BaseDistribution, value: object) -> bool:
+    """Say whether `value` is in `domain`, of its type."""
+    if isinstance(domain, CategoricalDistribution):
+        return any(value == choice and type(value) is type(choice) for choice in domain.choices)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    if isinstance(domain, IntDistribution) and not isinstance(value, int):
+        return False
+    assert isinstance(domain, FloatDistribution | IntDistribution)
+    return domain._contains(float(value))
+
+
+def spoken(domain: BaseDistribution) -> str:
+    """Return the domain in words, for an error or a table."""
+    if isinstance(domain, CategoricalDistribution):
+        return "one of " + ", ".join(str(choice) for choice in domain.choices)
+    assert isinstance(domain, FloatDistribution | IntDistribution)
+    kind = "a whole number" if isinstance(domain, IntDistribution) else "a number"
+    return f"{kind} from {domain.low:g} to {domain.high:g}" + (" (log scale)" if domain.log else "")
+
+
+def narrowed(name: str, declared: BaseDistribution, wish: Domain) -> BaseDistribution:
+    """Return the domain that a space wishes for a knob.
+
+    Raises:
+        InputError: it does not lie in the declared one.
+    """
+    if isinstance(wish, FloatDistribution | IntDistribution):
+        inside = all(contains(declared, end) for end in (wish.low, wish.high))
+        if isinstance(declared, FloatDistribution | IntDistribution) and type(wish) is type(declared) and inside:
+            return wish
+        raise InputError(f"{name} must be {spoken(declared)}, but the space says {spoken(wish)}")
+    if isinstance(wish, str) and ".." in wish and isinstance(declared, FloatDistribution | IntDistribution):
+        return _range(name, declared, wish)
+    values: list[Any] = list(wish.choices) if isinstance(wish, CategoricalDistribution) else _listed(wish)
+    if not values:
+        raise InputError(f"{name} must be {spoken(declared)}, but its grid is empty")
+    if isinstance(declared, FloatDistribution):  # YAML and the shell write 1.0 as 1
+        values = [float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
+    for value in values:
+        if not contains(declared, value):
+            raise InputError(f"{name} must be {spoken(declared)}, but is {value!r}")
+    return CategoricalDistribution(tuple(dict.fromkeys(values)))
+
+
+def _range(name: str, declared: FloatDistribution | IntDistribution, text: str) -> BaseDistribution:
+    """Return the domain that LOW..HIGH or LOW..HIGH:log stands for."""
+    ends, colon, scale = text.partition(":")
+    whole = isinstance(declared, IntDistribution)
+    try:
+        low, high = ((int if whole else float)(end) for end in ends.split(".."))
+        if scale == ("log" if colon else "") and contains(declared, low) and contains(declared, high):
+            kind: Any = type(declared)
+            domain: BaseDistribution = kind(low, high, log=bool(colon))
+            return domain
+    except ValueError:
+        pass
+    raise InputError(
+        f"{name} must be {spoken(declared)}, or of these a range LOW..HIGH or, above 0, LOW..HIGH:log, but is {text!r}"
+    )
+
+
+def _listed(wish: object) -> list[Any]:
+    return list(wish) if isinstance(wish, list | tuple) else [wish]

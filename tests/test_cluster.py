@@ -1,0 +1,162 @@
+"""Searches on a cluster of two real nodes, of which one has a data folder and a file system of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from search import cache, cluster
+from search.cluster import Berth, ready
+from search.study import Study
+from search.tasks import fetch
+from spaces.space import InputError
+from tests.conftest import digits_study
+from tests.test_cli import ROOT
+
+PACKAGES = ("spaces", "attacks", "defenses", "search")
+RAY = str(Path(sys.executable).parent / "ray")
+SMALL = ("--task", "digits/A", "--space", "smoke", "--trials", "2", "--epochs", "2", "--eval-images", "60")
+SMALL += ("--cheap-images", "20", "--classifier-epochs", "4", "--wandb", "disabled", "--refine", "0")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A cluster: `temp` is Ray's own folder, `shared` what both nodes see, `private` what each sees otherwise."""
+
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+    temp: Path
+    shared: Path
+    private: Path
+    data: Path
+
+    def launch(self, *arguments: str, root: Path = ROOT, begin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run the command line on the first node; `begin` is Python that comes before it."""
+        code = f"import sys; sys.path.insert(0, {str(root)!r}); sys.argv[0] = 'launch.py'; {begin}"
+        code += "\nfrom launch import main\nsys.exit(main())"
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """Two nodes of one CPU; the second has an empty data folder and, where we may mount, a disk of its own."""
+    folder = tmp_path_factory.mktemp("cluster")
+    temp = Path(tempfile.mkdtemp(prefix="crucible-ray-"))  # sockets lie in it, and their paths must be short
+    shared, private, data, empty = (folder / name for name in ("shared", "private", "data", "empty"))
+    shared.mkdir(), private.mkdir()
+    fetch("digits", data)
+    ledger = data / "decoded" / "digits" / "decoded.json"
+    ledger.write_text(json.dumps(json.loads(ledger.read_text()) | {"came": "from the first node"}))
+    port, dashboard, *agents = _free_ports(4)
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**os.environ, **token, "CRUCIBLE_DATA": str(data), "OMP_NUM_THREADS": "1"}
+    start = [RAY, "start", "--block", "--num-cpus=1", "--disable-usage-stats", "--object-store-memory=200000000"]
+    head = [*start, "--head", f"--port={port}", f"--temp-dir={temp}", f"--dashboard-port={dashboard}"]
+    second = [*start, f"--address=127.0.0.1:{port}", f"--dashboard-agent-listen-port={agents[1]}"]
+    if may_mount():
+        mount = f"mount -t tmpfs none {private} && exec \"$@\""
+        second = ["unshare", "--mount", "sh", "-c", mount, "sh", *second]
+    running = []
+    try:
+        running.append(_start([*head, f"--dashboard-agent-listen-port={agents[0]}"], environment, folder))
+        _wait_until(lambda: _answers(port))
+        running.append(_start(second, environment | {"CRUCIBLE_DATA": str(empty)}, folder))
+        found = Nodes(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment, temp, shared, private, empty)
+        _wait_until(lambda: _alive(found) == 2)
+        yield found
+    finally:
+        for process in running:
+            os.killpg(process.pid, signal.SIGTERM)
+        for process in running:
+            process.wait(60)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def may_mount() -> bool:
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+
+
+def _start(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
+    with (folder / "ray.log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _alive(nodes: Nodes) -> int:
+    command = [RAY, "list", "nodes", f"--address={nodes.dashboard}", "--format=json", "--filter=state=ALIVE"]
+    found = subprocess.run(command, env=nodes.environment, capture_output=True, text=True)
+    return len(json.loads(found.stdout)) if found.returncode == 0 else 0
+
+
+def _wait_until(what: Any, seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.2)
+
+
+def _copy(folder: Path) -> Path:
+    """Return a folder with the code alone."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "launch.py", folder)
+    return folder
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _candidates(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "candidates.csv").open()))
+
+
+@pytest.mark.slow
+def test_code_and_data_reach_a_node_that_has_neither_and_nothing_else_does(nodes: Nodes, tmp_path: Path) -> None:
+    root = _copy(tmp_path / "copy")
+    for name in ("runs/huge.bin", "data/huge.npy", "search/huge.pt", "defenses/notes.ipynb", ".venv/huge.so"):
+        (root / name).parent.mkdir(exist_ok=True)
+        with (root / name).open("wb") as file:
+            file.truncate(600 * 2**20)  # more than Ray takes
+    more = ("--name", "away", "--storage", str(nodes.shared), "--address", nodes.address, *SMALL)
+    searched = nodes.launch("search", *more, root=root)
+    assert searched.returncode == 0, searched.stdout + searched.stderr
+    assert len(_candidates(nodes.shared / "away")) == 12
+    assert 100_000 < _size(next(nodes.temp.glob("session_2*")) / "runtime_resources") < 2_000_000
+    came = nodes.data / "decoded" / "digits"
+    assert json.loads((came / "decoded.json").read_text())["came"] == "from the first node"
+    assert cache.fault(came, thorough=True) is None
+    assert [path.name for path in nodes.data.iterdir() if path.is_dir()] == [".work", "decoded"]  # nothing was fetched
+    assert not list(nodes.shared.glob(".token-*"))
