@@ -18,7 +18,7 @@ from typer import Argument, Option
 import defenses
 import spaces
 from search.study import Study, make, read
-from spaces.space import InputError, SearchSpace, choose, spoken
+from spaces.space import InputError, SearchSpace, choose, conditions, spoken
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Fetch, check and list the data sets.")
@@ -38,6 +38,7 @@ console = Screen(width=None if sys.stdout.isatty() else 1000)  # what is piped i
 
 Storage = Annotated[str, Option(help="the folder or URI that holds searches and the store")]
 Json = Annotated[bool, Option("--json", help="print JSON")]
+Address = Annotated[str | None, Option(help="a Ray cluster: auto or HOST:PORT; else the study's, if any")]
 DataDir = Annotated[str | None, Option(help="the data cache; else $CRUCIBLE_DATA or ~/.cache/crucible")]
 
 
@@ -93,12 +94,15 @@ def search(
 def resume(
     name: Annotated[str, Argument(help="a search")],
     storage: Storage = "runs",
+    address: Address = None,
     debug: Annotated[bool, Option(help="run the trials in this process, without Ray")] = False,
 ) -> None:
     """Go on where a search stopped: what is finished stays, what was under way goes on from its last epoch."""
     from search import session
 
-    _exit(session.proceed(_study(name, storage), console, debug=debug))
+    study = _study(name, storage)
+    moved = study if address is None else study.model_copy(update={"address": address})
+    _exit(session.proceed(moved, console, debug=debug))
 
 
 @app.command()
@@ -214,11 +218,11 @@ def list_(
 
 
 @app.command()
-def doctor(storage: Storage = "runs", data_dir: DataDir = None, as_json: Json = False) -> None:
-    """Say what this machine can do, and what is missing, each with its remedy."""
+def doctor(storage: Storage = "runs", data_dir: DataDir = None, address: Address = None, as_json: Json = False) -> None:
+    """Say what this machine, and the cluster at --address, can do, and what is missing, each with its remedy."""
     from search.doctor import examine
 
-    findings = examine(storage, data_dir)
+    findings = examine(storage, data_dir, address)
     _print([vars(finding) for finding in findings], as_json)
     if any(not finding.well for finding in findings):
         raise typer.Exit(1)
@@ -287,7 +291,14 @@ def _defenses() -> list[dict[str, Any]]:
         space = SearchSpace.of(defenses.find(name))
         for when, domains in (("train", space.train), ("inference", space.inference)):
             rows += [
-                {"defense": name, "knob": knob, "when": when, "default": space.defaults[knob], "domain": spoken(domain)}
+                {
+                    "defense": name,
+                    "knob": knob,
+                    "when": when,
+                    "default": space.defaults[knob],
+                    "domain": spoken(domain),
+                    "matters where": conditions(space.given.get(knob, {})),
+                }
                 for knob, domain in domains.items()
             ]
     return rows
@@ -318,7 +329,11 @@ def _spaces() -> list[dict[str, Any]]:
     for defense in defenses.names():
         for space in spaces.names(defense):
             whole = SearchSpace.of(defenses.find(defense)).narrow(spaces.named(defense, space))
-            knobs = "; ".join(f"{name}: {spoken(domain)}" for name, domain in whole.searched().items())
+            knobs = "; ".join(
+                f"{name}: {spoken(domain)}"
+                + (f" (where {conditions(whole.given[name])})" if name in whole.given else "")
+                for name, domain in whole.searched().items()
+            )
             trainings, size = whole.trainings(), whole.size()
             rows.append(
                 {

@@ -83,7 +83,8 @@ class Agreement:
     def line(self) -> str:
         """What is known, in one line."""
         if self.last.rho is None:
-            return f"cheap against final scores: no rank correlation over {len(self.points)} finished trainings"
+            why = f"they need {LEAST}" if len(self.points) < LEAST else "one of the two does not vary"
+            return f"cheap against final scores of {len(self.points)} finished trainings: no rank correlation, {why}"
         rungs = "".join(f", after {r.when} {r.rho:.2f}" for r in self.ranks[:-1] if r.rho is not None)
         within = f" ({self.last.low:.2f} to {self.last.high:.2f})" if self.last.low is not None else ""
         return (

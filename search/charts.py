@@ -1,4 +1,4 @@
-"""What the report's charts draw; how they draw it stands in `report.html.j2`."""
+"""What the report's charts draw; how it is drawn stands in `report.js.j2`."""
 
 from __future__ import annotations
 

@@ -8,17 +8,17 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from fsspec.core import url_to_fs
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from search import cache
-from search.store import write_atomic
 from search.study import Study
 from search.tasks import task
 from spaces.space import InputError
@@ -75,6 +75,25 @@ def ready(study: Study, berth: Berth) -> None:
         cache.adopt(task(study.task).dataset, study.data_dir, lambda: ray.get(data))
 
 
+def spoken() -> list[str]:
+    """Return a line for each node of the cluster that was joined."""
+    lines = []
+    for node in ray.nodes():
+        held = node["Resources"]
+        kinds = [name.partition(":")[2] for name in held if name.startswith("accelerator_type:")]
+        gpus = f", {held['GPU']:g} GPUs ({', '.join(kinds) or 'of unknown kind'})" if "GPU" in held else ""
+        state = f"{held.get('CPU', 0):g} CPUs{gpus}" if node["Alive"] else "dead"
+        lines.append(f"node {node['NodeManagerAddress']}: {state}")
+    return lines
+
+
+def slots(berth: Berth) -> int:
+    """Return how many trials the cluster holds at once, as it is now; at least one."""
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    asked = {kind: amount for kind, amount in (("CPU", berth.cpu), ("GPU", berth.gpu)) if amount}
+    return max(1, sum(int(min(node.get(k, 0.0) / amount + 1e-6 for k, amount in asked.items())) for node in nodes))
+
+
 def _join(study: Study) -> Berth:
     # A job that was submitted to a cluster runs on that one.
     address = study.address or ("auto" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else None)
@@ -111,7 +130,9 @@ def _connect(study: Study, address: str | None) -> None:
             "(where the cluster asks for a token, set RAY_AUTH_MODE=token)"
         ) from None
     except RuntimeError as error:
-        raise InputError(_refused(str(address), error)) from None
+        if address is None:
+            raise
+        raise InputError(_refused(address, error)) from None
 
 
 def _refused(address: str, error: RuntimeError) -> str:
@@ -172,29 +193,30 @@ def _look_over(study: Study, berth: Berth, nodes: list[dict[str, Any]]) -> None:
     Raises:
         InputError: a node lacks a package, has no space for the data, or sees another storage.
     """
-    token = None if "://" in study.storage else Path(study.storage) / f".token-{uuid.uuid4().hex}"
-    if token is not None:
-        write_atomic(token, b"")
+    files, token = url_to_fs(f"{study.storage}/.token-{uuid.uuid4().hex}")
+    files.pipe_file(token, b"crucible")
     look: Any = ray.remote(at_work)
+    visit = replace(berth, gpu=0)  # it asks for no GPU, and must not touch one
     try:
         asked = []
         for node in nodes:
             pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            seen = look.options(num_cpus=0, scheduling_strategy=pinned).remote(study, berth, _sees, token)
+            seen = look.options(num_cpus=0, scheduling_strategy=pinned).remote(study, visit, _sees, token)
             asked.append((node["NodeManagerAddress"], seen))
         for address, seen in asked:
             if not _answer(address, seen):
                 raise InputError(
                     f"the storage must be a folder that every node reaches, but {study.storage} is another one on node "
-                    f"{address}, or is not there: put it on a shared file system and name it by --storage, or give a URI"
+                    f"{address}, or is not there: put it on a shared file system and name it by --storage, or give a "
+                    "URI (s3://...)"
                 )
     finally:
-        if token is not None:
-            token.unlink(missing_ok=True)
+        files.rm_file(token)
 
 
-def _sees(study: Study, token: Path | None) -> bool:
-    return token is None or token.exists()
+def _sees(study: Study, token: str) -> bool:
+    files, _ = url_to_fs(study.storage)
+    return bool(files.exists(token))
 
 
 def _answer(address: str, asked: ray.ObjectRef[bool]) -> bool:
@@ -207,4 +229,6 @@ def _answer(address: str, asked: ray.ObjectRef[bool]) -> bool:
     except RayError as error:
         reason = str(error)
     reason = " ".join(reason.split()[:60])
-    raise InputError(f"each node must hold what requirements.lock names and the data, but node {address}: {reason}")
+    raise InputError(
+        f"each node must have what requirements.lock names, the data and the storage, but node {address}: {reason}"
+    )

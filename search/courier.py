@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import Timeout
+
 from search import remote
 from search.events import Listener, State
 from search.remote import Mirror, Unreachable
 from search.score import Candidate
-from search.store import write_atomic
+from search.store import Store, write_atomic
 from search.study import Study, read
 from search.trial import store_of
 from spaces.space import InputError, choose
@@ -24,6 +26,8 @@ from spaces.space import InputError, choose
 JOURNAL = "study.journal"
 DRIVER = "driver.json"
 """Says who runs the search: a lock of this machine is not seen on others."""
+ASIDE = {"tune", "cache", "logs"}
+"""What Ray and W&B need while they run, and nobody after."""
 PAUSE_S = 2.0
 """Least seconds between two times that a search's folder is sent."""
 TICK_S = 20.0
@@ -67,7 +71,8 @@ def opened(name: str, storage: str, *, whole: bool = True) -> Study:
     mirror = remote.mirror(storage, name)
     if mirror is not None:
         try:
-            _bring(mirror, whole=whole)
+            with suppress(Timeout), Store(remote.local(storage) / ".store").lock("searches", name).acquire(timeout=0):
+                _bring(mirror, whole=whole)  # a driver of this machine has what there is
         except OSError as error:
             raise InputError(f"a storage must answer, but {error}") from None
     return read(remote.local(storage) / name / "study.yaml", {"storage": storage})
@@ -110,13 +115,11 @@ def picture(study: Study, path: str) -> Path | None:
     """Return a trial's picture as it lies on this machine; the worker that drew it may have been on another."""
     if not path:
         return None
-    here = study.folder / "pictures" / Path(path).name
-    if study.mirror is not None and not here.exists():
-        try:
+    given, here = Path(path), study.folder / "pictures" / Path(path).name
+    if study.mirror is not None and not given.exists() and not here.exists():
+        with suppress(OSError):
             study.mirror.fetch(f"pictures/{here.name}")
-        except OSError:
-            return None
-    return here
+    return here if here.exists() else given
 
 
 class Courier(Listener):
@@ -154,7 +157,8 @@ class Courier(Listener):
         if not (self.study.folder / "study.yaml").exists():
             return  # it was refused
         (self.study.folder / DRIVER).unlink(missing_ok=True)
-        self.mirror.retry()
+        for mirror in filter(None, (self.mirror, store_of(self.study).mirror)):
+            mirror.retry()
         if not self._send():
             self._say(
                 f"{self.study.storage} does not answer: what it lacks is kept in {self.study.root}, and sent when the "
@@ -199,7 +203,7 @@ def _carried(folder: Path) -> Iterator[Path]:
     """Yield the files of a search that others need, what matters most first."""
     found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     for path in sorted(found, key=lambda path: (len(path.parts), path)):
-        if path.parts[0] != "tune" and path.suffix != ".lock" and not any(part[0] == "." for part in path.parts):
+        if path.suffix != ".lock" and not any(part[0] == "." or part in ASIDE for part in path.parts):
             yield folder / path
 
 

@@ -13,6 +13,8 @@ import torch
 
 from search import remote, tasks
 from search.datasets import DATASETS
+from search.study import Study
+from spaces.space import InputError
 
 GIB = 2**30
 
@@ -27,9 +29,10 @@ class Finding:
     remedy: str = ""
 
 
-def examine(storage: str, data_dir: str | None) -> list[Finding]:
-    """Return the findings on this machine."""
-    return [_python(), *_packages(), _device(), _memory(), *_storage(storage), *_data(data_dir), _wandb()]
+def examine(storage: str, data_dir: str | None, address: str | None = None) -> list[Finding]:
+    """Return the findings on this machine, and on the cluster at an address."""
+    here = [_python(), *_packages(), _device(), _memory(), *_storage(storage), *_data(data_dir), _wandb()]
+    return here + (_cluster(address, storage, data_dir) if address else [])
 
 
 def _python() -> Finding:
@@ -98,3 +101,16 @@ def _wandb() -> Finding:
     return Finding(
         "W&B", True, "a key is found" if key else "no key: runs are logged offline", "" if key else "wandb login"
     )
+
+
+def _cluster(address: str, storage: str, data_dir: str | None) -> list[Finding]:
+    """Join a cluster as a search would, which tries its versions, the way of code and data, and the storage."""
+    from search.cluster import joined, spoken  # Ray takes a second to import
+
+    study = Study(task="digits/A", address=address, storage=storage, data_dir=data_dir)
+    study.root.mkdir(parents=True, exist_ok=True)
+    try:
+        with joined(study):
+            return [Finding("cluster", True, node) for node in spoken()]
+    except (InputError, OSError) as error:
+        return [Finding("cluster", False, str(error), "docs/cluster.md")]

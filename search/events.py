@@ -24,7 +24,7 @@ class Listener:
         """`undefended` is the bare classifier, scored by the same suite on the same images."""
 
     def trial_started(self, trial: str, params: Params) -> None:
-        """`trial` is its identity; a trial that is restarted starts again under the same one."""
+        """`trial` is its identity, t001 of a training, r001 of a refinement; one that is restarted keeps it."""
 
     def epoch_ended(self, trial: str, epoch: int, metrics: Metrics) -> None:
         """`epoch` counts from 1; the metrics include `cheap`, the rung score in [0, 1]."""

@@ -34,7 +34,8 @@ class Probed:
         parts = {"limits": self.found.limits_S}
         for name, seen in self._seen().items():
             parts |= {f"right {name}": seen.right, f"suspicion {name}": seen.suspicion_DNS}
-        return save({name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()})
+        # Where no attack found an image to attack, versions share their verdicts: safetensors wants each its own.
+        return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in parts.items()})
 
     def about(self) -> dict[str, Any]:
         """Return the rest, as JSON. Its order is that of the attacks, which safetensors does not keep."""

@@ -133,7 +133,7 @@ class Findings:
         moved = again.ms_p50 / first - 1
         if abs(moved) <= APART:
             return ""
-        return f"{abs(moved):.0%} {'slower' if moved > 0 else 'faster'} the second time: the device was not quiet"
+        return f"{100 * abs(moved):.0f} % {'slower' if moved > 0 else 'faster'} the second time: once it was not quiet"
 
     def fit(self, candidate: Candidate) -> TrialRecord | None:
         """Return the trial that trained a candidate's fit."""

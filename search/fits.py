@@ -45,7 +45,7 @@ class Fits(Materials):
         torch.manual_seed(self.study.seed)
         defense = self.plan.defense(params.train, params.inference, self.plan.task.shape)
         if type(defense).adopt is not Defense.adopt:
-            defense.adopt(self._adopted.network)
+            defense.adopt(self.classifier(self.plan.task.classifier).network)
         return defense.to(self.device)
 
     def fit(self, params: Params, report: Report) -> tuple[str, Defense]:
@@ -70,25 +70,24 @@ class Fits(Materials):
             threat=str(self.plan.threat),
             attacks=str(attacks.suite.SUITES["quick"]),
             images=self.study.cheap_images,
-            classifier=self.target.fingerprint,
+            classifier=self.identity(self.plan.protected),
             setting=self.plan.space.usual(),
             seed=self.study.seed,
         )
 
     def fingerprint(self, params: Params) -> str:
         """Return the fit's fingerprint: everything that shapes it."""
-        return self._fingerprint(self.build(params))
+        with torch.device("meta"):
+            return self._fingerprint(self.plan.defense(params.train, params.inference, self.plan.task.shape))
 
     def _fingerprint(self, defense: Defense) -> str:
+        adopted = [self.plan.task.classifier] if type(defense).adopt is not Defense.adopt else []
         return fingerprint(
             source=texts(type(defense).__module__),
             knobs=dict(defense.params.train),
             data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
             images=self.study.train_images,
-            classifiers=[
-                *([self._adopted.fingerprint] if type(defense).adopt is not Defense.adopt else []),
-                *(classifier.fingerprint for classifier in self.consulted(defense)),
-            ],
+            classifiers=[self.identity(architecture) for architecture in (*adopted, *self.consulted(defense))],
             seed=self.study.seed,
         )
 
@@ -108,7 +107,7 @@ class Fits(Materials):
                 defense = defenses.find(ADVERSARIAL)(about["knobs"], {}, self.plan.task.shape)
             except (TypeError, InputError):
                 continue  # of another version of the defense
-            defense.adopt(self._adopted.network)
+            defense.adopt(self.classifier(self.plan.task.classifier).network)
             entry = self.store.get("fits", key) if self._fingerprint(defense) == key else None
             if entry is not None:
                 defense.load_state_dict(load_file(entry / "weights.safetensors"))
@@ -123,7 +122,7 @@ class Fits(Materials):
         curve: list[Metrics] = state["curve"]
         rungs = self.rungs() if state.get("rungs", self.rungs()) == self.rungs() else "several"
         (x_NCHW, y_N), exam, knobs = self.training, self.exam, defense.train_knobs
-        consulted = self.consulted(defense)
+        consulted = [self.classifier(architecture) for architecture in self.consulted(defense)]
         target = self.target.network
         # A fit's rungs must not depend on the inference setting at which it happened to be proposed.
         defense.at(self.plan.space.usual())

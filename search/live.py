@@ -84,7 +84,7 @@ class Display(Listener):
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
         self._rows.pop(trial, None)
-        self.done += state != "interrupted"
+        self.done += state != "interrupted" and trial.startswith("t")
         best = next(iter((*ranking.feasible(self.study, candidates), *ranking.ranked(candidates))), None)
         if best is None:
             self._say(f"{trial} {state}{': ' + reason if reason else ''}")

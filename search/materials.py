@@ -37,30 +37,33 @@ class Materials:
         uses_gpu = torch.cuda.is_available() and study.gpus_per_trial != 0
         self.device = torch.device("cuda" if uses_gpu else "cpu")
         self.lane = Lane(self.device)
+        self._classifiers: dict[str, Classifier] = {}
+        self._identities: dict[str, str] = {}
 
     @cached_property
     def training(self) -> tuple[Tensor, Tensor]:
         return self._load("train", self.study.train_images)
 
-    @cached_property
+    @property
     def target(self) -> Classifier:
         """The classifier that is attacked."""
         return self.classifier(self.plan.protected)
 
     def classifier(self, architecture: str) -> Classifier:
-        task = self.plan.task
-        return classifiers.obtain(self.study, task, architecture, self.store, lambda: self.training, self.device)
+        if architecture not in self._classifiers:
+            task, store = self.plan.task, self.store
+            found = classifiers.obtain(self.study, task, architecture, store, lambda: self.training, self.device)
+            self._classifiers[architecture] = found
+        return self._classifiers[architecture]
 
-    @property
-    def _adopted(self) -> Classifier:
-        """The classifier that a defense may take over: its task's."""
-        return self.classifier(self.plan.task.classifier)
+    def identity(self, architecture: str) -> str:
+        """Return the fingerprint of a classifier, which need not be trained yet."""
+        if architecture not in self._identities:
+            self._identities[architecture] = classifiers.identity(self.study, self.plan.task, architecture)
+        return self._identities[architecture]
 
-    def consulted(self, defense: Defense) -> list[Classifier]:
-        """Return what the defense's training may consult: one classifier, or those of its `bases`."""
-        return [self.classifier(architecture) for architecture in self._consulted(defense)]
-
-    def _consulted(self, defense: Defense) -> tuple[str, ...]:
+    def consulted(self, defense: Defense) -> tuple[str, ...]:
+        """Return the architectures that the defense's training may consult: one, or its `bases`."""
         task = self.plan.task
         return defense.bases() or (task.classifier if defense.consults == "target" else task.partner,)
 
@@ -71,7 +74,7 @@ class Materials:
         with torch.device("meta"):
             defense = self.plan.defense(usual, space.usual(), self.plan.task.shape)
         adopted = {self.plan.task.classifier} if type(defense).adopt is not Defense.adopt else set()
-        return {self.plan.protected, *self._consulted(defense), *adopted}
+        return {self.plan.protected, *self.consulted(defense), *adopted}
 
     @cached_property
     def exam(self) -> Exam:
@@ -102,7 +105,7 @@ class Materials:
                 attack=str(attack),
                 norm=threat.norm,
                 eps=threat.eps,
-                classifier=self.target.fingerprint,
+                classifier=self.identity(self.plan.protected),
                 images=len(y_N),
                 seed=self.study.seed,
             )

@@ -32,7 +32,12 @@ def progress(study: Study, *, runs: bool) -> dict[str, Any]:
     trials, candidates = record.trials(), record.candidates()
     states = Counter("interrupted" if state == "running" and not runs else state for state in map(state_of, trials))
     feasible, agreed = ranking.feasible(study, candidates), agreement(record, candidates)
-    refinements = [t for t in record.optuna.get_trials(deepcopy=False) if t.user_attrs.get("refines")]
+    refinements = [t for t in record.optuna.get_trials(deepcopy=False) if "refines" in t.user_attrs]
+    failed = {
+        t.user_attrs.get("refines", t.user_attrs.get("trial")): t.user_attrs["reason"]
+        for t in (*trials, *refinements)
+        if t.user_attrs.get("reason")
+    }
     return {
         "name": study.name,
         "task": study.label,
@@ -43,13 +48,13 @@ def progress(study: Study, *, runs: bool) -> dict[str, Any]:
         "candidates": len(candidates),
         "best": feasible[0].row() if feasible else None,
         "stopping": study.stopping,
-        "refinements": sum(trial.state.is_finished() for trial in refinements),
+        "refinements": len({trial.user_attrs["refines"] for trial in refinements}),
         **_pace(study, trials, runs=runs),
         "feasible": len(feasible),
         "constraints": [{**vars(one), "words": one.words} for one in ranking.kept(study, candidates)],
         "rank_correlation": agreed.to_json(),
         "restarts": sum(trial.user_attrs.get("restarts", 0) for trial in trials),
-        "failures": {t.user_attrs["trial"]: t.user_attrs["reason"] for t in trials if t.user_attrs.get("reason")},
+        "failures": failed,
     }
 
 

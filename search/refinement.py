@@ -60,7 +60,8 @@ class Refiner:
         """Learn what became of a setting."""
         self._pending.pop(name)
         for candidate in candidates:
-            self._fits[candidate.fit].append(candidate)
+            if candidate.fit in self._fits:  # not where the fit was gone and its defense has changed since
+                self._fits[candidate.fit].append(candidate)
 
     def _new(self, scored: Sequence[Candidate]) -> Params | None:
         space = self._space(scored[0].params.train)

@@ -1,6 +1,6 @@
 """The report: one self-contained HTML page on a search, finished or running, that needs no network.
 
-Here stands what the page says; how it looks and how the charts are drawn stands in `report.html.j2`.
+Here stands what the page says; how it looks stands in `report.html.j2`, `report.css.j2` and `report.js.j2`.
 """
 
 from __future__ import annotations

@@ -54,7 +54,13 @@ def asked(trial: optuna.Trial, space: SearchSpace, *, whole: bool) -> Params:
 
 
 def lesson(
-    study: Study, space: SearchSpace, candidate: Candidate, *, whole: bool, attributes: Mapping[str, Any] | None = None
+    study: Study,
+    space: SearchSpace,
+    candidate: Candidate,
+    *,
+    whole: bool,
+    attributes: Mapping[str, Any] | None = None,
+    generation: Mapping[str, int] | None = None,
 ) -> FrozenTrial:
     """Return a candidate as a finished trial of Optuna, with the knobs that are searched and matter.
 
@@ -62,6 +68,7 @@ def lesson(
 
     Args:
         attributes: user attributes of the trial.
+        generation: what `generation` returned.
     """
     values, told, searched = candidate.params.flat(), dict[str, Scalar](), space.searched()
     for name, domain in searched.items():
@@ -74,8 +81,21 @@ def lesson(
         params=told,
         distributions={name: searched[name] for name in told},
         user_attrs=dict(attributes or {}),
+        system_attrs=dict(generation or {}),
         constraints=constraints(study, candidate),
     )
+
+
+def generation(study: optuna.Study, trial: optuna.Trial | None) -> dict[str, int]:
+    """Return what puts a candidate into the generation of its trial, or into the first, where the sampler has any.
+
+    Without it NSGA-II takes nothing but what it proposed itself for its population.
+    """
+    if not isinstance(study.sampler, NSGAIISampler):
+        return {}
+    frozen = None if trial is None else study._storage.get_trial(trial._trial_id)
+    number = 0 if frozen is None else study.sampler.get_trial_generation(study, frozen)
+    return {NSGAIISampler._get_generation_key(): number}
 
 
 def objectives(candidate: Candidate) -> list[float]:

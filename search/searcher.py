@@ -9,20 +9,24 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import spaces
 from search.ranking import OBJECTIVES, constraints
-from search.record import INTERRUPTED, Record, state_of, storage
+from search.record import ENDED, INTERRUPTED, Record, state_of, storage
+from search.refinement import Refiner, refinable
+from search.samplers import NEEDS_ALL, asked, generation, lesson, objectives, sampler
 from search.score import Candidate
 from search.study import Study
 from search.trial import store_of
+from search.warm import warmth
 from search.work import Proposal
-from spaces.space import GRID_LIMIT, Params, SearchSpace, contains, draw
+from spaces.space import Params, Scalar, SearchSpace, contains
 
 RETRIES = 20
 """How often a sampler may propose a training that is done before one is drawn for it."""
+COUNTABLE = 10_000
+"""Up to so many trainings of a space are listed to find one that is left."""
 
 
 class Proposer(Record):
@@ -33,11 +37,21 @@ class Proposer(Record):
 
     def __init__(self, study: Study) -> None:
         super().__init__(study)
+        self._whole = study.method in NEEDS_ALL
         self._running: dict[str, optuna.Trial] = {}
         self._recover()
-        if not self.optuna.user_attrs.get("enqueued"):
-            self._enqueue_starts(skip_if_exists=bool(self._all()))
-            self.note("enqueued", True)
+        if not self._all():
+            self._enqueue_starts()
+        # From here on kept in step, so that a proposal of a long search costs no more than one of a short search.
+        trials = self.trials()
+        self._names = {trial.user_attrs["trial"] for trial in trials}
+        self._ended = sum(state_of(trial) in ENDED for trial in trials)
+        self._seen = {_key(self.space.complete(trial.params)) for trial in trials}
+        self._known = {candidate.candidate for candidate in self.candidates()}
+        self._refined = {t.user_attrs["refines"] for t in self._all() if "refines" in t.user_attrs}
+        self._refining: set[str] = set()
+        self._refiner: Refiner | None = None
+        self._refinable = refinable(study)
 
     def _open(self) -> optuna.Study:
         store_of(self.study).make()
@@ -53,78 +67,114 @@ class Proposer(Record):
             study.set_metric_names(list(OBJECTIVES))
         # A resumed search must not draw again what it drew before.
         drawn = len(study.get_trials(deepcopy=False))
-        study.sampler = _sampler(self.study, self.space, (self.study.seed + drawn) % 2**32)
+        study.sampler = sampler(self.study, self.space, (self.study.seed + drawn) % 2**32)
         self._rng = np.random.default_rng((self.study.seed, drawn))
         return study
 
+    def ended(self) -> int:
+        return self._ended
+
     def propose(self) -> Proposal | None:
         """Return the next training, or None where every one of the space is done."""
-        seen = {_key(params) for params in self._proposed().values()}
         for attempt in itertools.count():
-            if attempt >= RETRIES and not self._enqueue_unseen(seen):
+            if attempt >= RETRIES and not self._enqueue_unseen():
                 return None
-            trial = self.optuna.ask(self.searched)
-            params = self.space.complete(trial.params)
+            trial = self.optuna.ask()
+            params = asked(trial, self.space, whole=self._whole)
             name = trial.user_attrs.get("trial")
-            if name is not None or _key(params) not in seen:
+            if name is not None or _key(params) not in self._seen:
                 break
             trial.set_user_attr("duplicate", True)
             self.optuna.tell(trial, state=TrialState.FAIL)
         if name is None:
-            name = f"t{len(self._proposed()) + 1:03d}"
+            name = f"t{len(self._names) + 1:03d}"
             trial.set_user_attr("trial", name)
+        self._names.add(name)
+        self._seen.add(_key(params))
         self._running[name] = trial
         return Proposal(name, params)
 
     def refine(self) -> Proposal | None:
-        """Return an inference setting to try on one of the best fits, or None where enough were tried."""
-        return None
+        """Return an inference setting to try on one of the best fits, or None where enough were tried.
+
+        The study hears of it when it has ended: what ran when a driver died is chosen again.
+        """
+        if self.refinements_left() <= 0:
+            return None
+        if self._refiner is None:
+            seed = (self.study.seed + len(self._refined)) % 2**32
+            self._refiner = Refiner(self.study, self.candidates(), seed)
+        taken = self._refined | self._refining  # with gaps, where a driver died
+        name = next(name for name in (f"r{number:03d}" for number in itertools.count(1)) if name not in taken)
+        params = self._refiner.choose(name)
+        if params is None:
+            return None
+        self._refining.add(name)
+        return Proposal(name, params, refines=True)
 
     def refinements_left(self) -> int:
         """Return how many are still to be tried."""
-        return 0
+        return self.study.refine - len(self._refined | self._refining) if self._refinable else 0
 
     def finish(self, name: str, candidates: Sequence[Candidate], about: Mapping[str, Any]) -> None:
         """Tell the study every candidate of a trial, the proposed one first."""
-        trial = self._running.pop(name)
-        for key, value in about.items():
+        trial = self._running.get(name)
+        for other in candidates[1:]:
+            self._tell(other, {"of": name}, trial)
+        # Last: a driver killed before this line leaves a running trial, which is proposed again and ends the same.
+        if trial is None:
+            self._tell(candidates[0], {**about, "refines": name}, None)
+            self._close(name, candidates)
+            return
+        generation(self.optuna, trial)
+        for key, value in {**about, "candidate": json.dumps(candidates[0].to_json())}.items():
             trial.set_user_attr(key, value)
-        trial.set_user_attr("candidate", json.dumps(candidates[0].to_json()))
         for constraint, excess in constraints(self.study, candidates[0]).items():
             trial.set_constraint(constraint, excess)
-        known = {c.candidate for c in self.candidates()}
-        for other in candidates[1:]:
-            if other.candidate not in known:
-                self.optuna.add_trial(self._frozen(name, other))
-        # Last: a driver killed before this line leaves a running trial, which is proposed again and ends the same.
-        self.optuna.tell(trial, _values(candidates[0]))
+        self.optuna.tell(trial, objectives(candidates[0]))
+        self._known.add(candidates[0].candidate)
+        self._close(name, candidates)
 
     def stop(self, name: str, state: TrialState, about: Mapping[str, Any]) -> None:
         """Tell the study that a trial was pruned or failed."""
-        trial = self._running.pop(name)
-        for key, value in about.items():
-            trial.set_user_attr(key, value)
-        self.optuna.tell(trial, state=state)
+        trial = self._running.get(name)
+        if trial is None:
+            self.optuna.add_trial(create_trial(state=TrialState.FAIL, user_attrs={**about, "refines": name}))
+        else:
+            for key, value in about.items():
+                trial.set_user_attr(key, value)
+            self.optuna.tell(trial, state=state)
+        self._close(name, ())
+
+    def _close(self, name: str, candidates: Sequence[Candidate]) -> None:
+        if self._running.pop(name, None) is not None:
+            self._ended += 1
+            return
+        self._refining.remove(name)
+        self._refined.add(name)
+        if self._refiner is not None:
+            self._refiner.take(name, candidates)
+
+    def _tell(self, candidate: Candidate, about: Mapping[str, Any], trial: optuna.Trial | None) -> None:
+        if candidate.candidate in self._known and "refines" not in about:
+            return
+        attributes = {**about, "candidate": json.dumps(candidate.to_json())}
+        self.optuna.add_trial(self._lesson(candidate, attributes, trial))
+        self._known.add(candidate.candidate)
+
+    def _lesson(self, candidate: Candidate, attributes: Mapping[str, Any], trial: optuna.Trial | None) -> FrozenTrial:
+        return lesson(
+            self.study,
+            self.space,
+            candidate,
+            whole=self._whole,
+            attributes=attributes,
+            generation=generation(self.optuna, trial),
+        )
 
     def note(self, key: str, value: Any) -> None:
         """Keep a fact of the whole search with the study."""
         self.optuna.set_user_attr(key, value)
-
-    def _frozen(self, name: str, candidate: Candidate) -> FrozenTrial:
-        # Thresholds that a risk-coverage curve picked may lie outside the space: the sampler cannot learn of them.
-        known = {
-            k: v for k, v in candidate.params.flat().items() if k in self.searched and contains(self.searched[k], v)
-        }
-        return create_trial(
-            values=_values(candidate),
-            params=known,
-            distributions={knob: self.searched[knob] for knob in known},
-            user_attrs={"of": name, "candidate": json.dumps(candidate.to_json())},
-            constraints=constraints(self.study, candidate),
-        )
-
-    def _proposed(self) -> dict[str, Params]:
-        return {t.user_attrs["trial"]: self.space.complete(t.params) for t in self.trials()}
 
     def _recover(self) -> None:
         """Propose again what was running when a driver died; that this may die half way changes nothing."""
@@ -138,59 +188,51 @@ class Proposer(Record):
         for trial in self.trials():
             name = trial.user_attrs["trial"]
             if state_of(trial) == "interrupted" and name not in enqueued:
-                self.optuna.enqueue_trial(trial.params, user_attrs={"trial": name})
+                setting = trial.system_attrs.get("fixed_params", {}) | trial.params  # it died before it had them all
+                self.optuna.enqueue_trial(setting, user_attrs={"trial": name})
 
-    def _enqueue_starts(self, *, skip_if_exists: bool) -> None:
-        """Enqueue the known good settings; for a grid, the whole of it."""
+    def _enqueue_starts(self) -> None:
+        """Enqueue the settings of a warm start, then the known good ones; for a grid, the whole of it."""
+        source = self.study.warm_start
+        warm = None if source is None else warmth(self.study, source)
+        for params in warm.settings if warm else ():
+            self._enqueue(params.flat())
         if self.study.method == "grid":
+            before = {_key(params) for params in warm.settings} if warm else set()
             for params in _trainings(self.space):
-                setting = {**params.train, **self.space.usual()}
-                known = {name: value for name, value in setting.items() if name in self.searched}
-                self.optuna.enqueue_trial(known, skip_if_exists=skip_if_exists)
-            return
-        for start in spaces.starts(self.study.defense):
-            known = {name: value for name, value in start.items() if name in self.searched}
-            if all(contains(self.space.flat()[name], value) for name, value in start.items()):
-                self.optuna.enqueue_trial(known, skip_if_exists=skip_if_exists)
-
-    def _enqueue_unseen(self, seen: set[str]) -> bool:
-        """Enqueue a training that was not proposed yet, at random; False where there is none."""
-        if self.space.trainings() is None:
-            chosen = {name: draw(domain, self._rng) for name, domain in self.space.train.items()}
+                if _key(params) not in before:
+                    self._enqueue({**params.train, **self.space.usual()})
         else:
-            unseen = [params.train for params in _trainings(self.space) if _key(params) not in seen]
+            for start in spaces.starts(self.study.defense):
+                if all(contains(self.space.flat()[name], value) for name, value in start.items()):
+                    self._enqueue(start)
+        for candidate in warm.candidates if warm else ():  # they are nobody's candidates here
+            self.optuna.add_trial(self._lesson(candidate, {"from": source, "was": candidate.candidate}, None))
+
+    def _enqueue_unseen(self) -> bool:
+        """Enqueue a training that was not proposed yet, at random; False where there is none."""
+        if (self.space.trainings() or COUNTABLE + 1) > COUNTABLE:
+            chosen = self.space.drawn(self._rng)
+        else:
+            unseen = [params for params in _trainings(self.space) if _key(params) not in self._seen]
             if not unseen:
                 return False
-            chosen = dict(unseen[int(self._rng.integers(len(unseen)))])
-        self.optuna.enqueue_trial({name: value for name, value in chosen.items() if name in self.searched})
+            chosen = unseen[int(self._rng.integers(len(unseen)))]
+        self._enqueue(chosen.train)
         return True
+
+    def _enqueue(self, values: Mapping[str, Scalar]) -> None:
+        """Enqueue a setting; knobs that are not searched have their value, and what lies outside is left to Optuna."""
+        searched = self.searched
+        known = {name: value for name, value in values.items() if name in searched and contains(searched[name], value)}
+        self.optuna.enqueue_trial(known)
 
 
 def _trainings(space: SearchSpace) -> list[Params]:
-    return list(SearchSpace(space.train, {}, space.defaults).grid())
+    trains = SearchSpace(space.train, {}, space.defaults, {n: c for n, c in space.given.items() if n in space.train})
+    return list(trains.grid())
 
 
 def _key(params: Params) -> str:
     """Return the identity of a training."""
     return json.dumps(dict(params.train), sort_keys=True)
-
-
-def _values(candidate: Candidate) -> list[float]:
-    return [float(getattr(candidate.score, name)) for name in OBJECTIVES]
-
-
-def _sampler(study: Study, space: SearchSpace, seed: int) -> BaseSampler:
-    """Return the sampler of the study's method; it starts at random for the first quarter of the trainings."""
-    settings = SearchSpace({}, space.inference, space.defaults).size() or 1
-    startup = max(1, min(10, study.trials // 4)) * (settings if settings <= GRID_LIMIT else 1)
-    match study.method:
-        case "tpe":
-            return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup)
-        case "nsga2":
-            return NSGAIISampler(seed=seed)
-        case "gp":
-            return GPSampler(seed=seed, n_startup_trials=startup)
-        case "qmc":
-            return QMCSampler(seed=seed, warn_independent_sampling=False)
-        case _:
-            return RandomSampler(seed=seed)

@@ -32,6 +32,7 @@ from search.store import StorageError, trouble
 from search.study import Study
 from search.tracking import Tracker
 from search.trial import store_of
+from search.warm import warmth
 from spaces.space import InputError, choose
 
 TRIES = 2
@@ -43,7 +44,8 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
     """Run a new search and return the exit code.
 
     Raises:
-        InputError: the name is taken, the storage cannot be written, or the data cannot be had.
+        InputError: the name is taken, the storage cannot be written, the data cannot be had, or nothing is found for
+            a warm start.
         StorageError: the storage failed on the way.
     """
     _writable(study)
@@ -52,6 +54,8 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
             f"a search's name must be new, but {study.name!r} exists in {study.storage}: "
             f"go on with `{_resume(study)}`, or choose another name"
         )
+    if study.warm_start is not None:
+        console.print(warmth(study, study.warm_start).said, highlight=False, soft_wrap=True)
     return _run(study, [], console, debug=debug)
 
 

@@ -40,7 +40,9 @@ class Study(BaseModel):
     task: str = Field("mnist/A", description="a data set and the classifier to protect (list tasks)")
     space: str = Field("default", description="a named search space of the defense (list spaces)")
     knobs: dict[str, KnobWish] = Field(
-        {}, description="knobs beside the space's: NAME=VALUE fixes one, NAME=V1,V2 is a grid"
+        {},
+        description="knobs beside the space's: NAME=VALUE fixes one, NAME=V1,V2 is a grid, "
+        "NAME=LOW..HIGH or LOW..HIGH:log a range",
     )
     method: Method = Field("tpe", description="how Optuna proposes")
     trials: int = Field(40, ge=1, description="trainings at most")
@@ -169,7 +171,6 @@ class Study(BaseModel):
             raise InputError(
                 f"eval_images must leave a black-box attacker {HELD_OUT} images, at most {free}, but is {images}"
             )
-        _buildable(defense, space, task)
         substitute = find_task(f"{task.dataset}/{self.substitute or protected.partner}").classifier
         threat = ThreatModel(self.norm, self._eps(suite, task), self.threat)
         within = suite.within(threat)
@@ -260,7 +261,8 @@ def make(values: Mapping[str, Any], where: Callable[[str], str] = lambda field: 
         name = str(first["loc"][0])
         law = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         raise InputError(f"{where(name)}{name} {law}, but is {values[name]!r}") from None
-    study.plan()
+    plan = study.plan()
+    _buildable(plan.defense, plan.space, plan.task)  # once: a plan is asked for often
     return study
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import cache
 
 
+@cache
 def texts(*modules: str) -> list[str]:
     """Return the source of modules and, of the defenses and attacks, of those from which they take anything."""
     found, left = set[str](), list(modules)

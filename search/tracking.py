@@ -106,7 +106,7 @@ class Tracker(Listener):
     def trial_ended(
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
-        self._states[state] += 1
+        self._states[state] += trial.startswith("t")
         self._candidates += candidates
         best = next(iter((*feasible(self._study, candidates), *ranked(candidates))), None)
         outcome = {**self._threat(), **(best.row() if best else {}), "state": state, "reason": reason}

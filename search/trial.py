@@ -66,7 +66,7 @@ def baseline(study: Study, store: Store) -> Candidate:
     score = bench.exam.score(probed, probed.found.limits_S, None)
     return Candidate(
         candidate="undefended",
-        fit=bench.target.fingerprint,
+        fit=bench.identity(bench.plan.protected),
         defense="none",
         task=study.label,
         params=Params({}, {}),
@@ -90,6 +90,7 @@ class Bench(Fits):
             others = list(space.grid())
         else:
             rng = np.random.default_rng(self.study.seed)
+            # The same for all fits, so that they compare.
             others = [space.drawn(rng) for _ in range(SAMPLE)]
         return [params, *(other for other in others if other != params)]
 
@@ -151,7 +152,7 @@ class Bench(Fits):
             source=texts(Probed.__module__),
             fit=fit,
             setting=dict(defense.params.inference) if defense else {},
-            classifier=self.target.fingerprint,
+            classifier=self.identity(self.plan.protected),
             suite=repr(self.plan.suite),
             threat=repr(threat),
             outsider=[self.plan.substitute, HELD_OUT] if threat.knowledge == "black-box" else [],

@@ -10,6 +10,8 @@ os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "100000")  # how many are handed out is for Ask to say
 # A worker whose last trial, which a rung stopped, has not let go by then is never used again, nor is the next trial.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
 
@@ -24,7 +26,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from defenses.base import Metrics
-from search.cluster import Berth, at_work, joined, ready
+from search.cluster import Berth, at_work, joined, ready, slots
 from search.conductor import RESTARTS, Conductor
 from search.events import State
 from search.run import settle, time_again
@@ -55,13 +57,20 @@ class Desk(Callback):
 
 
 class Ask(Searcher):
-    """Proposes to Ray Tune, and hears how its trials end."""
+    """Proposes to Ray Tune, and hears how its trials end.
 
-    def __init__(self, desk: Desk) -> None:
+    A trial is proposed when a slot is free for it, and not before: so its proposal knows all that has ended, and all
+    slots start their workers at once. Ray's own rule is one trial ahead of those that run.
+    """
+
+    def __init__(self, desk: Desk, berth: Berth) -> None:
         super().__init__()
         self.desk = desk
+        self.berth = berth
 
     def suggest(self, trial_id: str) -> Any:
+        if len(self.desk.names) >= (self.desk.conductor.study.concurrent or slots(self.berth)):
+            return None
         proposal = self.desk.conductor.next()
         if proposal is None:  # asked again later, unless nothing more can come
             return Searcher.FINISHED if self.desk.conductor.done else None
@@ -90,6 +99,9 @@ class Rungs(FIFOScheduler):
     def __init__(self, desk: Desk) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated in Ray
         self.desk = desk
+
+    def choose_trial_to_run(self, tune_controller: Any) -> None:
+        """Leave it to Ray: a trial that is chosen here takes the next free worker and drops its own, half started."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if "epoch" not in result:
@@ -131,9 +143,8 @@ def _tuner(study: Study, desk: Desk, berth: Berth, work: Work, scratch: str) -> 
         tune.with_resources(trainable, {"cpu": berth.cpu, "gpu": berth.gpu}),
         tune_config=tune.TuneConfig(
             num_samples=-1,  # the conductor says when there are enough
-            search_alg=Ask(desk),
+            search_alg=Ask(desk, berth),
             scheduler=Rungs(desk),
-            max_concurrent_trials=study.concurrent,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

@@ -91,9 +91,7 @@ def _drawn(bench: Bench, params: Params, path: Path) -> str:
     """Return the path of a trial's picture, or nothing: a disk that is full must not cost the candidates."""
     mirror = bench.study.mirror
     try:
-        if mirror is not None:
-            path.parent.parent.mkdir(parents=True, exist_ok=True)  # each node has a folder of its own
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=mirror is not None, exist_ok=True)  # of a URI each node has a folder of its own
         bench.picture(params, path)
     except OSError:
         return ""

@@ -13,7 +13,7 @@ from search.searcher import Proposer
 from search.study import Study
 from spaces.space import Params
 from tests.conftest import digits_study
-from tests.test_searcher import scored
+from tests.engine import scored
 
 CHEAP = [0.1, 0.5, 0.3, 0.9, 0.7, 0.2, 0.8, 0.4]
 
@@ -46,7 +46,7 @@ def test_rho_and_tau_are_the_slow_ones_at_each_epoch() -> None:
         a, b = ([pair[side] for pair in on] for side in (0, 1))
         assert (found.epoch, found.trainings) == (None if epoch == 9 else epoch, len(on))
         assert found.rho == pytest.approx(slow_rho(a, b)) and found.tau == pytest.approx(slow_tau(a, b))
-        assert found.low is not None and found.high is not None and found.low < found.rho < found.high
+        assert found.rho and found.low and found.high and found.low < found.rho < found.high
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -86,6 +86,8 @@ def test_a_poor_guide_is_warned_of_with_what_to_do(tmp_path: Path) -> None:
     assert "equal under attack" in made_of(study, [{2: c} for c in CHEAP], [0.0] * 8).warning
     few = made_of(study, [{1: 1 - c, 2: c} for c in CHEAP[:7]], CHEAP[:7])
     assert few.warning == ""
+    assert made_of(study, [{2: 0.5}] * 4, CHEAP[:4]).line.endswith("no rank correlation, one of the two does not vary")
+    assert made_of(study, [], []).line.endswith("of 0 finished trainings: no rank correlation, they need 4")
 
 
 def test_final_scores_are_those_of_the_usual_setting_or_each_trainings_best(tmp_path: Path) -> None:
@@ -102,9 +104,9 @@ def test_final_scores_are_those_of_the_usual_setting_or_each_trainings_best(tmp_
     candidates = proposer.candidates()
     found = agreement(proposer, candidates)
     assert found.usual and found.setting == "at the usual inference setting"
-    assert (found.last.trainings, found.last.rho) == (5, pytest.approx(1))
+    assert found.last.trainings == 5 and found.last.rho == pytest.approx(1)
     elsewhere = [replace(c, params=Params(c.params.train, {"sigma_eps": 0.5})) for c in candidates]
     found = agreement(proposer, elsewhere)
     assert not found.usual and found.last.rho == pytest.approx(-1)
     assert found.to_json()["final"] == "at each training's best inference setting"
-    assert found.points[0] == ("t001", 0.0, pytest.approx(0.9))
+    assert found.points[0][:2] == ("t001", 0.0) and found.points[0][2] == pytest.approx(0.9)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,27 +23,42 @@ import pytest
 import torch
 
 from search import cache, cluster
-from search.cluster import Berth, ready
-from search.study import Study
+from search.cluster import Berth, at_work
+from search.study import Study, read
 from search.tasks import fetch
 from spaces.space import InputError
-from tests.conftest import digits_study
 from tests.test_cli import ROOT
 
 PACKAGES = ("spaces", "attacks", "defenses", "search")
 RAY = str(Path(sys.executable).parent / "ray")
-SMALL = ("--task", "digits/A", "--space", "smoke", "--trials", "2", "--epochs", "2", "--eval-images", "60")
+SMALL: tuple[str, ...] = (
+    "--task",
+    "digits/A",
+    "--space",
+    "smoke",
+    "--trials",
+    "2",
+    "--epochs",
+    "2",
+    "--eval-images",
+    "60",
+)
 SMALL += ("--cheap-images", "20", "--classifier-epochs", "4", "--wandb", "disabled", "--refine", "0")
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """A cluster: `temp` is Ray's own folder, `shared` what both nodes see, `private` what each sees otherwise."""
+    """A cluster: `shared` is a folder that both nodes see, `private` one that each sees otherwise.
+
+    Args:
+        arrived: what Ray brought to the second node.
+        data: the second node's data folder.
+    """
 
     address: str
     dashboard: str
     environment: dict[str, str]
-    temp: Path
+    arrived: Path
     shared: Path
     private: Path
     data: Path
@@ -52,7 +68,8 @@ class Nodes:
         code = f"import sys; sys.path.insert(0, {str(root)!r}); sys.argv[0] = 'launch.py'; {begin}"
         code += "\nfrom launch import main\nsys.exit(main())"
         command = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
+        environment = self.environment | {"TMPDIR": str(self.private)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +78,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     folder = tmp_path_factory.mktemp("cluster")
     temp = Path(tempfile.mkdtemp(prefix="crucible-ray-"))  # sockets lie in it, and their paths must be short
     shared, private, data, empty = (folder / name for name in ("shared", "private", "data", "empty"))
-    shared.mkdir(), private.mkdir()
+    shared.mkdir()
+    private.mkdir()
     fetch("digits", data)
     ledger = data / "decoded" / "digits" / "decoded.json"
     ledger.write_text(json.dumps(json.loads(ledger.read_text()) | {"came": "from the first node"}))
@@ -71,16 +89,19 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     start = [RAY, "start", "--block", "--num-cpus=1", "--disable-usage-stats", "--object-store-memory=200000000"]
     head = [*start, "--head", f"--port={port}", f"--temp-dir={temp}", f"--dashboard-port={dashboard}"]
     second = [*start, f"--address=127.0.0.1:{port}", f"--dashboard-agent-listen-port={agents[1]}"]
+    second.append(f"--temp-dir={temp / 'second'}")  # or each would take the code from under the other's feet
     if may_mount():
-        mount = f"mount -t tmpfs none {private} && exec \"$@\""
+        mount = f'mount -t tmpfs none {private} && exec "$@"'
         second = ["unshare", "--mount", "sh", "-c", mount, "sh", *second]
     running = []
     try:
         running.append(_start([*head, f"--dashboard-agent-listen-port={agents[0]}"], environment, folder))
         _wait_until(lambda: _answers(port))
         running.append(_start(second, environment | {"CRUCIBLE_DATA": str(empty)}, folder))
-        found = Nodes(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment, temp, shared, private, empty)
-        _wait_until(lambda: _alive(found) == 2)
+        url = f"http://127.0.0.1:{dashboard}"
+        _wait_until(lambda: _alive(url, token["RAY_AUTH_TOKEN"]) == 2)
+        (arrived,) = (temp / "second").glob("session_2*/runtime_resources")
+        found = Nodes(f"127.0.0.1:{port}", url, environment, arrived, shared, private, empty)
         yield found
     finally:
         for process in running:
@@ -114,10 +135,14 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _alive(nodes: Nodes) -> int:
-    command = [RAY, "list", "nodes", f"--address={nodes.dashboard}", "--format=json", "--filter=state=ALIVE"]
-    found = subprocess.run(command, env=nodes.environment, capture_output=True, text=True)
-    return len(json.loads(found.stdout)) if found.returncode == 0 else 0
+def _alive(url: str, token: str) -> int:
+    asked = urllib.request.Request(f"{url}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(asked, timeout=20) as answer:
+            nodes = json.load(answer)["data"]["result"]["result"]
+    except (OSError, LookupError, TypeError):
+        return 0
+    return sum(node["state"] == "ALIVE" for node in nodes)
 
 
 def _wait_until(what: Any, seconds: float = 90) -> None:
@@ -154,9 +179,104 @@ def test_code_and_data_reach_a_node_that_has_neither_and_nothing_else_does(nodes
     searched = nodes.launch("search", *more, root=root)
     assert searched.returncode == 0, searched.stdout + searched.stderr
     assert len(_candidates(nodes.shared / "away")) == 12
-    assert 100_000 < _size(next(nodes.temp.glob("session_2*")) / "runtime_resources") < 2_000_000
+    assert 200_000 < _size(nodes.arrived) < 2_000_000
     came = nodes.data / "decoded" / "digits"
     assert json.loads((came / "decoded.json").read_text())["came"] == "from the first node"
     assert cache.fault(came, thorough=True) is None
     assert [path.name for path in nodes.data.iterdir() if path.is_dir()] == [".work", "decoded"]  # nothing was fetched
     assert not list(nodes.shared.glob(".token-*"))
+
+
+@pytest.mark.slow
+def test_a_search_may_be_submitted_as_a_job(nodes: Nodes, tmp_path: Path) -> None:
+    submit = [RAY, "job", "submit", f"--address={nodes.dashboard}", f"--working-dir={_copy(tmp_path / 'copy')}", "--"]
+    search = [sys.executable, "launch.py", "search", "--name", "job", "--storage", str(nodes.shared), *SMALL]
+    submitted = subprocess.run(
+        [*submit, *search], env=nodes.environment, capture_output=True, text=True, timeout=300
+    )  # it says no --address: a job runs on the cluster that it was submitted to
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert len(_candidates(nodes.shared / "job")) == 12
+    assert read(nodes.shared / "job" / "study.yaml").address is None
+
+
+@pytest.mark.slow
+def test_a_storage_that_is_not_shared_is_refused_at_once(nodes: Nodes) -> None:
+    if not may_mount():
+        pytest.skip("a disk of a node's own needs the right to mount")
+    refused = nodes.launch("search", "--address", nodes.address, "--storage", str(nodes.private), *SMALL)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    law = f"the storage must be a folder that every node reaches, but {nodes.private} is another one on node "
+    assert law in refused.stderr and "put it on a shared file system" in refused.stderr
+    assert not (nodes.private / "search").exists() and not list(nodes.private.glob(".token-*"))
+    told = nodes.launch("doctor", "--address", nodes.address, "--storage", str(nodes.private), "--json")
+    assert told.returncode == 1
+    (finding,) = [found for found in json.loads(told.stdout) if found["what"] == "cluster"]
+    assert law in finding["found"] and not finding["well"]
+
+
+@pytest.mark.slow
+def test_a_cluster_of_another_ray_is_refused_in_one_line(nodes: Nodes) -> None:
+    more = ("--address", nodes.address, "--storage", str(nodes.shared), "--name", "other", *SMALL)
+    refused = nodes.launch("search", *more, begin="import ray; ray.__version__ = '2.59.0'")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "a cluster must run the same Ray and Python as this process, 2.59.0 on 3." in refused.stderr
+    assert not (nodes.shared / "other").exists()
+
+
+def test_a_client_is_refused_with_what_to_do(study: Study) -> None:
+    away = study.model_copy(update={"address": "ray://127.0.0.1:10001"})
+    with pytest.raises(InputError, match="submit the search"), cluster.joined(away):
+        pass
+
+
+def _node(cpus: float, gpus: float = 0) -> dict[str, Any]:
+    return {"Resources": {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}}
+
+
+NODES = [_node(1), _node(1), _node(0)]
+
+
+@pytest.mark.parametrize(
+    ("held", "cpu", "gpu", "law"),
+    [
+        (NODES, 2, 0, "cpus_per_trial must be at most what the cluster has on one node, 1, but is 2"),
+        (NODES, 1, 0.5, "gpus_per_trial must be at most what the cluster has on one node, 0, but is 0.5"),
+        ([_node(8), _node(1, 2)], 4, 1, "a trial must fit on one node, but asks for 4 CPUs and 1 GPUs of nodes with"),
+        ([_node(8, 4)], 4, 1.5, "gpus_per_trial must be a fraction of one GPU or whole ones, but is 1.5"),
+    ],
+)
+def test_what_no_single_node_holds_is_refused(held: list[dict[str, Any]], cpu: float, gpu: float, law: str) -> None:
+    with pytest.raises(InputError, match=law):
+        cluster._fitting(held, cpu, gpu)
+
+
+def test_only_nodes_that_hold_a_trial_are_asked_for_the_storage() -> None:
+    assert cluster._fitting([_node(0), _node(4, 1), _node(4)], 1, 0.25) == [_node(4, 1)]
+
+
+@pytest.mark.parametrize(("gpu", "caps"), [(0.25, [0.225]), (0.5, [0.45]), (0, []), (1, []), (2, [])])
+def test_a_worker_that_shares_a_gpu_is_capped_before_it_works(
+    study: Study, monkeypatch: pytest.MonkeyPatch, gpu: float, caps: list[float]
+) -> None:
+    said: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: said.append(round(share, 3)))
+    at_work(study, Berth(1, gpu), lambda study, more: said.append(more), "works")
+    assert said == [*caps, "works"]
+
+
+def test_data_are_adopted_once_and_whole(tmp_path: Path) -> None:
+    fetch("digits", tmp_path / "here")
+    packed = cache.pack("digits", tmp_path / "here")
+    opened = []
+
+    def bring() -> dict[str, Any]:
+        opened.append("once")
+        return packed
+
+    for _ in range(2):
+        cache.adopt("digits", tmp_path / "there", bring)
+    assert opened == ["once"] and cache.fault(tmp_path / "there" / "decoded" / "digits", thorough=True) is None
+    (tmp_path / "there" / "decoded" / "digits" / "x_train.npy").write_bytes(b"cut short")
+    cache.adopt("digits", tmp_path / "there", bring)
+    assert opened == ["once"] * 2 and cache.fault(tmp_path / "there" / "decoded" / "digits", thorough=True) is None

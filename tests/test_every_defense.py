@@ -24,6 +24,8 @@ from search.study import make
 from search.tasks import load
 from tests.test_cli import ROOT
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("--eval-images", "40", "--cheap-images", "20", "--classifier-epochs", "2", "--wandb", "disabled")
 SELECTIVE = [name for name in defenses.names() if defenses.find(name).thresholds()]
 RETRAINED = [name for name in defenses.names() if defenses.find(name).adopt is not Defense.adopt]

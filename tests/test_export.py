@@ -34,6 +34,8 @@ from search.trial import store_of
 from spaces.space import InputError
 from tests.conftest import digits_study
 
+pytestmark = pytest.mark.slow
+
 EPS, IMAGES = 0.1, 100
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import subprocess
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,9 +27,8 @@ from search.trial import store_of
 from search.work import Proposal, Report
 from spaces.space import Params
 from tests.conftest import digits_study
-from tests.test_cli import launch
-from tests.test_search import rows, start
-from tests.test_searcher import scored
+from tests.engine import scored
+from tests.test_cli import ROOT, launch
 from tests.test_stopping import PRETENDED, execute
 
 PARAMS = Params({"lambda_rc": 1.0}, {"sigma_eps": 0.0})
@@ -155,13 +156,16 @@ def test_what_is_left_is_told_while_a_search_runs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_searches_at_once_share_classifiers_and_fits(tmp_path: Path) -> None:
     """The same two trainings asked for by both: one trains each, the other waits and loads it."""
-    more = ("--debug", "--method", "grid", "--trials", "2", "--epochs", "2", "--wandb", "disabled")
-    searches = [start(tmp_path, name, *more) for name in ("one", "other")]
+    asked = "--task digits/A --space smoke --eval-images 60 --cheap-images 20 --classifier-epochs 4 --epochs 2 "
+    asked += f"--debug --method grid --trials 2 --wandb disabled --storage {tmp_path} --name"
+    command = [sys.executable, str(ROOT / "launch.py"), "search", *asked.split()]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    searches = [subprocess.Popen([*command, name], cwd=ROOT, **pipes) for name in ("one", "other")]
     said = [search.communicate(timeout=300)[0] for search in searches]
     assert [search.returncode for search in searches] == [0, 0], said
     epochs = [line for text in said for line in text.splitlines() if " epoch " in line]
     assert len(epochs) == 4, epochs  # two trainings of two epochs, in whichever search
-    ours, theirs = (rows(tmp_path / name) for name in ("one", "other"))
+    ours, theirs = (list(csv.DictReader((tmp_path / name / "candidates.csv").open())) for name in ("one", "other"))
     assert len(ours) == 12 and ours == theirs
     assert len(list((tmp_path / ".store" / "fits").glob("[!.]*"))) == 2
     states = json.loads(launch("status", "--storage", str(tmp_path), "--json").stdout)
@@ -169,4 +173,4 @@ def test_two_searches_at_once_share_classifiers_and_fits(tmp_path: Path) -> None
         ("one", 2, False),
         ("other", 2, False),
     ]
-    assert set(Record(digits_study(tmp_path, name="one")).clocked()) <= set(ours)
+    assert set(Record(digits_study(tmp_path, name="one")).clocked()) <= {row["candidate"] for row in ours}

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+from defenses.base import Metrics
 from defenses.puvae import PuVAE
 from search import courier, remote, session
-from search.record import Record
+from search.events import Listener
+from search.ledger import Ledger
+from search.record import Record, begun
 from search.remote import Mirror, Unreachable
-from search.run import run
-from search.store import Store
+from search.run import Stopped, run
+from search.searcher import Proposer
+from search.store import Store, write_atomic
 from search.study import Study, make
+from search.trial import png, run_trial, store_of
+from search.work import Proposal, Report
 from spaces.space import InputError
 from tests.conftest import digits_study
+from tests.test_stopping import PRETENDED
 
 FILES = {"a.bin": b"one", "b.bin": b"two"}
 CPU = torch.device("cpu")
@@ -130,9 +138,7 @@ def test_a_storage_that_is_away_costs_nothing_and_gets_the_rest_when_it_returns(
     here.save_progress("k", {"curve": [1]})
     assert here.get("fits", "k2") is not None and here.get("fits", "k3") is None and here.keys("fits") == ["k1", "k2"]
     assert not far.exists()  # nothing is written below a bare mount point
-    assert [record.message for record in caplog.records] == [
-        f"{uri}: it is gone; work goes on, and is sent later"
-    ]
+    assert [record.message for record in caplog.records] == [f"{uri}: it is gone; work goes on, and is sent later"]
     (tmp_path / "gone").rename(far)
     here.put("fits", "k3", FILES, {})
     assert machine(uri, tmp_path / "two").keys("fits") == ["k1", "k2", "k3"]
@@ -172,3 +178,177 @@ def test_a_storage_that_does_not_answer_is_left_alone_for_a_while(
         mirror.read("x")
     mirror.retry()
     assert mirror.read("x") == b"1"
+
+
+def far_study(tmp_path: Path, **fields: object) -> Study:
+    (tmp_path / "far").mkdir(exist_ok=True)
+    return make(digits_study(tmp_path, **fields).model_dump() | {"storage": f"file://{tmp_path}/far"})
+
+
+def on(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Go to a machine, and return the folder in which it works."""
+    monkeypatch.setenv("CRUCIBLE_CACHE", str(tmp_path / machine))
+    return remote.local(f"file://{tmp_path}/far")
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "candidates.csv").open()))
+
+
+def untrained(*args: object) -> Iterator[None]:
+    raise AssertionError("nothing is to be trained")
+
+
+def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
+    """Stand in for a trial, and leave behind what one leaves."""
+    last = PRETENDED.execute(study, proposal, report)
+    store_of(study).put("fits", last["candidates"][0]["fit"], {"weights": b"w"}, {})
+    (study.folder / "wandb" / proposal.name).mkdir(parents=True)
+    (study.folder / "wandb" / proposal.name / "run.wandb").write_text(proposal.name)
+    path = study.folder / "pictures" / f"{proposal.name}.png"
+    path.parent.mkdir(exist_ok=True)
+    return last | {"picture": str(write_atomic(path, png(torch.rand(3, 4, 1, 8, 8))))}
+
+
+STAND_IN = replace(PRETENDED, execute=execute)
+
+
+def search(study: Study, *listeners: Listener) -> list[str]:
+    """Run a search without trainings, and return what the courier said."""
+    said = list[str]()
+    study.root.mkdir(parents=True, exist_ok=True)
+    with courier.sending(study, said.append) as couriers:
+        ledger = Ledger(study.folder / "candidates.csv", Record(study).candidates() if begun(study) else [])
+        assert run(study, [ledger, *listeners, *couriers], debug=True, work=STAND_IN) == "finished"
+        session.write_report(study)
+    return said
+
+
+def test_a_search_of_one_machine_is_seen_and_gone_on_with_on_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = far_study(tmp_path, trials=3, refine=0)
+    one = on("one", tmp_path, monkeypatch)
+    assert search(study) == []
+    shutil.rmtree(one)  # the machine is gone
+
+    two = on("two", tmp_path, monkeypatch)
+    assert courier.names(study.storage) == ["smoke"]
+    said = session.status(courier.opened("smoke", study.storage, whole=False))
+    assert (said["finished"], said["running"], said["candidates"]) == (3, 0, 3)
+    assert {path.name for path in (two / "smoke").iterdir()} == {
+        "study.yaml", "study.journal", "candidates.csv", "report.html"
+    }  # fmt: skip
+    found = courier.opened("smoke", study.storage)
+    assert len(rows(two / "smoke")) == 3 and len(list((two / "smoke").glob("wandb/*/run.wandb"))) == 3
+    assert session.write_report(found).read_text().count("data:image/png") >= 3
+    assert search(found.model_copy(update={"trials": 5})) == []
+    with pytest.raises(InputError, match="a search's name must be new"):
+        session.begin(study, Console(quiet=True), debug=True)
+
+    on("one", tmp_path, monkeypatch)
+    study.folder.mkdir(parents=True)
+    (study.folder / "study.journal").write_bytes(b"{}")  # it comes back, and is behind
+    record = Record(courier.opened("smoke", study.storage))
+    assert [t.user_attrs["trial"] for t in record.trials()] == ["t001", "t002", "t003", "t004", "t005"]
+    assert len(rows(study.folder)) == len(store_of(study).keys("fits")) == 5
+
+
+def test_a_training_goes_on_on_another_machine_and_is_done_once_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, heard = far_study(tmp_path), list[int]()
+    params = Proposer(digits_study(tmp_path / "other")).propose()
+    assert params is not None
+
+    def dies(epoch: int, metrics: Metrics) -> None:
+        raise Stopped
+
+    one = on("one", tmp_path, monkeypatch)
+    with pytest.raises(Stopped):
+        run_trial(study, params.params, store_of(study), dies)
+    shutil.rmtree(one)
+    on("two", tmp_path, monkeypatch)
+    candidates = run_trial(study, params.params, store_of(study), lambda epoch, metrics: heard.append(epoch))
+    assert heard == [2] and not list((tmp_path / "far" / ".store" / "progress").glob("*"))
+    on("three", tmp_path, monkeypatch)
+    monkeypatch.setattr(PuVAE, "fit", untrained)
+    again = run_trial(study, params.params, store_of(study), dies)
+    assert [c.candidate for c in again] == [c.candidate for c in candidates]
+
+
+class Away(Listener):
+    """Takes the storage away when the first trial ends."""
+
+    def __init__(self, far: Path) -> None:
+        self.far = far
+
+    def trial_ended(self, trial: str, *rest: object) -> None:
+        if trial == "t001":
+            self.far.rename(self.far.with_name("gone"))
+
+
+def test_a_storage_that_goes_in_mid_search_stops_no_trial_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = far_study(tmp_path, trials=3, refine=0)
+    one = on("one", tmp_path, monkeypatch)
+    said = search(study, Away(tmp_path / "far"))
+    assert len(said) == 1 and "does not answer: what it lacks is kept in" in said[0]
+    assert len(rows(study.folder)) == 3 and not (tmp_path / "far").exists()
+    (tmp_path / "gone").rename(tmp_path / "far")
+    assert search(courier.opened("smoke", study.storage)) == []  # nothing is left to do but to send
+    shutil.rmtree(one)
+    on("two", tmp_path, monkeypatch)
+    assert len(Record(courier.opened("smoke", study.storage)).candidates()) == 3
+    assert len(store_of(study).keys("fits")) == 3 and not list((tmp_path / "far").rglob("*.part-*"))
+
+
+def test_a_search_runs_on_one_machine_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = far_study(tmp_path)
+    on("one", tmp_path, monkeypatch)
+    study.root.mkdir(parents=True)
+    study.write()
+    with courier.sending(study, print) as couriers:
+        couriers[0].trial_ended("t001", "pruned", [], None, "")
+        until = time.monotonic() + 20
+        while not (tmp_path / "far" / "smoke" / "driver.json").exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert courier.driver(study) is None  # it is its own
+        on("two", tmp_path, monkeypatch)
+        found = courier.opened("smoke", study.storage)
+        assert courier.driver(found)
+        with pytest.raises(InputError, match="a search must run once at a time, but 'smoke' runs on "):
+            session.proceed(found, Console(quiet=True), debug=True)
+        with monkeypatch.context() as later:
+            later.setattr(courier, "TICK_S", 0.0)  # it was not heard of for long
+            assert courier.driver(found) is None
+        on("one", tmp_path, monkeypatch)
+    on("two", tmp_path, monkeypatch)
+    assert courier.driver(found) is None
+
+
+@pytest.mark.parametrize(
+    ("storage", "words"),
+    [
+        ("s3://bucket/runs", "pip install s3fs"),
+        ("sftp://host/runs", "pip install"),
+        ("nothing://runs", "a URI that fsspec knows"),
+    ],
+)
+def test_a_uri_that_cannot_be_spoken_to_is_refused(storage: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        make({"storage": storage, "task": "digits/A"})
+    with pytest.raises(InputError, match=words):
+        courier.names(storage)
+
+
+def test_a_uri_that_cannot_be_written_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on("one", tmp_path, monkeypatch)
+    (tmp_path / "far").write_text("a file")
+    study = make(digits_study(tmp_path).model_dump() | {"storage": f"file://{tmp_path}/far"})
+    with pytest.raises(InputError, match="a storage must be a URI that can be written, but file://"):
+        session.begin(study, Console(quiet=True), debug=True)

@@ -23,7 +23,10 @@ from sklearn.datasets import load_digits
 
 from attacks.interval import wilson
 from attacks.threat import Knowledge, ThreatModel
+from search import ranking
+from search.agreement import Agreement, ranks
 from search.findings import Findings, TrialRecord
+from search.latency import Latency
 from search.report import interval, render, write
 from search.score import Candidate, Score
 from search.study import Study
@@ -167,7 +170,17 @@ def rejecting() -> Findings:
     return replace(findings, candidates=made, best=made[0], front=[made[0]])
 
 
+def several_devices() -> Findings:
+    """Every other fit timed on another kind of GPU."""
+    findings = findings_of(6)
+    kinds = {fit: ("NVIDIA H200", "Tesla T4")[nth % 2] for nth, fit in enumerate({c.fit for c in findings.candidates})}
+    made = [replace(c, score=replace(c.score, device=kinds[c.fit])) for c in findings.candidates]
+    within = ranking.feasible(findings.study, made)
+    return replace(findings, candidates=made, best=within[0], front=ranking.front(findings.study, made))
+
+
 CASES = {
+    "several devices": several_devices,
     "rejecting": rejecting,
     "ten fits": lambda: findings_of(),
     "oblivious": lambda: findings_of(threat="oblivious"),
@@ -328,6 +341,48 @@ def test_what_is_rejected_is_reported_apart() -> None:
     assert Page(render(findings_of())).data["risk"] == []
 
 
+def test_the_front_is_a_table_with_both_measurements_and_what_to_think_of_them() -> None:
+    findings = findings_of()
+    quiet, loud, away = findings.candidates[:3]
+    first = quiet.score.latency_ms_p50
+    again = {
+        quiet.candidate: Latency(1.05 * first, 9.0, 1.0, 0.0, "", 30),
+        loud.candidate: Latency(1.3 * loud.score.latency_ms_p50, 9.0, 1.0, 0.0, "", 30),
+        away.candidate: Latency(1.0, 9.0, 1.0, 0.0, "Tesla T4", 30),
+    }
+    words = Page(render(replace(findings, front=[quiet, loud, away], again=again))).words
+    place = words.index("On the front Attacked error")
+    assert f"{1.05 * first:.3g} ms" in words[place:] and "30 % slower the second time" in words[place:]
+    assert "on another device: Tesla T4" in words[place:] and words.count("the second time") == 1
+
+
+def test_devices_stand_at_latencies_where_there_are_several_and_each_has_a_front() -> None:
+    findings = several_devices()
+    page = Page(render(findings))
+    assert "measured on 2 kinds of device and compare only within one" in page.words
+    assert page.data["devices"] == ["NVIDIA H200", "Tesla T4"]
+    assert {c["device"] for c in page.data["candidates"] if c["front"]} == {0, 1}
+    assert "kinds of device" not in Page(render(findings_of())).words
+
+
+def test_constraints_are_counted() -> None:
+    words = Page(render(none_feasible())).words
+    assert "0 of 12 candidates keep to all" in words and "no alarm 0 " in words
+    assert "clean accuracy of at least 90.0 %" in words and "purification latency of at most 12 ms" in words
+
+
+def test_how_cheap_and_final_scores_agree_is_said_with_its_limits() -> None:
+    study, dice = study_of(), random.Random(0)
+    finals = [dice.random() for _ in range(12)]
+    curves = [{1: dice.random(), 3: final, 9: final} for final in finals]
+    found = Agreement(study, True, [("t", c[9], c[9]) for c in curves], ranks(curves, finals, [1, 3]))
+    words = Page(render(replace(findings_of(), agreement=found))).words
+    assert "How well these rank the 12 finished trainings that were scored, at the usual inference setting" in words
+    assert "this is said of the survivors alone" in words and "try a later --grace than 1" in words
+    assert "epoch 3 12 1.00 – 1.00" in words and "the last epoch 12 1.00 – 1.00" in words
+    assert "No training is finished yet" in Page(render(nothing_yet())).words
+
+
 def test_the_study_can_be_read_back_from_the_page() -> None:
     config = re.search(r"<pre>(name: .*?)</pre>", render(findings_of()), re.DOTALL)
     assert config is not None
@@ -335,7 +390,7 @@ def test_the_study_can_be_read_back_from_the_page() -> None:
 
 
 def test_writing_leaves_only_the_page(tmp_path: Path) -> None:
-    path = write(nothing_yet(), tmp_path / "runs" / "report.html")
+    path = write(nothing_yet(), tmp_path / "report.html")
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
 

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.samplers import NSGAIISampler
+from optuna.trial import TrialState, create_trial
 
-from attacks.threat import ThreatModel
 from search import ranking, session
 from search.record import Record, state_of, storage
-from search.score import Candidate, Score
+from search.run import run
+from search.samplers import Bounded
+from search.score import Candidate
 from search.searcher import Proposer
-from search.store import fingerprint
 from search.study import Study
 from search.trial import store_of
 from spaces.space import InputError, Params
 from tests.conftest import digits_study
-
-
-def scored(params: Params, attacked: float, *, clean: float = 0.95, ms: float = 5.0) -> Candidate:
-    score = Score(
-        threat=ThreatModel("Linf", 0.3, "white-box"),
-        attacked_accuracy=attacked,
-        attacked_error=1 - attacked,
-        attacked_rejection=0.0,
-        oblivious_accuracy=attacked,
-        white_box_accuracy=attacked,
-        clean_accuracy=clean,
-        clean_rejection=0.0,
-        latency_ms_p50=ms,
-        latency_ms_p95=ms,
-        images=100,
-    )
-    name = fingerprint(**params.flat())
-    return Candidate(candidate=name, fit=name, defense="puvae", task="digits/A", params=params, score=score)
+from tests.engine import Pretence, scored
 
 
 def six(params: Params, attacked: float = 0.5) -> list[Candidate]:
@@ -126,7 +111,7 @@ def test_a_driver_that_died_while_it_told_the_candidates_doubles_none(study: Stu
     name, params = proposed(before)
     before._running[name].set_user_attr("candidate", "of the dead")
     for other in six(params)[1:4]:  # told three of six, then died
-        before.optuna.add_trial(before._frozen(name, other))
+        before._tell(other, {"of": name}, None)
     after = Proposer(study)
     assert after.ended() == 0 and [state_of(t) for t in after.trials()] == ["interrupted"]
     again, same = proposed(after)
@@ -232,3 +217,87 @@ def test_thresholds_that_a_curve_picked_reach_the_study_without_them(tmp_path: P
     (told,) = (t for t in proposer.optuna.trials if t.user_attrs.get("of") == name)
     assert "detector_1" not in told.params and "detector_2" in told.params
     assert picked in [c.params for c in proposer.candidates()]
+
+
+@pytest.mark.parametrize(("defense", "trainings", "candidates"), [("puvae", 216, 1296), ("gmvae", 12, 600)])
+def test_the_papers_grid_trains_each_fit_once_also_when_it_is_cut_in_two(
+    tmp_path: Path, defense: str, trainings: int, candidates: int
+) -> None:
+    study = digits_study(tmp_path, defense=defense, space="paper", method="grid", trials=trainings + 50)
+    first = Pretence(lambda params: 0.5, dies_at=trainings // 2)
+    assert run(study, [], debug=True, work=first.work()) == "interrupted"
+    second = Pretence(lambda params: 0.5)
+    assert run(study, [], debug=True, work=second.work()) == "finished"
+    fits = [tuple(proposal.params.train.items()) for proposal in (*first.asked, *second.asked)]
+    assert len(fits) == len(set(fits)) == trainings
+    assert len({candidate.candidate for candidate in Record(study).candidates()}) == candidates
+
+
+@pytest.mark.parametrize("method", ["tpe", "nsga2", "gp", "random", "qmc"])
+def test_a_knob_that_does_not_matter_is_not_proposed_and_makes_no_other_fit(tmp_path: Path, method: str) -> None:
+    study = digits_study(
+        tmp_path, defense="adversarial_training", space="default", method=method, trials=12, knobs={"eps": [0.1, 0.3]}
+    )
+    work = Pretence(lambda params: 0.9 - 0.2 * abs(math.log10(float(params.train["learning_rate"])) + 3.4))
+    assert run(study, [], debug=True, work=work.work()) == "finished"
+    settings = [proposal.params.train for proposal in work.asked]
+    assert {setting["pgd_step_size"] for setting in settings if setting["attack"] == "fgsm"} == {0.01}
+    assert {setting["pgd_steps"] for setting in settings if setting["attack"] == "fgsm"} == {40}
+    assert {setting["attack"] for setting in settings} == {"fgsm", "pgd"} and len(work.asked) == 12
+    trials = [t for t in Record(study).optuna.trials if t.state == TrialState.COMPLETE]
+    asked = ["pgd_step_size" in t.params for t in trials if t.params["attack"] == "fgsm"]
+    assert set(asked) == {method in ("nsga2", "gp", "qmc")}  # which learn of what every trial has, and of nothing else
+
+
+def test_nsga2_breeds_from_every_candidate_and_not_from_the_proposed_ones_alone(tmp_path: Path) -> None:
+    study = digits_study(tmp_path, method="nsga2", space="default", trials=12, knobs={"conv_maps": 8})
+    work = Pretence(lambda params: 0.5)
+    assert run(study, [], debug=True, work=work.work()) == "finished"
+    done = [t for t in Record(study).optuna.trials if t.state == TrialState.COMPLETE]
+    generations = [t.system_attrs[NSGAIISampler._get_generation_key()] for t in done]
+    assert len(generations) == 72 and max(generations) >= 2
+
+
+def test_a_long_search_shows_its_sampler_a_part_and_the_best_of_it() -> None:
+    sampler = Bounded(optuna.samplers.RandomSampler(), 100, seed=0)
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    seen = []
+    for number in range(300):
+        worth = (number * 37 % 300) / 300
+        study.add_trial(create_trial(values=[worth, 5.0], params={}, distributions={}, constraints={"alarms": 0.0}))
+        seen.append(sampler.shown(study.get_trials(deepcopy=False)))
+    assert max(map(len, seen)) == 100 and min(map(len, seen[100:])) == 50
+    assert {t.values[0] for t in seen[-1]} >= {k / 300 for k in range(20)}
+
+
+def test_refinement_tries_new_inference_settings_of_the_best_fits_and_trains_nothing(tmp_path: Path) -> None:
+    study = digits_study(
+        tmp_path, space="wide", trials=5, refine=5, method="random", knobs={"sigma_eps": "0..10"}, eval_images=60
+    )
+
+    def attacked(params: Params) -> float:
+        sigma, rc = float(params.inference["sigma_eps"]), math.log10(float(params.train["lambda_rc"]))
+        return round(0.9 - 0.05 * abs(sigma - 3.3) - 0.05 * abs(rc), 3)
+
+    first, second = Pretence(attacked, dies_at=7), Pretence(attacked)
+    assert run(study, [], debug=True, work=first.work()) == "interrupted"
+    assert [p.name for p in first.asked] == ["t001", "t002", "t003", "t004", "t005", "r001", "r002"]
+    assert run(study, [], debug=True, work=second.work()) == "finished"
+    assert [p.name for p in second.asked] == ["r003", "r004", "r005"] and all(p.refines for p in second.asked)
+    record = Record(study)
+    assert [t.user_attrs["trial"] for t in record.trials()] == ["t001", "t002", "t003", "t004", "t005"]
+    assert (record.ended(), session.status(study)["finished"], session.status(study)["refinements"]) == (5, 5, 5)
+    trainings = {str(p.params.train) for p in first.asked[:5]}
+    refined = [p.params for p in (*first.asked[5:], *second.asked)]
+    assert {str(params.train) for params in refined} <= trainings and len({str(p.train) for p in refined}) == 3
+    assert len({str(params) for params in refined}) == 5
+    candidates = record.candidates()
+    assert len(candidates) == len({str(c.params) for c in candidates}) == 5 * 6 + 5
+    best = max(attacked(p) for proposal in first.asked[:5] for p in [proposal.params])
+    assert max(c.score.attacked_accuracy for c in candidates) > best
+
+
+def test_where_the_whole_grid_is_scored_nothing_is_refined(study: Study) -> None:
+    work = Pretence(lambda params: 0.5)
+    assert run(study, [], debug=True, work=work.work()) == "finished"
+    assert [proposal.name for proposal in work.asked] == ["t001", "t002"]

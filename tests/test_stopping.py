@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 from fractions import Fraction
@@ -26,7 +25,7 @@ from search.study import Study
 from search.work import Proposal, Report, Work
 from spaces.space import Params
 from tests.conftest import digits_study
-from tests.test_searcher import scored
+from tests.engine import scored
 
 
 @pytest.mark.parametrize(
@@ -155,8 +154,7 @@ def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
     curve = [worth * share for share in (0.6, 0.8, 1.0)]
     for epoch, cheap in enumerate(curve, start=1):
         report(fit, epoch, {"cheap": cheap, "loss": 1.0})
-    candidate = dataclasses.replace(scored(proposal.params, worth), fit=fit)
-    return {"candidates": [candidate.to_json()], "curve": curve, "picture": ""}
+    return {"candidates": [scored(proposal.params, worth).to_json()], "curve": curve, "picture": ""}
 
 
 PRETENDED = Work(

@@ -1,0 +1,98 @@
+"""Warm starts: what an earlier search, or an export, knows of a new search's space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from search import courier
+from search.ranking import feasible
+from search.record import Record
+from search.score import Candidate
+from search.study import Plan, Study
+from spaces.space import InputError, Params, choose, contains
+
+FIRST = 5
+"""How many settings of another search are tried first."""
+
+
+@dataclass(frozen=True)
+class Warmth:
+    """What is taken over.
+
+    Args:
+        settings: tried first, the best before the others.
+        candidates: those that faced the same exam, for the sampler to learn from.
+        said: one line for the user.
+    """
+
+    settings: Sequence[Params]
+    candidates: Sequence[Candidate]
+    said: str
+
+
+def warmth(study: Study, source: str) -> Warmth:
+    """Return what a search of the same storage, or an export's folder, knows of a study's space.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if (Path(source) / "config.yaml").is_file():
+        return _of_export(study, Path(source))
+    known = [name for name in courier.names(study.storage) if name != study.name]
+    if not known:
+        raise InputError(
+            f"warm_start must be the folder of an export or a search of {study.storage}, but is {source!r}"
+        )
+    choose("warm_start, where it is no folder of an export,", source, known)
+    return _of_search(study, source)
+
+
+def _of_search(study: Study, source: str) -> Warmth:
+    other, plan = courier.opened(source, study.storage), study.plan()
+    found = Record(other).candidates()
+    inside = [c for c in found if c.defense == study.defense and _lies_in(plan, c.params)]
+    # Fits, not candidates: a fit's other inference settings are scored in any case.
+    fits = {str(c.params.train): c.params for c in reversed(feasible(study, inside))}
+    settings = list(reversed(fits.values()))[:FIRST]
+    same = _exam(other) == _exam(study)
+    learnt = f"the sampler learns from all {len(inside)}" if same else "under another exam, so the sampler learns none"
+    return Warmth(
+        settings,
+        inside if same else [],
+        f"warm start from {source}: {len(inside)} of its {len(found)} candidates lie in this space, "
+        f"the settings of the best {len(settings)} fits are tried first; {learnt}",
+    )
+
+
+def _of_export(study: Study, folder: Path) -> Warmth:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        defense, params = config["defense"], Params(config["train"], config["inference"])
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise InputError(f"warm_start must be an export with a whole config.yaml, but {folder}: {error}") from None
+    inside = defense == study.defense and _lies_in(study.plan(), params)
+    taken = "1 of 1 settings lies in this space and is tried first" if inside else "0 of 1 settings lie in this space"
+    return Warmth([params] if inside else [], [], f"warm start from {folder}, an export of {defense}: {taken}")
+
+
+def _lies_in(plan: Plan, params: Params) -> bool:
+    """Say whether a setting lies in the space; thresholds that are searched may lie anywhere, a curve picks them."""
+    space, values = plan.space, params.flat()
+    picked = {name for name in plan.defense.thresholds() if not space.inference[name].single()}
+    return values.keys() == space.flat().keys() and all(
+        contains(domain, values[name])
+        for name, domain in space.flat().items()
+        if name not in picked and space.matters(name, values)
+    )
+
+
+def _exam(study: Study) -> tuple[object, ...]:
+    """Return everything that a candidate's figures depend on beside its setting."""
+    plan = study.plan()
+    substitute = plan.substitute if study.threat == "black-box" else None
+    trained = (study.train_images, study.classifier_epochs, study.seed)
+    return (study.defense, study.label, plan.threat, study.suite, plan.eval_images, substitute, *trained)

@@ -1,0 +1,330 @@
+"""What breaks under a search, what the user sees, and what is lost.
+
+| fault | what the user sees | what is lost |
+| --- | --- | --- |
+| a defense raises, has a NaN loss, asks for too much memory | that trial failed, with the reason; exit 0 | nothing |
+| a defense hangs, `--trial-timeout` | that trial failed, with the line where it stood; exit 0 | nothing |
+| a worker dies (killed, out of memory) | nothing; failed, where it dies three times over | at most an epoch |
+| a node dies | nothing; its trials go on elsewhere | at most an epoch of each |
+| the driver is killed, -9 | `resume NAME` goes on | at most an epoch of each trial under way |
+| Ctrl-C, SIGTERM | `interrupted; go on with: ...`, exit 130 | at most an epoch of each trial under way |
+| standard output is closed | nothing any more; the search goes on | nothing |
+| the disk is full | `error: the storage failed: ...` and what to do, exit 1 | what could not be written comes again |
+| the storage is away for less than ten minutes | nothing; everything waits | nothing |
+| it is away for longer | `error: the storage failed: ...` and what to do, exit 1 | at most an epoch of each trial |
+| a fit is damaged | nothing; it is trained again | that fit |
+| the journal ends in half a line, zeros or junk | nothing; that is cut off and kept beside | nothing: it comes again |
+| the journal is damaged in its midst | one line; exit 2 | the study; the store keeps the trainings |
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from benchmarks import scale
+from benchmarks.ordeal import fits, ordeal, rows, wait_for
+from search import store as stores
+from search.ledger import Ledger
+from search.record import Record, begun, journal, state_of
+from search.run import run
+from search.searcher import Proposer
+from search.store import StorageError, Store, trouble
+from search.study import Study
+from search.work import Proposal, Report, Work
+from spaces.space import InputError
+from tests.conftest import digits_study
+from tests.test_cli import ROOT, launch
+
+INSTANT = Work(scale.needed, scale.classifier, scale.undefended, partial(scale.execute, seconds=0.0), scale.clock)
+TINY = ["--task", "digits/A", "--suite", "quick", "--eval-images", "40", "--cheap-images", "20", "--refine", "0"]
+TINY += ["--train-images", "300", "--classifier-epochs", "2", "--wandb", "disabled", "--concurrent", "1"]
+SMALL = [*TINY, "--space", "smoke", "--patience", "99", "--epochs", "3"]
+
+
+def start(storage: Path, name: str, *more: str, code: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(code / "launch.py"), "search", "--name", name, "--storage", str(storage), *more]
+    return subprocess.Popen(
+        command,
+        cwd=code,
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def status(storage: Path, name: str) -> dict[str, Any]:
+    state = json.loads(launch("status", name, "--storage", str(storage), "--json").stdout)
+    return {key: state[key] for key in ("finished", "pruned", "failed", "running", "interrupted")}
+
+
+def candidates(study: Study) -> dict[str, Any]:
+    """Return every finished candidate with its figures; one that stands twice fails."""
+    told = [t for t in Record(study).optuna.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+    found = [t.user_attrs["candidate"] for t in told if "candidate" in t.user_attrs]
+    by_name = {candidate.candidate: candidate.to_json() for candidate in Record(study).candidates()}
+    assert len(by_name) == len(found)
+    return by_name
+
+
+def resumed(study: Study) -> Record:
+    known = Record(study).candidates() if begun(study) else []
+    assert run(study, [Ledger(study.folder / "candidates.csv", known)], debug=True, work=INSTANT) == "finished"
+    record = Record(study)
+    states = Counter(state_of(trial) for trial in record.trials())
+    assert states == {"finished": study.trials}
+    assert not record.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+    rows = list(csv.DictReader((study.folder / "candidates.csv").open()))
+    assert {row["candidate"] for row in rows} == candidates(study).keys() and len(rows) == len(candidates(study))
+    return record
+
+
+def test_a_journal_that_ends_anywhere_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    """A driver killed after any line; a power cut that leaves half of the next one, zeros, or junk."""
+    whole = digits_study(tmp_path / "whole", trials=2, refine=0)
+    (tmp_path / "whole").mkdir()
+    resumed(whole)
+    lines = journal(whole).read_bytes().splitlines(keepends=True)
+    ends = (b"", lines[0][:20], b"\0" * 64, b'{"op_code": 4,\n\xff\xfe\n')
+    for count in range(0, len(lines), 3):  # each line was tried once, which takes half a minute
+        study = digits_study(tmp_path / f"{count}", trials=2, refine=0)
+        study.folder.mkdir(parents=True)
+        study.write()
+        end = ends[count % len(ends)]
+        journal(study).write_bytes(b"".join(lines[:count]) + end)
+        before = candidates(study) if begun(study) else {}
+        resumed(study)
+        assert before.items() <= candidates(study).items()
+        damaged = study.folder / "study.journal.damaged"
+        assert (damaged.read_bytes() if end else b"") == end
+
+
+def test_a_journal_that_is_damaged_in_its_midst_is_refused(tmp_path: Path) -> None:
+    study = digits_study(tmp_path, trials=1, refine=0)
+    resumed(study)
+    lines = journal(study).read_bytes().splitlines(keepends=True)
+    journal(study).write_bytes(b"".join([*lines[:5], b"junk\n", *lines[6:]]))
+    with pytest.raises(InputError, match="must be whole but for its end, but line 6 of .* is damaged"):
+        Proposer(study)
+
+
+def test_a_lock_that_a_killed_driver_left_on_the_journal_is_not_waited_for(tmp_path: Path) -> None:
+    study = digits_study(tmp_path, trials=1, refine=0)
+    Proposer(study)
+    path = journal(study)
+    path.with_name(f"{path.name}.lock").symlink_to(path)
+    begin = time.monotonic()
+    Proposer(study).note("here", True)
+    assert time.monotonic() - begin < 10  # Optuna would wait for 30 s
+
+
+def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = Proposer(digits_study(tmp_path, trials=1, refine=0))
+    before = journal(proposer.study).read_bytes()
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(StorageError, match="No space left"):
+            proposer.note("lost", 1)
+    assert journal(proposer.study).read_bytes() == before
+    proposer.note("kept", 2)
+    assert Record(proposer.study).optuna.user_attrs["kept"] == 2
+
+
+def test_a_store_that_went_away_is_waited_for_and_never_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "PATIENCE_S", 1.0)
+    mount, away = tmp_path / "mount", tmp_path / "away"
+    store = Store(mount / ".store")
+    store.put("fits", "k", {"a": b"1"}, {})
+    os.rename(mount, away)
+    mount.mkdir()  # as the bare mount point of a disk
+    with pytest.raises(StorageError, match=f"{mount} was away for 1 s"):
+        store.get("fits", "k")
+    with pytest.raises(StorageError):
+        store.put("fits", "other", {"a": b"1"}, {})
+    with pytest.warns(UserWarning, match="could not be kept"):
+        store.save_progress("k", {"epoch": 1})
+    assert not list(mount.iterdir())
+    worker = Store(tmp_path / "elsewhere" / ".store").expected()
+    with pytest.raises(StorageError):
+        worker.lock("fits", "k")
+    assert not (tmp_path / "elsewhere").exists()
+    mount.rmdir()
+    os.rename(away, mount)
+    assert store.get("fits", "k") == mount / ".store" / "fits" / "k"
+
+
+def lacks_room(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
+    """Fail once as a worker does whose disk is full."""
+    if proposal.name == "t002" and not (study.folder / "failed").exists():
+        (study.folder / "failed").touch()
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights")
+        return {"interrupted": trouble(error)}
+    return INSTANT.execute(study, proposal, report)
+
+
+def test_a_trial_that_its_storage_let_down_is_no_failure_and_ends_the_search(tmp_path: Path) -> None:
+    study = digits_study(tmp_path, trials=4, refine=0)
+    work = Work(INSTANT.needed, INSTANT.classifier, INSTANT.undefended, lacks_room, INSTANT.clock)
+    with pytest.raises(StorageError, match="weights: No space left on device"):
+        run(study, [], debug=True, work=work)
+    assert [state_of(trial) for trial in Record(study).trials()] == ["finished", "running"]
+    before = candidates(study)
+    names = [trial.user_attrs["trial"] for trial in resumed(study).trials()]
+    assert names == ["t001", "t002", "t003", "t004"] and before.items() <= candidates(study).items()
+
+
+def test_a_damaged_fit_is_trained_again_and_no_other(tmp_path: Path) -> None:
+    small = {"suite": "quick", "space": "smoke", "eval_images": 40, "train_images": 300, "epochs": 1, "trials": 2}
+    study = digits_study(tmp_path, refine=0, classifier_epochs=2, **small)
+    assert run(study, [], debug=True) == "finished"
+    (first, *_), before = sorted(fits(tmp_path).items()), fits(tmp_path)
+    weights = tmp_path / ".store" / "fits" / first[0] / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    again = study.model_copy(update={"name": "again"})
+    assert run(again, [], debug=True) == "finished"
+    changed = {key for key, at in fits(tmp_path).items() if before.get(key) != at}
+    assert changed == {first[0]} and (tmp_path / ".store" / "damaged" / first[0]).is_dir()
+    assert candidates(again).keys() == candidates(study).keys()
+
+
+@pytest.mark.slow
+def test_each_setting_that_breaks_fails_alone_and_with_its_reason(tmp_path: Path) -> None:
+    copy, runs = tmp_path / "code", tmp_path / "runs"
+    for package in ("spaces", "attacks", "defenses", "search"):
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "launch.py", copy)
+    (copy / "defenses" / "doomed.py").write_text(DOOMED)
+    fates = ["--defense", "doomed", "--method", "grid", "--trials", "6", "--trial-timeout", "20", "--knob", "epochs=1"]
+    fates += ["--knob", "fate=well,raise,nan,memory,hang,kill", "--knob", "strength=0.5"]
+    search = start(runs, "doomed", *fates, *TINY, code=copy)
+    output = search.communicate(timeout=500)[0]
+    assert search.returncode == 0, output
+    for reason in (
+        "failed: KeyError: 'on purpose'",
+        "failed: TrialError: the training diverged: loss is nan after epoch 1",
+        "failed: RuntimeError: [enforce fail at alloc_cpu.cpp",
+        "failed: no end after 20 s; it stood at doomed.py line 40 in hangs",
+        "failed: its worker died, 3 times over",
+    ):
+        assert reason in output, output
+    assert len(rows(runs / "doomed")) == 1
+
+
+@pytest.mark.slow
+def test_a_search_on_a_full_disk_says_so_and_resume_finishes_it(disk: Path) -> None:
+    search = start(disk, "full", *SMALL, "--trials", "3", "--debug")
+    wait_for(lambda: rows(disk / "full"), search)
+    before = rows(disk / "full")
+    with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
+        while True:
+            ballast.write(bytes(4096))
+    output = search.communicate(timeout=300)[0]
+    assert search.returncode == 1, output
+    assert "error: the storage failed: " in output and "No space left on device" in output
+    assert f"go on with: python launch.py resume full --storage {disk}" in output
+    (disk / "ballast").unlink()
+    trained = fits(disk)
+    assert launch("resume", "full", "--storage", str(disk), "--debug").returncode == 0
+    assert before.items() <= rows(disk / "full").items() and trained.items() <= fits(disk).items()
+    assert status(disk, "full") == {"finished": 3, "pruned": 0, "failed": 0, "running": 0, "interrupted": 0}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MB."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@pytest.mark.slow
+def test_a_storage_that_goes_away_is_waited_for_and_then_the_search_ends(tmp_path: Path) -> None:
+    storage, away = tmp_path / "runs", tmp_path / "away"
+    search = start(storage, "gone", *SMALL, "--trials", "4", CRUCIBLE_STORAGE_PATIENCE_S="20")
+    wait_for(lambda: rows(storage / "gone"), search)
+    before, trained = rows(storage / "gone"), fits(storage)
+    os.rename(storage, away)
+    time.sleep(5)
+    assert not storage.exists() and search.poll() is None
+    os.rename(away, storage)
+    wait_for(lambda: len(rows(storage / "gone")) > len(before), search)  # it goes on
+    os.rename(storage, away)
+    output = search.communicate(timeout=120)[0]
+    assert search.returncode == 1, output
+    assert f"error: the storage failed: {storage} was away for 20 s. What had ended is kept" in output
+    assert not storage.exists()
+    os.rename(away, storage)
+    assert launch("resume", "gone", "--storage", str(storage), "--debug").returncode == 0
+    assert before.items() <= rows(storage / "gone").items() and trained.items() <= fits(storage).items()
+    assert status(storage, "gone") == {"finished": 4, "pruned": 0, "failed": 0, "running": 0, "interrupted": 0}
+
+
+@pytest.mark.slow
+def test_a_search_on_two_nodes_outlives_its_worker_a_node_and_its_driver(tmp_path: Path) -> None:
+    ordeal(tmp_path, 12)
+
+
+DOOMED = """
+import os, re, signal
+from dataclasses import dataclass
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from defenses.base import Defense, Knobs
+from spaces.space import knob
+
+FATES = ("well", "raise", "nan", "memory", "hang", "kill")
+
+@dataclass(frozen=True)
+class Train(Knobs):
+    fate: str = knob("well", CategoricalDistribution(FATES), "what becomes of the training")
+    epochs: int = knob(1, IntDistribution(1, 9), "passes over the training images")
+    batch_size: int = knob(64, IntDistribution(1, 4096), "images a step")
+
+@dataclass(frozen=True)
+class Inference(Knobs):
+    strength: float = knob(0.5, FloatDistribution(0, 1), "share of the blurred image")
+
+class Doomed(Defense):
+    Train, Inference = Train, Inference
+    def build(self):
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+    def fit(self, batches, classifier):
+        for epoch in batches:
+            if self.train_knobs.fate == "raise":
+                raise KeyError("on purpose")
+            if self.train_knobs.fate == "nan":
+                yield {"loss": float("nan")}
+            if self.train_knobs.fate == "memory":
+                torch.empty(10 * 2**40, dtype=torch.uint8)
+            if self.train_knobs.fate == "hang":
+                self.hangs()
+            if self.train_knobs.fate == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield {"loss": 0.0}
+    def hangs(self):
+        re.match("(a+)+$", 60 * "a" + "b")  # in C code, which never lets go of the interpreter
+    def purify(self, x):
+        return x.lerp(torch.nn.functional.avg_pool2d(x, 3, 1, 1), self.inference_knobs.strength)
+"""
