@@ -71,6 +71,8 @@ def flags(command: Callable[..., None]) -> Callable[..., None]:
 def search(
     config: Annotated[Path | None, Option(help="a study in YAML, the same fields; flags win")] = None,
     print_config: Annotated[bool, Option(help="print the study and stop")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="say what would run and what it would take, and stop")] = False,
+    as_json: Annotated[bool, Option("--json", help="print the dry run as JSON")] = False,
     debug: Annotated[bool, Option(help="run the trials in this process, without Ray")] = False,
     **given: Any,
 ) -> None:
@@ -86,6 +88,12 @@ def search(
     study = read(config, values) if config else make(values)
     if print_config:
         typer.echo(study.to_yaml(), nl=False)
+        return
+    if dry_run:
+        from search.forecast import said
+
+        found = session.rehearse(study)
+        typer.echo(json.dumps(vars(found), indent=1) if as_json else said(found))
         return
     _exit(session.begin(study, console, debug=debug))
 
@@ -378,7 +386,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        from search.store import trouble
+        from search.place import trouble
 
         if (reason := trouble(error)) is None:
             raise

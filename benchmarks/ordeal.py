@@ -176,8 +176,8 @@ def ordeal(storage: Path, trials: int) -> dict[str, Any]:
 
     with two_nodes() as nodes, log.open("a") as out:
 
-        def due(share: float) -> bool:
-            return ended() >= share * trials and all(workers(node.pid) for node in nodes.running)
+        def due(share: float, at: int) -> bool:
+            return ended() >= share * trials and bool(workers(nodes.running[at].pid))
 
         def start(*arguments: str) -> subprocess.Popen[Any]:
             environment = os.environ | nodes.token
@@ -187,13 +187,13 @@ def ordeal(storage: Path, trials: int) -> dict[str, Any]:
         driver = start("search", "--name", "ordeal", *more)
         took: dict[str, Any] = {"trainings": trials}
         try:
-            for share, fault in ((0.25, "worker"), (0.5, "node"), (0.75, "driver")):
-                wait_for(partial(due, share), driver)
+            for share, fault, at in ((0.25, "worker", 0), (0.5, "node", 1), (0.75, "driver", 0)):
+                wait_for(partial(due, share, at), driver)
                 kept, trained = rows(folder), fits(storage)
                 if fault == "worker":
-                    os.kill(workers(nodes.running[0].pid)[0], signal.SIGKILL)
+                    os.kill(workers(nodes.running[at].pid)[0], signal.SIGKILL)
                 elif fault == "node":
-                    kill(nodes.running.pop())
+                    kill(nodes.running.pop(at))
                     nodes.join()
                 else:
                     kill(driver)

@@ -18,7 +18,7 @@ name=$1 storage=$2
 shift 2
 ray=${CRUCIBLE_RAY:-.venv/bin/ray} python=${CRUCIBLE_PYTHON:-.venv/bin/python}
 nodes=${SLURM_JOB_NUM_NODES:-1}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + SLURM_JOB_ID % 20000))
 export RAY_ADDRESS=$head:$port
 # Whoever reaches the port could run code as you.
@@ -27,7 +27,8 @@ temp=/tmp/ray-$SLURM_JOB_ID  # /tmp/ray may be another user's
 more="--num-cpus=${SLURM_CPUS_PER_TASK:-1} --disable-usage-stats --block"
 
 srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \
-  "$ray" start --head --node-ip-address="$head" --port="$port" --temp-dir="$temp" $more &
+  "$ray" start --head --node-ip-address="$head" --port="$port" --ray-client-server-port=$((port + 20000)) \
+  --include-dashboard=false --temp-dir="$temp" $more &
 running=($!)
 if ((nodes > 1)); then
   srun --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --exclude="$head" --overlap \
@@ -35,7 +36,11 @@ if ((nodes > 1)); then
       exec $ray start --address=$RAY_ADDRESS --temp-dir=$temp-worker $more" &
   running+=($!)
 fi
-stop() { kill -TERM "${running[@]}" 2>/dev/null || true; wait "${running[@]}" 2>/dev/null || true; }
+stop() {
+  kill -TERM "${running[@]}" 2> /dev/null || true
+  wait "${running[@]}" 2> /dev/null || true
+  rm -rf "$temp" "$temp-worker"
+}
 trap stop EXIT
 
 $python - "$nodes" <<'PYTHON'
@@ -54,7 +59,7 @@ while True:
     time.sleep(2)
 PYTHON
 
-if $python launch.py list searches --storage "$storage" --json | grep -qF "\"$name\""; then
+if $python launch.py list searches --storage "$storage" --json | grep -F "\"$name\"" > /dev/null; then
   $python launch.py resume "$name" --storage "$storage" --address auto &
 else
   $python launch.py search --name "$name" --storage "$storage" --address auto "$@" &

@@ -27,6 +27,7 @@ from defenses.base import Shape
 from search import tasks
 from search.architectures import ARCHITECTURES
 from search.export import load
+from search.latency import Lane
 from search.store import write_atomic
 from search.study import HELD_OUT, as_written
 from search.tasks import task as find_task
@@ -85,14 +86,17 @@ def attack(
 
     x_NCHW, y_N = x_NCHW[:wanted], y_N[:wanted]
     blind = threat.knowledge == "black-box"
-    oblivious = {} if blind else craft_oblivious(attacks, bare(target), x_NCHW, y_N, threat, seed)
+    lane = Lane(device)  # a search may be measuring here
+    with lane.working():
+        oblivious = {} if blind else craft_oblivious(attacks, bare(target), x_NCHW, y_N, threat, seed)
 
     def struck(model: nn.Module) -> Robustness:
         asked = outsider.craft(attacks, model, x_NCHW, y_N, threat, seed) if blind else (None, 0)
         made = observe(attacks, model, x_NCHW, y_N, threat, oblivious=oblivious, black_box=asked[0], seed=seed)
         return replace(made, queries=asked[1]).judge()
 
-    found, undefended = struck(target), struck(bare(target))
+    with lane.working():
+        found, undefended = struck(target), struck(bare(target))
     table = {
         "export": known["candidate"],
         "alarms": known["alarms"],

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from defenses.base import Batches
 from search import architectures
 from search.architectures import ARCHITECTURES
+from search.latency import Lane
 from search.store import Store, fingerprint, to_bytes
 from search.study import Study
 from search.tasks import Task, checksum
@@ -59,7 +60,8 @@ def obtain(
         entry = store.get("classifiers", key)
         if entry is None:
             x_NCHW, y_N = training()
-            accuracy = train(network, x_NCHW, y_N, study.classifier_epochs, study.seed)
+            with Lane(device).working():
+                accuracy = train(network, x_NCHW, y_N, study.classifier_epochs, study.seed)
             about = {"task": task.dataset, "architecture": architecture, "training_accuracy": accuracy}
             entry = store.put("classifiers", key, {"weights.safetensors": to_bytes(network)}, about)
     network.load_state_dict(load_file(entry / "weights.safetensors", device=str(device)))

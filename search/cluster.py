@@ -94,20 +94,34 @@ def slots(berth: Berth) -> int:
     return max(1, sum(int(min(node.get(k, 0.0) / amount + 1e-6 for k, amount in asked.items())) for node in nodes))
 
 
+def capacity(study: Study) -> int:
+    """Return how many of the study's trials its cluster holds at once, and leave it as it was."""
+    try:
+        _connect(study, study.address)
+        return slots(_asked(study)[0])
+    finally:
+        ray.shutdown()
+
+
 def _join(study: Study) -> Berth:
     # A job that was submitted to a cluster runs on that one.
     address = study.address or ("auto" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else None)
     _connect(study, address)
+    berth, fitting = _asked(study)
+    if address is None:
+        return berth
+    berth = replace(berth, data=ray.put(cache.pack(task(study.task).dataset, study.data_dir)))
+    _look_over(study, berth, fitting)
+    return berth
+
+
+def _asked(study: Study) -> tuple[Berth, list[dict[str, Any]]]:
+    """Return what a trial asks for, and the nodes that hold it."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cpu, gpu = study.cpus_per_trial, study.gpus_per_trial
     if gpu is None:
         gpu = 0.25 if any("GPU" in node["Resources"] for node in nodes) else 0.0
-    fitting = _fitting(nodes, cpu, gpu)
-    if address is None:
-        return Berth(cpu, gpu)
-    berth = Berth(cpu, gpu, ray.put(cache.pack(task(study.task).dataset, study.data_dir)))
-    _look_over(study, berth, fitting)
-    return berth
+    return Berth(cpu, gpu), _fitting(nodes, cpu, gpu)
 
 
 def _connect(study: Study, address: str | None) -> None:

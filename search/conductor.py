@@ -12,15 +12,14 @@ from optuna.trial import TrialState
 from defenses.base import Metrics
 from search.events import Listener, State
 from search.latency import Latency
+from search.place import StorageError, trouble
 from search.ranking import front
 from search.score import Candidate
 from search.searcher import Proposer
 from search.stopping import rule_of
-from search.store import StorageError, trouble
 from search.study import Study
 from search.trial import store_of
 from search.work import Proposal
-
 
 RESTARTS = 2
 """How often a trial is handed out again when its worker dies."""

@@ -55,21 +55,23 @@ def export(
         )
     _, defense = bench.fit(candidate.params, silent)
     target = Defended(defense, bench.target.network)
-    exam = bench.exam
+    exam, baselines = bench.exam, bench.adversarially_trained()
     try:
-        found = audit(
-            target,
-            exam.x_NCHW,
-            exam.y_N,
-            exam.threat,
-            seed=study.seed + 1,
-            outsider=exam.outsider,
-            baselines=bench.adversarially_trained(),
-        )
+        with bench.lane.working():
+            found = audit(
+                target,
+                exam.x_NCHW,
+                exam.y_N,
+                exam.threat,
+                seed=study.seed + 1,
+                outsider=exam.outsider,
+                baselines=baselines,
+            )
     except (AttackError, InputError) as error:
         raise AlarmError(f"{candidate.candidate} cannot be audited: {error}") from None
     aimed = Defended(defense.at(bench.aimed(candidate.params).inference), bench.target.network)
-    again = exam.observe(aimed).judge(defense.at(candidate.params.inference).limits())
+    with bench.lane.working():
+        again = exam.observe(aimed).judge(defense.at(candidate.params.inference).limits())
     known = evidence(bench, candidate, found, again) | {"refused_before_it": refused}
     if known["alarms"] and not despite_alarms:
         raise AlarmError(f"{candidate.candidate} raised {len(known['alarms'])} alarm(s): {'; '.join(known['alarms'])}")

@@ -144,8 +144,9 @@ class Fits(Materials):
                 metrics["cheap"] = exam.cheap(Defended(defense, target), self.study.cheap_images)
                 curve.append(metrics)
                 if len(curve) < knobs.epochs:
-                    self.store.save_progress(key, {"defense": defense.progress(), "curve": curve, "rungs": rungs})
-                    report(len(curve), metrics)
+                    with self.lane.away():
+                        self.store.save_progress(key, {"defense": defense.progress(), "curve": curve, "rungs": rungs})
+                        report(len(curve), metrics)
         about = {
             "defense": self.study.defense,
             "task": self.study.task,

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from optuna.storages.journal import JournalFileBackend
 
-from search.store import StorageError, Store, trouble
+from search.place import StorageError, trouble
+from search.store import Store
 from spaces.space import InputError
 
 T = TypeVar("T")

@@ -1,7 +1,8 @@
 """Purification latency on a quiet device.
 
 Trials that share a device spoil each other's timings. So whoever computes holds the lane together with the others,
-and whoever measures holds it alone: the others wait at their next batch boundary.
+and whoever measures holds it alone: the others wait at their next batch boundary, or before a layer of whatever network
+they run, attacks and scoring included.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from defenses.base import Defense
 
@@ -29,6 +31,8 @@ PATIENCE_S = 20.0
 DRIFT = 0.2
 """How far the reference kernel may move, as a fraction, before a measurement is repeated."""
 TRIES = 3
+LOOK_S = 0.002
+"""How often, at most, a process that computes looks whether another wants to measure, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,14 @@ class Lane:
 
     A process that computes holds the lane shared and looks at the gate at each batch boundary. One that measures
     closes the gate, so that the others let go and wait, and takes the lane alone. Nobody waits for another lock
-    while holding the lane: whoever has that lock may be waiting at the gate.
+    while holding the lane, since whoever has that lock may be waiting at the gate; nor for the driver or the storage,
+    since all the others would wait as long. A process that dies lets go.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held = False
+        self._looked = 0.0
         folder = Path(tempfile.gettempdir())
         self._gate, self._lane = (
             os.open(folder / f"crucible-{os.getuid()}-{_identity(device)}-{part}", os.O_RDWR | os.O_CREAT)
@@ -71,26 +79,31 @@ class Lane:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Hold the lane together with the others."""
+        """Hold the lane together with the others; every layer that is run meanwhile is a boundary."""
         self._enter()
+        looking = register_module_forward_pre_hook(lambda *_: self.boundary())
         try:
             yield
         finally:
-            fcntl.flock(self._lane, fcntl.LOCK_UN)
+            looking.remove()
+            self._leave()
 
     def boundary(self) -> None:
         """Let a measurement pass, if one waits."""
+        if not self._held or time.monotonic() - self._looked < LOOK_S:
+            return
+        self._looked = time.monotonic()
         try:
             fcntl.flock(self._gate, fcntl.LOCK_SH | fcntl.LOCK_NB)
             fcntl.flock(self._gate, fcntl.LOCK_UN)
         except BlockingIOError:
-            fcntl.flock(self._lane, fcntl.LOCK_UN)
+            self._leave()
             self._enter()
 
     @contextmanager
     def away(self) -> Iterator[None]:
         """Let go of the lane while waiting for something else."""
-        fcntl.flock(self._lane, fcntl.LOCK_UN)
+        self._leave()
         try:
             yield
         finally:
@@ -111,6 +124,14 @@ class Lane:
         fcntl.flock(self._gate, fcntl.LOCK_SH)
         fcntl.flock(self._lane, fcntl.LOCK_SH)
         fcntl.flock(self._gate, fcntl.LOCK_UN)
+        self._held = True
+
+    def _leave(self) -> None:
+        try:
+            _synchronise(self._device)  # what a GPU was given it computes even when nobody waits for it
+        finally:
+            self._held = False
+            fcntl.flock(self._lane, fcntl.LOCK_UN)
 
 
 def _identity(device: torch.device) -> str:

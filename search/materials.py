@@ -112,7 +112,9 @@ class Materials:
             with self.store.lock("oblivious", key):
                 entry = self.store.get("oblivious", key)
                 if entry is None:
-                    made = attack.craft(View(self.target.network), x_NCHW, y_N, threat, self.study.seed)
+                    target = self.target.network  # first: it may wait for a lock
+                    with self.lane.working():
+                        made = attack.craft(View(target), x_NCHW, y_N, threat, self.study.seed)
                     content = save({"images": made.cpu().contiguous()})
                     about = {"task": self.study.task, **attack.budget(threat)}
                     entry = self.store.put("oblivious", key, {"images.safetensors": content}, about)

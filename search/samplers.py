@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from search.ranking import OBJECTIVES, constraints
 from search.score import Candidate
 from search.study import Study
-from spaces.space import GRID_LIMIT, Params, Scalar, SearchSpace, contains, only
+from spaces.space import GRID_LIMIT, Params, Scalar, SearchSpace, contains, finite, only
 
 SHOWN_TPE, SHOWN_GP = 2000, 100
 """Finished candidates that a sampler learns from, half of them again where a search thins them out. Asking costs TPE
@@ -51,6 +51,24 @@ def asked(trial: optuna.Trial, space: SearchSpace, *, whole: bool) -> Params:
     for name, domain in space.searched().items() if whole else ():
         trial._suggest(name, domain)  # as study.ask does with distributions
     return space.setting(lambda name, domain: only(name, domain) if domain.single() else trial._suggest(name, domain))
+
+
+def nearest(space: SearchSpace, aim: Params, others: Sequence[Params], rng: np.random.Generator) -> Params:
+    """Return the training nearest to `aim`, one of several at random.
+
+    A step along a grid of numbers is one, and so is any other difference.
+    """
+    ranks: dict[str, dict[Scalar, int]] = {}
+    for name, domain in space.train.items():
+        numbers = sorted(value for value in finite(domain) or () if isinstance(value, int | float))
+        ranks[name] = {value: rank for rank, value in enumerate(numbers)}
+
+    def steps(name: str, value: Scalar) -> int:
+        own, grid = aim.train[name], ranks[name]
+        return abs(grid[value] - grid[own]) if value in grid and own in grid else int(value != own)
+
+    far = np.array([sum(steps(name, value) for name, value in other.train.items()) for other in others])
+    return others[int(rng.choice(np.flatnonzero(far == far.min())))]
 
 
 def lesson(

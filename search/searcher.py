@@ -15,7 +15,7 @@ import spaces
 from search.ranking import OBJECTIVES, constraints
 from search.record import ENDED, INTERRUPTED, Record, state_of, storage
 from search.refinement import Refiner, refinable
-from search.samplers import NEEDS_ALL, asked, generation, lesson, objectives, sampler
+from search.samplers import NEEDS_ALL, asked, generation, lesson, nearest, objectives, sampler
 from search.score import Candidate
 from search.study import Study
 from search.trial import store_of
@@ -24,9 +24,10 @@ from search.work import Proposal
 from spaces.space import Params, Scalar, SearchSpace, contains
 
 RETRIES = 20
-"""How often a sampler may propose a training that is done before one is drawn for it."""
+"""How often a sampler may propose a training that is done before one is drawn for it, in a space that is too large to
+list."""
 COUNTABLE = 10_000
-"""Up to so many trainings of a space are listed to find one that is left."""
+"""Up to so many trainings of a space are listed, to find the one that is left nearest to what a sampler proposes."""
 
 
 class Proposer(Record):
@@ -38,6 +39,7 @@ class Proposer(Record):
     def __init__(self, study: Study) -> None:
         super().__init__(study)
         self._whole = study.method in NEEDS_ALL
+        self._countable = 0 < (self.space.trainings() or 0) <= COUNTABLE
         self._running: dict[str, optuna.Trial] = {}
         self._recover()
         if not self._all():
@@ -76,9 +78,7 @@ class Proposer(Record):
 
     def propose(self) -> Proposal | None:
         """Return the next training, or None where every one of the space is done."""
-        for attempt in itertools.count():
-            if attempt >= RETRIES and not self._enqueue_unseen():
-                return None
+        for attempt in itertools.count(1):
             trial = self.optuna.ask()
             params = asked(trial, self.space, whole=self._whole)
             name = trial.user_attrs.get("trial")
@@ -86,6 +86,8 @@ class Proposer(Record):
                 break
             trial.set_user_attr("duplicate", True)
             self.optuna.tell(trial, state=TrialState.FAIL)
+            if attempt >= (1 if self._countable else RETRIES) and not self._enqueue_unseen(params):
+                return None
         if name is None:
             name = f"t{len(self._names) + 1:03d}"
             trial.set_user_attr("trial", name)
@@ -209,15 +211,19 @@ class Proposer(Record):
         for candidate in warm.candidates if warm else ():  # they are nobody's candidates here
             self.optuna.add_trial(self._lesson(candidate, {"from": source, "was": candidate.candidate}, None))
 
-    def _enqueue_unseen(self) -> bool:
-        """Enqueue a training that was not proposed yet, at random; False where there is none."""
-        if (self.space.trainings() or COUNTABLE + 1) > COUNTABLE:
+    def _enqueue_unseen(self, aim: Params) -> bool:
+        """Enqueue the training nearest to `aim` that was not proposed yet; False where there is none.
+
+        A sampler that is sure of a grid's best proposes it again and again: what is left beside it comes next. In a
+        space that is too large to list one is drawn.
+        """
+        if not self._countable:
             chosen = self.space.drawn(self._rng)
         else:
             unseen = [params for params in _trainings(self.space) if _key(params) not in self._seen]
             if not unseen:
                 return False
-            chosen = unseen[int(self._rng.integers(len(unseen)))]
+            chosen = nearest(self.space, aim, unseen, self._rng)
         self._enqueue(chosen.train)
         return True
 

@@ -23,12 +23,13 @@ from search.datasets import DATASETS
 from search.events import State
 from search.export import AlarmError, export
 from search.findings import find
+from search.forecast import Forecast, forecast, slots_here
 from search.ledger import Ledger
 from search.live import Display, leaderboard, percent, refusals
+from search.place import StorageError, trouble
 from search.progress import progress
 from search.record import Record, begun
 from search.score import Candidate
-from search.store import StorageError, trouble
 from search.study import Study
 from search.tracking import Tracker
 from search.trial import store_of
@@ -49,14 +50,24 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
         StorageError: the storage failed on the way.
     """
     _writable(study)
-    if study.name in courier.names(study.storage):
-        raise InputError(
-            f"a search's name must be new, but {study.name!r} exists in {study.storage}: "
-            f"go on with `{_resume(study)}`, or choose another name"
-        )
+    _new(study)
     if study.warm_start is not None:
         console.print(warmth(study, study.warm_start).said, highlight=False, soft_wrap=True)
     return _run(study, [], console, debug=debug)
+
+
+def rehearse(study: Study) -> Forecast:
+    """Return what a new search would run and take; nothing is trained or written.
+
+    Raises:
+        InputError: the name is taken, or nothing holds a trial.
+    """
+    _new(study)
+    if study.address is None:
+        return forecast(study, slots_here(study))
+    from search.cluster import capacity  # Ray takes a second to import
+
+    return forecast(study, capacity(study))
 
 
 def proceed(study: Study, console: Console, *, debug: bool) -> int:
@@ -261,6 +272,14 @@ def _runs(study: Study) -> bool:
             return courier.driver(study) is not None
     except Timeout:
         return True
+
+
+def _new(study: Study) -> None:
+    if study.name in courier.names(study.storage):
+        raise InputError(
+            f"a search's name must be new, but {study.name!r} exists in {study.storage}: "
+            f"go on with `{_resume(study)}`, or choose another name"
+        )
 
 
 def _writable(study: Study) -> None:

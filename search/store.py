@@ -3,60 +3,29 @@ resuming and recovering.
 
 An entry is a folder `kind/key/` with its files and an `entry.json` that holds their SHA-256. It is written beside its
 place and renamed, so it is there in full or not at all; what does not match its checksum is set aside and made again.
-
-A storage may be away for a while: an unmounted disk, a network share. A file in the store says that it is there; where
-it has been seen, whoever reads or writes waits for it, and nothing is made anew on the bare mount point.
 """
 
 from __future__ import annotations
 
-import errno
-import faulthandler
 import hashlib
 import io
 import json
 import os
 import shutil
-import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Self
 
 import torch
 from filelock import FileLock
 from safetensors.torch import save
 from torch import nn
 
+from search.place import Place, WaitingLock, patiently
 from search.remote import Mirror, Unreachable
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-PATIENCE_S = float(os.environ.get("CRUCIBLE_STORAGE_PATIENCE_S", "600"))
-"""How long a storage that is away is waited for."""
-MARKER = "here"
-MEANING = b"The store of Crucible's searches is here. While this file is missing, they wait for its return.\n"
-BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
-
-
-class StorageError(OSError):
-    """The storage cannot be read or written, whatever it is asked for: no trial is to blame."""
-
-
-def trouble(error: BaseException | None) -> str | None:
-    """Return what is wrong with the storage where that is why something failed; None where it is not."""
-    while error is not None:
-        if isinstance(error, StorageError):
-            return str(error)
-        if isinstance(error, OSError) and error.errno in BROKEN:
-            return f"{error.filename or 'a file'}: {os.strerror(error.errno)}"
-        # Ray wraps what a worker raised.
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
-    return None
 
 
 def fingerprint(**parts: object) -> str:
@@ -95,27 +64,7 @@ def folder_atomic(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _patiently(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
-    """Let a method wait for a storage that is away, and do it again if the storage went meanwhile."""
-
-    @wraps(method)
-    def patient(store: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        while True:
-            store.wait()
-            try:
-                found = method(store, *args, **kwargs)
-            except OSError as error:
-                if store.away:
-                    continue
-                reason = error if isinstance(error, StorageError) else trouble(error) or str(error)
-                raise StorageError(str(reason)) from error
-            if not store.away:  # what was not found may only have been away
-                return found
-
-    return patient
-
-
-class Store:
+class Store(Place):
     """A folder of entries that all searches of one storage share.
 
     Args:
@@ -123,61 +72,23 @@ class Store:
         mirror: where entries last, if that is elsewhere.
     """
 
-    _seen: set[Path] = set()
-    """The stores that this process knows to exist: one that is missing is away, not new."""
-
     def __init__(self, root: Path, mirror: Mirror | None = None) -> None:
-        self.root = root.resolve()
+        super().__init__(root)
         self.mirror = mirror
 
     def __repr__(self) -> str:
         return f"Store({self.root})"
 
-    def make(self) -> Store:
-        """Make the store where it is new; where it was seen before it must return by itself."""
-        if self.root not in self._seen:
-            self.root.mkdir(parents=True, exist_ok=True)
-            if not self._here:
-                write_atomic(self.root / MARKER, MEANING)
-            self._seen.add(self.root)
-        return self
-
-    def expected(self) -> Store:
-        """Take the store as one that exists, whether it is here or away: a worker never makes one."""
-        if self.mirror is not None:  # each node has a folder of its own
-            return self.make()
-        self._seen.add(self.root)
-        return self
-
-    @property
-    def away(self) -> bool:
-        """Whether the store exists but is not here."""
-        return self.root in self._seen and not self._here
-
-    @property
-    def _here(self) -> bool:
-        return (self.root / MARKER).exists()
-
-    def wait(self) -> None:
-        """Return when the store is here.
-
-        Raises:
-            StorageError: it did not return.
-        """
-        until = time.monotonic() + PATIENCE_S
-        while self.away:
-            # A trial's time limit is not meant for this; `search/tuner.py` sets it.
-            faulthandler.cancel_dump_traceback_later()
-            if time.monotonic() > until:
-                raise StorageError(f"{self.root.parent} was away for {PATIENCE_S:g} s")
-            time.sleep(0.2)
+    def expected(self) -> Self:
+        """Take the store as one that exists; but where entries last elsewhere, each node has a folder of its own."""
+        return super().expected() if self.mirror is None else self.make()
 
     def lock(self, kind: str, key: str) -> FileLock:
         """Return the lock of one entry; a process that dies lets go of it."""
         self.make().wait()
-        return _Lock(self.root / "locks" / f"{kind}-{key}")
+        return WaitingLock(self.root / "locks" / f"{kind}-{key}")
 
-    @_patiently
+    @patiently
     def get(self, kind: str, key: str) -> Path | None:
         """Return an entry's folder if it is there and whole; a damaged one is set aside, and fetched anew."""
         folder = self.root / kind / key
@@ -209,7 +120,7 @@ class Store:
             return None
         return folder
 
-    @_patiently
+    @patiently
     def about(self, kind: str, key: str) -> dict[str, Any]:
         """Return what an entry says of itself."""
         path = self.root / kind / key / "entry.json"
@@ -219,14 +130,18 @@ class Store:
 
     def keys(self, kind: str) -> list[str]:
         """Return the whole entries of a kind; a damaged one is set aside, one that lies elsewhere is not looked at."""
-        found = sorted(path.name for path in (self.root / kind).glob("[!.]*"))
-        keys = {key for key in found if self.get(kind, key) is not None}
+        here = {path.name for path in (self.root / kind).glob("[!.]*")}
+        return sorted(key for key in self.held(kind) if key not in here or self.get(kind, key) is not None)
+
+    def held(self, kind: str) -> set[str]:
+        """Return the entries of a kind, here or elsewhere, whole or not; nothing is looked into or changed."""
+        keys = {path.name for path in (self.root / kind).glob("[!.]*")}
         if self.mirror is not None:
             with suppress(OSError):
                 keys.update(self.mirror.holding(f"{kind}/*/entry.json"))
-        return sorted(keys)
+        return keys
 
-    @_patiently
+    @patiently
     def put(self, kind: str, key: str, files: Mapping[str, bytes], about: Mapping[str, object]) -> Path:
         """Write an entry in full and return its folder; the caller holds its lock and saw that it is not there.
 
@@ -265,7 +180,7 @@ class Store:
         except OSError as error:
             warnings.warn(f"a half-done fit could not be kept ({error}): if it dies, it starts anew", stacklevel=2)
 
-    @_patiently
+    @patiently
     def load_progress(self, key: str, device: torch.device) -> dict[str, Any] | None:
         """Return the state of a half-done fit, or None where there is none or it is damaged.
 
@@ -291,14 +206,6 @@ class Store:
 
     def _progress(self, key: str) -> Path:
         return self.root / "progress" / key
-
-
-class _Lock(FileLock):
-    """A lock of a store. One that is waited for makes its folder anew each time, so it may not while that is away."""
-
-    def _acquire(self) -> None:
-        Store(Path(self.lock_file).parent.parent).wait()
-        super()._acquire()
 
 
 def _whole(folder: Path) -> bool:

@@ -204,7 +204,7 @@ class Bench(Fits):
         """Write a PNG with rows of clean, attacked (oblivious targeted iFGSM) and purified images."""
         _, defense = self.fit(params, silent)
         attacked = self.exam.oblivious[attacks.suite.IFGSM_TARGETED.name][:images]
-        with torch.no_grad(), attacks.suite.reproducible(defense, self.study.seed):
+        with torch.no_grad(), attacks.suite.reproducible(defense, self.study.seed), self.lane.working():
             rows = torch.stack([self.exam.x_NCHW[:images], attacked, defense.purify(attacked)])
         return write_atomic(path, png(rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # Read by Ray when it is imported.
@@ -37,6 +38,8 @@ from search.work import Proposal, Work
 from spaces.space import Params
 
 __all__ = ["joined", "run"]
+
+logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # a worker that died is no news: its trial goes on
 
 
 class Desk(Callback):

@@ -13,9 +13,10 @@ import torch
 from defenses.base import Metrics
 from search import trial
 from search.latency import Latency
+from search.place import trouble
 from search.ranking import feasible, ranked
 from search.score import Candidate
-from search.store import Store, trouble
+from search.store import Store
 from search.study import Study
 from search.trial import Bench, store_of
 from spaces.space import Params

@@ -24,6 +24,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,14 +38,15 @@ import pytest
 from optuna.trial import TrialState
 
 from benchmarks import scale
-from benchmarks.ordeal import fits, ordeal, rows, wait_for
-from search import store as stores
+from benchmarks.ordeal import below, fits, ordeal, rows, wait_for, workers
+from search import place
 from search.ledger import Ledger
+from search.place import StorageError, trouble
 from search.record import Record, begun, journal, state_of
 from search.run import run
 from search.searcher import Proposer
-from search.store import StorageError, Store, trouble
-from search.study import Study
+from search.store import Store
+from search.study import Study, read
 from search.work import Proposal, Report, Work
 from spaces.space import InputError
 from tests.conftest import digits_study
@@ -152,7 +154,7 @@ def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path: Path, monkeyp
 def test_a_store_that_went_away_is_waited_for_and_never_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(place, "PATIENCE_S", 1.0)
     mount, away = tmp_path / "mount", tmp_path / "away"
     store = Store(mount / ".store")
     store.put("fits", "k", {"a": b"1"}, {})
@@ -206,6 +208,73 @@ def test_a_damaged_fit_is_trained_again_and_no_other(tmp_path: Path) -> None:
     changed = {key for key, at in fits(tmp_path).items() if before.get(key) != at}
     assert changed == {first[0]} and (tmp_path / ".store" / "damaged" / first[0]).is_dir()
     assert candidates(again).keys() == candidates(study).keys()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_no_finished_candidate_and_the_search_ends_well(tmp_path: Path) -> None:
+    more = ("--space", "smoke", "--patience", "9", "--trials", "3", "--epochs", "6", "--wandb", "offline")
+    search = start(tmp_path, "kill", *TINY, *more)
+    wait_for(lambda: len(rows(tmp_path / "kill")) >= 6, search)
+    before = rows(tmp_path / "kill")
+    progress = tmp_path / ".store" / "progress"
+    wait_for(lambda: any(progress.glob("[0-9a-f]*")), search)  # the next trial is under way
+    (worker,) = workers(search.pid)
+    os.kill(worker, signal.SIGKILL)
+    output = search.communicate(timeout=300)[0]
+    assert search.returncode == 0, output
+    after = rows(tmp_path / "kill")
+    assert len(after) == 18 and before.items() <= after.items()
+    assert status(tmp_path, "kill") == {"finished": 3, "pruned": 0, "failed": 0, "running": 0, "interrupted": 0}
+    assert len(fits(tmp_path)) == 3
+    assert "undefended" in output and "attacked accuracy under white-box, Linf eps 0.3" in output
+    assert_seen_by_wandb(tmp_path / "kill")
+    assert (tmp_path / "kill" / "report.html").stat().st_size > 1_000_000
+
+
+def assert_seen_by_wandb(folder: Path) -> None:
+    """Read a trial's run back with W&B's own reader."""
+    runs = [path for path in (folder / "wandb").glob("offline-run-*") if "-t001" in path.name]
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", str(runs[0])]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for word in ("attacked_accuracy", "latency_ms_p50", "clean_accuracy", "lambda_rc", "cheap"):
+        assert word in shown, shown
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_sigterm_save_and_resume_finishes_what_is_left_even_unheard(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch.py"), "resume", "stop", "--storage", str(tmp_path)]
+    search = start(tmp_path, "stop", *SMALL, "--trials", "3", "--epochs", "8")
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        so_far = len(rows(tmp_path / "stop"))
+        while len(rows(tmp_path / "stop")) == so_far or not workers(search.pid):
+            assert search.poll() is None, search.communicate()[0]
+            time.sleep(0.1)
+        second = launch("resume", "stop", "--storage", str(tmp_path))
+        assert second.returncode == 2 and "a search must run once at a time" in second.stderr
+        below_it = [pid for pid, _ in below(search.pid)]
+        search.send_signal(sent)
+        output = search.communicate(timeout=120)[0]
+        assert search.returncode == 130, output
+        assert f"go on with: python launch.py resume stop --storage {tmp_path}" in output
+        before = rows(tmp_path / "stop")
+        assert below_it and not [pid for pid in below_it if alive(pid)]
+        search = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert search.stdout is not None
+    search.stdout.readline()
+    search.stdout.close()  # as `| head -1` does
+    assert search.wait(300) == 0
+    after = rows(tmp_path / "stop")
+    assert len(after) == 18 and before.items() <= after.items()
+    trials = Record(read(tmp_path / "stop" / "study.yaml")).trials()
+    assert [t.user_attrs["trial"] for t in trials] == ["t001", "t002", "t003"]
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs; a zombie that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow

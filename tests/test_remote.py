@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -30,6 +34,8 @@ from search.trial import png, run_trial, store_of
 from search.work import Proposal, Report
 from spaces.space import InputError
 from tests.conftest import digits_study
+from tests.test_cli import ROOT
+from tests.test_search import SMOKE, wait_for
 from tests.test_stopping import PRETENDED
 
 FILES = {"a.bin": b"one", "b.bin": b"two"}
@@ -246,9 +252,9 @@ def test_a_search_of_one_machine_is_seen_and_gone_on_with_on_another(
     with pytest.raises(InputError, match="a search's name must be new"):
         session.begin(study, Console(quiet=True), debug=True)
 
-    on("one", tmp_path, monkeypatch)
+    on("three", tmp_path, monkeypatch)
     study.folder.mkdir(parents=True)
-    (study.folder / "study.journal").write_bytes(b"{}")  # it comes back, and is behind
+    (study.folder / "study.journal").write_bytes(b"{}")  # it took part before, and is behind
     record = Record(courier.opened("smoke", study.storage))
     assert [t.user_attrs["trial"] for t in record.trials()] == ["t001", "t002", "t003", "t004", "t005"]
     assert len(rows(study.folder)) == len(store_of(study).keys("fits")) == 5
@@ -352,3 +358,37 @@ def test_a_uri_that_cannot_be_written_is_refused_before_anything_is_trained(
     study = make(digits_study(tmp_path).model_dump() | {"storage": f"file://{tmp_path}/far"})
     with pytest.raises(InputError, match="a storage must be a URI that can be written, but file://"):
         session.begin(study, Console(quiet=True), debug=True)
+
+
+@pytest.mark.slow
+def test_a_search_under_ray_whose_machine_dies_is_finished_by_another(tmp_path: Path) -> None:
+    """Real processes: the driver and its workers are killed in mid-training, and their folder is lost."""
+    (tmp_path / "far").mkdir()
+    uri, far = f"file://{tmp_path}/far", tmp_path / "far"
+    small = [*SMOKE, "--trials", "2", "--epochs", "6", "--concurrent", "1", "--wandb", "disabled", "--refine", "0"]
+    command = [sys.executable, str(ROOT / "launch.py"), "search", "--name", "moves", "--storage", uri, *small]
+    one, two = (os.environ | {"CRUCIBLE_CACHE": str(tmp_path / name)} for name in ("one", "two"))
+    process = subprocess.Popen(command, cwd=ROOT, env=one, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: (far / "moves" / "pictures" / "t001.png").exists(), process)
+        before = {str(path): path.stat().st_mtime_ns for path in (far / ".store" / "fits").glob("*/*")}
+        wait_for(lambda: any((far / ".store" / "progress").glob("[0-9a-f]*[0-9a-f]")), process)
+    finally:
+        process.kill()
+        process.wait()
+    shutil.rmtree(tmp_path / "one", ignore_errors=True)
+
+    def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "launch.py"), *arguments, "--storage", uri]
+        return subprocess.run(command, cwd=ROOT, env=two, text=True, capture_output=True)
+
+    refused = launch("resume", "moves")
+    assert refused.returncode == 2 and "a search must run once at a time, but 'moves' runs on" in refused.stderr
+    (far / "moves" / "driver.json").unlink()  # the minute is over
+    resumed = launch("resume", "moves")
+    assert resumed.returncode == 0, resumed.stderr
+    state = json.loads(launch("status", "moves", "--json").stdout)
+    assert (state["finished"], state["failed"], state["running"], state["candidates"]) == (2, 0, 0, 12)
+    assert len(rows(far / "moves")) == 12 and (far / "moves" / "report.html").exists()
+    after = {str(path): path.stat().st_mtime_ns for path in (far / ".store" / "fits").glob("*/*")}
+    assert len(after) == 4 and before.items() <= after.items()  # what was trained was not trained again

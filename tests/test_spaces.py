@@ -101,3 +101,82 @@ def test_a_wish_outside_the_law_is_refused_in_one_line(named: dict[str, object],
 def test_a_grid_over_a_continuous_space_is_refused() -> None:
     with pytest.raises(InputError, match="a grid needs finite domains, but lambda_rc"):
         next(WHOLE.narrow(spaces.named("puvae", "default")).grid())
+
+
+@pytest.mark.parametrize("defense", defenses.names())
+def test_a_condition_names_categorical_knobs_that_come_before_and_training_never_waits_for_inference(
+    defense: str,
+) -> None:
+    space = SearchSpace.of(defenses.find(defense))
+    order = list(space.flat())
+    for name, condition in space.given.items():
+        for other, values in condition.items():
+            assert order.index(other) < order.index(name), f"{name} depends on {other}, which must be declared before"
+            assert isinstance(space.flat()[other], CategoricalDistribution)
+            assert values and all(contains(space.flat()[other], value) for value in values)
+            assert name in space.inference or other in space.train
+
+
+@pytest.mark.parametrize("defense", defenses.names())
+def test_a_finite_space_counts_its_settings_once(defense: str) -> None:
+    for name in spaces.names(defense):
+        space = SearchSpace.of(defenses.find(defense)).narrow(spaces.named(defense, name))
+        size, trainings = space.size(), space.trainings()
+        if size is not None and size < 3000:
+            settings = [str(params) for params in space.grid()]
+            assert len(settings) == len(set(settings)) == size
+            assert len({str(params.train) for params in space.grid()}) == trainings
+
+
+CHAIN = SearchSpace(
+    {"kind": CategoricalDistribution(("a", "b", "c")), "sub": CategoricalDistribution(("x", "y"))},
+    {"on": CategoricalDistribution((False, True)), "deep": CategoricalDistribution((1, 2, 3))},
+    {"kind": "a", "sub": "x", "on": False, "deep": 1},
+    {"sub": {"kind": ("b",)}, "deep": {"on": (True,), "sub": ("y",)}},
+)
+
+
+def test_a_knob_that_does_not_matter_takes_its_default_and_multiplies_nothing() -> None:
+    settings = [tuple(params.flat().values()) for params in CHAIN.grid()]
+    assert (CHAIN.size(), CHAIN.trainings()) == (len(settings), 4) and len(set(settings)) == len(settings) == 10
+    assert [s for s in settings if s[0] == "a"] == [("a", "x", False, 1), ("a", "x", True, 1)]
+    assert ("b", "y", True, 3) in settings and ("b", "y", False, 3) not in settings
+    assert CHAIN.complete({"kind": "c", "sub": "y", "on": True, "deep": 3}).flat()["deep"] == 1
+    rng = np.random.default_rng(0)
+    assert {tuple(CHAIN.drawn(rng).flat().values()) for _ in range(300)} == set(settings)
+
+
+def test_a_narrow_space_forgets_conditions_that_are_decided() -> None:
+    never = CHAIN.narrow({"kind": "a", "sub": ["x", "y"], "on": [False, True], "deep": 3})
+    always = CHAIN.narrow({"kind": "b", "sub": "y", "on": True, "deep": [1, 2, 3]})
+    assert never.searched().keys() == {"on"} and never.size() == 2  # sub never matters, so deep does not either
+    assert next(never.grid()).flat() == {"kind": "a", "sub": "x", "on": False, "deep": 1}
+    assert not always.given and always.size() == 3
+    assert [params.flat()["deep"] for params in CHAIN.at({"kind": "b", "sub": "y"}).grid()] == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("knob", "text", "domain"),
+    [
+        ("lambda_rc", "1e-3..10:log", FloatDistribution(1e-3, 10, log=True)),
+        ("lambda_rc", "1..2", FloatDistribution(1, 2)),
+        ("conv_maps", "4..32:log", IntDistribution(4, 32, log=True)),
+        ("conv_maps", "4..8", IntDistribution(4, 8)),
+        ("sigma_eps", "0..1", FloatDistribution(0, 1)),
+    ],
+)
+def test_a_range_may_be_given_as_text(knob: str, text: str, domain: FloatDistribution) -> None:
+    assert WHOLE.narrow({knob: text}).flat()[knob] == domain
+
+
+@pytest.mark.parametrize(
+    "text", ["10..1", "0..1:log", "a..b", "1..2:lin", "1..1e9", "1..2..3", "..2", "nan..1", "1..inf"]
+)
+def test_a_range_outside_the_law_is_refused_in_one_line(text: str) -> None:
+    words = rf"lambda_rc must be a number from 0.0001 to 10000 .*LOW..HIGH:log, but is '{re.escape(text)}'$"
+    with pytest.raises(InputError, match=words):
+        WHOLE.narrow({"lambda_rc": text})
+    with pytest.raises(InputError, match="conv_maps must be a whole number.* a range"):
+        WHOLE.narrow({"conv_maps": "2.5..4"})
+    with pytest.raises(InputError, match="label_injection must be one of dense, planes, but is '1..2'"):
+        WHOLE.narrow({"label_injection": "1..2"})

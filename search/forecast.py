@@ -1,0 +1,169 @@
+"""What a search would run and cost, from one timed step on this machine. It trains nothing and writes nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+
+import torch
+
+from search.refinement import refinable
+from search.step import Step
+from search.store import to_bytes
+from search.study import Study
+from search.trial import Bench, store_of
+from spaces.space import InputError, spoken
+
+MOST = 1000
+"""Trainings of a space that are looked up in the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a search would run; seconds are those of one worker, with the device to itself.
+
+    Args:
+        trainings: at most; `of` so many in the space, of which `known` are in the store. None: no finite number.
+        candidates: that each training gives.
+        refinements: further settings tried at the end, on stored fits.
+        classifiers: to be trained first; the others that it needs are in the store.
+        slots: trials at once.
+        train_s: of one training to its last epoch, at the usual setting.
+        score_s: of one fit's candidates.
+        first_s: of the classifiers, and of what all trainings share.
+        wall_s: of the whole search. Trainings that are stopped early make it less.
+        fit_bytes: of one fit in the store.
+    """
+
+    task: str
+    defense: str
+    threat: str
+    suite: str
+    images: int
+    knobs: dict[str, str]
+    trainings: int
+    of: int | None
+    known: int | None
+    candidates: int
+    refinements: int
+    classifiers: list[str]
+    slots: int
+    device: str
+    epochs: int
+    train_s: float
+    score_s: float
+    first_s: float
+    wall_s: float
+    gpu_hours: float | None
+    fit_bytes: int
+
+
+def forecast(study: Study, slots: int) -> Forecast:
+    """Time a step of training, scoring and measuring, and return what the whole search would take.
+
+    Args:
+        slots: how many trials the machine or the cluster holds at once.
+    """
+    step = Step(Bench(study, store_of(study)))
+    bench, space, held = step.bench, step.bench.plan.space, step.bench.store.held("fits")
+    whole = space.trainings()
+    trainings = study.trials if whole is None else min(study.trials, whole)
+    known: int | None = 0
+    if held:
+        looked = whole is not None and whole <= MOST
+        known = sum(bench.fingerprint(p) in held for p in space.at(space.usual()).grid()) if looked else None
+    settings = bench.settings(step.usual)
+    sittings = len({str(bench.aimed(setting).inference) for setting in settings})
+    clocked = [f.name for f in fields(bench.plan.defense.Inference) if f.metadata["latency"]]
+    latencies = len({tuple(setting.inference[name] for name in clocked) for setting in settings})
+    thresholds = [space.inference[name] for name in bench.plan.defense.thresholds()]
+    picked = sittings if thresholds and not any(domain.single() for domain in thresholds) else 0
+    missing = sorted(bench.needed() - _trained(bench))
+    refinements = study.refine if refinable(study) else 0
+
+    classifier_s = step.classifier()  # before the others: the first optimiser of a process imports half of torch
+    training, (sitting_s, rung_s) = step.training(), step.scoring()
+    train_s = training.fit + step.epochs * (training.epoch + rung_s)
+    score_s = sittings * sitting_s + latencies * step.latency()
+    first_s = len(missing) * classifier_s + training.shared
+    at_once = max(1, min(slots, study.concurrent or slots))
+    new = trainings - (known or 0) if trainings == whole else trainings
+    trial_s = math.ceil(new / at_once) * train_s + math.ceil(trainings / at_once) * score_s
+    wall_s = first_s + trial_s + math.ceil(refinements / at_once) * sitting_s
+    share = 0.25 if study.gpus_per_trial is None else study.gpus_per_trial
+    return Forecast(
+        task=study.label,
+        defense=study.defense,
+        threat=str(bench.plan.threat),
+        suite=study.suite,
+        images=bench.plan.eval_images,
+        knobs={name: spoken(domain) for name, domain in space.searched().items()},
+        trainings=trainings,
+        of=whole,
+        known=known,
+        candidates=len(settings) + picked,
+        refinements=refinements,
+        classifiers=missing,
+        slots=at_once,
+        device=step.device,
+        epochs=step.epochs,
+        train_s=train_s,
+        score_s=score_s,
+        first_s=first_s,
+        wall_s=wall_s,
+        gpu_hours=share * at_once * wall_s / 3600 if bench.device.type == "cuda" else None,
+        fit_bytes=len(to_bytes(step.defense)),
+    )
+
+
+def slots_here(study: Study) -> int:
+    """Return how many trials this machine holds at once.
+
+    Raises:
+        InputError: not even one.
+    """
+    gpus = torch.cuda.device_count()
+    share = (0.25 if gpus else 0.0) if study.gpus_per_trial is None else study.gpus_per_trial
+    held = {"cpu": float(os.cpu_count() or 1), "gpu": float(gpus)}
+    asked = {"cpu": study.cpus_per_trial, "gpu": share}
+    for kind, amount in asked.items():
+        if amount > held[kind]:
+            raise InputError(
+                f"{kind}s_per_trial must be at most what this machine has, {held[kind]:g}, but is {amount:g}"
+            )
+    return int(min(held[kind] / amount + 1e-6 for kind, amount in asked.items() if amount))
+
+
+def said(found: Forecast) -> str:
+    """Return the forecast for people."""
+    knobs = "; ".join(f"{name}: {domain}" for name, domain in found.knobs.items()) or "none"
+    of = "" if found.of is None else f" of the {found.of} in the space"
+    known = "" if found.known is None else f", {found.known} of the space's in the store"
+    first = f"train the classifiers {', '.join(found.classifiers)}" if found.classifiers else "classifiers in the store"
+    gpu = "" if found.gpu_hours is None else f", {found.gpu_hours:.1f} GPU-hours"
+    rows = {
+        "task": f"{found.defense} on {found.task} ({found.threat}), suite {found.suite}, {found.images} images",
+        "knobs": knobs,
+        "trainings": f"at most {found.trainings}{of}{known}",
+        "candidates": f"{found.candidates} a training, then {found.refinements} refinements that train nothing",
+        "first": f"{first} and what all share: {_spoken(found.first_s)}",
+        "a training": f"{_spoken(found.train_s)} for {found.epochs} epochs, {_spoken(found.score_s)} to score it",
+        "a fit": f"{found.fit_bytes / 2**20:.1f} MiB in the store",
+        "in all": f"about {_spoken(found.wall_s)}, {found.slots} at once{gpu}; less where trainings are stopped early",
+        "timed on": found.device,
+    }
+    return "\n".join(f"{name:<11} {row}" for name, row in rows.items())
+
+
+def _trained(bench: Bench) -> set[str]:
+    """Return the architectures whose classifiers are in the store."""
+    held = bench.store.held("classifiers")
+    return {name for name in bench.needed() if bench.identity(name) in held} if held else set()
+
+
+def _spoken(seconds: float) -> str:
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,0 +1,123 @@
+"""A folder that may be away for a while: an unmounted disk, a network share.
+
+A file in it says that it is there. Where it has been seen, whoever reads or writes waits for it, and nothing is made
+anew on the bare mount point.
+"""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import os
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Concatenate, ParamSpec, Self, TypeVar
+
+from filelock import FileLock
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Where = TypeVar("Where", bound="Place")
+
+PATIENCE_S = float(os.environ.get("CRUCIBLE_STORAGE_PATIENCE_S", "600"))
+"""How long a storage that is away is waited for."""
+MARKER = "here"
+MEANING = b"The store of Crucible's searches is here. While this file is missing, they wait for its return.\n"
+BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
+
+
+class StorageError(OSError):
+    """The storage cannot be read or written, whatever it is asked for: no trial is to blame."""
+
+
+def trouble(error: BaseException | None) -> str | None:
+    """Return what is wrong with the storage where that is why something failed; None where it is not."""
+    while error is not None:
+        if isinstance(error, StorageError):
+            return str(error)
+        if isinstance(error, OSError) and error.errno in BROKEN:
+            return f"{error.filename or 'a file'}: {os.strerror(error.errno)}"
+        # Ray wraps what a worker raised.
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
+
+
+class Place:
+    """A folder that is waited for while it is away.
+
+    Args:
+        root: the folder; made with the first entry, or by `make`.
+    """
+
+    _seen: set[Path] = set()
+    """The stores that this process knows to exist: one that is missing is away, not new."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def make(self) -> Self:
+        """Make the store where it is new; where it was seen before it must return by itself."""
+        if self.root not in self._seen:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not self._here:
+                (self.root / MARKER).write_bytes(MEANING)
+            self._seen.add(self.root)
+        return self
+
+    def expected(self) -> Self:
+        """Take it as one that exists, whether it is here or away: a worker makes none."""
+        self._seen.add(self.root)
+        return self
+
+    @property
+    def away(self) -> bool:
+        """Whether the store exists but is not here."""
+        return self.root in self._seen and not self._here
+
+    @property
+    def _here(self) -> bool:
+        return (self.root / MARKER).exists()
+
+    def wait(self) -> None:
+        """Return when the store is here.
+
+        Raises:
+            StorageError: it did not return.
+        """
+        until = time.monotonic() + PATIENCE_S
+        while self.away:
+            # A trial's time limit is not meant for this; `search/tuner.py` sets it.
+            faulthandler.cancel_dump_traceback_later()
+            if time.monotonic() > until:
+                raise StorageError(f"{self.root.parent} was away for {PATIENCE_S:g} s")
+            time.sleep(0.2)
+
+
+def patiently(method: Callable[Concatenate[Where, P], T]) -> Callable[Concatenate[Where, P], T]:
+    """Let a method wait for a storage that is away, and do it again if the storage went meanwhile."""
+
+    @wraps(method)
+    def patient(place: Where, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        while True:
+            place.wait()
+            try:
+                found = method(place, *args, **kwargs)
+            except OSError as error:
+                if place.away:
+                    continue
+                reason = error if isinstance(error, StorageError) else trouble(error) or str(error)
+                raise StorageError(str(reason)) from error
+            if not place.away:  # what was not found may only have been away
+                return found
+
+    return patient
+
+
+class WaitingLock(FileLock):
+    """A lock of a store. One that is waited for makes its folder anew each time, so it may not while that is away."""
+
+    def _acquire(self) -> None:
+        Place(Path(self.lock_file).parent.parent).wait()
+        super()._acquire()

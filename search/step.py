@@ -1,0 +1,137 @@
+"""One timed step of a search's work, on images and classifiers made up at random.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from attacks.robustness import Outsider
+from defenses.base import Batches, Defended, Defense, Tensors, halved
+from search import classifiers, tasks
+from search.architectures import ARCHITECTURES
+from search.exam import Exam
+from search.latency import REPEATS, WARM_UP, device_name
+from search.study import HELD_OUT
+from search.trial import Bench
+from spaces.space import Params
+
+STEPS = 8
+"""Batches of a training that are timed, the first of them to warm up."""
+FEW = 32
+"""Images that are attacked."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Seconds of one training: in each epoch, once a fit, and once for all fits that share what is made."""
+
+    epoch: float
+    fit: float
+    shared: float
+
+
+class Step:
+    """Times the parts of a trial; what they take scales with images and epochs."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.plan, self.study = bench.plan, bench.study
+        if bench.device.type == "cpu":
+            torch.set_num_threads(max(1, int(self.study.cpus_per_trial)))  # as Ray has its workers do
+        self.device = device_name(bench.device)
+        space = self.plan.space
+        self.usual: Params = space.setting(space.usual_of)
+        self.defense: Defense = self.plan.defense(self.usual.train, self.usual.inference, self.plan.task.shape)
+        if type(self.defense).adopt is not Defense.adopt:
+            self.defense.adopt(self._network(self.plan.task.classifier))
+        self.defense.to(bench.device)
+        self.epochs = int(self.defense.train_knobs.epochs)
+        self.images = self.study.train_images or tasks.sizes(self.plan.task.dataset, self.study.data_dir).train
+        self.target = self._network(self.plan.protected)
+
+    def training(self) -> Training:
+        """Time the steps of one short epoch."""
+        size = self.defense.train_knobs.batch_size
+        x_NCHW, y_N = self._random(min(self.images, STEPS * size))
+        whole, ticks, made = self.images / len(y_N), list[float](), 0.0
+
+        def once(words: str, make: Callable[[], Tensors]) -> Tensors:
+            nonlocal made
+            begin = self._now()
+            tensors = halved(make())
+            made += self._now() - begin
+            return tensors
+
+        networks = nn.ModuleList([self._network(name) for name in self.bench.consulted(self.defense)])
+        batches = Batches(x_NCHW, y_N, epochs=1, batch_size=size, boundary=lambda: ticks.append(self._now()), once=once)
+        begin = self._now()
+        fit = self.defense.fit(batches, networks if self.defense.bases() else networks[0])
+        next(fit)
+        epoch = self._now()
+        for _ in fit:
+            pass
+        rest = self._now() - epoch
+        warm = min(1, len(ticks) - 1)
+        each = (epoch - ticks[warm]) / (len(ticks) - warm) * len(ticks)
+        return Training(whole * each, max(0.0, ticks[0] - begin - made) + whole * rest, whole * made)
+
+    def scoring(self) -> tuple[float, float]:
+        """Return the seconds of an exam at one setting, and those of a rung."""
+        defended = Defended(self.defense.at(self.usual.inference), self.target).eval().requires_grad_(False)
+        x_NCHW, _ = self._random(min(FEW, self.plan.eval_images))
+        with torch.no_grad():
+            y_N = defended(x_NCHW).argmax(1)
+        y_N[::2] = (y_N[::2] + 1) % self.plan.task.shape.classes  # a white-box attack spares what has fallen: half
+        suite, threat, seed = self.plan.suite, self.plan.threat, self.study.seed
+        blind = {attack.name: x_NCHW for attack in suite.with_rungs().oblivious}
+        exam = Exam(suite, replace(threat, knowledge="white-box"), x_NCHW, y_N, blind, seed)
+        observe_s, whole_s = self._timed(lambda: exam.observe(defended)), self._timed(lambda: exam.probe(defended))
+        rung_s = self._timed(lambda: exam.cheap(defended, len(y_N))) * self.study.cheap_images / len(y_N)
+        fixed_s = max(0.0, whole_s - observe_s)  # the gates look at so many images whatever the study's number is
+        if threat.knowledge == "black-box":
+            held_out, _ = self._random(HELD_OUT)
+            outsider = Outsider(held_out, lambda: self._network(self.plan.substitute).train().requires_grad_(True))
+            fixed_s += self._timed(lambda: outsider.craft(suite, defended, x_NCHW, y_N, threat, seed))
+        return fixed_s + observe_s * self.plan.eval_images / len(y_N), rung_s
+
+    @torch.no_grad()
+    def latency(self) -> float:
+        """Return the seconds of one measurement of the latency."""
+        x_NCHW, _ = self._random(128)
+        self.defense.purify(x_NCHW)
+        batch_s = self._timed(lambda: (self.defense.purify(x_NCHW), self.defense.accept(x_NCHW)))
+        return min(20.0, (WARM_UP + REPEATS) * batch_s)
+
+    def classifier(self) -> float:
+        """Return the seconds of one classifier's training."""
+        x_NCHW, y_N = self._random(min(self.images, STEPS * 128))
+        network = ARCHITECTURES[self.plan.protected].build(self.plan.task.shape).to(self.bench.device)
+        classifiers.train(network, x_NCHW[:128], y_N[:128], 1, 0)
+        short_s = self._timed(lambda: classifiers.train(network, x_NCHW, y_N, 1, 0))
+        return short_s * self.images / len(y_N) * self.study.classifier_epochs
+
+    def _network(self, architecture: str) -> nn.Module:
+        network = ARCHITECTURES[architecture].build(self.plan.task.shape)
+        return network.to(self.bench.device).eval().requires_grad_(False)
+
+    def _random(self, images: int) -> tuple[Tensor, Tensor]:
+        shape, device = self.plan.task.shape, self.bench.device
+        x_NCHW = torch.rand(images, shape.channels, shape.height, shape.width, device=device)
+        return x_NCHW, torch.randint(shape.classes, (images,), device=device)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        begin = self._now()
+        work()
+        return self._now() - begin
+
+    def _now(self) -> float:
+        if self.bench.device.type == "cuda":
+            torch.cuda.synchronize(self.bench.device)
+        return time.perf_counter()
