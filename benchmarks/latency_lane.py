@@ -1,6 +1,6 @@
 """What trials on the same device do to a latency that is measured, with the lane of search/latency.py and without it.
 
-    python -m benchmarks.latency_lane                       PuVAE on the CPU, or on the GPU where there is one: 3 minutes
+    python -m benchmarks.latency_lane                       PuVAE on the CPU, or on the GPU where there is one: minutes
     python -m benchmarks.latency_lane --neighbours 1 2 4 8 --rounds 9
     python -m benchmarks.latency_lane --json                the rows as JSON, one a line
 
@@ -36,8 +36,8 @@ from search.architectures import ARCHITECTURES
 from search.latency import Lane, device_name, measure
 
 SHAPE = Shape(1, 28, 28, 10)
-KNOBS = {"conv_maps": 16, "decoder_maps": 16, "dense": 256, "latent": 32, "batch_size": 32, "epochs": 1}
-IMAGES = 128
+KNOBS = {"conv_maps": 8, "decoder_maps": 8, "dense": 128, "latent": 16, "batch_size": 32, "epochs": 1}
+IMAGES = 64
 STOP = -1
 
 
@@ -109,8 +109,9 @@ def compare(neighbours: Sequence[int], rounds: int, device: torch.device) -> lis
 
     def beside(count: int, held: bool) -> tuple[float, float]:
         busy.value, laned.value, done.value = count, int(held), 0
-        # Each has done a piece of work under the present rule, and so is past its start and the rule before.
-        while done.value < 3 * count:
+        while done.value < 2 * count:  # they are past their start and the rule before
+            if not all(process.is_alive() for process in crowd):
+                raise RuntimeError("a neighbour has died")
             time.sleep(0.05)
         start = time.perf_counter()
         return measure(defense, lane, device).ms_p50, time.perf_counter() - start

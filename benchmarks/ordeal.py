@@ -136,11 +136,13 @@ def two_nodes() -> Iterator[Nodes]:
                 kill(node)
 
 
-def wait_for(what: Callable[[], object], process: subprocess.Popen[Any], seconds: float = 600) -> None:
-    until = time.monotonic() + seconds
+def wait_for(what: Callable[[], object], process: subprocess.Popen[Any], log: Path | None = None) -> None:
+    """Wait for something that a process brings about; its log says why it did not."""
+    until = time.monotonic() + 600
     while not what():
         if process.poll() is not None or time.monotonic() > until:
-            raise AssertionError(f"it did not come: {process.args!r}")
+            said = log.read_text() if log else process.stdout.read() if process.stdout else ""
+            raise AssertionError(f"it did not come from {process.args!r}\n{said[-5000:]}")
         time.sleep(0.05)
 
 
@@ -161,7 +163,7 @@ def fits(storage: Path) -> dict[str, int]:
     }
 
 
-def ordeal(storage: Path, trials: int) -> dict[str, Any]:
+def ordeal(storage: Path, trials: int, *more: str) -> dict[str, Any]:
     """Run it and return what it took.
 
     Raises:
@@ -183,12 +185,12 @@ def ordeal(storage: Path, trials: int) -> dict[str, Any]:
             environment = os.environ | nodes.token
             return subprocess.Popen([*launch, *arguments, *named], env=environment, stdout=out, stderr=out)
 
-        more = [*SEARCH, "--trials", str(trials), "--address", nodes.address]
-        driver = start("search", "--name", "ordeal", *more)
+        asked = [*SEARCH, "--trials", str(trials), "--address", nodes.address, *more]
+        driver = start("search", "--name", "ordeal", *asked)
         took: dict[str, Any] = {"trainings": trials}
         try:
             for share, fault, at in ((0.25, "worker", 0), (0.5, "node", 1), (0.75, "driver", 0)):
-                wait_for(partial(due, share, at), driver)
+                wait_for(partial(due, share, at), driver, log)
                 kept, trained = rows(folder), fits(storage)
                 if fault == "worker":
                     os.kill(workers(nodes.running[at].pid)[0], signal.SIGKILL)

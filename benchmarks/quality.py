@@ -32,7 +32,7 @@ from search.score import Candidate
 from search.study import Study, make
 from search.work import REAL, Proposal, Report, Work
 from spaces import puvae
-from spaces.space import Params
+from spaces.space import InputError, Params
 
 POINT = 0.01
 BASE: dict[str, Any] = {
@@ -95,8 +95,17 @@ class Table:
 
     @classmethod
     def of(cls, study: Study) -> Table:
-        """Read the grid from its study; a training that failed is left out."""
+        """Read the grid from its study; a training that failed is left out.
+
+        Raises:
+            InputError: the grid has not ended.
+        """
         record, found = Record(study), dict[str, list[Candidate]]()
+        whole = record.space.trainings()
+        if record.ended() != whole:
+            raise InputError(
+                f"a table needs a finished grid, but {study.name} has {record.ended()} of {whole} trainings"
+            )
         for candidate in record.candidates():
             found.setdefault(Table.key(candidate.params), []).append(candidate)
         curves = {

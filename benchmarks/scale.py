@@ -1,13 +1,14 @@
 """What the engine itself costs: trials that train nothing, beside a plain Ray Tune + OptunaSearch script.
 
-    python -m benchmarks.scale                          all of it: about 20 minutes on two quiet cores
-    python -m benchmarks.scale --only trials --trials 64 --repeats 1
+    python -m benchmarks.scale                                                  all of it: an hour on two cores
+    python -m benchmarks.scale --only trials --trials 64 --repeats 1 --instant 0        a few minutes
     python -m benchmarks.scale --only proposals --methods tpe --upto 1000
-    python -m benchmarks.scale --json                   the rows as JSON, one a line
+    python -m benchmarks.scale --json                                           the rows as JSON, one a line
 
 A simulated trial sleeps, reports its epochs, and returns made-up scores of six candidates; everything else is the real
 engine: Ray's workers, Optuna's journal, candidates.csv, W&B (offline) and the display (piped). The plain script sleeps
-as long and reports two numbers. Each run is a process of its own; within a repeat the ways follow one another.
+as long and reports two numbers. Each run is a process of its own; within a repeat the ways follow one another. Of the
+ideal, what the trials sleep over four slots, is counted from the first trial's start.
 """
 
 from __future__ import annotations
@@ -15,13 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -29,186 +28,171 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from attacks.threat import ThreatModel
-from defenses.base import Metrics
-from search.events import Listener, State
-from search.latency import Latency
-from search.score import Candidate, Score
-from search.store import fingerprint
-from search.study import Study, make
-from search.work import Proposal, Report, Work
-from spaces.puvae import SIGMA_EPS
-from spaces.space import Params
+from rich.console import Console
 
-CPUS = 0.5
-"""CPU cores of a trial: four slots on a machine of two."""
-EPOCHS = 4
-
-
-def scored(params: Params, fit: str) -> Candidate:
-    """Return a candidate with a known function of the knobs: the wider the network, the more robust and the slower."""
-    knobs: dict[str, Any] = params.flat()
-    lost = sum(abs(math.log10(knobs[name])) for name in ("lambda_rc", "lambda_kl", "lambda_ce")) / 9
-    noise = abs(math.log10(knobs["sigma_eps"] + 0.01)) / 2
-    error = min(1.0, 0.1 + 0.5 * lost + 0.1 * noise + 0.5 / knobs["conv_maps"])
-    latency = 1 + knobs["conv_maps"] + knobs["decoder_maps"] / 2 + knobs["dense"] / 100
-    threat = ThreatModel("Linf", 0.1, "oblivious")
-    attacks = {"oblivious/fgsm": 1 - error / 2, "oblivious/ifgsm-targeted": 1 - error}
-    score = Score(
-        threat=threat,
-        attacked_accuracy=1 - error,
-        attacked_error=error,
-        attacked_rejection=0.0,
-        oblivious_accuracy=1 - error,
-        white_box_accuracy=0.0,
-        clean_accuracy=1 - error / 10,
-        clean_rejection=0.0,
-        latency_ms_p50=latency,
-        latency_ms_p95=1.1 * latency,
-        images=1000,
-        device="simulated",
-        attacks=attacks,
-    )
-    name = f"{fit[:8]}-{fingerprint(**params.inference)[:4]}"
-    return Candidate(candidate=name, fit=fit, defense="puvae", task="digits/A", params=params, score=score)
-
-
-def needed(study: Study) -> list[str]:
-    return []
-
-
-def classifier(study: Study, architecture: str) -> None:
-    """Train nothing."""
-
-
-def undefended(study: Study) -> Candidate:
-    knobs = {"lambda_rc": 1.0, "lambda_kl": 1.0, "lambda_ce": 1.0, "conv_maps": 4, "decoder_maps": 8, "dense": 128}
-    return scored(Params(knobs, {"sigma_eps": 0.0}), "undefended")
-
-
-def execute(study: Study, proposal: Proposal, report: Report, seconds: float) -> dict[str, Any]:
-    """Sleep so long, and return candidates at every sigma_eps."""
-    fit = fingerprint(**proposal.params.train)
-    settings = [proposal.params.inference, *({"sigma_eps": value} for value in SIGMA_EPS)]
-    settings = [setting for at, setting in enumerate(settings) if setting not in settings[:at]]
-    candidates = [scored(Params(proposal.params.train, setting), fit) for setting in settings]
-    curve = []
-    for epoch in range(1, EPOCHS + 1):
-        time.sleep(seconds / EPOCHS)
-        curve.append(candidates[0].score.attacked_accuracy * epoch / EPOCHS)
-        report(fit, epoch, {"loss": 1 / epoch, "cheap": curve[-1]})
-    return {"candidates": [candidate.to_json() for candidate in candidates], "curve": curve, "picture": ""}
-
-
-def clock(study: Study, candidate: Candidate) -> Latency:
-    return Latency(candidate.score.latency_ms_p50, candidate.score.latency_ms_p95, 1.0, 0.0, "simulated", 30)
+from benchmarks.simulated import CPUS, EPOCHS, LAMBDAS, Pulse, Timed, resident, simulated, sweep, working
+from search import session
+from search.ledger import Ledger
+from search.live import Display
+from search.run import run
+from search.searcher import Proposer
+from search.tracking import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timed:
-    """One run of simulated trials.
+class Asked:
+    """What a proposal costs a search that has so many candidates, in milliseconds of CPU, the median of ten."""
 
-    Args:
-        wall: seconds from the call to its return, the start and the end of Ray included.
-        ideal: what the trials sleep, over four slots.
-        first: seconds until the first trial ended.
-        slopes: milliseconds a trial in each quarter of the run.
-        memory: MiB that the driver held at the end of each quarter.
-    """
-
-    way: str
-    trials: int
-    seconds: float
-    wall: float
-    ideal: float
-    first: float
-    slopes: tuple[float, ...] = ()
-    memory: tuple[float, ...] = ()
-    report: float = 0.0
+    method: str
+    candidates: int
+    propose_ms: float
+    finish_ms: float
+    driver_mib: float
 
 
-class Pulse(Listener):
-    """Notes the time and the driver's memory whenever a trial ends."""
-
-    def __init__(self) -> None:
-        self.ends: list[tuple[float, float]] = []
-
-    def trial_ended(self, *told: object) -> None:
-        self.ends.append((time.perf_counter(), resident()))
-
-
-def resident() -> float:
-    """Return the memory of this process, in MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def simulated(storage: Path, **fields: object) -> Study:
-    study = {"name": "scale", "task": "digits/A", "space": "wide", "cpus_per_trial": CPUS, "storage": str(storage)}
-    return make({**study, "stopping": "none", "patience": 10**9, "refine": 0, "wandb": "offline", **fields})
-
-
-def ours(storage: Path, trials: int, seconds: float) -> Timed:
-    from rich.console import Console
-    from search.ledger import Ledger
-    from search.live import Display
-    from search.run import run
-    from search.tracking import Tracker
-    from search import session
-
-    study = simulated(storage, trials=trials)
-    work = Work(needed, classifier, undefended, partial(execute, seconds=seconds), clock)
-    pulse, plan = Pulse(), study.plan()
-    start = time.perf_counter()
-    with (storage / "display").open("w") as shown:
-        display = Display(Console(file=shown), study, list(plan.space.searched()), plan.epochs, 0)
-        tracker = Tracker("offline", study.folder, print)
-        ledger = Ledger(study.folder / "candidates.csv", [])
-        run(study, [ledger, tracker, display, pulse], work=work)
-    end = time.perf_counter()
+def ours(storage: Path, trials: int, seconds: float, *, debug: bool = False) -> Timed:
+    """Run a search as `launch.py search` does, its display piped, and time it."""
+    study, pulse = simulated(storage, trials=trials), Pulse()
+    with (storage / "display.txt").open("w") as shown:
+        display = Display(Console(file=shown), study, list(study.plan().space.searched()), EPOCHS, 0)
+        tracker = Tracker(study.wandb, study.folder, lambda line: print(line, file=shown))
+        listeners = [Ledger(study.folder / "candidates.csv", []), tracker, display, pulse]
+        run(study, listeners, work=working(seconds), debug=debug)
+    wall = time.perf_counter() - pulse.called
     session.write_report(study)
-    reported = time.perf_counter() - end
-    ends = pulse.ends
-    quarters = [len(ends) * part // 4 for part in range(5)]
-    marks = [start if not at else ends[at - 1][0] for at in quarters]
-    slopes = [1e3 * (b - a) / max(1, n - m) for a, b, m, n in zip(marks, marks[1:], quarters, quarters[1:])]
-    memory = tuple(round(ends[at - 1][1]) for at in quarters[1:])
-    return Timed(way="ours", trials=trials, seconds=seconds, wall=end - start, ideal=ideal(trials, seconds),
-                 first=ends[0][0] - start, slopes=tuple(round(s, 1) for s in slopes), memory=memory, report=reported)
-
-
-def ideal(trials: int, seconds: float) -> float:
-    return math.ceil(trials / 4) * seconds
+    return pulse.timed("ours", trials, seconds, wall, time.perf_counter() - pulse.called - wall)
 
 
 def plain(storage: Path, trials: int, seconds: float, *, reuse: bool) -> Timed:
-    """The script that a user of Ray Tune and Optuna writes, with Tune's own defaults but for `reuse`."""
-    import ray
+    """Run the script that a user of Ray Tune and Optuna writes, with Tune's own defaults but for `reuse`."""
+    import ray  # not above: search.tuner, which the other way imports, changes Tune's defaults
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
+    pulse = Pulse()
+
+    class Hears(tune.Callback):
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            pulse.trial_started()
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            pulse.trial_ended()
+
     def trainable(config: dict[str, Any]) -> None:
-        for epoch in range(1, EPOCHS + 1):
+        for _ in range(EPOCHS):
             time.sleep(seconds / EPOCHS)
             tune.report({"error": abs(math.log10(config["lambda_rc"])) / 3, "latency": float(config["conv_maps"])})
 
-    space = {name: tune.loguniform(1e-3, 1e3) for name in ("lambda_rc", "lambda_kl", "lambda_ce")}
+    space = {name: tune.loguniform(1e-3, 1e3) for name in LAMBDAS}
     space |= {"conv_maps": tune.lograndint(4, 65), "decoder_maps": tune.lograndint(8, 65)}
-    start = time.perf_counter()
     ray.init(address="local", include_dashboard=False)
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": CPUS}),
         param_space=space,
-        tune_config=tune.TuneConfig(search_alg=OptunaSearch(metric=["error", "latency"], mode=["min", "min"]),
-          num_samples=trials, reuse_actors=reuse),
-        run_config=tune.RunConfig(storage_path=str(storage)),
+        tune_config=tune.TuneConfig(
+            search_alg=OptunaSearch(metric=["error", "latency"], mode=["min", "min"]),
+            num_samples=trials,
+            reuse_actors=reuse,
+        ),
+        run_config=tune.RunConfig(storage_path=str(storage), callbacks=[Hears()]),
     ).fit()
     ray.shutdown()
-    wall = time.perf_counter() - start
-    return Timed(way="plain, reuse_actors" if reuse else "plain", trials=trials, seconds=seconds, wall=wall, ideal=ideal(trials, seconds), first=0.0)
+    wall = time.perf_counter() - pulse.called
+    return pulse.timed("Ray Tune, reuse_actors" if reuse else "Ray Tune", trials, seconds, wall)
+
+
+WAYS: dict[str, Callable[[Path, int, float], Timed]] = {
+    "ours": ours,
+    "reuse": partial(plain, reuse=True),
+    "plain": partial(plain, reuse=False),
+}
+
+
+def alone(way: str, trials: int, seconds: float) -> Timed:
+    """Run one way in a process of its own, which keeps what it prints to itself."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(_quietly, way, trials, seconds).result()
+
+
+def _quietly(way: str, trials: int, seconds: float) -> Timed:
+    with tempfile.TemporaryDirectory() as folder:
+        with (Path(folder) / "printed.txt").open("w") as printed, redirect_stdout(printed), redirect_stderr(printed):
+            return WAYS[way](Path(folder), trials, seconds)
+
+
+def proposals(method: str, upto: int, patience_s: float) -> Iterator[Asked]:
+    """Yield what a proposal costs at ever more candidates, until one takes longer than `patience_s` of CPU."""
+    marks = [10 * 3**power for power in range(20) if 10 * 3**power < upto] + [upto]
+    with tempfile.TemporaryDirectory() as folder:
+        study = simulated(Path(folder), trials=upto, method=method)
+        proposer, costs, told = Proposer(study), list[tuple[float, float]](), 0
+        while marks:
+            start = time.process_time()
+            proposal = proposer.propose()
+            assert proposal is not None
+            asked = time.process_time()
+            candidates = sweep(proposal.params)
+            begin = time.process_time()
+            proposer.finish(proposal.name, candidates, {})
+            costs.append((asked - start, time.process_time() - begin))
+            told += len(candidates)
+            if told >= marks[0] or costs[-1][0] > patience_s:
+                propose, finish = (1e3 * median(column) for column in zip(*costs[-10:], strict=True))
+                yield Asked(method=method, candidates=told, propose_ms=propose, finish_ms=finish, driver_mib=resident())
+                marks = [] if costs[-1][0] > patience_s else [mark for mark in marks if mark > told]
+
+
+def table(rows: Sequence[Timed]) -> str:
+    """Return the runs in Markdown, the median of those alike."""
+    lines = [
+        "| trials | way | start s | trials s | of ideal | wall s | report s | ms each, by quarter | driver MiB | load |"
+    ]
+    lines.append("| --- " * 10 + "|")
+    for key in dict.fromkeys((row.trials, row.seconds, row.way) for row in rows):
+        alike = [row for row in rows if (row.trials, row.seconds, row.way) == key]
+        row = sorted(alike, key=lambda row: row.trials_s)[len(alike) // 2]
+        ideal = f"{row.trials_s / row.ideal:.2f}" if row.ideal else "-"
+        cells = [f"{row.trials} of {row.seconds:g} s", row.way, f"{row.start:.1f}", f"{row.trials_s:.1f}", ideal]
+        cells += [f"{row.wall:.1f}", f"{row.report:.1f}" if row.report else "-"]
+        cells += [", ".join(f"{value:.0f}" for value in column) for column in (row.each_ms, row.driver_mib)]
+        lines.append("| " + " | ".join([*cells, f"{row.load:.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def asked_table(rows: Sequence[Asked]) -> str:
+    """Return what proposals cost in Markdown."""
+    lines = ["| method | candidates | propose, CPU ms | finish, CPU ms | process MiB |", "| --- " * 5 + "|"]
+    for row in rows:
+        costs = f"{row.propose_ms:.0f} | {row.finish_ms:.0f} | {row.driver_mib:.0f}"
+        lines.append(f"| {row.method} | {row.candidates:,} | {costs} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["trials", "proposals"], help="else both")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--trials", nargs="+", type=int, default=[64, 256], help="of a second")
+    parser.add_argument("--instant", type=int, default=2000, help="trials of no time, of ours alone; 0 for none")
+    parser.add_argument("--repeats", type=int, default=3, help="of the fewest trials; the others run once")
+    parser.add_argument("--methods", nargs="+", default=["tpe", "nsga2", "gp", "random"])
+    parser.add_argument("--upto", type=int, default=10_000, help="candidates")
+    parser.add_argument("--patience", type=float, default=2.0, help="seconds of CPU for a proposal")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    timed: list[Timed] = []
+    asked: list[Asked] = []
+    if args.only != "proposals":
+        plans = [(trials, 1.0) for trials in [min(args.trials)] * (args.repeats - 1) + sorted(args.trials)]
+        timed = [alone(way, *plan) for plan in plans for way in args.ways]
+        timed += [alone("ours", args.instant, 0.0)] if args.instant else []
+    if args.only != "trials":
+        asked = [row for method in args.methods for row in proposals(method, args.upto, args.patience)]
+    if args.json:
+        print("\n".join(json.dumps(row) for row in (*map(asdict, timed), *map(asdict, asked))))
+    else:
+        print("\n\n".join(show for show in (timed and table(timed), asked and asked_table(asked)) if show))
 
 
 if __name__ == "__main__":
-    which, trials, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    with tempfile.TemporaryDirectory(dir="/tmp/h6") as folder:
-        way = {"ours": ours, "plain": partial(plain, reuse=False), "reuse": partial(plain, reuse=True)}[which]
-        print(way(Path(folder), trials, seconds))
+    main()

@@ -72,6 +72,8 @@ class Conductor:
         found: list[Proposal | None] = []
         if self.trouble is None:
             self._kept(lambda: found.append(self._next()))
+        while self.trouble and self._again:
+            self.interrupted(self._again.pop(), str(self.trouble))
         return found[0] if found else None
 
     def _next(self) -> Proposal | None:
@@ -93,8 +95,9 @@ class Conductor:
 
     def leaders(self) -> list[Candidate]:
         """Return the candidates of the front whose latency is to be measured again: one of each latency."""
-        found = front(self.study, self.proposer.candidates())
-        return list({candidate.score.latency_ms_p50: candidate for candidate in found}.values())
+        found, known = front(self.study, self.proposer.candidates()), self.proposer.clocked()
+        each = {candidate.score.latency_ms_p50: candidate for candidate in found}.values()
+        return [candidate for candidate in each if candidate.candidate not in known]
 
     def clocked(self, candidate: Candidate, again: Latency) -> None:
         """Keep the latency that a candidate of the front had when all was quiet."""

@@ -91,14 +91,16 @@ class Record:
 
     def importances(self) -> dict[str, float]:
         """Return how much each knob matters for the attacked error; empty where too little is known."""
-        # A candidate whose thresholds were picked may lack some knobs, and would take them out for all.
-        done = [t for t in self._all() if t.state == TrialState.COMPLETE and set(self.searched) <= set(t.params)]
+        # A candidate whose thresholds were picked may lack some knobs, and would take them out for all. Those that do
+        # not always matter would leave too few candidates.
+        always = [name for name in self.searched if name not in self.space.given]
+        done = [t for t in self._all() if t.state == TrialState.COMPLETE and set(always) <= set(t.params)]
         if len(done) < 8 or len({t.values[0] for t in done}) < 2:
             return {}  # where nothing varies there is no variance to explain
         found = optuna.importance.get_param_importances(
             self.optuna,
             evaluator=optuna.importance.FanovaImportanceEvaluator(seed=self.study.seed),
-            params=list(self.searched),
+            params=always,
             target=lambda trial: trial.values[0],
         )
         return dict(found)

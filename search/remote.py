@@ -85,9 +85,6 @@ class Mirror:
         self._rests = 0.0
         self._said = False
 
-    def __repr__(self) -> str:
-        return f"Mirror({self.storage!r}, {self.part!r}, {str(self.folder)!r})"
-
     def reach(self) -> None:
         """See that the storage can be written.
 
@@ -181,14 +178,14 @@ class Mirror:
 
     def send_entry(self, name: str) -> None:
         """Send an entry, `kind/key`, and those that could not be sent before; what fails is left for the next time."""
-        mark = self._unsent / name.replace("/", "-")
+        mark = self.folder / "unsent" / name.replace("/", "-")
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
         self.catch_up()
 
     def catch_up(self) -> bool:
         """Send the entries that were not sent yet, and return whether none is left."""
-        for mark in sorted(self._unsent.glob("*")):
+        for mark in sorted((self.folder / "unsent").glob("*")):
             name = mark.name.replace("-", "/", 1)
             try:
                 for file in sorted(json.loads((self.folder / name / "entry.json").read_text())["sha256"]):
@@ -211,14 +208,9 @@ class Mirror:
         for file in json.loads(entry.read_text())["sha256"]:
             self.fetch(f"{name}/{file}", folder / file)
 
-    @property
-    def _unsent(self) -> Path:
-        return self.folder / "unsent"
-
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        fs, base = url_to_fs(self.storage, use_listings_cache=False)
-        return fs, str(base).rstrip("/")
+        return url_to_fs(self.storage, use_listings_cache=False)
 
     @property
     def _fs(self) -> Any:
@@ -226,7 +218,7 @@ class Mirror:
 
     @property
     def _base(self) -> str:
-        return self._opened[1]
+        return self._opened[1].rstrip("/")
 
     @property
     def _has_folders(self) -> bool:

@@ -85,10 +85,11 @@ class Step:
     def scoring(self) -> tuple[float, float]:
         """Return the seconds of an exam at one setting, and those of a rung."""
         defended = Defended(self.defense.at(self.usual.inference), self.target).eval().requires_grad_(False)
-        x_NCHW, _ = self._random(min(FEW, self.plan.eval_images))
+        shape, (x_NCHW, _) = self.plan.task.shape, self._random(min(FEW, self.plan.eval_images))
         with torch.no_grad():
             y_N = defended(x_NCHW).argmax(1)
-        y_N[::2] = (y_N[::2] + 1) % self.plan.task.shape.classes  # a white-box attack spares what has fallen: half
+        # A white-box attack spares what has fallen: of the searches that this was held against all but a quarter.
+        y_N = torch.where(torch.arange(len(y_N), device=y_N.device) % 4 == 0, y_N, (y_N + 1) % shape.classes)
         suite, threat, seed = self.plan.suite, self.plan.threat, self.study.seed
         blind = {attack.name: x_NCHW for attack in suite.with_rungs().oblivious}
         exam = Exam(suite, replace(threat, knowledge="white-box"), x_NCHW, y_N, blind, seed)

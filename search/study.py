@@ -85,7 +85,9 @@ class Study(BaseModel):
         24, ge=0, description="settings tried at the end on the best fits, where inference knobs are continuous"
     )
     warm_start: str | None = Field(None, description="a search of the storage, or an export's folder, to begin from")
-    trial_timeout: float | None = Field(None, gt=0, description="seconds after which a trial is given up; else never")
+    trial_timeout: float | None = Field(
+        None, gt=0, description="seconds of work after which a trial is given up (not with --debug); else never"
+    )
     gpus_per_trial: float | None = Field(None, ge=0, description="a fraction shares one; else 0.25 where there is one")
     cpus_per_trial: float = Field(1.0, gt=0, description="CPU cores of a trial")
     concurrent: int | None = Field(None, ge=1, description="trials at once; else what the cluster holds")

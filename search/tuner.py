@@ -164,13 +164,13 @@ def _trainable(config: dict[str, Any], study: Study, berth: Berth, work: Work) -
     """Run one trial in a worker of Ray."""
     ready(study, berth)
 
-    watch = Watch(study, config["name"])
+    proposal = Proposal(config["name"], Params(config["train"], config["inference"]), config["refines"])
+    watch = Watch(study, proposal)
 
     def report(fit: str, epoch: int, metrics: Metrics) -> None:
         with watch.paused():
             tune.report({"fit": fit, "epoch": epoch, "reported": list(metrics), **metrics})
 
-    proposal = Proposal(config["name"], Params(config["train"], config["inference"]), config["refines"])
     if word := watch.word():
         last: dict[str, Any] = {"failed": word}
     else:

@@ -14,19 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from search.store import fingerprint
 from search.study import Study
+from search.work import Proposal
 
 
 class Watch:
     """Ends this process when a trial has worked for too long; waiting for the driver or the storage does not count.
 
-    Args:
-        trial: its word lies in the search's folder, under this name.
+    Its word lies in the search's folder, under the trial's name and setting.
     """
 
-    def __init__(self, study: Study, trial: str) -> None:
+    def __init__(self, study: Study, proposal: Proposal) -> None:
         self.limit = study.trial_timeout
-        self.path = study.folder / "stuck" / f"{trial}.txt"
+        self.path = study.folder / "stuck" / f"{proposal.name}-{fingerprint(**proposal.params.flat())[:8]}.txt"
         self._left = study.trial_timeout or 0.0
         self._since = 0.0
         self._file: IO[str] | None = None

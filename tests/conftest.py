@@ -29,7 +29,7 @@ def _lane_of_its_own() -> Iterator[None]:
     if worker is None:
         yield
         return
-    with tempfile.TemporaryDirectory(prefix=f"{worker}-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix=worker, ignore_cleanup_errors=True) as folder:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TMPDIR", folder)
             patch.setattr(tempfile, "tempdir", None)

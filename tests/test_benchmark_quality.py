@@ -12,7 +12,7 @@ from benchmarks.quality import Spent, Table, Training, grid_of, header, row, spe
 from search.run import run
 from search.score import Candidate
 from search.study import Study
-from spaces.space import Params, SearchSpace
+from spaces.space import InputError, Params, SearchSpace
 from tests.engine import scored
 
 FOUND = 13
@@ -39,8 +39,9 @@ def _alarming(candidate: Candidate) -> Candidate:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Study:
-    """The grid of 36 trainings that fixes lambda_rc."""
-    return study_of(tmp_path, "replay", method="grid", stopping="none", knobs={"lambda_rc": 1.0})
+    """A part of the grid, of 18 trainings."""
+    knobs = {"lambda_rc": 1.0, "lambda_ce": [0.1, 1.0, 10.0]}
+    return study_of(tmp_path, "replay", method="grid", stopping="none", knobs=knobs)
 
 
 def test_the_grid_is_the_papers() -> None:
@@ -49,7 +50,7 @@ def test_the_grid_is_the_papers() -> None:
 
 def test_all_epochs_until_the_goal_count(small: Study) -> None:
     table = table_of(small, lambda i: [0.5] * 8)
-    assert (table.epochs, len(table.trainings)) == (36 * 8, 36)
+    assert (table.epochs, len(table.trainings)) == (18 * 8, 18)
     assert spend(small, table.best - 0.01, table.work()) == Spent(FOUND, 8 * FOUND, True)
 
 
@@ -61,7 +62,7 @@ def test_epochs_of_stopped_trainings_count_too(small: Study) -> None:
 
 def test_a_goal_that_is_never_reached_costs_everything(small: Study) -> None:
     table = table_of(small, lambda i: [0.5] * 8)
-    assert spend(small, 0.61, table.work()) == Spent(36, 36 * 8, False)
+    assert spend(small, 0.61, table.work()) == Spent(18, 18 * 8, False)
 
 
 def test_a_table_is_read_back_from_a_finished_grid(small: Study) -> None:
@@ -70,10 +71,17 @@ def test_a_table_is_read_back_from_a_finished_grid(small: Study) -> None:
     assert Table.of(small) == table
 
 
+def test_a_grid_that_has_not_ended_is_no_table(small: Study) -> None:
+    table = table_of(small, lambda i: [0.5] * 8)
+    assert spend(small, 0.0, table.work()).trainings == 1
+    with pytest.raises(InputError, match="a table needs a finished grid, but replay has 1 of 18 trainings"):
+        Table.of(small)
+
+
 def test_a_line_has_medians_the_share_of_the_grid_and_what_missed(small: Study) -> None:
     table = table_of(small, lambda i: [0.5] * 8)
-    found = [[Spent(2, 16, True), Spent(4, 32, True), Spent(36, 288, False)], [Spent(1, 8, True)] * 3]
-    assert row("ours", found, [table, table]) == "| ours | 32 (4) | 8 (1) | 12 (2) | 0.042 | 1 of 6 |"
+    found = [[Spent(2, 16, True), Spent(4, 32, True), Spent(18, 144, False)], [Spent(1, 8, True)] * 3]
+    assert row("ours", found, [table, table]) == "| ours | 32 (4) | 8 (1) | 12 (2) | 0.083 | 1 of 6 |"
     lines = header([1, 2], [table, table]).splitlines()
     assert {line.count("|") for line in lines} == {7}
-    assert "| 288 (36), best 60 % | 288 (36), best 60 % |" in lines[2]
+    assert "| 144 (18), best 60 % | 144 (18), best 60 % |" in lines[2]

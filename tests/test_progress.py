@@ -163,7 +163,7 @@ def test_two_searches_at_once_share_classifiers_and_fits(tmp_path: Path) -> None
     command = [sys.executable, str(ROOT / "launch.py"), "search", *asked.split()]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     searches = [subprocess.Popen([*command, name], cwd=ROOT, **pipes) for name in ("one", "other")]
-    said = [search.communicate(timeout=300)[0] for search in searches]
+    said = [search.communicate(timeout=550)[0] for search in searches]
     assert [search.returncode for search in searches] == [0, 0], said
     epochs = [line for text in said for line in text.splitlines() if " epoch " in line]
     assert len(epochs) == 4, epochs  # two trainings of two epochs, in whichever search

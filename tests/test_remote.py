@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from rich.console import Console
 
+from benchmarks.ordeal import wait_for
 from defenses.base import Metrics
 from defenses.puvae import PuVAE
 from search import courier, remote, session
@@ -35,7 +37,6 @@ from search.work import Proposal, Report
 from spaces.space import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT
-from tests.test_search import SMOKE, wait_for
 from tests.test_stopping import PRETENDED
 
 FILES = {"a.bin": b"one", "b.bin": b"two"}
@@ -49,8 +50,9 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["memory", "file"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "memory":
+        monkeypatch.setattr(MemoryFileSystem, "async_impl", True)  # as object stores are
         return f"memory://{uuid.uuid4().hex}"
     (tmp_path / "far").mkdir()
     return f"file://{tmp_path}/far"
@@ -365,8 +367,9 @@ def test_a_search_under_ray_whose_machine_dies_is_finished_by_another(tmp_path: 
     """Real processes: the driver and its workers are killed in mid-training, and their folder is lost."""
     (tmp_path / "far").mkdir()
     uri, far = f"file://{tmp_path}/far", tmp_path / "far"
-    small = [*SMOKE, "--trials", "2", "--epochs", "6", "--concurrent", "1", "--wandb", "disabled", "--refine", "0"]
-    command = [sys.executable, str(ROOT / "launch.py"), "search", "--name", "moves", "--storage", uri, *small]
+    small = "--task digits/A --space smoke --suite quick --eval-images 40 --cheap-images 20 --refine 0 --trials 2"
+    more = "--epochs 6 --concurrent 1 --wandb disabled --name moves --storage"
+    command = [sys.executable, str(ROOT / "launch.py"), "search", *small.split(), *more.split(), uri]
     one, two = (os.environ | {"CRUCIBLE_CACHE": str(tmp_path / name)} for name in ("one", "two"))
     process = subprocess.Popen(command, cwd=ROOT, env=one, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
@@ -382,6 +385,8 @@ def test_a_search_under_ray_whose_machine_dies_is_finished_by_another(tmp_path: 
         command = [sys.executable, str(ROOT / "launch.py"), *arguments, "--storage", uri]
         return subprocess.run(command, cwd=ROOT, env=two, text=True, capture_output=True)
 
+    said = json.loads((far / "moves" / "driver.json").read_text())
+    (far / "moves" / "driver.json").write_text(json.dumps(said | {"time": time.time()}))  # however slow this machine is
     refused = launch("resume", "moves")
     assert refused.returncode == 2 and "a search must run once at a time, but 'moves' runs on" in refused.stderr
     (far / "moves" / "driver.json").unlink()  # the minute is over

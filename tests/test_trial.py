@@ -15,7 +15,7 @@ from attacks.robustness import Observation
 from attacks.suite import SUITES
 from defenses.base import Batches, Metrics
 from defenses.puvae import PuVAE
-from search import exam, trial
+from search import exam, latency, trial
 from search.exam import Exam
 from search.score import Candidate
 from search.study import Study
@@ -77,7 +77,7 @@ class Killed(BaseException):
 
 def brief(storage: Path, **fields: object) -> Study:
     """Return a study of whose figures nothing is asked."""
-    few = {"suite": "quick", "train_images": 256, "eval_images": 40, "epochs": 1, "classifier_epochs": 1}
+    few = {"suite": "quick", "train_images": 256, "eval_images": 30, "epochs": 1, "classifier_epochs": 1}
     return digits_study(storage, **few | fields)
 
 
@@ -103,7 +103,7 @@ def test_a_second_search_over_the_same_space_trains_nothing_and_attacks_nothing(
     forbid(monkeypatch, PuVAE, "fit")
     for name in ("observe", "noisy", "quick_gates"):
         forbid(monkeypatch, exam, name)
-    forbid(monkeypatch, trial, "measure")
+    forbid(monkeypatch, latency, "_times")
     other = brief(tmp_path, name="other", trials=9, method="grid", max_clean_rejection=0.2, threat="white-box")
     assert search(other) == first
 
@@ -148,7 +148,7 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
     first = key()
     variants: list[dict[str, object]] = [
         {"seed": 1},
-        {"eval_images": 50},
+        {"eval_images": 20},
         {"suite": "search"},
         {"threat": "oblivious"},
         {"eps": 0.1},
@@ -178,15 +178,11 @@ def test_what_was_said_serves_every_threshold_and_every_budget(tmp_path: Path, m
 
     first = scored(max_clean_rejection=0.05)
     store = store_of(brief(tmp_path))
-    assert len(store.keys("scores")) == 2 and len(first) >= 8  # one for each reformer
+    assert len(store.keys("scores")) == 2 and len(first) == 10  # one for each reformer
     forbid(monkeypatch, Exam, "observe")
     assert scored(max_clean_rejection=0.05) == first
-    other = scored(max_clean_rejection=0.3)
-    assert (
-        first != other
-        and {c.candidate: c for c in first if not c.score.risk_coverage}.items()
-        <= {c.candidate: c for c in other}.items()
-    )
+    for one, other in zip(first, scored(max_clean_rejection=1.0), strict=True):
+        assert one == other or (one.score.risk_coverage and other.score.attacked_error <= one.score.attacked_error)
 
 
 def test_a_black_box_attacker_learns_of_each_threshold_anew(tmp_path: Path) -> None:
