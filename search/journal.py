@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import get_lock_file
 from optuna.storages.journal._storage import JournalOperation
 
 from search.place import StorageError, trouble
@@ -44,8 +44,6 @@ class Journal(JournalFileBackend):
     def __init__(self, path: Path, store: Store | None) -> None:
         self._store = store
         if store is not None:
-            for left in path.parent.glob(f"{path.name}.lock*"):
-                left.unlink()  # by a driver that was killed: Optuna would wait half a minute for it
             mend(path)
         super().__init__(str(path))
 
@@ -53,7 +51,30 @@ class Journal(JournalFileBackend):
         return iter(self._patiently(lambda: list(self._lines(log_number_from))))
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        self._patiently(lambda: self._append(logs))
+        """Write in full or take back: half a line would swallow the next one, and none may stand twice.
+
+        Optuna's lock is a file beside the journal, which a killed driver leaves for half a minute, and which nobody can
+        give back while the storage is away. A driver needs none: it holds the search's own.
+        """
+        size = self._patiently(lambda: os.path.getsize(self._file_path))
+        try:
+            self._patiently(lambda: self._append(size, logs))
+        except BaseException:
+            with suppress(OSError):
+                self._cut(size)
+            raise
+
+    def _append(self, size: int, logs: list[dict[str, Any]]) -> None:
+        self._cut(size)  # what an attempt left when the storage went away
+        with open(self._file_path, "ab") as file:
+            file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
+            file.flush()
+            if not all(log["op_code"] in PASSING for log in logs):
+                os.fsync(file.fileno())  # with all that came before
+
+    def _cut(self, size: int) -> None:
+        if os.path.getsize(self._file_path) > size:
+            os.truncate(self._file_path, size)
 
     def _lines(self, number: int) -> Iterator[dict[str, Any]]:
         """Yield the whole lines from one on; Optuna's own reader stops at some ends and raises at others."""
@@ -65,20 +86,6 @@ class Journal(JournalFileBackend):
                 number += 1
                 self._log_number_offset[number] = self._log_number_offset[number - 1] + len(line)
                 yield log
-
-    def _append(self, logs: list[dict[str, Any]]) -> None:
-        size = os.path.getsize(self._file_path)
-        try:
-            with get_lock_file(self._lock), open(self._file_path, "ab") as file:
-                file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
-                file.flush()
-                if not all(log["op_code"] in PASSING for log in logs):
-                    os.fsync(file.fileno())  # with all that came before
-        except BaseException:
-            # Half a line would swallow the next one.
-            if os.path.exists(self._file_path) and os.path.getsize(self._file_path) > size:
-                os.truncate(self._file_path, size)
-            raise
 
     def _patiently(self, do: Callable[[], T]) -> T:
         while True:
