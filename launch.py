@@ -383,7 +383,8 @@ def main() -> int:
         print(f"error: {error.format_message()}", file=sys.stderr)
         return 2
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What a worker raised comes from Ray with its traceback in its text.
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         return 2
     except OSError as error:
         from search.place import trouble

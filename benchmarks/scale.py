@@ -50,9 +50,9 @@ class Asked:
     driver_mib: float
 
 
-def ours(storage: Path, trials: int, seconds: float, *, debug: bool = False) -> Timed:
+def ours(storage: Path, trials: int, seconds: float, *, method: str = "tpe", debug: bool = False) -> Timed:
     """Run a search as `launch.py search` does, its display piped, and time it."""
-    study, pulse = simulated(storage, trials=trials), Pulse()
+    study, pulse = simulated(storage, trials=trials, method=method), Pulse()
     with (storage / "display.txt").open("w") as shown:
         display = Display(Console(file=shown), study, list(study.plan().space.searched()), EPOCHS, 0)
         tracker = Tracker(study.wandb, study.folder, lambda line: print(line, file=shown))
@@ -60,7 +60,7 @@ def ours(storage: Path, trials: int, seconds: float, *, debug: bool = False) -> 
         run(study, listeners, work=working(seconds), debug=debug)
     wall = time.perf_counter() - pulse.called
     session.write_report(study)
-    return pulse.timed("ours", trials, seconds, wall, time.perf_counter() - pulse.called - wall)
+    return pulse.timed(f"ours, {method}", trials, seconds, wall, time.perf_counter() - pulse.called - wall)
 
 
 def plain(storage: Path, trials: int, seconds: float, *, reuse: bool) -> Timed:
@@ -103,6 +103,7 @@ def plain(storage: Path, trials: int, seconds: float, *, reuse: bool) -> Timed:
 
 WAYS: dict[str, Callable[[Path, int, float], Timed]] = {
     "ours": ours,
+    "random": partial(ours, method="random"),
     "reuse": partial(plain, reuse=True),
     "plain": partial(plain, reuse=False),
 }
@@ -171,9 +172,11 @@ def asked_table(rows: Sequence[Asked]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["trials", "proposals"], help="else both")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=["ours", "reuse", "plain"], choices=list(WAYS))
     parser.add_argument("--trials", nargs="+", type=int, default=[64, 256], help="of a second")
-    parser.add_argument("--instant", type=int, default=2000, help="trials of no time, of ours alone; 0 for none")
+    parser.add_argument(
+        "--instant", type=int, default=2000, help="trials of no time, of ours alone, drawn at random; 0 for none"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="of the fewest trials; the others run once")
     parser.add_argument("--methods", nargs="+", default=["tpe", "nsga2", "gp", "random"])
     parser.add_argument("--upto", type=int, default=10_000, help="candidates")
@@ -184,14 +187,18 @@ def main() -> None:
     asked: list[Asked] = []
     if args.only != "proposals":
         plans = [(trials, 1.0) for trials in [min(args.trials)] * (args.repeats - 1) + sorted(args.trials)]
-        timed = [alone(way, *plan) for plan in plans for way in args.ways]
-        timed += [alone("ours", args.instant, 0.0)] if args.instant else []
-    if args.only != "trials":
-        asked = [row for method in args.methods for row in proposals(method, args.upto, args.patience)]
-    if args.json:
-        print("\n".join(json.dumps(row) for row in (*map(asdict, timed), *map(asdict, asked))))
-    else:
-        print("\n\n".join(show for show in (timed and table(timed), asked and asked_table(asked)) if show))
+        runs = [(way, *plan) for plan in plans for way in args.ways]
+        for what in runs + ([("random", args.instant, 0.0)] if args.instant else []):
+            timed.append(alone(*what))
+            if args.json:
+                print(json.dumps(asdict(timed[-1])), flush=True)
+    for method in args.methods if args.only != "trials" else ():
+        for row in proposals(method, args.upto, args.patience):
+            asked.append(row)
+            if args.json:
+                print(json.dumps(asdict(row)), flush=True)
+    if not args.json:
+        print("\n\n".join(shown for shown in (timed and table(timed), asked and asked_table(asked)) if shown))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,6 @@ trap 'ended=1; kill -TERM $search' TERM  # the time limit is near: save
 wait $search && code=0 || code=$?
 if ((ended)); then
   wait $search && code=0 || code=$?
-  ((code == 130)) && scontrol requeue "$SLURM_JOB_ID"
+  ((code == 130 || code == 143)) && scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

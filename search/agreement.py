@@ -131,7 +131,7 @@ def agreement(record: Record, candidates: Iterable[Candidate]) -> Agreement:
     found = []
     for trial in record.trials():
         curve = {int(epoch): float(score) for epoch, score in trial.user_attrs.get("curve", [])}
-        of = fits.get(_key(record.space.complete(trial.params).train), [])
+        of = fits.get(_key(record.setting(trial).train), [])
         if state_of(trial) == "finished" and curve and of:
             found.append((str(trial.user_attrs["trial"]), curve, of))
     at_usual = [[c for c in of if c.params.inference == usual] for *_, of in found]

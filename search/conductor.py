@@ -114,7 +114,10 @@ class Conductor:
         """Take an epoch's metrics, and return whether the trial stops here; a fit that stops leaves no progress."""
         self._curves.setdefault(name, {})[epoch] = metrics["cheap"]
         self._hear(lambda listener: listener.epoch_ended(name, epoch, metrics))
-        whole = epoch == self._running[name].params.train.get("epochs")
+        running = self._running[name]
+        if running.refines:  # its fit was gone from the store, and is trained again as it was
+            return False
+        whole = epoch == running.params.train.get("epochs")
         stops = self.rule.stops(name, epoch, metrics["cheap"]) and not whole
         if stops:
             self._stopped[name] = fit

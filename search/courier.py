@@ -84,9 +84,9 @@ def driver(study: Study) -> str | None:
         return None
     try:
         said = json.loads(study.mirror.read(DRIVER))
-    except (OSError, ValueError):
+        alive = time.time() - said["time"] < 3 * TICK_S
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    alive = time.time() - said["time"] < 3 * TICK_S
     return str(said["on"]) if alive and said["on"] != _here(study) else None
 
 
@@ -137,6 +137,7 @@ class Courier(Listener):
         self._say = say
         self._sent: dict[str, tuple[int, int]] | None = None
         self._wake = threading.Event()
+        self._wake.set()  # other machines must soon know that this one drives
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="courier", daemon=True)
         self._thread.start()
@@ -219,14 +220,18 @@ def _here(study: Study) -> str:
 def _bring(mirror: Mirror, *, whole: bool) -> None:
     """Bring what the storage has of a search and this machine lacks.
 
-    The journal only grows: whose is longer is ahead. So do the files in folders; those beside the journal do not.
+    The journal only grows: whose is longer is ahead. So do the files in folders; those beside the journal do not. But
+    where another machine went on from what this one had sent, all follow that one: it ran again what it did not know.
 
     Raises:
         OSError: the storage does not answer.
     """
     there, journal = mirror.sizes(), _length(mirror.folder / JOURNAL)
     if journal > there.get(JOURNAL, 0):
-        return  # what this machine could not send yet
+        if _continues(mirror):
+            return  # what this machine could not send yet
+        os.replace(mirror.folder / JOURNAL, mirror.folder / f".{JOURNAL}.left")
+        journal = -1
     ahead = there.get(JOURNAL, 0) > journal
     # The journal last: where this is cut short, it is done again.
     for name in sorted(there.keys() - {DRIVER}, key=lambda name: name == JOURNAL):
@@ -234,6 +239,15 @@ def _bring(mirror: Mirror, *, whole: bool) -> None:
         if here < there[name] if "/" in name else ahead or here < 0:
             if whole or "/" not in name:
                 mirror.fetch(name)
+
+
+def _continues(mirror: Mirror) -> bool:
+    """Say whether the journal here begins as the one there does; half a line at its end counts for nothing."""
+    try:
+        sent = mirror.read(JOURNAL)
+    except FileNotFoundError:
+        return True
+    return (mirror.folder / JOURNAL).read_bytes().startswith(sent[: sent.rfind(b"\n") + 1])
 
 
 def _length(path: Path) -> int:

@@ -165,7 +165,7 @@ def find(study: Study) -> Findings:
             TrialRecord(
                 trial=trial.user_attrs["trial"],
                 state=state_of(trial),
-                params=record.space.complete(trial.params),
+                params=record.setting(trial),
                 curve=[score for _, score in trial.user_attrs.get("curve", [])],
                 reason=trial.user_attrs.get("reason", ""),
                 picture=courier.picture(study, trial.user_attrs.get("picture", "")),

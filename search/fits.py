@@ -19,6 +19,7 @@ import defenses
 from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
 from search import tasks
 from search.classifiers import Classifier
+from search.exam import Exam
 from search.materials import Materials
 from search.store import fingerprint, to_bytes
 from search.texts import texts
@@ -67,9 +68,10 @@ class Fits(Materials):
     def rungs(self) -> str:
         """Return the fingerprint of what scores an epoch: rung scores compare only where it is the same."""
         return fingerprint(
+            source=texts(Exam.__module__),
             threat=str(self.plan.threat),
             attacks=str(attacks.suite.SUITES["quick"]),
-            images=self.study.cheap_images,
+            images=min(self.study.cheap_images, self.plan.eval_images),
             classifier=self.identity(self.plan.protected),
             setting=self.plan.space.usual(),
             seed=self.study.seed,

@@ -23,6 +23,7 @@ class Ledger(Listener):
     def __init__(self, path: Path, known: Sequence[Candidate]) -> None:
         self.path = path
         self._rows = {candidate.candidate: candidate.row() for candidate in known}
+        self._columns = dict.fromkeys(column for row in self._rows.values() for column in row)
         self._behind = True
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
@@ -32,9 +33,11 @@ class Ledger(Listener):
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
         new = [c.candidate for c in candidates if c.candidate not in self._rows]
-        before = self._columns()
-        self._rows.update({c.candidate: c.row() for c in candidates})
-        if self._behind or self._columns() != before:  # such as the attacks that another variant calls for
+        before = len(self._columns)
+        for candidate in candidates:
+            row = self._rows[candidate.candidate] = candidate.row()
+            self._columns.update(dict.fromkeys(row))
+        if self._behind or len(self._columns) > before:  # such as the attacks that another variant calls for
             self._rewrite()
             return
         self._behind = True  # where the disk is full, half a row is
@@ -50,15 +53,12 @@ class Ledger(Listener):
         write_atomic(self.path, self._text(list(self._rows), header=True).encode())
         self._behind = False
 
-    def _columns(self) -> list[str]:
-        return list(dict.fromkeys(column for row in self._rows.values() for column in row))
-
     def _text(self, names: Sequence[str], *, header: bool) -> str:
         if not names:
             return ""
         rows = [self._rows[name] for name in names]
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, fieldnames=self._columns())
+        writer = csv.DictWriter(buffer, fieldnames=list(self._columns))
         if header:
             writer.writeheader()
         writer.writerows(rows)

@@ -78,7 +78,7 @@ class Place:
 
     @property
     def _here(self) -> bool:
-        return (self.root / MARKER).exists()
+        return os.path.exists(self.root / MARKER)  # False too where a broken mount answers with an error
 
     def wait(self) -> None:
         """Return when the store is here.

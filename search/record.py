@@ -18,7 +18,7 @@ from search.ranking import OBJECTIVES
 from search.score import Candidate
 from search.study import Study
 from search.trial import store_of
-from spaces.space import InputError
+from spaces.space import InputError, Params
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -68,6 +68,10 @@ class Record:
         """Return one Optuna trial for each trial of the search, the latest of its name, in order."""
         latest = {t.user_attrs["trial"]: t for t in self._all() if _proposal(t)}
         return [latest[name] for name in sorted(latest, key=lambda name: int(name[1:]))]
+
+    def setting(self, trial: FrozenTrial) -> Params:
+        """Return what a trial of the search proposed; one that is proposed again may not have asked for all yet."""
+        return self.space.complete(trial.system_attrs.get("fixed_params", {}) | trial.params)
 
     def undefended(self) -> Candidate | None:
         """Return the bare classifier's figures, where they are known."""

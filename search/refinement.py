@@ -24,7 +24,7 @@ TRIES = 20
 def refinable(study: Study) -> bool:
     """Say whether a fit is scored at a part of its inference settings; its thresholds are exact in any case."""
     plan = study.plan()
-    size = SearchSpace({}, plan.space.inference, plan.space.defaults).size()
+    size = plan.space.at(plan.space.setting(plan.space.usual_of).train).size()
     moved = set(plan.space.searched()) & set(plan.space.inference) - set(plan.defense.thresholds())
     return bool(moved) and (size is None or size > GRID_LIMIT)
 

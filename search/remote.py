@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from fsspec.registry import get_filesystem_class, known_implementations
 HOME = "~/.cache/crucible"
 REST = 10.0
 """How many times as long as it took to fail a storage is then left alone."""
+PART = ".part-"
+"""Marks a file that is half sent, or was when its sender died."""
 
 
 class Unreachable(OSError):
@@ -43,8 +46,10 @@ def checked(storage: str) -> str:
     if not is_uri(storage):
         return str(Path(storage).expanduser().resolve())
     protocol, path = split_protocol(storage)
+    if re.match(r"[^/@]*:[^/@]*@", path):
+        raise ValueError("must be a folder or a URI without a password, which would stand in study.yaml")
     try:
-        kind = get_filesystem_class(protocol)
+        kind = get_filesystem_class(str(protocol))  # None of "://x", which fsspec takes for a file
     except ImportError:
         package = known_implementations[protocol]["class"].partition(".")[0]
         remedy = "its packages" if package == "fsspec" else package
@@ -118,7 +123,7 @@ class Mirror:
                 return
             if not self._fs.isdir(self._base):
                 raise OSError("it is gone")  # and is not to be made anew below a mount point
-            part = self._at(f"{name}.part-{uuid.uuid4().hex}")
+            part = self._at(f"{name}{PART}{uuid.uuid4().hex}")
             self._fs.makedirs(part.rpartition("/")[0], exist_ok=True)
             try:
                 self._fs.put_file(str(path), part)
@@ -165,7 +170,8 @@ class Mirror:
         with self._reaching():
             self._fs.invalidate_cache()
             found = self._fs.find(self._at(""), detail=True)
-        return {path[len(self._at("")) + 1 :]: int(about["size"]) for path, about in found.items()}
+        sizes = {path[len(self._at("")) + 1 :]: int(about["size"]) for path, about in found.items()}
+        return {name: size for name, size in sizes.items() if PART not in name}
 
     def holding(self, pattern: str) -> list[str]:
         """Return the folders there that hold a file, `*/study.yaml` say; it raises what `sizes` does."""

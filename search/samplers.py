@@ -26,7 +26,7 @@ NEEDS_ALL = ("nsga2", "gp", "qmc")
 
 def sampler(study: Study, space: SearchSpace, seed: int) -> BaseSampler:
     """Return the sampler of the study's method; it starts at random for the first quarter of the trainings."""
-    settings = SearchSpace({}, space.inference, space.defaults).size() or 1
+    settings = space.at(space.setting(space.usual_of).train).size() or 1
     startup = max(1, min(10, study.trials // 4)) * (settings if settings <= GRID_LIMIT else 1)
     match study.method:
         case "tpe":

@@ -48,7 +48,7 @@ class Proposer(Record):
         trials = self.trials()
         self._names = {trial.user_attrs["trial"] for trial in trials}
         self._ended = sum(state_of(trial) in ENDED for trial in trials)
-        self._seen = {_key(self.space.complete(trial.params)) for trial in trials}
+        self._seen = {_key(self.setting(trial)) for trial in trials}
         self._known = {candidate.candidate for candidate in self.candidates()}
         self._refined = {t.user_attrs["refines"] for t in self._all() if "refines" in t.user_attrs}
         self._refining: set[str] = set()
@@ -88,6 +88,8 @@ class Proposer(Record):
             self.optuna.tell(trial, state=TrialState.FAIL)
             if attempt >= (1 if self._countable else RETRIES) and not self._enqueue_unseen(params):
                 return None
+            if attempt >= 10 * RETRIES and not self._countable:
+                return None  # what cannot be listed can be spent too: 1..4 on a log scale has four
         if name is None:
             name = f"t{len(self._names) + 1:03d}"
             trial.set_user_attr("trial", name)

@@ -53,7 +53,7 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
     _new(study)
     if study.warm_start is not None:
         console.print(warmth(study, study.warm_start).said, highlight=False, soft_wrap=True)
-    return _run(study, [], console, debug=debug)
+    return _run(study, console, debug=debug, new=True)
 
 
 def rehearse(study: Study) -> Forecast:
@@ -72,15 +72,14 @@ def rehearse(study: Study) -> Forecast:
 
 def proceed(study: Study, console: Console, *, debug: bool) -> int:
     """Go on with a search and return the exit code."""
-    known = Record(study).candidates() if begun(study) else []
     threat = study.plan().threat
-    for candidate in known:
+    for candidate in Record(study).candidates() if begun(study) else ():
         if candidate.score.threat != threat:
             raise InputError(
                 f"a search must go on under its own threat model, {candidate.score.threat}, but its study says "
                 f"{threat} by now: name the former's eps in {study.folder / 'study.yaml'}"
             )
-    return _run(study, known, console, debug=debug)
+    return _run(study, console, debug=debug, new=False)
 
 
 def status(study: Study) -> dict[str, Any]:
@@ -187,7 +186,7 @@ def check(datasets: Sequence[str], data_dir: str | None) -> list[dict[str, Any]]
     return [vars(tasks.check(dataset, data_dir)) for dataset in datasets or DATASETS]
 
 
-def _run(study: Study, known: Sequence[Candidate], console: Console, *, debug: bool) -> int:
+def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
     """Run what is left of a search, alone: two drivers on one study would undo each other's work."""
     plan = study.plan()
     _writable(study)
@@ -204,13 +203,15 @@ def _run(study: Study, known: Sequence[Candidate], console: Console, *, debug: b
         f"the classifiers that {study.defense} on {study.label} needs come first; trained once, they are kept",
         highlight=False,
     )
-    ended = Record(study).ended() if begun(study) else 0
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
     try:
         with store_of(study).lock("searches", study.name).acquire(timeout=0), courier.sending(study, say) as couriers:
+            if new:
+                _new(study)  # another driver may have begun, and ended, since
+            known, ended = _held(study)
             ledger = Ledger(study.folder / "candidates.csv", known)
             tracker = Tracker(study.wandb, study.folder, say)
             display = Display(console, study, list(plan.space.searched()), plan.epochs, ended)
@@ -225,6 +226,14 @@ def _run(study: Study, known: Sequence[Candidate], console: Console, *, debug: b
         raise StorageError(
             f"the storage failed: {reason}. What had ended is kept; when it is mended, go on with: {_resume(study)}"
         ) from error
+
+
+def _held(study: Study) -> tuple[list[Candidate], int]:
+    """Return the candidates of a search, and how many of its trials have ended."""
+    if not begun(study):
+        return [], 0
+    record = Record(study)
+    return record.candidates(), record.ended()
 
 
 def _conclude(study: Study, state: State, console: Console) -> int:
@@ -283,13 +292,15 @@ def _new(study: Study) -> None:
 
 
 def _writable(study: Study) -> None:
+    place = study.root
     try:
         study.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=study.root):
+        place = study.folder if study.folder.exists() else study.root
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise InputError(
-            f"a storage must be a folder that can be written, but {study.root}: {os.strerror(error.errno or 0)}"
+            f"a storage must be a folder that can be written, but {place}: {os.strerror(error.errno or 0)}"
         ) from None
     try:
         if study.mirror:

@@ -94,7 +94,8 @@ class Step:
         blind = {attack.name: x_NCHW for attack in suite.with_rungs().oblivious}
         exam = Exam(suite, replace(threat, knowledge="white-box"), x_NCHW, y_N, blind, seed)
         observe_s, whole_s = self._timed(lambda: exam.observe(defended)), self._timed(lambda: exam.probe(defended))
-        rung_s = self._timed(lambda: exam.cheap(defended, len(y_N))) * self.study.cheap_images / len(y_N)
+        rung_s = self._timed(lambda: exam.cheap(defended, len(y_N)))
+        rung_s *= min(self.study.cheap_images, self.plan.eval_images) / len(y_N)
         fixed_s = max(0.0, whole_s - observe_s)  # the gates look at so many images whatever the study's number is
         if threat.knowledge == "black-box":
             held_out, _ = self._random(HELD_OUT)

@@ -117,7 +117,7 @@ class Store(Place):
                 if not _whole(temporary):
                     raise ValueError("damaged")
         except (OSError, ValueError, KeyError):
-            return None
+            return folder if folder.is_dir() else None  # another process of this node was faster
         return folder
 
     @patiently

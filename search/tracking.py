@@ -69,7 +69,8 @@ class Tracker(Listener):
         self._said: set[Mode] = set()
         self._runs: dict[str, wandb.Run] = {}
         self._states: Counter[State] = Counter()
-        self._candidates: list[Candidate] = []
+        self._candidates = 0
+        self._best: list[Candidate] = []
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         _hush(self._folder)
@@ -106,8 +107,9 @@ class Tracker(Listener):
     def trial_ended(
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
-        self._states[state] += trial.startswith("t")
-        self._candidates += candidates
+        self._states[state] += not trial.startswith("r")  # a refinement is no trial
+        self._candidates += len(candidates)
+        self._best = feasible(self._study, [*self._best, *candidates])[:1]
         best = next(iter((*feasible(self._study, candidates), *ranked(candidates))), None)
         outcome = {**self._threat(), **(best.row() if best else {}), "state": state, "reason": reason}
         if candidates:
@@ -149,9 +151,8 @@ class Tracker(Listener):
         return {"threat": threat.knowledge, "norm": threat.norm, "eps": threat.eps}
 
     def _progress(self) -> dict[str, float]:
-        best = next(iter(feasible(self._study, self._candidates)), None)
-        point: dict[str, float] = {"trial": self._states.total(), "candidates": len(self._candidates)}
-        if best:
+        point: dict[str, float] = {"trial": self._states.total(), "candidates": self._candidates}
+        for best in self._best:
             point["best/attacked_accuracy"] = best.score.attacked_accuracy
             point["best/latency_ms_p50"] = best.score.latency_ms_p50
         return point

@@ -35,7 +35,7 @@ from search.score import Candidate
 from search.study import Study
 from search.watch import Watch
 from search.work import Proposal, Work
-from spaces.space import Params
+from spaces.space import InputError, Params
 
 __all__ = ["joined", "run"]
 
@@ -109,8 +109,8 @@ class Rungs(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if "epoch" not in result:
             return self.CONTINUE
-        metrics = {name: result[name] for name in result["reported"]}
-        stops = self.desk.conductor.epoch(self.desk.names[trial.trial_id], result["fit"], result["epoch"], metrics)
+        name = self.desk.names[trial.trial_id]
+        stops = self.desk.conductor.epoch(name, result["fit"], result["epoch"], result["metrics"])
         return self.STOP if stops else self.CONTINUE
 
 
@@ -162,14 +162,17 @@ def _tuner(study: Study, desk: Desk, berth: Berth, work: Work, scratch: str) -> 
 
 def _trainable(config: dict[str, Any], study: Study, berth: Berth, work: Work) -> None:
     """Run one trial in a worker of Ray."""
-    ready(study, berth)
-
+    try:
+        ready(study, berth)
+    except InputError as error:  # its node cannot hold the data: no trial is to blame, and each would end here
+        tune.report({"interrupted": str(error)})
+        return
     proposal = Proposal(config["name"], Params(config["train"], config["inference"]), config["refines"])
     watch = Watch(study, proposal)
 
     def report(fit: str, epoch: int, metrics: Metrics) -> None:
         with watch.paused():
-            tune.report({"fit": fit, "epoch": epoch, "reported": list(metrics), **metrics})
+            tune.report({"fit": fit, "epoch": epoch, "metrics": metrics})
 
     if word := watch.word():
         last: dict[str, Any] = {"failed": word}

@@ -56,8 +56,10 @@ def _of_search(study: Study, source: str) -> Warmth:
     found = Record(other).candidates()
     inside = [c for c in found if c.defense == study.defense and _lies_in(plan, c.params)]
     # Fits, not candidates: a fit's other inference settings are scored in any case.
-    fits = {str(c.params.train): c.params for c in reversed(feasible(study, inside))}
-    settings = list(reversed(fits.values()))[:FIRST]
+    fits: dict[str, Params] = {}
+    for candidate in feasible(study, inside):
+        fits.setdefault(str(candidate.params.train), candidate.params)
+    settings = list(fits.values())[:FIRST]
     same = _exam(other) == _exam(study)
     learnt = f"the sampler learns from all {len(inside)}" if same else "under another exam, so the sampler learns none"
     return Warmth(

@@ -10,7 +10,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +26,7 @@ class Watch:
     """
 
     def __init__(self, study: Study, proposal: Proposal) -> None:
+        self.study = study
         self.limit = study.trial_timeout
         self.path = study.folder / "stuck" / f"{proposal.name}-{fingerprint(**proposal.params.flat())[:8]}.txt"
         self._left = study.trial_timeout or 0.0
@@ -45,7 +46,7 @@ class Watch:
             yield
             return
         try:
-            self.path.parent.mkdir(exist_ok=True)
+            self.path.parent.mkdir(parents=self.study.mirror is not None, exist_ok=True)
             self._file = self.path.open("w")
         except OSError:  # the limit holds all the same, without a word
             self._file = tempfile.TemporaryFile("w")
@@ -56,7 +57,8 @@ class Watch:
             finally:
                 self._stop()
                 self._file = None
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # an empty one is no word
+            self.path.unlink()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 from defenses.base import Metrics
 from search import trial
 from search.latency import Latency
-from search.place import trouble
+from search.place import StorageError, trouble
 from search.ranking import feasible, ranked
 from search.score import Candidate
 from search.store import Store
@@ -64,9 +64,9 @@ def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
             store.wait()
             return _execute(study, proposal, report, store)
         except Exception as error:  # whatever a defense raises is the trial's failure, not the search's
-            reason = trouble(error)
-            if store.away and reason is None:
+            if store.away and not isinstance(error, StorageError):
                 continue
+            reason = trouble(error)
             last = {"interrupted": reason} if reason else {"failed": f"{type(error).__name__}: {error}"}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # for the next trial, if this one took too much

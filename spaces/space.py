@@ -139,8 +139,11 @@ class SearchSpace:
         return all(self.matters(o, values) and values[o] in legal for o, legal in self._asked(name))
 
     def usual(self) -> dict[str, Scalar]:
-        """Return one inference setting: each knob's default where it lies in the space, else its first value."""
-        return {name: self.usual_of(name, domain) for name, domain in self.inference.items()}
+        """Return one inference setting: each knob's default where it lies in the space, else its first value.
+
+        It is one that is scored: a knob that does not matter in it has its default.
+        """
+        return dict(self.setting(self.usual_of).inference)
 
     def usual_of(self, name: str, domain: BaseDistribution) -> Scalar:
         """Return a knob's default where it lies in the domain, else its first value."""

@@ -29,7 +29,7 @@ def test_a_simulated_search_goes_through_the_whole_engine(tmp_path: Path) -> Non
     record = Record(simulated(tmp_path, trials=8))
     assert len(record.candidates()) == 48 and len(record.clocked()) > 1  # the front was timed again
     assert len(timed.each_ms) == len(timed.driver_mib) == 4 and timed.ideal == 0
-    assert "| 8 of 0 s | ours |" in table([timed])
+    assert "| 8 of 0 s | ours, tpe |" in table([timed])
 
 
 def test_made_up_scores_are_lawful_and_depend_on_the_knobs_alone(tmp_path: Path) -> None:

@@ -337,12 +337,35 @@ def test_a_search_runs_on_one_machine_at_a_time(tmp_path: Path, monkeypatch: pyt
     assert courier.driver(found) is None
 
 
+def test_what_another_machine_went_on_with_counts_and_not_what_was_never_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = far_study(tmp_path)
+    one, there = on("one", tmp_path, monkeypatch), tmp_path / "far" / "smoke"
+    study.root.mkdir(parents=True)
+    study.write()
+    there.mkdir(parents=True)
+    (there / "study.yaml").write_bytes((study.folder / "study.yaml").read_bytes())
+    (there / "study.journal").write_bytes(b"1\n2\nhal")
+    (there / "study.journal.part-1").touch()  # its sender died
+    journal = one / "smoke" / "study.journal"
+    journal.write_bytes(b"1\n2\n3\n4\n5\n")
+    courier.opened("smoke", study.storage)
+    assert journal.read_bytes() == b"1\n2\n3\n4\n5\n"  # it is the same search, further on
+    (there / "study.journal").write_bytes(b"1\nother\n")
+    courier.opened("smoke", study.storage)
+    assert journal.read_bytes() == b"1\nother\n"
+    assert {path.name for path in (one / "smoke").glob("[!.]*")} == {"study.yaml", "study.journal"}
+
+
 @pytest.mark.parametrize(
     ("storage", "words"),
     [
         ("s3://bucket/runs", "pip install s3fs"),
         ("sftp://host/runs", "pip install"),
         ("nothing://runs", "a URI that fsspec knows"),
+        ("://runs", "a URI that fsspec knows"),
+        ("ftp://me:secret@host/runs", "without a password"),
     ],
 )
 def test_a_uri_that_cannot_be_spoken_to_is_refused(storage: str, words: str) -> None:

@@ -11,8 +11,9 @@ from optuna.samplers import NSGAIISampler
 from optuna.trial import TrialState, create_trial
 
 from search import ranking, session
+from search.findings import find
 from search.record import Record, state_of, storage
-from search.run import run
+from search.run import open_conductor, run
 from search.samplers import Bounded
 from search.score import Candidate
 from search.searcher import Proposer
@@ -133,6 +134,21 @@ def test_a_driver_that_dies_while_it_recovers_loses_nothing(study: Study) -> Non
     again = Proposer(study)  # the second driver died before it asked
     assert len(again.optuna.get_trials(states=(TrialState.WAITING,))) == 2
     assert [proposed(again), proposed(again)] == lost
+
+
+def test_a_driver_that_dies_while_it_proposes_again_can_be_resumed(study: Study) -> None:
+    before = Proposer(study)
+    lost = proposed(before)
+    Proposer(study).optuna.ask()  # its turn had come, and no knob was asked for yet
+    assert [find(study).trials[0].params, state_of(Record(study).trials()[0])] == [lost[1], "running"]
+    assert proposed(Proposer(study)) == lost
+
+
+def test_a_space_that_cannot_be_listed_may_be_spent_all_the_same(tmp_path: Path) -> None:
+    fixed = {"lambda_rc": 1.0, "lambda_kl": 1.0, "conv_maps": "4..5:log"}
+    work = Pretence(lambda params: 0.5)
+    assert run(digits_study(tmp_path, trials=5, knobs=fixed), [], debug=True, work=work.work()) == "finished"
+    assert sorted(int(proposal.params.train["conv_maps"]) for proposal in work.asked) == [4, 5]
 
 
 def test_a_resumed_search_goes_on_drawing_where_it_was(tmp_path: Path) -> None:
@@ -306,6 +322,18 @@ def test_refinement_tries_new_inference_settings_of_the_best_fits_and_trains_not
     assert len(candidates) == len({str(c.params) for c in candidates}) == 5 * 6 + 5
     best = max(attacked(p) for proposal in first.asked[:5] for p in [proposal.params])
     assert max(c.score.attacked_accuracy for c in candidates) > best
+
+
+def test_a_refinement_whose_fit_is_gone_is_trained_to_its_end(tmp_path: Path) -> None:
+    study = digits_study(tmp_path, space="wide", trials=1, refine=1, knobs={"sigma_eps": "0..10"}, patience=0, epochs=3)
+    conductor = open_conductor(study, [])
+    conductor.begin(scored(Params({}, {}), 0.1))
+    training = conductor.next()
+    assert training is not None and not conductor.epoch(training.name, "fit", 1, {"cheap": 0.9})
+    conductor.finished(training.name, six(training.params), None, [0.9, 0.9, 0.9])
+    refinement = conductor.next()
+    assert refinement is not None and refinement.refines
+    assert not conductor.epoch(refinement.name, "fit", 1, {"cheap": 0.1})
 
 
 def test_where_the_whole_grid_is_scored_nothing_is_refined(study: Study) -> None:

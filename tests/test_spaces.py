@@ -146,6 +146,13 @@ def test_a_knob_that_does_not_matter_takes_its_default_and_multiplies_nothing() 
     assert {tuple(CHAIN.drawn(rng).flat().values()) for _ in range(300)} == set(settings)
 
 
+def test_the_usual_inference_setting_is_one_that_is_scored() -> None:
+    wishes = {"reclassify": [False, True], "doubt_enc": [2.0, 5.0], "tau_enc": [0.5, 3.0]}
+    space = SearchSpace.of(defenses.find("gmvae")).narrow(wishes)
+    assert (space.usual()["doubt_enc"], space.usual()["tau_enc"]) == (1.0, 0.5)
+    assert space.usual() in [params.inference for params in space.grid()]
+
+
 def test_a_narrow_space_forgets_conditions_that_are_decided() -> None:
     never = CHAIN.narrow({"kind": "a", "sub": ["x", "y"], "on": [False, True], "deep": 3})
     always = CHAIN.narrow({"kind": "b", "sub": "y", "on": True, "deep": [1, 2, 3]})

@@ -229,6 +229,15 @@ def test_the_rungs_of_another_threat_model_are_not_taken_for_ones_own(study: Stu
     assert again.fit == first.fit and Bench.of(other, store_of(other)).curve(first.fit) == []
 
 
+def test_rung_scores_compare_where_as_many_images_were_attacked(tmp_path: Path) -> None:
+    def rungs(**fields: object) -> str:
+        study = digits_study(tmp_path, **fields)
+        return Bench.of(study, store_of(study)).rungs()
+
+    assert rungs(eval_images=60, cheap_images=100) == rungs(eval_images=60, cheap_images=60)
+    assert rungs(eval_images=60, cheap_images=100) != rungs(eval_images=90, cheap_images=100)
+
+
 def test_a_damaged_fit_is_trained_again(study: Study) -> None:
     run_trial(study, setting(study), store_of(study), silent)
     weights = fits(study)[0] / "weights.safetensors"

@@ -50,6 +50,19 @@ def test_the_best_of_an_earlier_search_come_first_and_the_same_exam_teaches_the_
     assert Proposer(study).propose() is not None  # and it opens again
 
 
+def test_a_fit_comes_by_its_best_candidate_whatever_its_others_are_worth(tmp_path: Path) -> None:
+    def uneven(params: Params) -> float:
+        if params.train["lambda_rc"] == 1.0 and params.train["conv_maps"] == 8:
+            return 0.9 if params.inference["sigma_eps"] == 0.1 else 0.1
+        return 0.5 + 0.01 * float(params.train["conv_maps"])
+
+    earlier = digits_study(tmp_path, name="earlier", method="grid", trials=4, knobs={"lambda_kl": 0.1})
+    assert run(earlier, [], debug=True, work=Pretence(uneven).work()) == "finished"
+    first, second, *_ = warmth(digits_study(tmp_path), "earlier").settings
+    assert (first.train["lambda_rc"], first.train["conv_maps"], first.inference["sigma_eps"]) == (1.0, 8, 0.1)
+    assert uneven(second) == 0.58
+
+
 def test_another_exam_gives_its_settings_and_teaches_nothing(tmp_path: Path, earlier: Study) -> None:
     found = warmth(digits_study(tmp_path, eps=0.1), "earlier")
     assert len(found.settings) == 4 and not found.candidates and "under another exam" in found.said
