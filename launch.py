@@ -102,15 +102,15 @@ def search(
 def resume(
     name: Annotated[str, Argument(help="a search")],
     storage: Storage = "runs",
-    address: Address = None,
+    address: Annotated[str | None, Option(help="another Ray cluster: auto or HOST:PORT; local: this machine")] = None,
     debug: Annotated[bool, Option(help="run the trials in this process, without Ray")] = False,
 ) -> None:
     """Go on where a search stopped: what is finished stays, what was under way goes on from its last epoch."""
     from search import session
 
     study = _study(name, storage)
-    moved = study if address is None else study.model_copy(update={"address": address})
-    _exit(session.proceed(moved, console, debug=debug))
+    moves = {} if address is None else {"address": None if address == "local" else address}
+    _exit(session.proceed(study.model_copy(update=moves), console, debug=debug))
 
 
 @app.command()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from launch import main
 from search.study import read
@@ -86,6 +87,17 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and said.startswith("error: ")
     assert not list((tmp_path / "runs").glob("[!.]*"))
+
+
+def test_bad_input_that_a_worker_found_gets_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begin(*_: object, **__: object) -> int:
+        raise RayTaskError("at_work", "Traceback\n  of its worker\n", InputError("no space")).as_instanceof_cause()
+
+    monkeypatch.setattr("search.session.begin", begin)
+    monkeypatch.setattr(sys, "argv", ["launch.py", "search"])
+    assert main() == 2 and capsys.readouterr().err == "error: no space\n"
 
 
 def test_the_process_exits_with_the_code() -> None:

@@ -119,3 +119,8 @@ def test_a_lock_lets_one_process_in(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert (tmp_path / "count").read_text() == "40"
+
+
+def test_a_storage_whose_mount_is_broken_is_away(tmp_path: Path) -> None:
+    broken = tmp_path / ("x" * 300)  # to ask for it is an error, and not that it is not found
+    assert Store(broken).expected().away
