@@ -12,7 +12,7 @@ from scipy.stats import ConstantInputWarning, kendalltau, spearmanr
 
 from search.record import Record, state_of
 from search.score import Candidate
-from search.stopping import rungs
+from search.stopping import grace, rungs
 from search.study import Study
 from spaces.space import Scalar
 
@@ -104,7 +104,7 @@ class Agreement:
         remedy = (
             f"more --cheap-images than {self.study.cheap_images}"
             if self.last.poor
-            else f"a later --grace than {self.study.grace}"
+            else f"a later --grace than {grace(self.study)}"
         )
         if self.study.stopping != "none":
             remedy += ", or --stopping none: good trainings may have been stopped"

@@ -96,6 +96,11 @@ class Never:
         return False
 
 
+def grace(study: Study) -> int:
+    """Return the epochs before a training may be stopped."""
+    return study.grace or max(1, study.plan().epochs // 2)
+
+
 def rungs(study: Study) -> list[int]:
     """Return the epochs at which halving judges, or would."""
     return sorted(_halving(study).rungs)
@@ -107,10 +112,10 @@ def rule_of(study: Study) -> Rule:
         case "halving":
             return _halving(study)
         case "median":
-            return Median(epochs=study.plan().epochs, grace=study.grace, patience=study.patience)
+            return Median(epochs=study.plan().epochs, grace=grace(study), patience=study.patience)
         case "none":
             return Never()
 
 
 def _halving(study: Study) -> Halving:
-    return Halving(epochs=study.plan().epochs, grace=study.grace, factor=study.halving, patience=study.patience)
+    return Halving(epochs=study.plan().epochs, grace=grace(study), factor=study.halving, patience=study.patience)

@@ -78,7 +78,7 @@ class Study(BaseModel):
     stopping: Literal["halving", "median", "none"] = Field(
         "halving", description="the rule that stops trainings early, on their rung scores"
     )
-    grace: int = Field(1, ge=1, description="epochs before a training may be stopped")
+    grace: int | None = Field(None, ge=1, description="epochs before a training may be stopped; else half of all")
     halving: float = Field(3.0, gt=1, description="of those that reach a rung one in so many goes on")
     patience: int = Field(8, ge=0, description="trainings that reach a rung before any is stopped there")
     refine: int = Field(

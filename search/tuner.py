@@ -110,7 +110,7 @@ class Rungs(FIFOScheduler):
         if "epoch" not in result:
             return self.CONTINUE
         name = self.desk.names[trial.trial_id]
-        stops = self.desk.conductor.epoch(name, result["fit"], result["epoch"], result["metrics"])
+        stops = self.desk.conductor.epoch(name, result["fit"], result["epoch"], dict(result["metrics"]))
         return self.STOP if stops else self.CONTINUE
 
 
@@ -172,7 +172,7 @@ def _trainable(config: dict[str, Any], study: Study, berth: Berth, work: Work) -
 
     def report(fit: str, epoch: int, metrics: Metrics) -> None:
         with watch.paused():
-            tune.report({"fit": fit, "epoch": epoch, "metrics": metrics})
+            tune.report({"fit": fit, "epoch": epoch, "metrics": [*metrics.items()]})  # Tune flattens a dict
 
     if word := watch.word():
         last: dict[str, Any] = {"failed": word}
