@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from pathlib import Path
 
@@ -31,6 +32,8 @@ WORDS = {
     TrialState.RUNNING: "running",
 }
 ENDED = ("finished", "pruned", "failed")
+WEIGHED = 400
+"""Of how many candidates, drawn at random, the importance of knobs is told: its cost grows with their square."""
 INTERRUPTED = "interrupted"
 """Marks an Optuna trial that was running when its driver died."""
 
@@ -98,11 +101,14 @@ class Record:
         # A candidate whose thresholds were picked may lack some knobs, and would take them out for all. Those that do
         # not always matter would leave too few candidates.
         always = [name for name in self.searched if name not in self.space.given]
-        done = [t for t in self._all() if t.state == TrialState.COMPLETE and set(always) <= set(t.params)]
+        own = (t for t in self._all() if t.state == TrialState.COMPLETE and "from" not in t.user_attrs)
+        done = [t for t in own if set(always) <= set(t.params)]
         if len(done) < 8 or len({t.values[0] for t in done}) < 2:
             return {}  # where nothing varies there is no variance to explain
+        some = optuna.create_study(directions=self.optuna.directions)
+        some.add_trials(random.Random(self.study.seed).sample(done, min(len(done), WEIGHED)))
         found = optuna.importance.get_param_importances(
-            self.optuna,
+            some,
             evaluator=optuna.importance.FanovaImportanceEvaluator(seed=self.study.seed),
             params=always,
             target=lambda trial: trial.values[0],

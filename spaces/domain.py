@@ -110,8 +110,8 @@ def narrowed(name: str, declared: BaseDistribution, wish: Domain) -> BaseDistrib
     values: list[Any] = list(wish.choices) if isinstance(wish, CategoricalDistribution) else _listed(wish)
     if not values:
         raise InputError(f"{name} must be {spoken(declared)}, but its grid is empty")
-    if isinstance(declared, FloatDistribution):  # YAML and the shell write 1.0 as 1
-        values = [float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
+    if isinstance(declared, FloatDistribution):
+        values = [_number(value) for value in values]
     for value in values:
         if not contains(declared, value):
             raise InputError(f"{name} must be {spoken(declared)}, but is {value!r}")
@@ -133,6 +133,14 @@ def _range(name: str, declared: FloatDistribution | IntDistribution, text: str) 
     raise InputError(
         f"{name} must be {spoken(declared)}, or of these a range LOW..HIGH or, above 0, LOW..HIGH:log, but is {text!r}"
     )
+
+
+def _number(value: Any) -> Any:
+    """Return what YAML and the shell mean: 1 is 1.0, and YAML reads 1e-3 as text."""
+    try:
+        return value if isinstance(value, bool) else float(value)
+    except ValueError:
+        return value
 
 
 def _listed(wish: object) -> list[Any]:

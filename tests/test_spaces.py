@@ -12,7 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 import defenses
 import spaces
 from defenses.puvae import PuVAE
-from spaces.space import InputError, SearchSpace, contains, draw, finite
+from spaces.space import Domain, InputError, SearchSpace, contains, draw, finite
 
 WHOLE = SearchSpace.of(PuVAE)
 
@@ -49,8 +49,9 @@ def test_every_default_lies_in_its_domain() -> None:
         assert contains(domain, WHOLE.defaults[name]), name
 
 
-def test_a_whole_number_is_taken_for_a_float_knob() -> None:
-    assert finite(WHOLE.narrow({"lambda_rc": [1, 10]}).train["lambda_rc"]) == (1.0, 10.0)
+def test_a_whole_number_and_an_exponent_are_taken_for_a_float_knob() -> None:
+    found = WHOLE.narrow({"lambda_rc": [1, 10, "1e-2"]}).train["lambda_rc"]  # YAML reads 1e-2 as text
+    assert finite(found) == (1.0, 10.0, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_a_knob_that_does_not_matter_takes_its_default_and_multiplies_nothing() 
 
 
 def test_the_usual_inference_setting_is_one_that_is_scored() -> None:
-    wishes = {"reclassify": [False, True], "doubt_enc": [2.0, 5.0], "tau_enc": [0.5, 3.0]}
+    wishes: dict[str, Domain] = {"reclassify": [False, True], "doubt_enc": [2.0, 5.0], "tau_enc": [0.5, 3.0]}
     space = SearchSpace.of(defenses.find("gmvae")).narrow(wishes)
     assert (space.usual()["doubt_enc"], space.usual()["tau_enc"]) == (1.0, 0.5)
     assert space.usual() in [params.inference for params in space.grid()]
