@@ -162,14 +162,14 @@ def export(
 
     Example: python launch.py export first --top 1
     """
-    from search import session
+    from search import winners
 
     if sum((pareto, top is not None, candidate is not None)) != 1:
         raise InputError("an export needs one of --pareto, --top and --candidate")
     study = _study(name, storage)
-    chosen, wanted = session.pick(study, pareto=pareto, top=top, candidate=candidate)
+    chosen, wanted = winners.pick(study, pareto=pareto, top=top, candidate=candidate)
     out = out or study.folder / "export"
-    _exit(session.export_all(study, chosen, wanted, out, console, despite_alarms=despite_alarms))
+    _exit(winners.export_all(study, chosen, wanted, out, console, despite_alarms=despite_alarms))
 
 
 @app.command()

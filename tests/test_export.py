@@ -21,16 +21,16 @@ import launch
 from attacks.audit import Audit, audit
 from defenses.base import Defended
 from defenses.puvae import PuVAE
-from search import evidence, session, tasks
+from search import evidence, tasks, winners
 from search import export as exports
 from search.attack import attack
 from search.export import AlarmError, export, load
 from search.record import Record
 from search.run import run
 from search.score import Candidate
-from search.session import export_all, pick
 from search.study import Study
 from search.trial import store_of
+from search.winners import export_all, pick
 from spaces.space import InputError
 from tests.conftest import digits_study
 
@@ -223,14 +223,14 @@ def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
             raise AlarmError(f"{candidate.candidate} raised 1 alarm(s): gradient")
         return Path(shutil.copytree(folder, out / candidate.candidate))
 
-    monkeypatch.setattr(session, "export", strict)
+    monkeypatch.setattr(winners, "export", strict)
     console = Console(record=True, width=200)
-    assert session.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False) == 0
+    assert winners.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False) == 0
     assert [path.name for path in tmp_path.iterdir()] == [ranked[1].candidate]
     said = console.export_text()
     assert "refused: " in said and f"exported {tmp_path}" in said
     assert "attacked accuracy (white-box, Linf eps 0.1; the search's lighter attacks left" in said
-    assert session.export_all(searched, ranked[:1], 1, tmp_path, console, despite_alarms=False) == 1
+    assert winners.export_all(searched, ranked[:1], 1, tmp_path, console, despite_alarms=False) == 1
 
 
 def test_candidates_are_picked_by_rank_front_or_name(searched: Study) -> None:

@@ -19,7 +19,7 @@ from search.export import AlarmError, export
 from search.record import Record
 from search.run import run
 from search.score import Candidate
-from search.session import pick
+from search.winners import pick
 from search.study import Study
 from search.trial import store_of
 from spaces.space import InputError
