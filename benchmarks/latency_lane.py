@@ -85,6 +85,7 @@ class Neighbour:
 def live(rank: int, busy: Synchronized[int], laned: Synchronized[int], done: Synchronized[int], kind: str) -> None:
     """Work while `busy` counts this neighbour in, holding the lane or not, until it says STOP."""
     torch.set_num_threads(1)
+    os.setsid()  # Linux shares cores between sessions: what this one used is not held against who measures next
     device = torch.device(kind)
     lane, neighbour = Lane(device), Neighbour(device)
     while busy.value != STOP:

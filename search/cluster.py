@@ -216,9 +216,9 @@ def _look_over(study: Study, berth: Berth, nodes: list[dict[str, Any]]) -> None:
         for node in nodes:
             pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             seen = look.options(num_cpus=0, scheduling_strategy=pinned).remote(study, visit, _sees, token)
-            asked.append((node["NodeManagerAddress"], seen))
-        for address, seen in asked:
-            if not _answer(address, seen):
+            asked.append((node["NodeID"], node["NodeManagerAddress"], seen))
+        for node, address, seen in asked:
+            if not _answer(node, address, seen):
                 raise InputError(
                     f"the storage must be a folder that every node reaches, but {study.storage} is another one on node "
                     f"{address}, or is not there: put it on a shared file system and name it by --storage, or give a "
@@ -233,7 +233,8 @@ def _sees(study: Study, token: str) -> bool:
     return bool(files.exists(token))
 
 
-def _answer(address: str, asked: ray.ObjectRef[bool]) -> bool:
+def _answer(node: str, address: str, asked: ray.ObjectRef[bool]) -> bool:
+    """Return whether a node sees the storage; one that died meanwhile is no hindrance."""
     try:
         return ray.get(asked, timeout=ASK_S)
     except GetTimeoutError:
@@ -241,6 +242,8 @@ def _answer(address: str, asked: ray.ObjectRef[bool]) -> bool:
     except RayTaskError as error:
         reason = str(error.cause)
     except RayError as error:
+        if node not in {each["NodeID"] for each in ray.nodes() if each["Alive"]}:
+            return True
         reason = str(error)
     reason = " ".join(reason.split()[:60])
     raise InputError(

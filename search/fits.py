@@ -86,6 +86,7 @@ class Fits(Materials):
         adopted = [self.plan.task.classifier] if type(defense).adopt is not Defense.adopt else []
         return fingerprint(
             source=texts(type(defense).__module__),
+            defense=type(defense).__qualname__,
             knobs=dict(defense.params.train),
             data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
             images=self.study.train_images,

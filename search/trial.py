@@ -183,6 +183,7 @@ class Bench(Fits):
         knobs = {**_latency_knobs(defense.train_knobs), **_latency_knobs(defense.inference_knobs)}
         key = fingerprint(
             source=texts(type(defense).__module__, measure.__module__),
+            defense=type(defense).__qualname__,
             knobs=knobs,
             shape=str(defense.shape),
             device=device_name(self.device),

@@ -51,9 +51,19 @@ class Desk(Callback):
     def __init__(self, conductor: Conductor) -> None:
         self.conductor = conductor
         self.names: dict[str, str] = {}
+        self._ended: list[Trial] = []
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.conductor.started(self.names[trial.trial_id])
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._ended.append(trial)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Forget what a trial said: the study has it, and Ray would keep all candidates, and write them, for ever."""
+        while self._ended:
+            told = self._ended.pop().run_metadata
+            told.last_result, told.metric_analysis, told.metric_n_steps = {}, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

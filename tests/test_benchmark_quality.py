@@ -56,7 +56,7 @@ def test_all_epochs_until_the_goal_count(small: Study) -> None:
 
 def test_epochs_of_stopped_trainings_count_too(small: Study) -> None:
     table = table_of(small, lambda i: [0.9 if i == FOUND else 0.5 - i / 100] * 8)  # each worse than those before
-    halving = small.model_copy(update={"stopping": "halving"})  # at epochs 1 and 3, after 8 trainings
+    halving = small.model_copy(update={"stopping": "halving", "grace": 1})  # at epochs 1 and 3, after 8 trainings
     assert spend(halving, table.best - 0.01, table.work()) == Spent(FOUND, 8 * 8 + (FOUND - 9) * 1 + 8, True)
 
 

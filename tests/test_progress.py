@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def test_time_in_which_nothing_ran_is_not_counted() -> None:
 
 
 def one_fails(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
+    time.sleep(0.1)
     return {"failed": "ValueError: on purpose"} if proposal.name == "t002" else execute(study, proposal, report)
 
 

@@ -19,9 +19,9 @@ from search.export import AlarmError, export
 from search.record import Record
 from search.run import run
 from search.score import Candidate
-from search.winners import pick
 from search.study import Study
 from search.trial import store_of
+from search.winners import pick
 from spaces.space import InputError
 from tests.conftest import digits_study
 from tests.zoo import HONEST, LABELS, ZOO
