@@ -41,7 +41,7 @@ from search.tracking import Tracker
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a proposal costs a search that has so many candidates, in milliseconds of CPU, the median of ten."""
+    """What a proposal costs at so many candidates, in ms of CPU: the median of ten, or the one that took too long."""
 
     method: str
     candidates: int
@@ -137,10 +137,11 @@ def proposals(method: str, upto: int, patience_s: float) -> Iterator[Asked]:
             proposer.finish(proposal.name, candidates, {})
             costs.append((asked - start, time.process_time() - begin))
             told += len(candidates)
-            if told >= marks[0] or costs[-1][0] > patience_s:
-                propose, finish = (1e3 * median(column) for column in zip(*costs[-10:], strict=True))
+            late = costs[-1][0] > patience_s
+            if told >= marks[0] or late:
+                propose, finish = (1e3 * median(each) for each in zip(*costs[-1 if late else -10 :], strict=True))
                 yield Asked(method=method, candidates=told, propose_ms=propose, finish_ms=finish, driver_mib=resident())
-                marks = [] if costs[-1][0] > patience_s else [mark for mark in marks if mark > told]
+                marks = [] if late else [mark for mark in marks if mark > told]
 
 
 def table(rows: Sequence[Timed]) -> str:
