@@ -1,7 +1,7 @@
 """Time to quality: the epochs that a search spends until it is within a point of the best of PuVAE's whole paper grid.
 
-    python -m benchmarks.quality grid 1 2 3 4 5         trains the grids: 216 trainings, 12 minutes of a core each
-    python -m benchmarks.quality search 1 2 3 4 5       searches on each grid; trains nothing, a minute a grid
+    python -m benchmarks.quality grid 1 2 3 4 5         trains the grids: 216 trainings, 14 minutes of a core each
+    python -m benchmarks.quality search 1 2 3 4 5       searches on each grid; trains nothing
     python -m benchmarks.quality continuous 1 2 3 4 5   searches the continuous ranges of the same knobs, really
 
 Task: sklearn's 8 x 8 digits under white-box attack, a small PuVAE. What comes of a training depends on its knobs and
