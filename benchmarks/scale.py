@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -57,7 +57,8 @@ def ours(storage: Path, trials: int, seconds: float, *, method: str = "tpe", deb
         display = Display(Console(file=shown), study, list(study.plan().space.searched()), EPOCHS, 0)
         tracker = Tracker(study.wandb, study.folder, lambda line: print(line, file=shown))
         listeners = [Ledger(study.folder / "candidates.csv", []), tracker, display, pulse]
-        run(study, listeners, work=working(seconds), debug=debug)
+        with closing(tracker):
+            run(study, listeners, work=working(seconds), debug=debug)
     wall = time.perf_counter() - pulse.called
     session.write_report(study)
     return pulse.timed(f"ours, {method}", trials, seconds, wall, time.perf_counter() - pulse.called - wall)

@@ -1,1 +1,18 @@
-"""The search: studies, tasks, the store, trials, Optuna, Ray, W&B, reports and exports."""
+"""The search: studies, tasks, the store, trials, Optuna, Ray, W&B, reports and exports.
+
+In a notebook, from the repository's root: `from search import Study, search, candidates, front, load` (docs/tour.md).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+HOMES = {"Study": "study", "search": "notebook", "candidates": "notebook", "front": "notebook", "load": "export"}
+"""The modules of what the package offers: none is imported before it is asked for, as loading needs few of them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -1,19 +1,24 @@
-"""What the report's charts draw; how it is drawn stands in `report.js.j2`."""
+"""What the report's charts draw; how it is drawn stands in `page/*.js.j2`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from attacks.interval import wilson
 from search.findings import Findings
+from search.score import Candidate
+from search.stopping import rungs
+from search.wording import spoken_value
 from spaces.space import Scalar
 
-
-def risk_coverage(findings: Findings) -> Sequence[tuple[float, float]]:
-    """Return the best curve of clean rejection against attacked error; nothing where no candidate rejects."""
-    return next((c.score.risk_coverage for c in findings.ranked if c.score.risk_coverage), ())
+SWEPT = 5
+"""Fits whose risk-coverage curves are drawn."""
+SETTINGS = 16
+"""Settings up to which each has a line of its own in the chart of latencies."""
 
 
 def charts(findings: Findings) -> dict[str, Any]:
@@ -23,13 +28,14 @@ def charts(findings: Findings) -> dict[str, Any]:
     """
     front = {c.candidate for c in findings.front}
     devices = sorted({c.score.device for c in findings.candidates})
-    bare = findings.undefended
+    bare, latency = findings.undefended, latencies(findings)
     best = findings.best and findings.fit(findings.best)
     return {
         "threat": findings.named(),
         "knobs": list(findings.searched),
         "devices": devices,
         "budget": findings.study.max_latency_ms,
+        "rejection": _points(findings.study.max_clean_rejection),
         "best": findings.best and findings.best.candidate,
         "undefended": _points(1 - bare.score.attacked_error) if bare else None,
         "candidates": [
@@ -47,14 +53,74 @@ def charts(findings: Findings) -> dict[str, Any]:
             }
             for c in findings.ranked
         ],
-        "risk": [[_points(rejection), _points(error)] for rejection, error in risk_coverage(findings)],
-        "importances": sorted(findings.importances.items(), key=lambda item: item[1]),
+        "risk": risk_coverage(findings),
+        "latency": latency,
+        "lanes": len({one["lane"] for one in latency}),
+        "importances": [
+            [knob, share, findings.importances.best.get(knob)]
+            for knob, share in sorted(findings.importances.overall.items(), key=lambda item: item[1])
+        ],
+        "rungs": rungs(findings.study) if findings.study.stopping == "halving" else [],
         "curves": [
             {"trial": t.trial, "state": t.state, "best": t is best, "y": [_points(y) for y in t.curve]}
             for t in findings.trials
             if t.curve
         ],
+        "scatter": [
+            {"trial": t, "cheap": _points(cheap), "final": _points(final), "best": best is not None and t == best.trial}
+            for t, cheap, final in (findings.agreement.points if findings.agreement else ())
+        ],
     }
+
+
+def risk_coverage(findings: Findings) -> list[dict[str, Any]]:
+    """Return the curves of clean rejection against attacked error of the best fits that can reject."""
+    swept: dict[str, Candidate] = {}
+    for candidate in findings.ranked:
+        if candidate.score.risk_coverage and len(swept) < SWEPT:
+            swept.setdefault(candidate.fit, candidate)
+    return [
+        {
+            "id": c.candidate,
+            "picked": [_points(c.score.clean_rejection), _points(c.score.attacked_error)],
+            "points": [[_points(rejection), _points(error)] for rejection, error in c.score.risk_coverage],
+        }
+        for c in swept.values()
+    ]
+
+
+def latencies(findings: Findings) -> list[dict[str, Any]]:
+    """Return each measurement once, on the line of its device and, where there are few, of its setting."""
+    knobs = _latency_knobs(findings)
+    found = Counter(
+        (c.score.device, _setting(c, knobs), c.score.latency_ms_p50, c.score.latency_ms_p95)
+        for c in findings.candidates
+        if math.isfinite(c.score.latency_ms_p50) and math.isfinite(c.score.latency_ms_p95)
+    )
+    few = len({(device, setting) for device, setting, *_ in found}) <= SETTINGS
+    return [
+        {
+            "lane": ", ".join(filter(None, (setting if few else "", device))),
+            "device": device,
+            "setting": setting,
+            "p50": _number(p50),
+            "p95": _number(p95),
+            "candidates": count,
+        }
+        for (device, setting, p50, p95), count in sorted(found.items(), key=lambda one: (one[0][0], one[0][2]))
+    ]
+
+
+def _latency_knobs(findings: Findings) -> list[str]:
+    """Return the searched knobs that can change the latency."""
+    defense = findings.study.plan().defense
+    declared = (*fields(defense.Train), *fields(defense.Inference))
+    return [one.name for one in declared if one.metadata["latency"] and one.name in findings.searched]
+
+
+def _setting(candidate: Candidate, knobs: Sequence[str]) -> str:
+    values: Mapping[str, Scalar] = candidate.params.flat()
+    return ", ".join(f"{knob} {spoken_value(values.get(knob))}" for knob in knobs)
 
 
 def _number(value: float) -> float | None:

@@ -29,6 +29,7 @@ class DataSet:
 
     Args:
         train, validation, test: images in each split; validation is the end of the official training set.
+        licence: what its authors allow, in words, or that they say nothing.
         eps: the usual L-inf budget, in pixel units of [0, 1]. Source: PuVAE, section V; Defense-VAE, Table 7 (CelebA);
             8/255 where the papers name none, as AdvAE has it for colour.
         white: the stored value of a white pixel.
@@ -39,6 +40,7 @@ class DataSet:
     train: int
     validation: int
     test: int
+    licence: str
     eps: float = 0.3
     white: int = 255
     megabytes: int
@@ -112,6 +114,7 @@ DATASETS = {
         train=54_000,
         validation=6_000,
         test=10_000,
+        licence="CC BY-SA 3.0 (LeCun and Cortes hold the copyright; derived from NIST databases)",
         megabytes=200,
         origin=Origin(dataset="mnist", files=dict(zip(IDX, MNIST_SHA256, strict=True)), sources=MNIST_SOURCES),
     ),
@@ -120,6 +123,7 @@ DATASETS = {
         train=54_000,
         validation=6_000,
         test=10_000,
+        licence="MIT (Zalando SE)",
         megabytes=200,
         origin=Origin(
             dataset="fashion-mnist", files=dict(zip(IDX, FASHION_SHA256, strict=True)), sources=FASHION_SOURCES
@@ -130,6 +134,8 @@ DATASETS = {
         train=45_000,
         validation=5_000,
         test=10_000,
+        licence="not stated by its authors, who ask to cite Krizhevsky, Learning Multiple Layers "
+        "of Features from Tiny Images, 2009",
         eps=0.06,
         megabytes=600,
         origin=Origin(
@@ -142,6 +148,7 @@ DATASETS = {
         train=65_932,
         validation=7_325,
         test=26_032,
+        licence="non-commercial use only",
         eps=8 / 255,
         megabytes=900,
         origin=Origin(
@@ -157,6 +164,7 @@ DATASETS = {
         train=8_000,
         validation=1_000,
         test=1_000,
+        licence="non-commercial use only",
         eps=8 / 255,
         megabytes=60,
         origin=Origin(
@@ -170,6 +178,7 @@ DATASETS = {
         train=5_200,
         validation=1_000,
         test=1_000,
+        licence="research only",
         eps=8 / 255,
         megabytes=700,
         origin=Origin(dataset="coil-100", files=COIL_FILES, sources=[Official(COIL_SITE, tuple(COIL_FILES))]),
@@ -181,6 +190,7 @@ DATASETS = {
         train=162_770,
         validation=19_867,
         test=19_962,
+        licence="non-commercial research only; not to be passed on",
         megabytes=2_600,
         origin=Origin(
             dataset="celeba",
@@ -194,6 +204,7 @@ DATASETS = {
         train=1_257,
         validation=180,
         test=360,
+        licence="CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits, Alpaydin and Kaynak, 1998)",
         white=16,
         megabytes=1,
         origin=Origin(

@@ -1,13 +1,16 @@
-"""What stands beside an export's number: evidence.json for scripts, card.md for people."""
+"""What stands beside an export's number: evidence.json, from which card.md is written too."""
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
+
+from torch import nn
 
 from attacks.audit import TWICE, Audit
 from attacks.interval import wilson
@@ -15,11 +18,14 @@ from attacks.probes import Gate, at_most
 from attacks.robustness import Robustness, Verdict
 from attacks.suite import SUITES
 from attacks.threat import ThreatModel
+from defenses.base import Defense
 from search import tasks
+from search.datasets import DATASETS
+from search.provenance import again as command
+from search.provenance import code, libraries
 from search.score import Candidate
 from search.trial import Bench
 
-VERSIONS = ("torch", "torchattacks", "optuna", "ray", "numpy")
 REPRODUCED = 0.02
 """How far the search's figure may lie from the same attack run again, a fraction."""
 
@@ -31,27 +37,42 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
         found: the audit's attacks.
         again: the search's, run again. Its verdicts count too.
     """
-    score, images, threat = candidate.score, candidate.score.images, candidate.score.threat
-    audited = found.robustness
-    separate = at_most(
-        12, "separate", "what audits is not what selected", float(bench.plan.suite.name == SUITES["audit"].name), 0.0
-    )
-    drift = abs(again.attacked.accuracy - score.attacked_accuracy)
-    reproduced = at_most(2, "reproduced", "the search's attacks run again give the same figure", drift, REPRODUCED)
-    suites = {"search": bench.plan.suite, "audit": SUITES["audit"].within(threat), "convergence": TWICE}
-    budgets = {
-        name: {
-            "draws": suite.draws,
-            "looks": suite.looks,
-            "oblivious": [attack.budget(threat) for attack in suite.oblivious],
-            "white_box": [attack.budget(threat) for attack in suite.white_box],
-        }
-        for name, suite in suites.items()
+    score, study = candidate.score, bench.study
+    attacks = {"search": dict(score.attacks), "audit": dict(found.robustness.trail)}
+    budgets = _budgets(bench, score.threat)
+    gates = _gates(bench, candidate, found, again, _named(attacks, budgets, score.threat))
+    return {
+        "alarms": [*(f"{gate.name}: {gate.law}" for gate in gates if not gate.passed), *score.alarms],
+        "candidate": candidate.candidate,
+        "search": study.name,
+        "model": _model(bench, candidate),
+        "threat": asdict(score.threat),
+        **_accuracies(found.robustness, again, score.images),
+        "attacked_accuracy_of_the_search": score.attacked_accuracy,
+        "rejects": bench.plan.defense.rejects(),
+        "latency_ms_p50": score.latency_ms_p50,
+        "latency_ms_p95": score.latency_ms_p95,
+        "images": score.images,
+        "baselines": {name: _baseline(beside, score.images) for name, beside in found.baselines.items()},
+        "gates": [asdict(gate) for gate in gates],
+        "attacks": attacks,
+        "budgets": budgets,
+        **_data(bench),
+        "fit": candidate.fit,
+        "training": {"classifier_epochs": study.classifier_epochs, "last_epoch": _last_epoch(bench, candidate)},
+        "seeds": {"search": study.seed, "audit": study.seed + 1},
+        "device": score.device,
+        "code": code(),
+        "versions": {"python": sys.version.split()[0], **libraries()},
+        "reproduce": command(study, candidate.params),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    attacks = {"search": dict(score.attacks), "audit": dict(audited.trail)}
-    gates = (_named(attacks, budgets, threat), *found.gates, reproduced, separate)
+
+
+def _accuracies(audited: Robustness, again: Robustness, images: int) -> dict[str, Any]:
+    """Return what the audit's attacks and the search's, run again, leave together."""
     attacked, oblivious, strongest = (
-        _worse(one, other)
+        worse(one, other)
         for one, other in (
             (audited.attacked, again.attacked),
             (audited.oblivious, again.oblivious),
@@ -59,16 +80,11 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
         )
     )
     return {
-        "alarms": [*(f"{gate.name}: {gate.law}" for gate in gates if not gate.passed), *score.alarms],
-        "candidate": candidate.candidate,
-        "threat": asdict(threat),
         **figures("attacked", attacked, images),
         "draws": len(attacked.right),
         "attacked_accuracy_worst_draw": attacked.worst,
         "attacked_error": attacked.error,
         "attacked_rejection": attacked.rejection,
-        "rejects": bench.plan.defense.rejects(),
-        "attacked_accuracy_of_the_search": score.attacked_accuracy,
         **figures("oblivious", oblivious, images),
         **figures("white_box", strongest, images),
         "black_box_accuracy": attacked.accuracy if audited.black_box else None,
@@ -76,30 +92,20 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
         **figures("clean", audited.clean, images),
         "clean_error": audited.clean.error,
         "clean_rejection": audited.clean.rejection,
-        "latency_ms_p50": score.latency_ms_p50,
-        "latency_ms_p95": score.latency_ms_p95,
-        "images": images,
-        "baselines": {
-            name: {
-                "clean_accuracy": beside.clean.accuracy,
-                "attacked_accuracy": beside.attacked.accuracy,
-                "oblivious_accuracy": beside.oblivious.accuracy,
-                "white_box_accuracy": beside.strongest.accuracy,
-            }
-            for name, beside in found.baselines.items()
-        },
-        "gates": [asdict(gate) for gate in gates],
-        "attacks": attacks,
-        "budgets": budgets,
-        "split": "validation: kept from the training set by the task's fixed rule (search/datasets.py), never test",
-        "data_sha256": tasks.checksum(bench.plan.task.dataset, bench.study.data_dir),
-        "train_images": bench.study.train_images or "all",
-        "fit": candidate.fit,
-        "seeds": {"search": bench.study.seed, "audit": bench.study.seed + 1},
-        "device": score.device,
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONS}},
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _gates(bench: Bench, candidate: Candidate, found: Audit, again: Robustness, named: Gate) -> tuple[Gate, ...]:
+    """Return the audit's gates, and those that ask about the search beside it."""
+    same = float(bench.plan.suite.name == SUITES["audit"].name)
+    drift = abs(again.attacked.accuracy - candidate.score.attacked_accuracy)
+    law = "the search's attacks run again give the same figure"
+    return (
+        named,
+        *found.gates,
+        at_most(2, "reproduced", law, drift, REPRODUCED),
+        at_most(12, "separate", "what audits is not what selected", same, 0.0),
+    )
 
 
 def _named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any], threat: ThreatModel) -> Gate:
@@ -109,7 +115,75 @@ def _named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any
     return at_most(1, "named", f"every attack has a name and a budget ({threat})", len(ran - known), 0.0)
 
 
-def _worse(one: Verdict, other: Verdict) -> Verdict:
+def _budgets(bench: Bench, threat: ThreatModel) -> dict[str, Any]:
+    suites = {"search": bench.plan.suite, "audit": SUITES["audit"].within(threat), "convergence": TWICE}
+    return {
+        name: {
+            "draws": suite.draws,
+            "looks": suite.looks,
+            "oblivious": [attack.budget(threat) for attack in suite.oblivious],
+            "white_box": [attack.budget(threat) for attack in suite.white_box],
+        }
+        for name, suite in suites.items()
+    }
+
+
+def _model(bench: Bench, candidate: Candidate) -> dict[str, Any]:
+    """Return what is needed to build the model again, and what it is in words."""
+    plan = bench.plan
+    about, source = described(plan.defense)
+    return {
+        "defense": bench.study.defense,
+        "about": about,
+        "source": source,
+        "task": bench.study.task,
+        "shape": asdict(plan.task.shape),
+        "classifier": plan.protected,
+        "trained_with": plan.task.classifier,
+        "parameters": {"defense": _size(bench.build(candidate.params)), "classifier": _size(bench.target.network)},
+        "train": dict(candidate.params.train),
+        "inference": dict(candidate.params.inference),
+    }
+
+
+def described(kind: type[Defense]) -> tuple[str, str]:
+    """Return what a defense is, in a sentence, and its source, as its file's docstring has them."""
+    text = inspect.getdoc(sys.modules[kind.__module__]) or ""
+    source = re.search(r"Sources?: (.*?)(?:\sShapes: |$)", text.replace("\n", " "))
+    return text.partition("\n\n")[0].replace("\n", " "), source.group(1).strip() if source else ""
+
+
+def _size(network: nn.Module) -> int:
+    return sum(part.numel() for part in network.parameters())
+
+
+def _data(bench: Bench) -> dict[str, Any]:
+    dataset = bench.plan.task.dataset
+    return {
+        "data": dataset,
+        "data_licence": DATASETS[dataset].licence,
+        "data_sha256": tasks.checksum(dataset, bench.study.data_dir),
+        "split": "validation: kept from the training set by the task's fixed rule (search/datasets.py), never test",
+        "train_images": bench.study.train_images or "all",
+    }
+
+
+def _last_epoch(bench: Bench, candidate: Candidate) -> dict[str, float]:
+    """Return what the fit's last epoch reported."""
+    curve = bench.store.about("fits", candidate.fit)["curve"]
+    return dict(curve[-1]) if curve else {}
+
+
+def _baseline(beside: Robustness, images: int) -> dict[str, Any]:
+    return {
+        "clean_accuracy": beside.clean.accuracy,
+        **figures("attacked", beside.attacked, images),
+        "oblivious_accuracy": beside.oblivious.accuracy,
+        "white_box_accuracy": beside.strongest.accuracy,
+    }
+
+
+def worse(one: Verdict, other: Verdict) -> Verdict:
     """Return what both left; of a defense that draws noise what left less, for a draw of the one is none of the other.
 
     A search that judged by fewer draws than the audit does not count against it.
@@ -122,70 +196,3 @@ def _worse(one: Verdict, other: Verdict) -> Verdict:
 def figures(name: str, verdict: Verdict, images: int) -> dict[str, Any]:
     """Return an accuracy and its Wilson 95 % interval."""
     return {f"{name}_accuracy": verdict.accuracy, f"{name}_accuracy_interval": wilson(verdict.accuracy, images)}
-
-
-def _rejection(evidence: Mapping[str, Any]) -> str:
-    """Return what is rejected, in words; nothing where the defense cannot."""
-    if not evidence["rejects"]:
-        return ""
-    error, attacked, clean = (
-        f"{100 * evidence[name]:.1f} %" for name in ("attacked_error", "attacked_rejection", "clean_rejection")
-    )
-    return (
-        f"It rejects {clean} of the clean images (`model.accept(x)` says which); of the attacked ones {error} are "
-        f"accepted and wrong, {attacked} rejected. "
-    )
-
-
-def _spread(evidence: Mapping[str, Any]) -> str:
-    """Return what other draws of the noise do, in words; nothing where none is drawn."""
-    if evidence["draws"] == 1:
-        return ""
-    worst = 100 * evidence["attacked_accuracy_worst_draw"]
-    return f"It draws noise: the figure is the mean of {evidence['draws']} draws, the worst of them {worst:.1f} %. "
-
-
-def card(candidate: Candidate, evidence: Mapping[str, Any]) -> str:
-    """Return the page for people."""
-    score = candidate.score
-    low, high = evidence["attacked_accuracy_interval"]
-    knobs = "\n".join(f"| {name} | {value} |" for name, value in candidate.params.flat().items())
-    gates = "\n".join(
-        f"| {gate['check']} | {gate['name']} | {gate['law']} | {gate['figure']:.4g} | {gate['limit']:.4g} "
-        f"| {'pass' if gate['passed'] else 'ALARM'} |"
-        for gate in evidence["gates"]
-    )
-    baselines = "\n".join(
-        f"| {name} | " + " | ".join(f"{100 * value:.1f} %" for value in beside.values()) + " |"
-        for name, beside in evidence["baselines"].items()
-    )
-    warning = "".join(f"> **ALARM** {alarm}\n\n" for alarm in evidence["alarms"])
-    return f"""# {candidate.defense} on {candidate.task}, {candidate.candidate}
-
-{warning}Attacked accuracy **{100 * evidence["attacked_accuracy"]:.1f} %** (95 % interval {100 * low:.1f} to \
-{100 * high:.1f}) under {score.threat}; white-box {100 * evidence["white_box_accuracy"]:.1f} %, oblivious \
-{100 * evidence["oblivious_accuracy"]:.1f} %, clean {100 * evidence["clean_accuracy"]:.1f} %, on {score.images} \
-validation images. {_spread(evidence)}{_rejection(evidence)}Trained on {evidence["train_images"]} images.
-Chosen on validation images, of which the choice made the best: the figure is optimistic, and the test split was not
-opened.
-
-| beside it, at the same budget | clean | attacked | oblivious | white-box |
-| --- | --- | --- | --- | --- |
-{baselines}
-
-| knob | value |
-| --- | --- |
-{knobs}
-
-| check | gate | law | figure | limit | verdict |
-| --- | --- | --- | --- | --- | --- |
-{gates}
-
-Purifying a batch of 128 takes {score.latency_ms_p50:.1f} ms (p50), {score.latency_ms_p95:.1f} ms (p95) on \
-{evidence["device"]}.
-
-```python
-from search.export import load
-model = load("this folder")  # a plain nn.Module: images in [0, 1] in, logits out
-```
-"""

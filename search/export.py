@@ -1,128 +1,111 @@
-"""Exports: a winner with its weights and its evidence, in files that need no pickle.
+"""Exports: a winner as a folder of files that need no pickle, and the plain module that it loads as.
 
-Shapes: N images, C channels, H x W pixels.
+Loading needs PyTorch and safetensors alone (a GMVAE SciPy too). Shapes: N images, C channels, H x W pixels, K classes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
 from safetensors.torch import load as from_bytes
+from torch import Tensor
 
-import defenses
-from attacks.audit import audit
-from attacks.suite import AttackError
-from defenses.base import Defended, Shape
-from search.architectures import ARCHITECTURES
-from search.evidence import card, evidence
-from search.score import Candidate
-from search.store import Store, folder_atomic, to_bytes, write_atomic
-from search.study import Study
-from search.trial import Bench, silent
-from spaces.space import InputError
+from search.absent import dispensed
+
+with dispensed():
+    import defenses
+    from defenses.base import Defended, Shape
+    from search.architectures import ARCHITECTURES
+    from spaces.space import InputError
+
+FILES = ("card.md", "classifier.safetensors", "config.yaml", "evidence.json", "pictures.png", "weights.safetensors")
+SEAL = "SHA256SUMS"
+"""The file that holds the SHA-256 of the others, as `sha256sum --check` reads it."""
+ROUNDING = 1e-3
+"""How far from [0, 1] a pixel may lie: an attack's arithmetic rounds."""
 
 
-class AlarmError(RuntimeError):
-    """A candidate did not pass its audit."""
+class Exported(Defended):
+    """A winner as it was exported. It answers images of its task alone, float in [0, 1], and refuses all else."""
 
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return logits_NK.
 
-def export(
-    study: Study, candidate: Candidate, store: Store, out: Path, *, refused: int = 0, despite_alarms: bool = False
-) -> Path:
-    """Audit a candidate and write its export.
+        Raises:
+            InputError: these are no images of the task.
+        """
+        return super().forward(self._checked(x_NCHW))
 
-    Args:
-        out: the folder of exports; the candidate gets a folder of its name in it.
-        refused: how many candidates that ranked higher the audit refused before; the evidence says so.
-        despite_alarms: write it in spite of alarms, which the evidence then names first.
+    def accept(self, x_NCHW: Tensor) -> Tensor:
+        """Return a bool for each image: False rejects it."""
+        return super().accept(self._checked(x_NCHW))
 
-    Raises:
-        InputError: the export exists.
-        AlarmError: the audit raised alarms.
-    """
-    folder = out / candidate.candidate
-    if folder.exists():
-        raise InputError(f"an export must be a new folder, but {folder} exists")
-    bench = Bench.of(study, store)
-    if bench.fingerprint(candidate.params) != candidate.fit:
-        raise InputError(
-            f"an export needs the fit that was scored, {candidate.fit}, but the code, the data or the study's settings "
-            f"have changed since; search again under another name"
+    def _checked(self, x_NCHW: Tensor) -> Tensor:
+        shape, dtype = self.defense.shape, next(self.classifier.parameters()).dtype
+        law = (
+            f"images must be a tensor N x {shape.channels} x {shape.height} x {shape.width}, {dtype}, with pixels in "
+            "[0, 1]"
         )
-    _, defense = bench.fit(candidate.params, silent)
-    target = Defended(defense, bench.target.network)
-    exam, baselines = bench.exam, bench.adversarially_trained()
-    try:
-        with bench.lane.working():
-            found = audit(
-                target,
-                exam.x_NCHW,
-                exam.y_N,
-                exam.threat,
-                seed=study.seed + 1,
-                outsider=exam.outsider,
-                baselines=baselines,
-            )
-    except (AttackError, InputError) as error:
-        raise AlarmError(f"{candidate.candidate} cannot be audited: {error}") from None
-    aimed = Defended(defense.at(bench.aimed(candidate.params).inference), bench.target.network)
-    with bench.lane.working():
-        again = exam.observe(aimed).judge(defense.at(candidate.params.inference).limits())
-    known = evidence(bench, candidate, found, again) | {"refused_before_it": refused}
-    if known["alarms"] and not despite_alarms:
-        raise AlarmError(f"{candidate.candidate} raised {len(known['alarms'])} alarm(s): {'; '.join(known['alarms'])}")
-    config = {
-        "defense": study.defense,
-        "task": study.task,
-        "shape": asdict(bench.plan.task.shape),
-        "classifier": bench.plan.protected,
-        "trained_with": bench.plan.task.classifier,
-        "train": dict(candidate.params.train),
-        "inference": dict(candidate.params.inference),
-        "threat": asdict(exam.threat),
-        "study": study.model_dump(exclude={"storage", "data_dir", "address"}),
-    }
-    files = {
-        "weights.safetensors": to_bytes(defense),
-        "classifier.safetensors": to_bytes(bench.target.network),
-        "config.yaml": yaml.safe_dump(config, sort_keys=False).encode(),
-        "card.md": card(candidate, known).encode(),
-    }
-    known["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files["evidence.json"] = json.dumps(known, indent=1).encode()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder_atomic(folder) as temporary:
-        for name, content in files.items():
-            write_atomic(temporary / name, content)
-        bench.picture(candidate.params, temporary / "pictures.png")
-    return folder
+        if not isinstance(x_NCHW, Tensor):
+            raise InputError(f"{law}, but are a {type(x_NCHW).__name__}")
+        if x_NCHW.shape[1:] != (shape.channels, shape.height, shape.width) or x_NCHW.dtype != dtype:
+            raise InputError(f"{law}, but are {' x '.join(map(str, x_NCHW.shape)) or 'a scalar'}, {x_NCHW.dtype}")
+        low, high = (float(end) for end in x_NCHW.detach().aminmax()) if len(x_NCHW) else (0.0, 1.0)
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is neither
+            raise InputError(f"{law}, but go from {low:.3g} to {high:.3g}")
+        return x_NCHW
 
 
-def load(folder: str | Path) -> Defended:
-    """Load an export as a plain nn.Module in eval mode: images in [0, 1] in, logits out.
+def load(folder: str | Path) -> Exported:
+    """Load an export as a plain nn.Module in eval mode on the CPU: images in [0, 1] in, logits out.
 
     Raises:
         InputError: a file is missing or is not what was exported.
     """
+    files = opened(folder)
+    model = json.loads(files["evidence.json"])["model"]
+    shape = Shape(**model["shape"])
+    with dispensed():
+        kind = defenses.find(model["defense"])
+    defense = kind(model["train"], model["inference"], shape)
+    defense.adopt(ARCHITECTURES[model["trained_with"]].build(shape))
+    defense.load_state_dict(from_bytes(files["weights.safetensors"]))
+    classifier = ARCHITECTURES[model["classifier"]].build(shape)
+    classifier.load_state_dict(from_bytes(files["classifier.safetensors"]))
+    return Exported(defense, classifier).eval().requires_grad_(False)
+
+
+def opened(folder: str | Path) -> dict[str, bytes]:
+    """Return the files of an export, each as it was written; what was added since, such as attacks/, is not of it.
+
+    Raises:
+        InputError: a file is missing, or one byte of one is another.
+    """
     folder = Path(folder)
     try:
-        evidence = json.loads((folder / "evidence.json").read_text())
-        files = {name: (folder / name).read_bytes() for name in evidence["sha256"]}
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"an export must be a folder with whole files, but {folder}: {error}") from None
-    for name, expected in evidence["sha256"].items():
-        digest = hashlib.sha256(files[name]).hexdigest()
-        if digest != expected:
-            raise InputError(f"{folder / name} must have the SHA-256 {expected}, but has {digest}: export it anew")
-    config = yaml.safe_load(files["config.yaml"])
-    shape = Shape(**config["shape"])
-    defense = defenses.find(config["defense"])(config["train"], config["inference"], shape)
-    classifier = ARCHITECTURES[config["classifier"]].build(shape)
-    defense.adopt(ARCHITECTURES[config.get("trained_with", config["classifier"])].build(shape))
-    defense.load_state_dict(from_bytes(files["weights.safetensors"]))
-    classifier.load_state_dict(from_bytes(files["classifier.safetensors"]))
-    return Defended(defense, classifier).eval().requires_grad_(False)
+        files = {name: (folder / name).read_bytes() for name in FILES}
+        sealed = (folder / SEAL).read_bytes()
+    except OSError as error:
+        missing = Path(error.filename).name
+        raise InputError(
+            f"an export must be a folder with whole files, but {folder}: {missing}: {error.strerror}; export it anew"
+        ) from None
+    if sealed != seal(files):
+        altered = [name for name, line in _sums(files).items() if line not in sealed.splitlines(keepends=True)]
+        raise InputError(
+            f"an export must be as it was written, but {folder} has another {', '.join(altered) or SEAL} than its "
+            f"{SEAL} says: export it anew"
+        )
+    return files
+
+
+def seal(files: Mapping[str, bytes]) -> bytes:
+    """Return what SHA256SUMS says of the files of an export."""
+    return b"".join(_sums(files).values())
+
+
+def _sums(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n".encode() for name in FILES}

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
+from optuna.trial import FrozenTrial
+
 from attacks.threat import Knowledge
-from search import courier, ranking
+from search import courier, progress, ranking
 from search.agreement import Agreement, agreement
+from search.faults import Fault, gathered
+from search.importance import Importances, importances
 from search.latency import Latency
 from search.ranking import Kept
-from search.record import Record, state_of
+from search.record import ENDED, Record, state_of
 from search.score import Candidate
 from search.study import Study
 from search.wording import milliseconds, percent, spoken_eps
@@ -24,7 +29,7 @@ APART = 0.1
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial as the study's journal tells it.
+    """One trial, a training or a refinement, as the study's journal tells it.
 
     Args:
         trial: its identity.
@@ -34,6 +39,7 @@ class TrialRecord:
         reason: why it did not finish; empty otherwise.
         picture: a PNG of clean, attacked and purified images.
         seconds: how long it took.
+        restarts: how often it was handed out again, as its worker had died.
     """
 
     trial: str
@@ -43,6 +49,7 @@ class TrialRecord:
     reason: str
     picture: Path | None
     seconds: float | None
+    restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,12 @@ class Findings:
         best: the best feasible one.
         front: the Pareto front among the feasible.
         searched: names of the knobs that were searched.
-        importances: each knob's share in the variance of attacked accuracy; empty after too few trials.
+        importances: of the knobs; empty after too few trials.
         device: where the best one's latency was measured.
         agreement: of cheap and final scores.
         again: the latency of the front's candidates when it was timed again at the end.
+        refinements: further inference settings that were tried on the best fits at the end.
+        busy: seconds in which at least one trial ran.
     """
 
     study: Study
@@ -67,11 +76,13 @@ class Findings:
     best: Candidate | None
     front: Sequence[Candidate]
     searched: Sequence[str]
-    importances: Mapping[str, float]
+    importances: Importances
     trials: Sequence[TrialRecord]
     device: str = ""
     agreement: Agreement | None = None
     again: Mapping[str, Latency] = field(default_factory=dict)
+    refinements: Sequence[TrialRecord] = ()
+    busy: float = 0.0
 
     @cached_property
     def ranked(self) -> list[Candidate]:
@@ -107,6 +118,19 @@ class Findings:
 
     def count(self, state: str) -> int:
         return sum(trial.state == state for trial in self.trials)
+
+    @cached_property
+    def faults(self) -> list[Fault]:
+        """Trials and refinements that failed or were handed out again, by reason."""
+        every = (*self.trials, *self.refinements)
+        ended = [(t.state, t.reason, t.trial) for t in every if t.state in ("failed", "interrupted")]
+        again = [("restarted", "its worker had died", t.trial) for t in every if t.restarts]
+        return gathered(ended + again)
+
+    @cached_property
+    def alarms(self) -> list[Fault]:
+        """Candidates with an alarm, by alarm."""
+        return gathered(("alarm", alarm, c.candidate) for c in self.ranked for alarm in c.score.alarms)
 
     def broken(self, candidate: Candidate) -> list[str]:
         """Return the constraints of the study that a candidate breaks, in words."""
@@ -157,20 +181,25 @@ def find(study: Study) -> Findings:
         best=next(iter(feasible), None),
         front=ranking.front(study, candidates),
         searched=list(record.searched),
-        importances=record.importances(),
+        importances=importances(record),
         device=feasible[0].score.device if feasible else "",
         agreement=agreement(record, candidates),
         again=record.clocked(),
-        trials=[
-            TrialRecord(
-                trial=trial.user_attrs["trial"],
-                state=state_of(trial),
-                params=record.setting(trial),
-                curve=[score for _, score in trial.user_attrs.get("curve", [])],
-                reason=trial.user_attrs.get("reason", ""),
-                picture=courier.picture(study, trial.user_attrs.get("picture", "")),
-                seconds=trial.user_attrs.get("seconds"),
-            )
-            for trial in record.trials()
-        ],
+        trials=[_told(record, trial, "trial") for trial in record.trials()],
+        refinements=[_told(record, trial, "refines") for trial in record.refinements()],
+        busy=progress.busy((t for t in record.trials() if state_of(t) in ENDED), datetime.now()),
+    )
+
+
+def _told(record: Record, trial: FrozenTrial, kind: str) -> TrialRecord:
+    about = trial.user_attrs
+    return TrialRecord(
+        trial=about[kind],
+        state=state_of(trial),
+        params=record.setting(trial) if kind == "trial" else Params({}, {}),
+        curve=[score for _, score in about.get("curve", [])],
+        reason=about.get("reason", ""),
+        picture=courier.picture(record.study, about.get("picture", "")),
+        seconds=about.get("seconds"),
+        restarts=about.get("restarts", 0),
     )

@@ -89,7 +89,7 @@ class Fits(Materials):
             defense=type(defense).__qualname__,
             knobs=dict(defense.params.train),
             data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
-            images=self.study.train_images,
+            images=self.trained.train_images,
             classifiers=[self.identity(architecture) for architecture in (*adopted, *self.consulted(defense))],
             seed=self.study.seed,
         )
@@ -169,7 +169,7 @@ class Fits(Materials):
             words=words,
             source=texts(self.plan.defense.__module__),
             data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
-            images=self.study.train_images,
+            images=self.trained.train_images,
             classifiers=[classifier.fingerprint for classifier in consulted],
             seed=self.study.seed,
         )

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import attacks.suite
 from attacks.robustness import Outsider
+from attacks.suite import Attack
+from attacks.threat import ThreatModel
 from attacks.view import View
 from defenses.base import Defense
 from search import classifiers, tasks
@@ -28,10 +30,16 @@ from search.texts import texts
 
 
 class Materials:
-    """Data, classifiers and adversarial images of a study, on the device; each made on first use."""
+    """Data, classifiers and adversarial images of a study, on the device; each made on first use.
+
+    Attributes:
+        trained: the study as the fingerprints of what is trained see it; search/retrained.py says there that it takes
+            the validation images too.
+    """
 
     def __init__(self, study: Study, store: Store) -> None:
         self.study = study
+        self.trained = study
         self.store = store
         self.plan = study.plan()
         uses_gpu = torch.cuda.is_available() and study.gpus_per_trial != 0
@@ -52,14 +60,14 @@ class Materials:
     def classifier(self, architecture: str) -> Classifier:
         if architecture not in self._classifiers:
             task, store = self.plan.task, self.store
-            found = classifiers.obtain(self.study, task, architecture, store, lambda: self.training, self.device)
+            found = classifiers.obtain(self.trained, task, architecture, store, lambda: self.training, self.device)
             self._classifiers[architecture] = found
         return self._classifiers[architecture]
 
     def identity(self, architecture: str) -> str:
         """Return the fingerprint of a classifier, which need not be trained yet."""
         if architecture not in self._identities:
-            self._identities[architecture] = classifiers.identity(self.study, self.plan.task, architecture)
+            self._identities[architecture] = classifiers.identity(self.trained, self.plan.task, architecture)
         return self._identities[architecture]
 
     def consulted(self, defense: Defense) -> tuple[str, ...]:
@@ -96,27 +104,32 @@ class Materials:
         return x_NCHW.to(self.device), y_N.to(self.device)
 
     def _oblivious(self, x_NCHW: Tensor, y_N: Tensor) -> Mapping[str, Tensor]:
-        """Return the images that depend on the classifier alone, each attack's made once for all searches."""
+        """Return the images that depend on the classifier alone."""
         suite, threat = self.plan.suite.with_rungs(), self.plan.threat
-        images = {}
-        for attack in suite.oblivious:
-            key = fingerprint(
-                source=texts(attacks.suite.__name__),
-                attack=str(attack),
-                norm=threat.norm,
-                eps=threat.eps,
-                classifier=self.identity(self.plan.protected),
-                images=len(y_N),
-                seed=self.study.seed,
-            )
-            with self.store.lock("oblivious", key):
-                entry = self.store.get("oblivious", key)
-                if entry is None:
-                    target = self.target.network  # first: it may wait for a lock
-                    with self.lane.working():
-                        made = attack.craft(View(target), x_NCHW, y_N, threat, self.study.seed)
-                    content = save({"images": made.cpu().contiguous()})
-                    about = {"task": self.study.task, **attack.budget(threat)}
-                    entry = self.store.put("oblivious", key, {"images.safetensors": content}, about)
-            images[attack.name] = load_file(entry / "images.safetensors", device=str(self.device))["images"]
-        return images
+        return {attack.name: self.adversarial(attack, x_NCHW, y_N, threat) for attack in suite.oblivious}
+
+    def adversarial(self, attack: Attack, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel) -> Tensor:
+        """Return the images that an attack makes of the bare classifier, made once for all searches.
+
+        Args:
+            x_NCHW: the first images of the validation split, with their labels.
+        """
+        key = fingerprint(
+            source=texts(attacks.suite.__name__),
+            attack=str(attack),
+            norm=threat.norm,
+            eps=threat.eps,
+            classifier=self.identity(self.plan.protected),
+            images=len(y_N),
+            seed=self.study.seed,
+        )
+        with self.store.lock("oblivious", key):
+            entry = self.store.get("oblivious", key)
+            if entry is None:
+                target = self.target.network  # first: it may wait for a lock
+                with self.lane.working():
+                    made = attack.craft(View(target), x_NCHW, y_N, threat, self.study.seed)
+                content = save({"images": made.cpu().contiguous()})
+                about = {"task": self.study.task, **attack.budget(threat)}
+                entry = self.store.put("oblivious", key, {"images.safetensors": content}, about)
+        return load_file(entry / "images.safetensors", device=str(self.device))["images"]

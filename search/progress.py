@@ -32,7 +32,7 @@ def progress(study: Study, *, runs: bool) -> dict[str, Any]:
     trials, candidates = record.trials(), record.candidates()
     states = Counter("interrupted" if state == "running" and not runs else state for state in map(state_of, trials))
     feasible, agreed = ranking.feasible(study, candidates), agreement(record, candidates)
-    refinements = [t for t in record.optuna.get_trials(deepcopy=False) if "refines" in t.user_attrs]
+    refinements = record.refinements()
     failed = {
         t.user_attrs.get("refines", t.user_attrs.get("trial")): t.user_attrs["reason"]
         for t in (*trials, *refinements)
@@ -48,7 +48,7 @@ def progress(study: Study, *, runs: bool) -> dict[str, Any]:
         "candidates": len(candidates),
         "best": feasible[0].row() if feasible else None,
         "stopping": study.stopping,
-        "refinements": len({trial.user_attrs["refines"] for trial in refinements}),
+        "refinements": len(refinements),
         **_pace(study, trials, runs=runs),
         "feasible": len(feasible),
         "constraints": [{**vars(one), "words": one.words} for one in ranking.kept(study, candidates)],
@@ -61,7 +61,7 @@ def progress(study: Study, *, runs: bool) -> dict[str, Any]:
 def _pace(study: Study, trials: Sequence[FrozenTrial], *, runs: bool) -> dict[str, float | None]:
     """Return the time in which some training was under way, and what follows from it for the rest."""
     ended = sum(state_of(trial) in ENDED for trial in trials)
-    seconds = _busy((t for t in trials if state_of(t) in ENDED or (runs and state_of(t) == "running")), datetime.now())
+    seconds = busy((t for t in trials if state_of(t) in ENDED or (runs and state_of(t) == "running")), datetime.now())
     left = seconds / ended * (study.trials - ended) if runs and ended else None
     return {
         "seconds": round(seconds, 1),
@@ -70,7 +70,7 @@ def _pace(study: Study, trials: Sequence[FrozenTrial], *, runs: bool) -> dict[st
     }
 
 
-def _busy(trials: Iterable[FrozenTrial], now: datetime) -> float:
+def busy(trials: Iterable[FrozenTrial], now: datetime) -> float:
     """Return the seconds in which at least one of the trials ran: a search that was left has gaps."""
     seconds, until = 0.0, datetime.min
     for begin, end in sorted((t.datetime_start or now, t.datetime_complete or now) for t in trials):

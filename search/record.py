@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import warnings
 from pathlib import Path
 
@@ -32,8 +31,6 @@ WORDS = {
     TrialState.RUNNING: "running",
 }
 ENDED = ("finished", "pruned", "failed")
-WEIGHED = 400
-"""Of how many candidates, drawn at random, the importance of knobs is told: its cost grows with their square."""
 INTERRUPTED = "interrupted"
 """Marks an Optuna trial that was running when its driver died."""
 
@@ -69,7 +66,12 @@ class Record:
 
     def trials(self) -> list[FrozenTrial]:
         """Return one Optuna trial for each trial of the search, the latest of its name, in order."""
-        latest = {t.user_attrs["trial"]: t for t in self._all() if _proposal(t)}
+        latest = {t.user_attrs["trial"]: t for t in self.all() if _proposal(t)}
+        return [latest[name] for name in sorted(latest, key=lambda name: int(name[1:]))]
+
+    def refinements(self) -> list[FrozenTrial]:
+        """Return one Optuna trial for each refinement, the latest of its name, in order."""
+        latest = {t.user_attrs["refines"]: t for t in self.all() if "refines" in t.user_attrs}
         return [latest[name] for name in sorted(latest, key=lambda name: int(name[1:]))]
 
     def setting(self, trial: FrozenTrial) -> Params:
@@ -88,7 +90,7 @@ class Record:
 
     def candidates(self) -> list[Candidate]:
         """Return every finished candidate, once."""
-        found = (t.user_attrs.get("candidate") for t in self._all() if t.state == TrialState.COMPLETE)
+        found = (t.user_attrs.get("candidate") for t in self.all() if t.state == TrialState.COMPLETE)
         every = [Candidate.from_json(json.loads(text)) for text in found if text]
         return list({candidate.candidate: candidate for candidate in every}.values())
 
@@ -96,26 +98,8 @@ class Record:
         """Return the candidates within all constraints, the least attacked error first, then the fastest."""
         return ranking.feasible(self.study, self.candidates())
 
-    def importances(self) -> dict[str, float]:
-        """Return how much each knob matters for the attacked error; empty where too little is known."""
-        # A candidate whose thresholds were picked may lack some knobs, and would take them out for all. Those that do
-        # not always matter would leave too few candidates.
-        always = [name for name in self.searched if name not in self.space.given]
-        own = (t for t in self._all() if t.state == TrialState.COMPLETE and "from" not in t.user_attrs)
-        done = [t for t in own if set(always) <= set(t.params)]
-        if len(done) < 8 or len({t.values[0] for t in done}) < 2:
-            return {}  # where nothing varies there is no variance to explain
-        some = optuna.create_study(directions=self.optuna.directions)
-        some.add_trials(random.Random(self.study.seed).sample(done, min(len(done), WEIGHED)))
-        found = optuna.importance.get_param_importances(
-            some,
-            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=self.study.seed),
-            params=always,
-            target=lambda trial: trial.values[0],
-        )
-        return dict(found)
-
-    def _all(self) -> list[FrozenTrial]:
+    def all(self) -> list[FrozenTrial]:
+        """Return every trial of the Optuna study: trainings, further candidates, refinements, and what is enqueued."""
         return self.optuna.get_trials(deepcopy=False)
 
 

@@ -1,11 +1,12 @@
 """The report: one self-contained HTML page on a search, finished or running, that needs no network.
 
-Here stands what the page says; how it looks stands in `report.html.j2`, `report.css.j2` and `report.js.j2`.
+Here stands what the page says; how it looks stands in `page/`.
 """
 
 from __future__ import annotations
 
 import base64
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,21 +15,32 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from attacks.interval import wilson
+from search import provenance
+from search.cache import caches, read_ledger
 from search.charts import charts
+from search.cost import cost
+from search.datasets import DATASETS
 from search.findings import Findings, TrialRecord
 from search.score import Score
 from search.store import write_atomic
+from search.study import Study
+from search.tasks import task
 from search.wording import duration, milliseconds, percent, spoken_eps, spoken_value
 
 TOP = 10
 """Rows of the leaderboard."""
 
 LINES = 400
-"""Lines of the parallel coordinates; more cannot be told apart."""
+"""Lines of the parallel coordinates, dots of a slice; more cannot be told apart."""
+
+CURVES = 150
+"""Learning curves that are drawn."""
 
 PICTURES = 6
 PICTURE_BYTES = 500_000
 """What all pictures may weigh, so that the page can be mailed."""
+
+LIBRARIES = ("torch", "torchattacks", "optuna", "ray", "numpy")
 
 
 def write(findings: Findings, path: Path) -> Path:
@@ -38,7 +50,7 @@ def write(findings: Findings, path: Path) -> Path:
 
 def render(findings: Findings) -> str:
     """Return the page."""
-    study = findings.study
+    study, config = findings.study, findings.study.to_yaml()
     return _template().render(
         f=findings,
         study=study,
@@ -50,8 +62,17 @@ def render(findings: Findings) -> str:
         charts=charts(findings),
         rejects=any(c.score.clean_rejection or c.score.attacked_rejection for c in findings.candidates),
         lines=LINES,
+        curves=CURVES,
         pictures=pictures(findings),
-        config=study.to_yaml(),
+        faults=findings.faults,
+        alarms=findings.alarms,
+        cost=cost(findings),
+        dataset=task(study.task).dataset,
+        again=findings.best and provenance.again(study, findings.best.params),
+        elsewhere="" if study.storage == Study().storage else f" --storage {study.storage}",
+        origins=list(origins(study)),
+        config=config,
+        study_yaml="data:text/yaml;base64," + base64.b64encode(config.encode()).decode(),
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -59,14 +80,14 @@ def render(findings: Findings) -> str:
 def _template() -> jinja2.Template:
     # Autoescape is always on: names and reasons of failures are not ours, and may hold markup.
     env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "page"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     env.filters.update(percent=percent, ms=milliseconds, duration=duration, value=spoken_value)
-    return env.get_template("report.html.j2")
+    return env.get_template("page.html.j2")
 
 
 def interval(score: Score) -> tuple[float, float]:
@@ -102,6 +123,28 @@ def measures(findings: Findings) -> Iterator[tuple[str, str, list[str]]]:
     ]
     for measure, condition, of in rows:
         yield measure, condition, [of(c.score) if c else "–" for c in (findings.best, findings.undefended)]
+
+
+def origins(study: Study) -> Iterator[tuple[str, str]]:
+    """Yield what else decides the figures, with its version."""
+    code, installed = provenance.code(), provenance.libraries()
+    commit = f"commit {code['commit']}{', changed since' if code['changed_since'] else ''}; " if code["commit"] else ""
+    yield "Crucible", f"{commit}SHA-256 of its sources {code['sha256']}"
+    yield "Python", platform.python_version()
+    yield from ((name, installed[name]) for name in LIBRARIES if name in installed)
+    data = task(study.task).dataset
+    yield f"{data}, training and validation images", f"SHA-256 {checksum}" if (checksum := _checksum(study)) else "–"
+    yield f"licence of {data}", DATASETS[data].licence
+
+
+def _checksum(study: Study) -> str:
+    """Return the SHA-256 of the decoded data; nothing where they are not on this machine."""
+    for decoded in caches(task(study.task).dataset, study.data_dir):
+        try:
+            return str(read_ledger(decoded)["checksum"])
+        except (OSError, ValueError, KeyError):
+            continue
+    return ""
 
 
 def pictures(findings: Findings) -> list[tuple[TrialRecord, str]]:

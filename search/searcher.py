@@ -42,7 +42,7 @@ class Proposer(Record):
         self._countable = 0 < (self.space.trainings() or 0) <= COUNTABLE
         self._running: dict[str, optuna.Trial] = {}
         self._recover()
-        if not self._all():
+        if not self.all():
             self._enqueue_starts()
         # From here on kept in step, so that a proposal of a long search costs no more than one of a short search.
         trials = self.trials()
@@ -50,7 +50,7 @@ class Proposer(Record):
         self._ended = sum(state_of(trial) in ENDED for trial in trials)
         self._seen = {_key(self.setting(trial)) for trial in trials}
         self._known = {candidate.candidate for candidate in self.candidates()}
-        self._refined = {t.user_attrs["refines"] for t in self._all() if "refines" in t.user_attrs}
+        self._refined = {t.user_attrs["refines"] for t in self.all() if "refines" in t.user_attrs}
         self._refining: set[str] = set()
         self._refiner: Refiner | None = None
         self._refinable = refinable(study)

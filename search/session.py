@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -24,7 +25,7 @@ from search.ledger import Ledger
 from search.live import Display, leaderboard, percent, refusals
 from search.place import StorageError, trouble
 from search.progress import progress
-from search.record import Record, begun
+from search.record import ENDED, Record, begun, state_of
 from search.score import Candidate
 from search.study import Study
 from search.tracking import Tracker
@@ -136,11 +137,12 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
                 _new(study)  # another driver may have begun, and ended, since
             known, ended = _held(study)
             ledger = Ledger(study.folder / "candidates.csv", known)
-            tracker = Tracker(study.wandb, study.folder, say)
-            display = Display(console, study, list(plan.space.searched()), plan.epochs, ended)
-            with closing(tracker), closing(display):
-                state = run.run(study, [ledger, tracker, *couriers, display], debug=debug)
-            return _conclude(study, state, console)
+            tracker = Tracker(study.wandb, study.folder, say, known, ended)
+            display = Display(console, study, list(plan.space.searched()), plan.epochs, ended.total())
+            with closing(tracker):  # last: what was found does not wait for a server
+                with closing(display):
+                    state = run.run(study, [ledger, tracker, *couriers, display], debug=debug)
+                return _conclude(study, state, console, tracker)
     except Timeout:
         raise InputError(f"a search must run once at a time, but {study.name!r} runs already") from None
     except Exception as error:
@@ -151,15 +153,16 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
         ) from error
 
 
-def _held(study: Study) -> tuple[list[Candidate], int]:
-    """Return the candidates of a search, and how many of its trials have ended."""
+def _held(study: Study) -> tuple[list[Candidate], Counter[str]]:
+    """Return the candidates of a search, and how many of its trials have ended in each way."""
     if not begun(study):
-        return [], 0
+        return [], Counter()
     record = Record(study)
-    return record.candidates(), record.ended()
+    states = map(state_of, record.trials())
+    return record.candidates(), Counter(state for state in states if state in ENDED)
 
 
-def _conclude(study: Study, state: State, console: Console) -> int:
+def _conclude(study: Study, state: State, console: Console, tracker: Tracker) -> int:
     """Show the leaderboard, write the report, and return the exit code."""
     record = Record(study)
     ranked, undefended = record.feasible(), record.undefended()
@@ -179,11 +182,12 @@ def _conclude(study: Study, state: State, console: Console) -> int:
                 f"{percent(ranked[0].score.attacks[IFGSM])} %, undefended {percent(undefended.score.attacks[IFGSM])} %",
                 highlight=False,
             )
-        for what, path in (
-            ("candidates", study.folder / "candidates.csv"),
-            ("report    ", write_report(study)),
-            ("W&B       ", f"wandb leet {study.folder / 'wandb'}"),
-        ):
+        said = {"candidates": str(study.folder / "candidates.csv"), "report    ": str(write_report(study))}
+        if tracker.mode != "disabled":
+            said["W&B       "] = f"wandb leet {study.folder / 'wandb'}"
+        if tracker.upload:
+            said["upload    "] = tracker.upload
+        for what, path in said.items():
             console.print(f"{what} {path}", highlight=False, soft_wrap=True)
     if state == "interrupted":
         console.print(f"interrupted; go on with: {_resume(study)}", highlight=False, soft_wrap=True)

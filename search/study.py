@@ -2,104 +2,43 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
 import defenses
 import spaces
 from attacks.suite import SUITES, Suite
-from attacks.threat import Knowledge, Norm, ThreatModel
+from attacks.threat import ThreatModel
 from defenses.base import Defense
 from search import remote, tasks
+from search.fields import Fields
 from search.store import write_atomic
 from search.tasks import Task
 from search.tasks import task as find_task
-from spaces.space import InputError, Scalar, SearchSpace, choose, extremes, finite
+from spaces.space import InputError, SearchSpace, choose, extremes, finite
 
-Method = Literal["tpe", "nsga2", "gp", "random", "qmc", "grid"]
 HELD_OUT = 150
 """Validation images that a black-box attacker starts from. Source: Papernot et al. 2017, section 5.1."""
-KnobWish = Scalar | list[Scalar]
 
 
-class Study(BaseModel):
-    """One search. Each field is a flag of `launch.py search` and a key of its YAML file."""
+class Study(Fields):
+    """One search: its fields, and what they stand for.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Raises:
+        InputError: a field is unknown or outside its law.
+    """
 
-    name: str = Field("search", description="the search's name: its folder in the storage")
-    defense: str = Field("puvae", description="a defense (list defenses)")
-    task: str = Field("mnist/A", description="a data set and the classifier to protect (list tasks)")
-    space: str = Field("default", description="a named search space of the defense (list spaces)")
-    knobs: dict[str, KnobWish] = Field(
-        {},
-        description="knobs beside the space's: NAME=VALUE fixes one, NAME=V1,V2 is a grid, "
-        "NAME=LOW..HIGH or LOW..HIGH:log a range",
-    )
-    method: Method = Field("tpe", description="how Optuna proposes")
-    trials: int = Field(40, ge=1, description="trainings at most")
-    threat: Knowledge = Field("white-box", description="what the attacker knows")
-    norm: Norm = Field("Linf", description="the norm of the perturbation")
-    eps: float | None = Field(
-        None, ge=0, description="its bound, in pixel units of [0, 1]; else the suite's paper's, or the task's in Linf"
-    )
-    substitute: str | None = Field(
-        None,
-        description="the black-box attacker's architecture (list tasks); else the protected one's partner",
-    )
-    suite: str = Field("search", description="the attacks that score a candidate (list attacks)")
-    max_latency_ms: float | None = Field(
-        None, gt=0, description="constraint: p50 of purifying a batch of 128, in milliseconds"
-    )
-    min_clean_accuracy: float | None = Field(
-        None, ge=0, le=1, description="constraint: least accuracy on clean images, a fraction"
-    )
-    max_clean_rejection: float = Field(
-        0.05, ge=0, le=1, description="constraint: most clean images that may be rejected, a fraction"
-    )
-    protect: str | None = Field(
-        None, description="the task whose classifier is attacked, where it is not the one trained with: mnist/C"
-    )
-    train_images: int | None = Field(None, ge=1, description="training images; else all")
-    eval_images: int | None = Field(
-        None, ge=1, description="validation images that are attacked; else 1000, or all where there are fewer"
-    )
-    cheap_images: int = Field(128, ge=1, description="of them, those that score a training after each epoch")
-    epochs: int | None = Field(None, ge=1, description="epochs of a training; else the defense's own")
-    classifier_epochs: int = Field(10, ge=1, description="epochs of the protected classifier and of its partner")
-    stopping: Literal["halving", "median", "none"] = Field(
-        "halving", description="the rule that stops trainings early, on their rung scores"
-    )
-    grace: int | None = Field(None, ge=1, description="epochs before a training may be stopped; else half of all")
-    halving: float = Field(3.0, gt=1, description="of those that reach a rung one in so many goes on")
-    patience: int = Field(8, ge=0, description="trainings that reach a rung before any is stopped there")
-    refine: int = Field(
-        24, ge=0, description="settings tried at the end on the best fits, where inference knobs are continuous"
-    )
-    warm_start: str | None = Field(None, description="a search of the storage, or an export's folder, to begin from")
-    trial_timeout: float | None = Field(
-        None, gt=0, description="seconds of work after which a trial is given up (not with --debug); else never"
-    )
-    gpus_per_trial: float | None = Field(None, ge=0, description="a fraction shares one; else 0.25 where there is one")
-    cpus_per_trial: float = Field(1.0, gt=0, description="CPU cores of a trial")
-    concurrent: int | None = Field(None, ge=1, description="trials at once; else what the cluster holds")
-    address: str | None = Field(None, description="a Ray cluster: auto or HOST:PORT; else a local one")
-    storage: str = Field(
-        "runs", validate_default=True, description="the folder or URI that holds searches and the store they share"
-    )
-    data_dir: str | None = Field(None, description="the data cache; else $CRUCIBLE_DATA or ~/.cache/crucible")
-    wandb: Literal["online", "offline", "disabled"] | None = Field(
-        None, description="Weights & Biases; else online where a key is found"
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything")
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise InputError(_refused(error)[1]) from None
 
     @property
     def root(self) -> Path:
@@ -121,28 +60,6 @@ class Study(BaseModel):
         """The task, and what is protected where that is another classifier."""
         task, protect = (name and find_task(name).name for name in (self.task, self.protect))
         return f"{task} protecting {protect}" if protect else str(task)
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
-            raise ValueError("must be letters, digits, '.', '_' and '-', and no path")
-        return name
-
-    @field_validator("eps", mode="before")
-    @classmethod
-    def _may_be_a_fraction(cls, eps: object) -> object:
-        return as_written(eps)
-
-    @field_validator("data_dir")
-    @classmethod
-    def _is_absolute(cls, data_dir: str | None) -> str | None:
-        return None if data_dir is None else str(Path(data_dir).expanduser().resolve())
-
-    @field_validator("storage")
-    @classmethod
-    def _is_a_folder(cls, storage: str) -> str:
-        return remote.checked(storage)  # workers have working directories of their own
 
     def plan(self) -> Plan:
         """Return what the study's words stand for.
@@ -220,14 +137,6 @@ class Plan:
         return max((int(value) for value in values), default=1)
 
 
-def as_written(eps: object) -> object:
-    """Take 8/255 as it is written in papers."""
-    try:
-        return float(Fraction(eps)) if isinstance(eps, str) else eps
-    except (ValueError, ZeroDivisionError):
-        return eps
-
-
 def _buildable(defense: type[Defense], space: SearchSpace, task: Task) -> None:
     """Build the defense without memory at one setting, and with each train-time knob in turn at its other values.
 
@@ -253,16 +162,20 @@ def make(values: Mapping[str, Any], where: Callable[[str], str] = lambda field: 
     Raises:
         InputError: a field is unknown or outside its law.
     """
-    for name in values:
-        if name not in Study.model_fields:
-            raise InputError(where(name) + _unknown(name))
     try:
-        study = Study(**values)
+        Fields(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        law = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        raise InputError(f"{where(name)}{name} {law}, but is {values[name]!r}") from None
+        name, law = _refused(error)
+        raise InputError(where(name) + law) from None
+    return checked(Study(**values))
+
+
+def checked(study: Study) -> Study:
+    """Return a study whose words all stand for something, and whose defense can be built.
+
+    Raises:
+        InputError: one does not.
+    """
     plan = study.plan()
     _buildable(plan.defense, plan.space, plan.task)  # once: a plan is asked for often
     return study
@@ -307,6 +220,17 @@ def read(path: Path, over: Mapping[str, Any] | None = None) -> Study:
         )
     except InputError as error:
         raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from None
+
+
+def _refused(error: ValidationError) -> tuple[str, str]:
+    """Return the first field that is refused, an unknown one before others, and why."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return name, _unknown(name)
+    law = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    given = first["input"]
+    return name, f"{name} {law}, but is {given!r}"
 
 
 def _unknown(name: str) -> str:

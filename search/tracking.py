@@ -1,57 +1,40 @@
-"""Weights & Biases: one run a trial and one for the search, written by the driver.
+"""Weights & Biases: one run a trial, one for the search and one for its exports, written by the driver.
 
-Whatever W&B does, it never stops, slows or fails a search: a listener's method only puts a job into a queue,
-one thread of our own works it off, and no call to wandb gets more than `PATIENCE_S`. Offline runs are folders
-that `wandb leet FOLDER/wandb` shows and `wandb sync` uploads.
+Offline runs are folders that `wandb leet FOLDER/wandb` shows and `wandb sync FOLDER/wandb` uploads; a search that is
+resumed goes on in its runs, on a server too.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import threading
-import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
-
-import plotly.graph_objects as go
-import wandb
-from wandb.sdk import wandb_setup
-from wandb.sdk.lib import wbauth
+from typing import Any, get_args
 
 from defenses.base import Metrics
+from search import panels
 from search.events import Listener, State
-from search.ranking import feasible, front, ranked
+from search.logbook import Logbook
+from search.panels import Extreme
+from search.ranking import feasible, ranked
+from search.record import Record
 from search.score import Candidate
 from search.study import Study
+from search.wandb_run import Mode
 from spaces.space import Params
 
-T = TypeVar("T")
-P = ParamSpec("P")
-Mode = Literal["online", "offline", "disabled"]
+SEARCH, EXPORT = "search", "export"
+"""The keys of the search's own run and of its exports'; a trial's key is its identity."""
 
-PATIENCE_S = 20.0
-"""How long one call to wandb may take before W&B counts as failed."""
-
-FLUSH_S = 60.0
-"""How long the end of a search waits for what is still in the queue."""
-
-SEARCH = "search"
-"""The key of the search's own run; a trial's key is its identity."""
-
-LOWER: dict[Mode, Mode] = {"online": "offline", "offline": "disabled", "disabled": "disabled"}
-MEANING: dict[Mode, str] = {
-    "online": "the search goes on",
-    "offline": "the search goes on and logs offline",
-    "disabled": "the search goes on without it",
-}
 EXIT: dict[State, int] = {"finished": 0, "pruned": 0, "failed": 1, "interrupted": 255}
+BY_TRIAL: dict[str, Extreme] = {
+    "attacked_accuracy": "max",
+    "attacked_error": "min",
+    "clean_accuracy": "max",
+    "latency_ms_p50": "min",
+}
+"""What the search's run shows of the best candidate of each trial."""
 
 
 class Tracker(Listener):
@@ -60,37 +43,44 @@ class Tracker(Listener):
     Args:
         mode: None is online where a key is found (or what $WANDB_MODE says), else offline.
         folder: the search's folder; wandb's files lie in its `wandb/`.
-        say: shows the user one line; called from the tracker's thread.
+        say: shows the user one line; called from another thread.
+        known: the candidates that the study holds already.
+        ended: how many of its trials have ended in each way.
     """
 
-    def __init__(self, mode: Mode | None, folder: Path, say: Callable[[str], None]) -> None:
-        self._folder = folder.resolve()
-        self._say = say
-        self._said: set[Mode] = set()
-        self._runs: dict[str, wandb.Run] = {}
-        self._states: Counter[State] = Counter()
-        self._candidates = 0
-        self._best: list[Candidate] = []
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        _hush(self._folder)
-        self._mode: Mode = mode or _found_mode()
-        if self._mode != "disabled":
-            self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-            self._thread.start()
+    def __init__(
+        self,
+        mode: Mode | None,
+        folder: Path,
+        say: Callable[[str], None],
+        known: Sequence[Candidate] = (),
+        ended: Mapping[str, int] | None = None,
+    ) -> None:
+        self._logbook = Logbook(mode, folder, say)
+        self._states = Counter[str](ended or {})
+        self._best = list(known)
+        self._candidates = len(known)
+        self._charted = set[str]()
 
     def __repr__(self) -> str:
-        return f"Tracker(mode={self._mode!r}, folder={str(self._folder)!r})"
+        return f"Tracker({self._logbook!r})"
 
     @property
     def mode(self) -> Mode:
         """What W&B does now: it steps down from online to offline to disabled where it fails."""
-        return self._mode
+        return self._logbook.mode
+
+    @property
+    def upload(self) -> str | None:
+        """The command that uploads what was logged offline; None where nothing is."""
+        return self._logbook.upload
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
         self._study, self._undefended = study, undefended
         config = study.model_dump(exclude={"address", "storage", "data_dir"})  # they tell of the machine
-        self._put(self._open, SEARCH, self._about(study.name, "search", config))
+        self._logbook.open(SEARCH, _about(study, study.name, "search", config))
+        by_trial = {f"trial/{name}": extreme for name, extreme in BY_TRIAL.items()}
+        self._logbook.write(SEARCH, partial(panels.define, "trial", by_trial))
 
     def trial_started(self, trial: str, params: Params) -> None:
         config = {
@@ -99,62 +89,57 @@ class Tracker(Listener):
             **self._study.model_dump(include={"defense", "task", "seed", "space"}),
             **self._threat(),
         }
-        self._put(self._open, trial, self._about(trial, "trial", config))
+        kind = "refinement" if _refines(trial) else "trial"
+        self._logbook.open(trial, _about(self._study, trial, kind, config))
 
     def epoch_ended(self, trial: str, epoch: int, metrics: Metrics) -> None:
-        self._put(self._write, trial, partial(_log, {"epoch": epoch, **metrics}))
+        if trial not in self._charted:
+            self._charted.add(trial)
+            # what a defense yields beside the rung score, an accuracy, are losses
+            extremes: dict[str, Extreme] = {name: "max" if name == "cheap" else "min" for name in metrics}
+            self._logbook.write(trial, partial(panels.define, "epoch", extremes))
+        self._logbook.write(trial, partial(panels.log, {"epoch": epoch, **metrics}))
 
     def trial_ended(
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
-        self._states[state] += not trial.startswith("r")  # a refinement is no trial
+        self._states[state] += not _refines(trial)
         self._candidates += len(candidates)
         self._best = feasible(self._study, [*self._best, *candidates])[:1]
         best = next(iter((*feasible(self._study, candidates), *ranked(candidates))), None)
         outcome = {**self._threat(), **(best.row() if best else {}), "state": state, "reason": reason}
         if candidates:
-            self._put(self._write, trial, partial(_show_table, "candidates", tuple(candidates)))
+            table = partial(panels.show_table, "candidates", self._study, tuple(candidates))
+            self._logbook.write(trial, table)
         if picture is not None:
-            self._put(self._write, trial, partial(_show_picture, picture))
-        self._put(self._write, trial, partial(_sum_up, outcome))
-        self._put(self._finish, trial, EXIT[state])
-        self._put(self._write, SEARCH, partial(_log, self._progress()))
+            self._logbook.write(trial, partial(panels.show_picture, picture))
+        self._logbook.write(trial, partial(panels.sum_up, outcome))
+        self._logbook.finish(trial, EXIT[state])
+        self._logbook.write(SEARCH, partial(panels.log, self._progress(best)))
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         known = tuple(candidates)
         if known:
-            self._put(self._write, SEARCH, partial(_show_table, "leaderboard", known))
-            chart = partial(_show_pareto, self._study, self._undefended, known)
-            self._put(self._write, SEARCH, chart)
-        self._put(self._write, SEARCH, partial(_sum_up, self._outcome(state, known)))
-        self._put(self._finish, SEARCH, EXIT[state])
-        self.close()
+            self._logbook.write(SEARCH, partial(panels.show_table, "leaderboard", self._study, known))
+            self._logbook.write(SEARCH, partial(panels.show_charts, self._study, self._undefended, known))
+        self._logbook.write(SEARCH, partial(panels.sum_up, self._outcome(state, known)))
+        self._logbook.finish(SEARCH, EXIT[state])
 
     def close(self) -> None:
-        """Finish every run and stop, waiting at most `FLUSH_S`. It may be called again."""
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        self._jobs.put(None)
-        thread.join(FLUSH_S)
-        if thread.is_alive():
-            self._said.update(MEANING)
-            self._say(f"W&B is slow; upload the rest with: wandb sync {self._folder}/wandb/*run-*")
-
-    def _about(self, name: str, job_type: str, config: dict[str, Any]) -> dict[str, Any]:
-        study = self._study
-        tags = (study.defense, study.task, study.threat)
-        return {"group": study.name, "tags": tags, "name": name, "job_type": job_type, "config": config}
+        """Finish every run and stop, waiting a minute or so at most. It may be called again."""
+        self._logbook.close()
 
     def _threat(self) -> dict[str, Any]:
         threat = self._undefended.score.threat
         return {"threat": threat.knowledge, "norm": threat.norm, "eps": threat.eps}
 
-    def _progress(self) -> dict[str, float]:
+    def _progress(self, latest: Candidate | None) -> dict[str, float]:
         point: dict[str, float] = {"trial": self._states.total(), "candidates": self._candidates}
         for best in self._best:
             point["best/attacked_accuracy"] = best.score.attacked_accuracy
             point["best/latency_ms_p50"] = best.score.latency_ms_p50
+        if latest is not None:
+            point |= {f"trial/{name}": getattr(latest.score, name) for name in BY_TRIAL}
         return point
 
     def _outcome(self, state: State, known: Sequence[Candidate]) -> dict[str, Any]:
@@ -169,214 +154,29 @@ class Tracker(Listener):
             **({f"best/{name}": value for name, value in best.row().items()} if best else {}),
         }
 
-    def _put(self, job: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        if self._thread is not None:
-            self._jobs.put(partial(job, *args, **kwargs))
 
-    # From here on: in the tracker's thread.
+def log_exports(study: Study, folders: Sequence[Path], say: Callable[[str], None]) -> None:
+    """Log exports of a search, in a run of their own: each a version of the artifact of the defense and task.
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            with contextlib.suppress(Exception):  # `say` is not ours: it may fail too
-                job()
-        for key in list(self._runs):
-            with contextlib.suppress(Exception):
-                self._write(key, partial(_sum_up, {"state": "interrupted"}))
-                self._finish(key, EXIT["interrupted"])
-
-    def _open(self, key: str, about: dict[str, Any]) -> None:
-        """Open a run, stepping down where that fails; a trial that starts again goes on in its run."""
-        fault: Exception | None = None
-        while self._mode != "disabled" and key not in self._runs:
-            # Unless it is reset, wandb-core keeps the identity of a run whose start failed for itself.
-            identity = f"{key}-{self._mode}" if fault and self._runs else key
-            try:
-                start = partial(_start, self._folder, identity, self._mode, about)
-                self._runs[key] = _within(PATIENCE_S, start)
-            except Exception as error:
-                fault = fault or error
-                self._step_down()
-        if fault is not None:
-            self._complain(fault)
-
-    def _write(self, key: str, write: Callable[[wandb.Run], None]) -> None:
-        run = self._runs.get(key)
-        if run is None:
-            return
-        try:
-            _within(PATIENCE_S, partial(write, run))
-        except TimeoutError as error:
-            del self._runs[key]
-            if run.offline == (self._mode == "offline"):
-                self._step_down()
-            self._complain(error)
-        except ConnectionError as error:  # wandb-core, which serves all runs, has died
-            self._runs.clear()
-            self._step_down()
-            self._complain(error)
-        except Exception as error:
-            self._complain(error)
-
-    def _finish(self, key: str, exit_code: int) -> None:
-        self._write(key, lambda run: run.finish(exit_code=exit_code))
-        self._runs.pop(key, None)
-
-    def _step_down(self) -> None:
-        self._mode = LOWER[self._mode]
-        if not self._runs:
-            with contextlib.suppress(Exception):
-                _within(PATIENCE_S, wandb.teardown)
-
-    def _complain(self, error: Exception) -> None:
-        if self._mode not in self._said:
-            self._said.add(self._mode)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            self._say(f"W&B failed ({reason[:200]}); {MEANING[self._mode]}")
-
-
-def pareto_chart(study: Study, undefended: Candidate, candidates: Sequence[Candidate]) -> go.Figure:
-    """Return attacked accuracy against latency: all candidates, the feasible front, the bare classifier."""
-    under = f"{undefended.score.threat}, {undefended.score.images} images"
-    chart = go.Figure(
-        layout={
-            "title": f"{study.name}: {study.defense} on {study.label}, {under}",
-            "xaxis": {"title": "purification latency, p50 in ms"},
-            "yaxis": {"title": "attacked accuracy (with rejection), fraction", "range": [0, 1]},
-        }
-    )
-    chart.add_trace(_points("candidates", candidates, mode="markers", opacity=0.5))
-    chart.add_trace(_points("Pareto front", front(study, candidates), mode="lines+markers"))
-    chart.add_trace(_points("no defense", [undefended], mode="markers", marker={"symbol": "x", "size": 10}))
-    return chart
-
-
-def _points(name: str, candidates: Sequence[Candidate], **style: Any) -> go.Scatter:
-    x = [c.score.latency_ms_p50 for c in candidates]
-    y = [1 - c.score.attacked_error for c in candidates]  # accuracy where nothing is rejected
-    return go.Scatter(name=name, x=x, y=y, text=[c.candidate for c in candidates], **style)
-
-
-def _log(point: dict[str, float], run: wandb.Run) -> None:
-    run.log(point)
-
-
-def _show_table(name: str, candidates: Sequence[Candidate], run: wandb.Run) -> None:
-    rows = [c.row() for c in ranked(candidates)]
-    columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
-    data = [[row.get(str(column)) for column in columns] for row in rows]
-    run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
-
-
-def _show_picture(picture: Path, run: wandb.Run) -> None:
-    run.log({"picture": wandb.Image(str(picture), caption="clean / attacked / purified")})
-
-
-def _show_pareto(study: Study, undefended: Candidate, known: Sequence[Candidate], run: wandb.Run) -> None:
-    run.log({"pareto": wandb.Plotly(pareto_chart(study, undefended, known))})
-
-
-def _sum_up(outcome: dict[str, Any], run: wandb.Run) -> None:
-    run.summary.update({name: value for name, value in outcome.items() if value is not None})
-
-
-def _start(folder: Path, key: str, mode: Mode, about: dict[str, Any]) -> wandb.Run:
-    """Open a run of its own; the caller bounds the time.
-
-    Raises:
-        ConnectionError: online is asked for without a key; wandb would wait for one at the terminal.
+    A version has its candidate for an alias; that of the highest-ranked candidate that is exported, of all beside
+    them, also has `best` and the search's name.
     """
-    if mode == "online" and not _has_key():
-        raise ConnectionError("there is no key: run `wandb login` or set WANDB_API_KEY")
-    folder.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project="crucible",
-        id=_identity(folder, about["group"], key),
-        dir=str(folder),
-        mode=mode,
-        resume="allow",
-        reinit="create_new",
-        settings=_settings(),
-        **about,
-    )
-    step = "trial" if about["job_type"] == "search" else "epoch"
-    run.define_metric(step)
-    run.define_metric("*", step_metric=step)
-    return run
+    exported = {path.name for folder in folders for path in folder.parent.iterdir()}
+    best = next((c.candidate for c in Record(study).feasible() if c.candidate in exported), None)
+    logbook = Logbook(study.wandb, study.folder, say)
+    logbook.open(EXPORT, _about(study, f"{study.name} exports", "export", {"search": study.name}))
+    for folder in folders:
+        aliases = [folder.name, *(["best", study.name] if folder.name == best else [])]
+        logbook.write(EXPORT, partial(panels.log_export, study, folder, aliases))
+    logbook.finish(EXPORT, 0)
+    logbook.close()
 
 
-def _settings() -> wandb.Settings:
-    """Return what keeps wandb quick and quiet, and the machine's name, environment and code to itself."""
-    return wandb.Settings(
-        # shorter than our own patience, so that wandb's clearer error comes first
-        init_timeout=PATIENCE_S * 0.8,
-        finish_timeout=PATIENCE_S * 0.8,
-        finish_timeout_raises=True,
-        stop_fn=lambda: None,  # else the stop button of one trial's page interrupts the whole search
-        console="off",
-        silent=True,
-        disable_code=True,
-        disable_git=True,
-        host="crucible",
-        label_disable=True,
-        save_code=False,
-        x_disable_machine_info=True,
-        x_disable_meta=True,
-        x_disable_stats=True,
-        x_save_requirements=False,
-        x_transaction_log_flush_interval=5.0,
-    )
+def _about(study: Study, name: str, job_type: str, config: dict[str, Any]) -> dict[str, Any]:
+    tags = (study.defense, study.task, study.threat)
+    return {"group": study.name, "tags": tags, "name": name, "job_type": job_type, "config": config}
 
 
-def _identity(folder: Path, search: str, key: str) -> str:
-    """Return the run's identity: the same when the search is resumed, another in another folder."""
-    path = folder / "wandb" / "identity"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(uuid.uuid4().hex[:8])
-        part.replace(path)
-    return re.sub(r"[^\w.-]+", "-", f"{search[:40]}-{key}-{path.read_text()}")
-
-
-def _hush(folder: Path) -> None:
-    """Set what wandb takes from the environment alone."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its crash reports go to a third party
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")  # tables are staged here: an offline run needs them
-    os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")  # a home folder may be read-only
-
-
-def _found_mode() -> Mode:
-    for mode in get_args(Mode):
-        if os.environ.get("WANDB_MODE") == mode:
-            return mode
-    with contextlib.suppress(Exception):
-        return "online" if _has_key() else "offline"
-    return "offline"
-
-
-def _has_key() -> bool:
-    settings = wandb_setup.singleton().settings
-    told = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key
-    return bool(told or wbauth.read_netrc_auth(host=settings.base_url))
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what `call` returns, or leave it behind.
-
-    Raises:
-        TimeoutError: it takes longer.
-    """
-    outcome: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, name="wandb-call", daemon=True).start()
-    try:
-        return outcome.result(seconds)
-    except TimeoutError as error:
-        raise TimeoutError(str(error) or f"no answer within {seconds:g} s") from None
+def _refines(trial: str) -> bool:
+    """Say whether a trial is a refinement, which trains nothing."""
+    return trial.startswith("r")

@@ -5,7 +5,6 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -14,9 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 
 import attacks.suite
 from attacks.coverage import Point, pick, risk_coverage
@@ -24,6 +21,7 @@ from defenses.base import Defended, Defense
 from search.exam import Probed
 from search.fits import Fits, Report, TrialError, silent
 from search.latency import Latency, device_name, measure
+from search.pictures import drawn, png
 from search.remote import Mirror, mirror
 from search.score import Candidate
 from search.store import Store, fingerprint, write_atomic
@@ -202,23 +200,17 @@ class Bench(Fits):
         return measure(defense, self.lane, self.device)
 
     def picture(self, params: Params, path: Path, images: int = 10) -> Path:
-        """Write a PNG with rows of clean, attacked (oblivious targeted iFGSM) and purified images."""
+        """Write a PNG with rows of clean, attacked (oblivious targeted iFGSM) and purified images.
+
+        A last row has how far the purified images are from the clean ones; the predictions stand in its caption.
+        """
         _, defense = self.fit(params, silent)
-        attacked = self.exam.oblivious[attacks.suite.IFGSM_TARGETED.name][:images]
+        attack, exam = attacks.suite.IFGSM_TARGETED.name, self.exam
+        sample = exam.x_NCHW[:images], exam.oblivious[attack][:images], exam.y_N[:images]
+        under = f"{attack}, {replace(self.plan.threat, knowledge='oblivious')}"
+        target = Defended(defense, self.target.network)
         with torch.no_grad(), attacks.suite.reproducible(defense, self.study.seed), self.lane.working():
-            rows = torch.stack([self.exam.x_NCHW[:images], attacked, defense.purify(attacked)])
-        return write_atomic(path, png(rows))
-
-
-def png(rows_RNCHW: Tensor, zoom: int = 3) -> bytes:
-    """Return images in [0, 1] as a PNG, R rows of N."""
-    rows, images, channels, height, width = rows_RNCHW.shape
-    grid = rows_RNCHW.permute(0, 3, 1, 4, 2).reshape(rows * height, images * width, channels)
-    pixels = (grid.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
-    buffer = io.BytesIO()
-    image.resize((zoom * image.width, zoom * image.height), Image.Resampling.NEAREST).save(buffer, "PNG")
-    return buffer.getvalue()
+            return write_atomic(path, drawn(target, *sample, under))
 
 
 def _latency_knobs(knobs: Any) -> dict[str, Scalar]:

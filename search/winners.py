@@ -1,26 +1,38 @@
-"""Winners: who of a search is exported, and the audit of each before it is."""
+"""Winners: who of a search is exported, the audit of each before it is, and what is written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
 
+from attacks.audit import Audit, audit
+from attacks.robustness import Robustness
+from attacks.suite import AttackError
 from attacks.threat import ThreatModel
+from defenses.base import Defended, Defense
 from search import courier, ranking
-from search.export import AlarmError, export
+from search.card import card
+from search.evidence import evidence
+from search.export import SEAL, opened, seal
 from search.live import percent
 from search.record import Record
 from search.score import Candidate
+from search.store import Store, folder_atomic, to_bytes, write_atomic
 from search.study import Study
-from search.trial import store_of
+from search.trial import Bench, silent, store_of
 from spaces.space import InputError
 
 TRIES = 2
 """How many candidates more than asked for an export audits when the audit refuses some."""
+
+
+class AlarmError(RuntimeError):
+    """A candidate did not pass its audit."""
 
 
 def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) -> tuple[list[Candidate], int]:
@@ -32,7 +44,7 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
     record = Record(study)
     known = {found.candidate: found for found in record.candidates()}
     if candidate is not None:
-        begun = [name for name in known if name.startswith(candidate)]
+        begun = [candidate] if candidate in known else [name for name in known if name.startswith(candidate)]
         if len(begun) != 1:
             raise InputError(
                 f"a candidate must be one of the {len(known)} in {study.folder / 'candidates.csv'}, or the beginning "
@@ -65,8 +77,9 @@ def export_all(
                 )
                 store = store_of(study)
                 export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms)
+            said = _audited(opened(folder))
             courier.deliver(study, *folder.iterdir())
-            console.print(f"{_audited(folder)}\nexported {folder}", highlight=False, soft_wrap=True)
+            console.print(f"{said}\nexported {folder}", highlight=False, soft_wrap=True)
             written += 1
         except AlarmError as error:
             refused += 1
@@ -75,15 +88,88 @@ def export_all(
     return 0 if written == wanted else 1
 
 
+def export(
+    study: Study, candidate: Candidate, store: Store, out: Path, *, refused: int = 0, despite_alarms: bool = False
+) -> Path:
+    """Audit a candidate and write its export.
+
+    Args:
+        out: the folder of exports; the candidate gets a folder of its name in it.
+        refused: how many candidates that ranked higher the audit refused before; the evidence says so.
+        despite_alarms: write it in spite of alarms, which the evidence then names first.
+
+    Raises:
+        InputError: the export exists.
+        AlarmError: the audit raised alarms.
+    """
+    folder = out / candidate.candidate
+    if folder.exists():
+        raise InputError(f"an export must be a new folder, but {folder} exists")
+    bench = Bench.of(study, store)
+    if bench.fingerprint(candidate.params) != candidate.fit:
+        raise InputError(
+            f"an export needs the fit that was scored, {candidate.fit}, but the code, the data or the study's settings "
+            f"have changed since; search again under another name"
+        )
+    _, defense = bench.fit(candidate.params, silent)
+    found, again = _examined(bench, candidate, defense)
+    known = evidence(bench, candidate, found, again) | {"refused_before_it": refused}
+    if known["alarms"] and not despite_alarms:
+        raise AlarmError(f"{candidate.candidate} raised {len(known['alarms'])} alarm(s): {'; '.join(known['alarms'])}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder_atomic(folder) as temporary:
+        files = _files(bench, defense, known)
+        files["pictures.png"] = bench.picture(candidate.params, temporary / "pictures.png").read_bytes()
+        for name, content in {**files, SEAL: seal(files)}.items():
+            write_atomic(temporary / name, content)
+    return folder
+
+
+def _examined(bench: Bench, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness]:
+    """Return a candidate's audit, and what the search's own attacks find when they are run again."""
+    exam, bare = bench.exam, bench.target.network
+    beside = bench.adversarially_trained()
+    try:
+        with bench.lane.working():
+            found = audit(
+                Defended(defense, bare),
+                exam.x_NCHW,
+                exam.y_N,
+                exam.threat,
+                seed=bench.study.seed + 1,
+                outsider=exam.outsider,
+                baselines=beside,
+            )
+    except (AttackError, InputError) as error:
+        raise AlarmError(f"{candidate.candidate} cannot be audited: {error}") from None
+    aimed = Defended(defense.at(bench.aimed(candidate.params).inference), bare)
+    with bench.lane.working():
+        again = exam.observe(aimed).judge(defense.at(candidate.params.inference).limits())
+    return found, again
+
+
+def _files(bench: Bench, defense: Defense, known: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the files of an export, but the pictures."""
+    study = bench.study.model_dump(exclude={"storage", "data_dir", "address"})
+    config = {**known["model"], "threat": known["threat"], "study": study}
+    return {
+        "weights.safetensors": to_bytes(defense),
+        "classifier.safetensors": to_bytes(bench.target.network),
+        "config.yaml": yaml.safe_dump(config, sort_keys=False).encode(),
+        "card.md": card(known).encode(),
+        "evidence.json": json.dumps(known, indent=1).encode(),
+    }
+
+
 def _exported(folder: Path) -> str | None:
     """Return the search whose export lies in a folder; None where there is none."""
     config = folder / "config.yaml"
     return str(yaml.safe_load(config.read_text())["study"]["name"]) if config.exists() else None
 
 
-def _audited(folder: Path) -> str:
+def _audited(files: Mapping[str, bytes]) -> str:
     """Return what the audit left of a candidate, beside what the search had found."""
-    found = json.loads((folder / "evidence.json").read_text())
+    found = json.loads(files["evidence.json"])
     audited, searched = percent(found["attacked_accuracy"]), percent(found["attacked_accuracy_of_the_search"])
     passed = sum(gate["passed"] for gate in found["gates"])
     return (

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pty
+import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from ray.exceptions import RayTaskError
 
+import launch as command_line
 from launch import main
+from search.fields import Fields
+from search.flags import PANELS
 from search.study import read
 from spaces.space import InputError
 
@@ -24,6 +35,44 @@ def launch(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.
     command = [sys.executable, str(ROOT / "launch.py"), *arguments]
     return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300)
 
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+def said(*words: str) -> Said:
+    """Run a command in this process."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", ["launch.py", *words])
+        with redirect_stderr(io.StringIO()) as err:
+            code = main()
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+def leaves(command: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every command of the real command line with the words that lead to it."""
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from leaves(sub, *path, name)
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+def parsed(*words: str) -> dict[str, Any]:
+    """Return what the real command line makes of words, without doing it."""
+    found: dict[str, Any] = {}
+    whole: Any = typer.main.get_command(command_line.app)
+    for _, leaf in leaves(whole):
+        leaf.callback = lambda **given: found.update(given)
+    whole.main(list(words), standalone_mode=False)
+    return found
+
+
+LEAVES = list(leaves(typer.main.get_command(command_line.app)))
 
 BAD: list[tuple[Sequence[str], str]] = [
     (["search", "--defense", "puvea"], ", puvae, but is 'puvea'; did you mean 'puvae'?"),
@@ -63,6 +112,15 @@ BAD: list[tuple[Sequence[str], str]] = [
     ),
     (["search", "--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
     (["search", "--gpu", "1"], "No such option: --gpu"),
+    (["search", "--trails", "1"], "No such option: --trails (Possible options: --trial"),
+    (["serch"], "No such command 'serch'. Did you mean 'search'?"),
+    (["data", "fecth"], "No such command 'fecth'. Did you mean 'fetch'?"),
+    (["export"], "Missing argument 'NAME'"),
+    (["export", "first"], "an export needs one of --pareto, --top and --candidate"),
+    (["export", "first", "--top", "0"], "Invalid value for '--top'"),
+    (["final", "/tmp/there-is-none"], "an export must be a folder with whole files, but /tmp/there-is-none"),
+    (["reproduce", "puvea/3"], "did you mean 'puvae/3'?"),
+    (["completion", "zhs"], "the shell must be one of bash, but is 'zhs'"),
     (["status", "nothing", "--storage", "/tmp/there-is-none"], "a search must exist, but there is none in"),
     (["list", "defences"], "did you mean 'defenses'?"),
     (["data", "fetch", "mnits"], "did you mean 'mnist'?"),
@@ -181,23 +239,168 @@ def test_more_than_the_cluster_has_is_refused_before_anything_is_written(tmp_pat
     assert not list((tmp_path / "runs").glob("[!.]*"))
 
 
-@pytest.mark.parametrize("what", ["defenses", "attacks", "spaces", "tasks", "searches"])
+KINDS = ["defenses", "attacks", "spaces", "tasks", "tables", "searches"]
+
+
+@pytest.mark.parametrize("what", KINDS)
 def test_lists_are_tables_for_people_and_json_for_scripts(what: str) -> None:
-    assert launch("list", what).returncode == 0
-    assert isinstance(json.loads(launch("list", what, "--json").stdout), list)
+    assert isinstance(found := json.loads(said("list", what, "--json").out), list)
+    shown = said("list", what)
+    assert shown.code == 0 and all(str(next(iter(row.values()))) in shown.out for row in found)
 
 
 def test_the_doctor_names_each_piece() -> None:
-    found = {row["what"]: row for row in json.loads(launch("doctor", "--json").stdout)}
+    found = {row["what"]: row for row in json.loads(said("doctor", "--json").out)}
     assert {"python", "torch", "ray", "device", "shared memory", "storage", "mnist", "W&B"} <= set(found)
     assert found["ray"]["found"] == "2.60.0"
-    elsewhere = launch("doctor", "--data-dir", "/tmp/no-data-here").stdout
-    assert "python launch.py data fetch mnist" in elsewhere
+    assert "python launch.py data fetch mnist" in said("doctor", "--data-dir", "/tmp/no-data-here").out
 
 
-def test_help_teaches_every_command() -> None:
-    shown = launch("--help", COLUMNS="200").stdout
-    for command in ("search", "resume", "status", "report", "export", "list", "doctor", "data"):
-        assert command in shown
-    flags = launch("search", "--help", COLUMNS="200").stdout
-    assert "--min-clean-accuracy" in flags and "--knob" in flags
+@pytest.mark.parametrize("words", ["data list", "data check digits", "data fetch digits", "status", "search --dry-run"])
+def test_json_alone_stands_on_standard_output(words: str, tmp_path: Path) -> None:
+    dry = ["--storage", str(tmp_path), *SMOKE] if words.startswith("search") else []
+    heard = said(*words.split(), *dry, "--json")
+    assert heard.code == 0 and json.loads(heard.out) is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "seam"),
+    [
+        ("export first --pareto", "search.winners.export_all"),
+        ("attack /tmp", "search.attack.attack"),
+        ("final /tmp", "search.final.final"),
+        ("reproduce puvae/3", "search.reproduce.reproduce"),
+        ("doctor", "search.doctor.examine"),
+    ],
+)
+def test_whatever_work_prints_goes_to_standard_error_where_json_is_asked_for(
+    words: str, seam: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chatty(*_: object, console: Any = None, **__: object) -> list[Any]:
+        print("a library prints this")
+        return []
+
+    for name in ("search.courier.opened", "search.winners.pick"):
+        monkeypatch.setattr(name, lambda *_, **__: (Path(), 0))
+    monkeypatch.setattr("search.listings.exports", lambda paths: paths)
+    monkeypatch.setattr(seam, chatty)
+    if "export" in words:
+        monkeypatch.setattr("search.winners.pick", lambda *_, **__: ([], 0))
+        monkeypatch.setattr("search.courier.opened", lambda *_: Fields)
+    heard = said(*words.split(), *(["--out", "/tmp"] if "export" in words else []), "--json")
+    assert json.loads(heard.out) in ([], [[]]) and "a library prints this\n" in heard.err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(None, 0), (InputError("no"), 2), (OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_the_exit_code_says_how_it_went(
+    raised: BaseException | None, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def does(*_: object) -> list[Any]:
+        if raised is not None:
+            raise raised
+        return []
+
+    monkeypatch.setattr("search.listings.rows", does)
+    heard = said("list", "tasks")
+    assert heard.code == code and heard.err.count("\n") <= 1 and "Traceback" not in heard.err
+
+
+def test_help_needs_no_heavy_library_and_little_time() -> None:
+    heavy = {"torch", "ray", "wandb", "pandas", "plotly", "torchattacks", "scipy"}
+    code = f"import sys, launch; sys.argv = ['launch.py', 'search', '--help']; launch.main(); print({heavy} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("set()\n")
+    before = os.times().children_user
+    assert launch("--help").returncode == 0
+    assert os.times().children_user - before < 1.5
+
+
+def test_help_groups_the_commands_in_the_order_of_work() -> None:
+    shown = launch("--help", COLUMNS="100").stdout
+    headings = re.findall(r"─ ([\w. ]+) ─", shown)
+    assert headings == ["Options", "1. Search", "2. Review", "3. Export", "4. Final runs", "Look up"]
+    assert re.findall(r"^│ ([a-z][a-z-]+) ", shown, re.MULTILINE) == [
+        *("search", "resume", "status", "report", "dashboard", "wandb-view", "export", "attack", "final", "reproduce"),
+        *("list", "doctor", "completion", "data"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "leaf"), LEAVES, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
+def test_the_help_of_a_command_teaches(path: tuple[str, ...], leaf: Any) -> None:
+    first = leaf.help.split("\n\n")[0]
+    assert first.endswith(".") and "\n" not in first and len(first) < 80
+    examples = re.findall(r"python launch\.py (.*)", leaf.epilog)
+    assert examples and any(example.startswith(" ".join(path)) for example in examples)
+    for example in examples:
+        assert parsed(*shlex.split(example)) is not None and len(example) <= 80
+    for flag in leaf.params:
+        assert flag.help and flag.metavar is not None, flag.name
+
+
+def test_the_help_of_search_shows_each_field_under_a_heading_with_type_default_and_choices() -> None:
+    named = [name for names in PANELS.values() for name in names]
+    assert sorted(named) == sorted(Fields.model_fields)
+    shown = said("search", "--help").out
+    assert "NAME=LOW..HIGH" in shown and "TEXT" not in shown and "<str>" not in shown
+    lines = [line for line in shown.splitlines() if line.startswith("│ --")]
+    nouns = dict(re.findall(r"--([a-z-]+) +([A-Z=:]+)  ", line)[0] for line in lines if re.search(r" [A-Z=:]+  ", line))
+    typed = {"trials": "INTEGER", "eps": "FLOAT", "wandb": "NAME", "storage": "PATH", "address": "HOST:PORT"}
+    assert typed.items() <= nouns.items() and nouns["knob"] == "NAME=VALUE"
+    flat = " ".join(re.sub(r"[│\s]+", " ", shown).split())
+    assert "how Optuna proposes: tpe, nsga2, gp, random, qmc, grid [default: tpe]" in flat
+
+
+def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "night").mkdir(parents=True)
+    (tmp_path / "runs" / "night" / "study.yaml").touch()
+    tries = ["st", "search --meth", "search --method n", "search --defense gmvae --space paper_", "status ni", "data f"]
+    lines = [f"source <({sys.executable} {ROOT / 'launch.py'} completion)"]
+    for tried in tries:
+        words = f"({sys.executable} {ROOT / 'launch.py'} {tried})"
+        lines.append(
+            f'COMP_WORDS={words}; COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _crucible; echo "${{COMPREPLY[*]}}"'
+        )
+    lines.append('COMPREPLY=(); COMP_WORDS=(python other.py s); COMP_CWORD=2; _crucible; echo "none${COMPREPLY[*]}"')
+    lines.append("complete -p python")
+    shown = subprocess.run(
+        ["bash", "--norc", "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert shown.stdout.splitlines() == [
+        *("status", "--method", "nsga2", "paper_svhn", "paper_semi", "night", "fetch", "none"),
+        "complete -o bashdefault -o default -F _crucible python",
+    ], shown.stderr
+
+
+def on_a_terminal(*words: str, **environment: str) -> str:
+    """Return what a command prints to a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "launch.py"), *words]
+    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm-256color"} | environment
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 65536):
+                shown += part
+        except OSError:
+            pass  # it ended
+    os.close(ours)
+    return shown.decode()
+
+
+def test_colours_are_for_terminals_that_want_them() -> None:
+    colour = re.compile(r"\x1b\[[0-9;]*3[0-7]")
+    assert colour.search(on_a_terminal("--help"))
+    assert not colour.search(on_a_terminal("--help", NO_COLOR="1"))
+    assert "\x1b" not in launch("--help").stdout
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    line = f"{sys.executable} {ROOT / 'launch.py'} search --help | head -1; exit ${{PIPESTATUS[0]}}"
+    gone = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in gone.stderr

@@ -22,15 +22,14 @@ from attacks.audit import Audit, audit
 from defenses.base import Defended
 from defenses.puvae import PuVAE
 from search import evidence, tasks, winners
-from search import export as exports
 from search.attack import attack
-from search.export import AlarmError, export, load
+from search.export import load
 from search.record import Record
 from search.run import run
 from search.score import Candidate
 from search.study import Study
 from search.trial import store_of
-from search.winners import export_all, pick
+from search.winners import AlarmError, export, export_all, pick
 from spaces.space import InputError
 from tests.conftest import digits_study
 
@@ -68,7 +67,7 @@ def audited(searched: Study) -> Iterator[list[Audit]]:
         return found[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exports, "audit", once)
+        patch.setattr(winners, "audit", once)
         yield found
 
 

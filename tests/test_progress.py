@@ -19,7 +19,7 @@ from rich.console import Console
 from launch import main
 from search import ranking
 from search.live import leaderboard, refusals
-from search.progress import _busy
+from search.progress import busy
 from search.record import Record
 from search.run import run
 from search.score import Candidate
@@ -108,8 +108,8 @@ def test_time_in_which_nothing_ran_is_not_counted() -> None:
         )
         for nth, (start, end) in enumerate(spans)
     ]
-    assert _busy(reversed(trials), begin + timedelta(seconds=3642)) == 27
-    assert _busy([], begin) == 0
+    assert busy(reversed(trials), begin + timedelta(seconds=3642)) == 27
+    assert busy([], begin) == 0
 
 
 def one_fails(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:

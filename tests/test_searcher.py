@@ -12,6 +12,7 @@ from optuna.trial import TrialState, create_trial
 
 from search import ranking, session
 from search.findings import find
+from search.importance import Importances, importances
 from search.record import Record, state_of, storage
 from search.run import open_conductor, run
 from search.samplers import Bounded
@@ -168,7 +169,7 @@ def test_where_all_candidates_are_equal_no_knob_is_important(study: Study) -> No
     for _ in range(3):
         name, params = proposed(proposer)
         proposer.finish(name, [scored(c.params, 0.0) for c in six(params)], {})
-    assert proposer.importances() == {}
+    assert importances(proposer) == Importances()
 
 
 def test_knobs_that_matter_are_important(study: Study) -> None:
@@ -178,7 +179,7 @@ def test_knobs_that_matter_are_important(study: Study) -> None:
         proposer.finish(
             name, [scored(c.params, 1 / (2 + float(c.params.inference["sigma_eps"]))) for c in six(params)], {}
         )
-    assert max(proposer.importances().items(), key=lambda item: item[1])[0] == "sigma_eps"
+    assert max(importances(proposer).overall.items(), key=lambda item: item[1])[0] == "sigma_eps"
 
 
 def test_constraints_stand_in_the_study_and_decide_who_is_feasible(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ import wandb
 from PIL import Image
 
 from attacks.threat import ThreatModel
-from search import tracking
+from search import logbook, wandb_run
+from search.panels import pareto_chart, risk_chart
 from search.score import Candidate, Score
 from search.study import Study
-from search.tracking import Mode, Tracker, pareto_chart
+from search.tracking import Tracker
+from search.wandb_run import Mode
 from spaces.space import Params
 
 KEY = "0123456789abcdef" * 2 + "planted1"
@@ -223,7 +225,7 @@ def test_disabled_writes_and_says_nothing(tmp_path: Path) -> None:
 def test_wandb_is_online_only_where_a_key_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def found() -> Mode:
         wandb.teardown()
-        return tracking._found_mode()
+        return wandb_run.found_mode()
 
     assert found() == "online"
     monkeypatch.delenv("WANDB_API_KEY")
@@ -258,7 +260,7 @@ def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 def test_a_wandb_that_does_not_start_slows_nothing_and_is_told_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dead: str, mode: Mode
 ) -> None:
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(wandb_run, "PATIENCE_S", 0.3)
     said: list[str] = []
     tracker = Tracker(mode, tmp_path, said.append)
     assert max(told(tracker)) < 0.5
@@ -270,7 +272,7 @@ def test_a_wandb_that_does_not_start_slows_nothing_and_is_told_once(
 @pytest.mark.parametrize("dead", ["hangs"], indirect=True)
 @pytest.mark.usefixtures("dead")
 def test_the_end_of_a_search_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tracking, "FLUSH_S", 0.2)
+    monkeypatch.setattr(logbook, "FLUSH_S", 0.2)
     said: list[str] = []
     tracker = Tracker("offline", tmp_path, said.append)
     told(tracker)
@@ -281,7 +283,7 @@ def test_the_end_of_a_search_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_a_server_that_does_not_answer_leaves_an_offline_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tracking, "PATIENCE_S", 3.0)
+    monkeypatch.setattr(wandb_run, "PATIENCE_S", 3.0)
     said: list[str] = []
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

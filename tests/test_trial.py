@@ -17,6 +17,7 @@ from defenses.base import Batches, Metrics
 from defenses.puvae import PuVAE
 from search import exam, latency, trial
 from search.exam import Exam
+from search.pictures import caption
 from search.score import Candidate
 from search.study import Study
 from search.texts import texts
@@ -312,7 +313,10 @@ def test_a_picture_has_a_row_for_each_kind_of_image(study: Study, tmp_path: Path
 
     run_trial(study, setting(study), store_of(study), silent)
     path = Bench.of(study, store_of(study)).picture(setting(study), tmp_path / "p.png", images=7)
-    assert Image.open(path).size == (7 * 8 * 3, 3 * 8 * 3)
+    assert Image.open(path).size == (7 * 8 * 3, 4 * 8 * 3)
+    rows, *said = caption(path).splitlines()
+    assert rows.startswith("rows: clean; attacked (ifgsm-targeted, oblivious, Linf eps")
+    assert [len(line.partition(": ")[2].split()) for line in said] == [7] * 4  # the truth, and what three say
 
 
 def test_a_png_shows_what_it_was_given() -> None:

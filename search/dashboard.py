@@ -1,0 +1,196 @@
+"""A search in optuna-dashboard, live: it follows the journal and writes nothing.
+
+A second writer would spoil a journal on which a driver works, so whatever would change the study is refused, at the
+door and in the storage. What the dashboard cannot know it is told: the threat model, the constraints, which trials are
+candidates, and so which of them make the front.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+import webbrowser
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from tempfile import TemporaryDirectory
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+import optuna_dashboard._app  # type: ignore[import-untyped]
+from optuna.storages import JournalStorage
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+
+from search.courier import JOURNAL
+from search.journal import Journal
+from search.place import StorageError
+from search.ranking import front
+from search.record import Record, journal
+from search.score import Candidate
+from search.study import Study
+from spaces.space import InputError
+
+HOST = "127.0.0.1"
+PORT = 8080
+REFRESH_S = 5.0
+"""Least seconds between two times that the journal is fetched from a storage elsewhere."""
+SHARE = 10.0
+"""How many times as long as fetching it took the journal is then left alone."""
+TOLD = ("trial", "of", "refines", "from", "reason", "seconds", "duplicate", "interrupted")
+"""What the journal says of a trial that is shown beside its figures."""
+FIGURES = (
+    "candidate",
+    "attacked_accuracy",
+    "oblivious_accuracy",
+    "black_box_accuracy",
+    "white_box_accuracy",
+    "clean_accuracy",
+    "clean_rejection",
+    "latency_ms_p95",
+    "alarms",
+    "device",
+)
+"""Of a row of candidates.csv what is shown beside the objectives and the searched knobs."""
+
+
+def serve(study: Study, port: int | None, console: Console, *, open_browser: bool = False) -> int:
+    """Serve a search on this machine's loopback until Ctrl-C, and return the exit code.
+
+    Args:
+        port: None is 8080, or a free one where that is taken.
+
+    Raises:
+        InputError: the search has not begun, or the port cannot be had.
+    """
+    with TemporaryDirectory(prefix="crucible-dashboard-") as folder, server(study, port, Path(folder)) as site:
+        url = f"http://{HOST}:{site.server_port}/dashboard/studies/0"
+        console.print(f"{study.name}: {url} (read-only; Ctrl-C ends it)", highlight=False, soft_wrap=True)
+        if open_browser:
+            webbrowser.open(url)
+        with suppress(KeyboardInterrupt):
+            site.serve_forever()
+    return 0
+
+
+def server(study: Study, port: int | None, folder: Path) -> WSGIServer:
+    """Return a server of a search's dashboard that has its port; it raises what `serve` does.
+
+    Args:
+        folder: where the journal is kept while it lies elsewhere.
+    """
+    Record(study)
+    shown = Shown(study, Followed(study, folder / JOURNAL))
+    # The dashboard's own front knows no constraints, and has no door for another one.
+    optuna_dashboard._app.get_pareto_front_trials = shown.front
+    site = read_only(optuna_dashboard._app.create_app(shown))
+    last: OSError | OverflowError | None = None
+    for each in (PORT, 0) if port is None else (port,):
+        try:
+            return make_server(HOST, each, site, server_class=_Server, handler_class=_Silent)
+        except (OSError, OverflowError) as error:
+            last = error
+    raise InputError(f"port must be a free one from 1 to 65535, but {port} is not to be had: {last}") from None
+
+
+def read_only(site: WSGIApplication) -> WSGIApplication:
+    """Return a site that answers who reads, and refuses who writes."""
+
+    def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+            return site(environ, start_response)
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # else the answer may be lost
+        start_response("405 Method Not Allowed", [("Content-Type", "application/json"), ("Allow", "GET, HEAD")])
+        return [b'{"reason": "this dashboard only reads: a search belongs to its driver"}']
+
+    return guarded
+
+
+class Followed(Journal):
+    """The journal of a search that may run elsewhere: it is fetched again while it is read, and never written.
+
+    Args:
+        fetched: where it is kept beside the one of this machine, which a driver here may be writing.
+    """
+
+    def __init__(self, study: Study, fetched: Path) -> None:
+        super().__init__(journal(study), None)
+        self._mirror = study.mirror
+        self._here, self._fetched = journal(study), fetched
+        self._due = 0.0
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        if self._mirror is not None and time.monotonic() >= self._due:
+            began = time.monotonic()
+            with suppress(OSError):  # what there is is shown meanwhile
+                self._mirror.fetch(JOURNAL, to=self._fetched)
+                self._file_path = str(max(self._here, self._fetched, key=lambda path: path.stat().st_size))
+            self._due = time.monotonic() + max(REFRESH_S, SHARE * (time.monotonic() - began))
+        return super().read_logs(log_number_from)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        raise StorageError("a dashboard only reads")
+
+
+class Shown(JournalStorage):
+    """A search as the dashboard is to show it."""
+
+    def __init__(self, study: Study, backend: Followed) -> None:
+        super().__init__(backend)
+        self.study = study
+        self._ended: dict[int, FrozenTrial] = {}
+        self._candidates: dict[int, Candidate] = {}
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        threat = self.study.plan().threat
+        found: list[FrozenStudy] = super().get_all_studies()
+        for each in found:
+            bare = each.user_attrs.get("undefended")
+            each.user_attrs = {"defense": self.study.defense, "task": self.study.label, "threat": str(threat)}
+            if bare:
+                each.user_attrs["attacked_error of no defense"] = bare["score"]["attacked_error"]
+            each.system_attrs["study:metric_names"] = [f"attacked error ({threat})", "latency, p50 in ms"]
+        return found
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return [self._shown(trial) for trial in super().get_all_trials(study_id, deepcopy=False, states=states)]
+
+    def front(self, trials: Sequence[FrozenTrial], directions: object) -> list[FrozenTrial]:
+        """Return the trials of the search's own front: within the constraints, and each device for itself."""
+        named = {candidate.candidate: trial for trial in trials if (candidate := self._candidates.get(trial.number))}
+        known = [self._candidates[trial.number] for trial in named.values()]
+        return sorted((named[c.candidate] for c in front(self.study, known)), key=lambda trial: trial.number)
+
+    def _shown(self, trial: FrozenTrial) -> FrozenTrial:
+        if (known := self._ended.get(trial.number)) is not None:
+            return known
+        told, limits = trial.user_attrs, list(trial.constraints.values())
+        shown = copy.copy(trial)
+        shown.user_attrs = {key: told[key] for key in TOLD if key in told}
+        if trial.state == TrialState.COMPLETE:
+            if "candidate" in told:
+                candidate = self._candidates[trial.number] = Candidate.from_json(json.loads(told["candidate"]))
+                row = candidate.row()
+                shown.user_attrs |= {key: row[key] for key in FIGURES if row[key] not in (None, "")}
+            else:
+                limits.append(1.0)  # a lesson of another search: no candidate here
+        shown.system_attrs = {**trial.system_attrs, "constraints": limits}
+        shown.intermediate_values = {epoch: accuracy for epoch, accuracy in told.get("curve", ())}
+        if trial.state.is_finished():
+            self._ended[trial.number] = shown
+        return shown
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the terminal may be a search's."""

@@ -1,0 +1,256 @@
+"""Final runs: winners are trained anew on train + validation with fresh seeds, and the test split is opened, once.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import islice
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+import attacks.robustness
+from attacks.threat import ThreatModel
+from search import final_page, final_table, tasks
+from search.crew import Crew, Piece, Tell, crew
+from search.export import load, opened
+from search.final_page import page
+from search.fits import TrialError
+from search.hearing import Hearing, Judged, blocks
+from search.retrained import FIRST_SEED, Case, Contender, contenders, train
+from search.store import fingerprint, write_atomic
+from search.study import make
+from search.texts import texts
+from search.trial import store_of
+from spaces.space import InputError, Params
+
+__all__ = ["final", "page"]
+
+OPENED = "opened.json"
+Look = Mapping[str, Any]
+"""One opening of the test split: `when`, and what was looked at."""
+
+
+def final(
+    exports: Sequence[Path],
+    *,
+    seeds: int = 5,
+    images: int | None = None,
+    data_dir: str | None = None,
+    storage: str | None = None,
+    address: str | None = None,
+    concurrent: int | None = None,
+    debug: bool = False,
+    console: Console,
+) -> dict[str, Any]:
+    """Train exports anew on train + validation, judge them on the test split, and write what was found.
+
+    What is finished is in the store: a run that died goes on when it is called again.
+
+    Args:
+        exports: their folders; all on one data set. They share classifiers, test images and one table.
+        seeds: how many trainings; none of their seeds is that of a search.
+        images: test images that are attacked; else all.
+        storage: where fits are kept; else that in which the first export lies, else `runs`.
+        concurrent: seeds at once; else what the cluster holds.
+        debug: work in this process, without Ray.
+
+    Returns:
+        The table, as JSON. Each export has its own in FOLDER/final; several have one in common beside them.
+
+    Raises:
+        InputError: there is nothing that can be judged, or the test split has not so many images; nothing is trained.
+    """
+    if seeds < 1:
+        raise InputError(f"seeds must be at least 1, but is {seeds}")
+    if not exports:
+        raise InputError("a final run needs at least one export, but is given none")
+    home = storage or _storage(exports[0])
+    cases = [_case(folder, {"storage": home, "data_dir": data_dir, "address": address}) for folder in exports]
+    asked = _settings(cases, seeds, images)
+    study, chosen = cases[0].study, asked["seeds"]
+    for case in cases:
+        _folder(case.folder / "final")
+        console.print(final_table.announced(case, asked, _looks(case)), highlight=False, soft_wrap=True)
+    store_of(study).make()
+    with crew(study, debug=debug, concurrent=concurrent, console=console) as work:
+        diverged = work("training", [Piece(f"seed {seed}", train_seed, (cases, seed)) for seed in chosen])
+        asked["failed"] = {str(seed): why for seed, why in zip(chosen, diverged, strict=True) if why}
+        asked["trained"] = [seed for seed in chosen if str(seed) not in asked["failed"]]
+        if not asked["trained"]:
+            raise InputError(f"a final run needs a training that ends, but of {len(chosen)} none did: {diverged[0]}")
+        looks = {case.name: _opened(case, asked) for case in cases}
+        found = _judged(work, cases, asked)
+    table = final_table.table(cases, asked, looks, found)
+    for case in cases:
+        _write(case.folder / "final", final_table.only(table, case.name))
+    if len(cases) > 1:
+        _write(Path(commonpath([case.folder.parent for case in cases])) / "final", table)
+    return table
+
+
+def train_seed(study: object, cases: Sequence[Case], seed: int, tell: Tell) -> str:
+    """Train what a seed lacks; return why that cannot be, or nothing."""
+    try:
+        train(cases, seed, tell)
+    except TrialError as error:
+        return str(error)
+    return ""
+
+
+def judge_seed(study: object, cases: Sequence[Case], seed: int, images: int, tell: Tell) -> dict[str, Any]:
+    """Judge what was trained with a seed, and the baselines beside it; the seed's fits are in the store."""
+    judged = contenders(cases, seed)
+    hearing = _hearing(cases, seed, images, tell, steps=len(judged) * len(blocks(images)) + len(cases))
+    models = [
+        {
+            "export": contender.export,
+            "model": contender.name,
+            "threat": contender.threat,
+            "found": found,
+            "latency": hearing.timed(contender).to_json() if contender.export else None,
+        }
+        for contender, found in zip(judged, hearing.judge(judged), strict=True)
+    ]
+    own = {contender.export: contender for contender in judged if contender.export}
+    return {"models": models, "compared": {case.name: _compared(hearing, case, own[case.name]) for case in cases}}
+
+
+def judge_export(study: object, case: Case, images: int, tell: Tell) -> Judged:
+    """Do to the export itself, on the test split, what its search and audit did on validation images."""
+    hearing = _hearing([case], case.study.seed, images, tell, steps=1)
+    device = hearing.x_NCHW.device
+    contender = Contender(
+        export=case.name,
+        name=f"{case.study.defense} as it was exported",
+        identity=fingerprint(export=case.evidence),
+        classifier="",
+        target=case.target.to(device),
+        threat=case.threat,
+        outsider=case.outsider(device),
+        substitute=case.plan.substitute,
+    )
+    return _compared(hearing, case, contender)
+
+
+def _hearing(cases: Sequence[Case], seed: int, images: int, tell: Tell, steps: int) -> Hearing:
+    case = cases[0]
+    bench = case.bench(case.study, seed)
+    x_NCHW, y_N = _test(case, images)
+    return Hearing(x_NCHW.to(bench.device), y_N.to(bench.device), seed, bench.store, bench.lane, tell, steps)
+
+
+def _test(case: Case, images: int) -> tuple[Tensor, Tensor]:
+    return tasks.open_test(case.plan.task.dataset, case.study.data_dir, images)
+
+
+def _compared(hearing: Hearing, case: Case, contender: Contender) -> Judged:
+    aimed = case.bench(case.study, hearing.seed).aimed(case.params)
+    return hearing.compare(case, contender, aimed)
+
+
+def _judged(work: Crew, cases: Sequence[Case], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what each seed and each export itself kept."""
+    images, trained = asked["images"], asked["trained"]
+    pieces = [Piece(f"seed {seed}", judge_seed, (cases, seed, images)) for seed in trained]
+    pieces += [Piece(f"export {case.name}", judge_export, (case, images)) for case in cases]
+    found = work("on the test split", pieces)
+    own = {case.name: judged for case, judged in zip(cases, found[len(trained) :], strict=True)}
+    return {"seeds": found[: len(trained)], "exports": own}
+
+
+def _storage(export: Path) -> str:
+    """Return the storage in which an export lies; `runs` where it lies in none."""
+    inside = [folder for folder in export.resolve().parents if (folder / ".store").is_dir()]
+    return str(inside[0]) if inside else "runs"
+
+
+def _case(folder: Path, moves: Mapping[str, Any]) -> Case:
+    """Return an export with its search's study, where this run works.
+
+    Raises:
+        InputError: it is none, a byte of it changed, or the data are other ones.
+    """
+    target, files = load(folder), opened(folder)
+    config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
+    study = make({**config["study"], **moves, "warm_start": None})
+    dataset = study.plan().task.dataset
+    tasks.fetch(dataset, study.data_dir)
+    if (found := tasks.checksum(dataset, study.data_dir)) != known["data_sha256"]:
+        raise InputError(
+            f"the data must be those of the export, with the SHA-256 {known['data_sha256']}, but those of {dataset} "
+            f"have {found}"
+        )
+    params, threat = Params(config["train"], config["inference"]), ThreatModel(**config["threat"])
+    return Case(folder=folder.resolve(), study=study, params=params, threat=threat, target=target, evidence=known)
+
+
+def _settings(cases: Sequence[Case], seeds: int, images: int | None) -> dict[str, Any]:
+    """Return what a look at the test split looks at.
+
+    Raises:
+        InputError: the exports cannot be judged together, or there are not so many images.
+    """
+    first = cases[0].plan.task.dataset
+    for case in cases:
+        if case.plan.task.dataset != first:
+            raise InputError(
+                f"exports that are judged together must be on one data set, {first}, but {case.folder} is on "
+                f"{case.plan.task.dataset}"
+            )
+    if len({case.name for case in cases}) < len(cases):
+        raise InputError(f"exports that are judged together must be different, but are {[c.name for c in cases]}")
+    sizes = tasks.sizes(first, cases[0].study.data_dir)
+    if images is not None and not 1 <= images <= sizes.test:
+        raise InputError(f"images must be from 1 to {sizes.test} of {first}'s test split, but is {images}")
+    used = {case.study.seed + k for case in cases for k in (0, 1)}  # an audit's is its search's and one
+    fresh = (seed for seed in range(FIRST_SEED, 2**32) if seed not in used)
+    return {
+        "dataset": first,
+        "images": images or sizes.test,
+        "of": sizes.test,
+        "train": sizes.train,
+        "validation": sizes.validation,
+        "seeds": list(islice(fresh, seeds)),
+        "code": fingerprint(source=texts(attacks.robustness.__name__)),
+    }
+
+
+def _looks(case: Case) -> list[Look]:
+    """Return the looks that were taken at the test split for an export."""
+    path = case.folder / "final" / OPENED
+    return list(json.loads(path.read_text())) if path.exists() else []
+
+
+def _opened(case: Case, asked: Mapping[str, Any]) -> list[Look]:
+    """Note that the test split is opened for an export, unless it was for the same; return all looks, this one last."""
+    this = {name: asked[name] for name in ("dataset", "images", "of", "seeds", "code")}
+    looks = _looks(case)
+    same = [look for look in looks if {name: look[name] for name in this} == this]
+    if not same:
+        same = [{"when": datetime.now(UTC).isoformat(timespec="seconds"), **this}]
+        looks += same
+        write_atomic(case.folder / "final" / OPENED, json.dumps(looks, indent=1).encode())
+    return looks[: looks.index(same[0]) + 1]
+
+
+def _folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"a final run writes into {folder}, but that cannot be: {error.strerror}") from None
+    return folder
+
+
+def _write(folder: Path, table: Mapping[str, Any]) -> None:
+    """Write a table in all its forms."""
+    for name, text in final_page.forms(table).items():
+        write_atomic(_folder(folder) / name, text.encode())

@@ -1,0 +1,243 @@
+"""What a final run makes of a model on the test split: the suites, in blocks that are kept as they are finished.
+
+Shapes: D draws, N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import attacks.robustness
+from attacks.audit import audit
+from attacks.robustness import STEP, Verdict, craft_oblivious, observe
+from attacks.substitute import train_substitute
+from attacks.suite import SUITES, Attack, AttackError, Suite
+from attacks.view import bare
+from defenses.base import Defended
+from search.crew import Tell
+from search.evidence import worse
+from search.exam import Exam
+from search.latency import Lane, Latency, device_name, measure
+from search.retrained import Case, Contender
+from search.store import Store, fingerprint
+from search.texts import texts
+from spaces.space import InputError, Params
+
+BLOCK = 500
+"""Test images that are judged together: what a run that dies has to do again."""
+FULL, AUTOATTACK = "full", "standard"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Verdicts on some images by what was asked (`clean`, `full/oblivious`, ...), and what else is known.
+
+    Args:
+        trail: accuracy after each attack.
+        about: JSON.
+    """
+
+    verdicts: Mapping[str, Verdict]
+    trail: Mapping[str, float]
+    about: Mapping[str, Any]
+
+    def tensors(self) -> bytes:
+        parts = {f"{part} {what}": getattr(v, part) for what, v in self.verdicts.items() for part in ("right", "wrong")}
+        # Verdicts may share their memory: safetensors wants each its own.
+        return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in parts.items()})
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Judged:
+        named = sorted(name.removeprefix("right ") for name in tensors if name.startswith("right "))
+        verdicts = {what: Verdict(tensors[f"right {what}"], tensors[f"wrong {what}"]) for what in named}
+        return cls(verdicts, about["trail"], about["about"])
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Judged]) -> Judged:
+        """Return what blocks of images say together."""
+        images = [next(iter(block.verdicts.values())).right.shape[1] for block in blocks]
+        verdicts = {
+            what: Verdict(*(torch.cat([getattr(b.verdicts[what], p) for b in blocks], 1) for p in ("right", "wrong")))
+            for what in blocks[0].verdicts
+        }
+        trail = {
+            name: sum(n * block.trail[name] for n, block in zip(images, blocks, strict=True)) / sum(images)
+            for name in blocks[0].trail
+        }
+        return cls(verdicts, trail, blocks[0].about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(Attack):
+    """An attack that says when it is run."""
+
+    say: Callable[[str], None]
+
+    def craft(self, *images: Any, **more: Any) -> Tensor:
+        self.say(self.name)
+        return super().craft(*images, **more)
+
+
+def told(suite: Suite, say: Callable[[str], None]) -> Suite:
+    """Return a suite whose attacks say when they are run."""
+
+    def each(group: Sequence[Attack]) -> tuple[Attack, ...]:
+        return tuple(Told(**{f.name: getattr(attack, f.name) for f in fields(attack)}, say=say) for attack in group)
+
+    oblivious, white_box, transfer = map(each, (suite.oblivious, suite.white_box, suite.transfer))
+    return replace(suite, oblivious=oblivious, white_box=white_box, transfer=transfer)
+
+
+def blocks(images: int) -> list[slice]:
+    """Return the blocks in which so many images are judged."""
+    return [slice(start, min(start + BLOCK, images)) for start in range(0, images, BLOCK)]
+
+
+class Hearing:
+    """The test images of one seed, and what has been made of them for all who are judged on them.
+
+    Args:
+        steps: how many blocks and comparisons there will be, for those who watch.
+    """
+
+    def __init__(
+        self, x_NCHW: Tensor, y_N: Tensor, seed: int, store: Store, lane: Lane, tell: Tell, steps: int
+    ) -> None:
+        self.x_NCHW, self.y_N = x_NCHW, y_N
+        self.seed = seed
+        self.store = store
+        self.lane = lane
+        self.steps = steps
+        self._tell = tell
+        self._ended = 0
+        self._substitutes: dict[str, tuple[nn.Module, int]] = {}
+
+    def judge(self, contenders: Sequence[Contender]) -> list[Judged]:
+        """Return what each contender keeps: `full` under all threat models, and AutoAttack."""
+        found: list[list[Judged]] = [[] for _ in contenders]
+        for block in blocks(len(self.y_N)):
+            crafted: dict[str, Mapping[str, Tensor]] = {}
+            for contender, told in zip(contenders, found, strict=True):
+                told.append(self._kept(contender, block, crafted))
+        return [Judged.joined(each) for each in found]
+
+    def _kept(self, contender: Contender, block: slice, crafted: dict[str, Mapping[str, Tensor]]) -> Judged:
+        suites = [repr(SUITES[name].within(contender.threat)) for name in (FULL, AUTOATTACK)]
+        key = self.key(contender, suites=suites, block=[block.start, block.stop])
+        return self.once(key, lambda: self._struck(contender, block, crafted), contender.name)
+
+    def _say(self, contender: Contender, doing: str, attack: str = "") -> None:
+        self._tell(f"{contender.name}, {doing} {attack}", self._ended / self.steps)
+
+    def key(self, contender: Contender, **more: object) -> str:
+        """Return the fingerprint of all that shapes a verdict."""
+        return fingerprint(
+            source=texts(attacks.robustness.__name__, __name__),
+            split="test",
+            model=contender.identity,
+            classifier=contender.classifier,
+            threat=repr(contender.threat),
+            substitute=contender.substitute,
+            seed=self.seed,
+            **more,
+        )
+
+    def once(self, key: str, make: Callable[[], Judged], name: str) -> Judged:
+        """Return what the store holds, or what is made now."""
+        with self.store.lock("finals", key):
+            entry = self.store.get("finals", key)
+            if entry is None:
+                with self.lane.working():
+                    made = make()
+                about = {"model": name, "trail": dict(made.trail), "about": dict(made.about)}
+                entry = self.store.put("finals", key, {"verdicts.safetensors": made.tensors()}, about)
+            self._ended += 1
+            return Judged.of(load_file(entry / "verdicts.safetensors"), self.store.about("finals", key))
+
+    def timed(self, contender: Contender) -> Latency:
+        """Return the latency of a contender's defense, measured once on each kind of device when all was quiet."""
+        device = self.x_NCHW.device
+        key = self.key(contender, timed=device_name(device))
+        with self.store.lock("finals", key):
+            if self.store.get("finals", key) is None:
+                found = measure(cast(Defended, contender.target).defense, self.lane, device)
+                self.store.put("finals", key, {}, {**found.to_json()})
+        return Latency(**self.store.about("finals", key))
+
+    def _struck(self, contender: Contender, block: slice, crafted: dict[str, Mapping[str, Tensor]]) -> Judged:
+        """Attack one model on one block of images."""
+        target, images = contender.target, (self.x_NCHW[block], self.y_N[block])
+        blind, white = (replace(contender.threat, knowledge=knowledge) for knowledge in ("oblivious", "white-box"))
+        full, auto = (
+            told(SUITES[name], partial(self._say, contender, f"images {block.start} to {block.stop}: {name}"))
+            for name in (FULL, AUTOATTACK)
+        )
+        bareness = fingerprint(classifier=contender.classifier, threat=repr(blind))
+        if bareness not in crafted:  # all that stand before one classifier meet the same images
+            crafted[bareness] = craft_oblivious(full, bare(target), *images, blind, self.seed)
+        oblivious = crafted[bareness]
+        substitute, queries = self._substitute(contender)
+        dark = craft_oblivious(full, substitute, *images, replace(blind, knowledge="black-box"), self.seed)
+        seen: dict[str, Any] = {"oblivious": oblivious, "seed": self.seed, "white_box": True}
+        found = observe(full, target, *images, blind, black_box=dark, **seen).judge()
+        first = {attack.name: oblivious[attack.name] for attack in auto.within(white).oblivious}
+        again = observe(auto, target, *images, white, **{**seen, "oblivious": first}).judge()
+        assert found.black_box is not None
+        verdicts = {
+            "clean": found.clean,
+            f"{FULL}/oblivious": found.oblivious,
+            f"{FULL}/black-box": found.black_box,
+            f"{FULL}/white-box": found.strongest,
+            f"{AUTOATTACK}/white-box": again.strongest,
+        }
+        trail = {f"{name}/{k}": v for name, one in ((FULL, found), (AUTOATTACK, again)) for k, v in one.trail.items()}
+        return Judged(verdicts, trail, {"queries": queries})
+
+    def _substitute(self, contender: Contender) -> tuple[nn.Module, int]:
+        """Return what the black-box attacker learnt of a model, and how often it asked; learnt once for all blocks."""
+        key = self.key(contender)
+        if key not in self._substitutes:
+            self._say(contender, "the black-box attacker learns")
+            outsider = contender.outsider
+            found = train_substitute(contender.target, outsider.x_NCHW, outsider.build, step=-STEP, seed=self.seed)
+            self._substitutes[key] = found.network, found.queries
+        return self._substitutes[key]
+
+    def compare(self, case: Case, contender: Contender, aimed: Params) -> Judged:
+        """Do to a model on the test split what the search and the audit did to the winner on validation images.
+
+        Args:
+            contender: the winner, as it was exported or as it was retrained.
+            aimed: the setting at which the search's attacks aim.
+        """
+        images = min(case.evidence["images"], len(self.y_N))
+        suites = [repr(case.plan.suite), repr(SUITES["audit"])]
+        key = self.key(contender, compared=suites, images=images, knowledge=case.threat.knowledge)
+        return self.once(key, lambda: self._compared(case, contender, aimed, images), contender.name)
+
+    def _compared(self, case: Case, contender: Contender, aimed: Params, images: int) -> Judged:
+        self._say(contender, "the search's suite and the audit")
+        x_NCHW, y_N, threat = self.x_NCHW[:images], self.y_N[:images], case.threat
+        target, outsider = cast(Defended, contender.target), None
+        if threat.knowledge == "black-box":
+            outsider = contender.outsider
+        blind = craft_oblivious(case.plan.suite, target.classifier, x_NCHW, y_N, threat, self.seed)
+        exam = Exam(case.plan.suite, threat, x_NCHW, y_N, blind, self.seed, outsider)
+        limits_S = target.defense.limits()
+        target.defense.at(aimed.inference)
+        again = exam.observe(target).judge(limits_S)
+        target.defense.at(case.params.inference)
+        audited = again.attacked
+        try:
+            found = audit(target, x_NCHW, y_N, threat, seed=self.seed + 1, outsider=outsider)
+            audited, alarms = worse(found.robustness.attacked, audited), list(found.alarms)
+        except (AttackError, InputError) as error:
+            alarms = [f"it cannot be audited: {error}"]
+        return Judged({"search": again.attacked, "audit": audited}, again.trail, {"alarms": alarms})

@@ -1,0 +1,74 @@
+"""Which knobs matter, told of a search's finished candidates by Optuna's estimators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import optuna
+from optuna.importance import (
+    BaseImportanceEvaluator,
+    MeanDecreaseImpurityImportanceEvaluator,
+    PedAnovaImportanceEvaluator,
+    get_param_importances,
+)
+from optuna.trial import FrozenTrial, TrialState
+
+from search.record import Record
+
+LEAST = 8
+"""Candidates below which nothing is said."""
+BEST = 0.1
+"""The part of the candidates that counts as the best."""
+FITS = 5
+"""Trainings of which the best must be before anything is said of them: candidates of one fit have the same train-time
+knobs, and tell of these but once."""
+
+
+@dataclass(frozen=True)
+class Importances:
+    """Each knob's share, in [0, 1]; the shares of all knobs make one.
+
+    Args:
+        overall: in what a forest of trees explains of the attacked error's variance over all candidates.
+        best: in what tells the best tenth of the candidates from the others; empty where too few trainings are in it.
+        candidates: how many were looked at.
+    """
+
+    overall: Mapping[str, float] = field(default_factory=dict)
+    best: Mapping[str, float] = field(default_factory=dict)
+    candidates: int = 0
+
+
+def importances(record: Record) -> Importances:
+    """Return how much each knob that always matters matters for the attacked error.
+
+    Both estimates take a second of all candidates of a long search. fANOVA would take hours, and it counts a knob of
+    six values as six knobs (docs/decisions.md).
+
+    Source: Watanabe, Bansal and Hutter, PED-ANOVA, IJCAI 2023, for the best tenth.
+    """
+    # A candidate whose thresholds were picked may lack some knobs, and would take them out for all. Those that do not
+    # always matter would leave too few candidates.
+    always = [name for name in record.searched if name not in record.space.given]
+    own = (t for t in record.all() if t.state == TrialState.COMPLETE and "from" not in t.user_attrs)
+    done = [t for t in own if set(always) <= set(t.params)]
+    if not always or len(done) < LEAST or len({t.values[0] for t in done}) < 2:
+        return Importances()  # where nothing varies there is no variance to explain
+    study = optuna.create_study(directions=record.optuna.directions)
+    study.add_trials(done)
+    forest = MeanDecreaseImpurityImportanceEvaluator(seed=record.study.seed)
+    last = sorted(t.values[0] for t in done)[int(BEST * len(done))]
+    fits = {json.loads(t.user_attrs["candidate"])["fit"] for t in done if t.values[0] <= last}
+    best = _shares(study, always, PedAnovaImportanceEvaluator(target_quantile=BEST)) if len(fits) >= FITS else {}
+    return Importances(_shares(study, always, forest), best, len(done))
+
+
+def _shares(study: optuna.Study, knobs: Sequence[str], evaluator: BaseImportanceEvaluator) -> dict[str, float]:
+    found = get_param_importances(study, evaluator=evaluator, params=list(knobs), target=_attacked_error)
+    return {knob: float(share) for knob, share in found.items()}
+
+
+def _attacked_error(trial: FrozenTrial) -> float:
+    return float(trial.values[0])

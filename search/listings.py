@@ -1,0 +1,163 @@
+"""What there is to choose from, as rows: defenses with their knobs, attacks, spaces, tasks, tables, searches.
+
+Each kind imports what it needs: a shell that completes waits for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import defenses
+import spaces
+from spaces.space import InputError, SearchSpace, choose, conditions, spoken
+
+Row = dict[str, Any]
+
+
+def rows(what: str, storage: str) -> list[Row]:
+    """Return what `list` shows of a kind of thing.
+
+    Raises:
+        InputError: there is no such kind.
+    """
+    kinds: dict[str, Callable[[], list[Row]]] = {
+        "defenses": _defenses,
+        "attacks": _attacks,
+        "spaces": _spaces,
+        "tasks": _tasks,
+        "tables": _tables,
+        "searches": lambda: _searches(storage),
+    }
+    return kinds[choose("what to list", what, list(kinds))]()
+
+
+def states(name: str | None, storage: str, warn: Callable[[str], None]) -> list[Row]:
+    """Return how far one search is, or each of a storage; of those, one that cannot be read hides no other."""
+    from search import courier, session
+
+    if name is not None:
+        return [session.status(courier.opened(name, storage, whole=False))]
+    found = []
+    for each in courier.names(storage):
+        try:
+            found.append(session.status(courier.opened(each, storage, whole=False)))
+        except InputError as error:
+            warn(f"{each}: {error}")
+    return found
+
+
+def exports(paths: Iterable[Path]) -> list[Path]:
+    """Return the exports at these paths: each is one, or a folder of some.
+
+    Raises:
+        InputError: there is none, with the nearest name that there is.
+    """
+    found = []
+    for path in paths:
+        inside = sorted(each.parent for each in path.glob("*/evidence.json"))
+        if not inside and not (path / "evidence.json").exists():
+            raise InputError(f"an export must be a folder with whole files, but {path} is none{_near(path)}")
+        found += inside or [path]
+    return found
+
+
+def export(path: Path) -> Path:
+    """Return the one export at a path.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    found = exports([path])
+    if len(found) > 1:
+        raise InputError(f"an export must be one folder, but {path} holds {', '.join(each.name for each in found)}")
+    return found[0]
+
+
+def _near(path: Path) -> str:
+    """Return a hint at the path that may have been meant, where its first missing part resembles one that is there."""
+    whole = path.absolute()
+    there = next(parent for parent in (whole, *whole.parents) if parent.is_dir())
+    missing = whole.relative_to(there).parts
+    names = [each.name for each in there.iterdir() if each.is_dir()]
+    near = difflib.get_close_matches(missing[0], names, n=1) if missing else []
+    return f"; did you mean {str(path)[: -len(str(Path(*missing)))] + near[0]!r}?" if near else ""
+
+
+def _defenses() -> list[Row]:
+    return [
+        {
+            "defense": name,
+            "knob": knob,
+            "when": when,
+            "default": space.defaults[knob],
+            "domain": spoken(domain),
+            "matters where": conditions(space.given.get(knob, {})),
+        }
+        for name in defenses.names()
+        for space in [SearchSpace.of(defenses.find(name))]
+        for when, domains in (("train", space.train), ("inference", space.inference))
+        for knob, domain in domains.items()
+    ]
+
+
+def _attacks() -> list[Row]:
+    from attacks.suite import SUITES
+
+    return [
+        {
+            "suite": suite.name,
+            "knowledge": knowledge,
+            "attack": attack.name,
+            "parameters": attack.spoken(),
+            "norm": "least L2" if attack.unbounded else ", ".join(attack.norms),
+            "eps": "the task's" if suite.eps is None else f"{suite.eps:g}",
+            "for": attack.aims or "any",
+            "source": attack.source,
+        }
+        for suite in SUITES.values()
+        for knowledge, group in (("oblivious, black-box", suite.oblivious), ("white-box", suite.white_box))
+        for attack in group
+    ]
+
+
+def _spaces() -> list[Row]:
+    return [
+        {
+            "defense": defense,
+            "space": name,
+            "trainings": space.trainings() or "continuous",
+            "candidates": space.size() or "continuous",
+            "searched": "; ".join(_searched(space)),
+        }
+        for defense in defenses.names()
+        for name in spaces.names(defense)
+        for space in [SearchSpace.of(defenses.find(defense)).narrow(spaces.named(defense, name))]
+    ]
+
+
+def _searched(space: SearchSpace) -> Iterable[str]:
+    for name, domain in space.searched().items():
+        where = f" (where {conditions(space.given[name])})" if name in space.given else ""
+        yield f"{name}: {spoken(domain)}{where}"
+
+
+def _tasks() -> list[Row]:
+    from search import tasks
+
+    found = [tasks.task(name) for name in tasks.TASKS]
+    return [{"task": task.name, **vars(task.shape), "eps": task.eps} for task in found]
+
+
+def _tables() -> list[Row]:
+    from search import papers
+
+    return papers.rows()
+
+
+def _searches(storage: str) -> list[Row]:
+    from search import courier
+
+    return [{"search": name} for name in courier.names(storage)]

@@ -1,0 +1,215 @@
+"""The logbook: the runs of a search in W&B, written in a thread of their own.
+
+Whatever W&B does, it never stops, slows or fails a search. Until a run is finished, all that it was told is kept: where
+the server fails, the run is written again as a whole, offline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, ParamSpec
+
+import wandb
+
+from search import wandb_run
+from search.patience import within
+from search.wandb_run import Mode
+
+P = ParamSpec("P")
+Write = Callable[[wandb.Run], None]
+
+FLUSH_S = 60.0
+"""How long the end waits for what is still to be uploaded; what is left then is written offline."""
+
+LOWER: dict[Mode, tuple[Mode, ...]] = {
+    "online": ("offline", "offline", "disabled"),
+    "offline": ("offline", "disabled"),  # wandb-core may have died, and is started anew once
+    "disabled": ("disabled",),
+}
+MEANING: dict[Mode, str] = {
+    "online": "the search goes on",
+    "offline": "the search goes on and logs offline; upload it with: {upload}",
+    "disabled": "the search goes on without it",
+}
+INTERRUPTED = 255
+"""The exit code of a run that is open when the logbook is closed."""
+
+
+@dataclass
+class Page:
+    """A run, and what it was told."""
+
+    about: dict[str, Any]
+    resumes: bool | None = None
+    writes: list[Write] = field(default_factory=list)
+    exit_code: int | None = None
+    run: wandb.Run | None = None
+
+
+class Logbook:
+    """Writes runs, each known by its key.
+
+    Args:
+        mode: None is online where a key is found (or what $WANDB_MODE says), else offline.
+        folder: the search's folder; wandb's files lie in its `wandb/`.
+        say: shows the user one line; called from the logbook's thread.
+    """
+
+    def __init__(self, mode: Mode | None, folder: Path, say: Callable[[str], None]) -> None:
+        self._folder = folder.resolve()
+        self._say = say
+        self._said: set[Mode] = set()
+        self._pages: dict[str, Page] = {}
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._late = False
+        wandb_run.hush(self._folder)
+        self._mode: Mode = mode or wandb_run.found_mode()
+        self._lower = list(LOWER[self._mode])
+        if self._mode != "disabled":
+            self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+            self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"Logbook(mode={self._mode!r}, folder={str(self._folder)!r})"
+
+    @property
+    def mode(self) -> Mode:
+        """What W&B does now: it steps down from online to offline to disabled where it fails."""
+        return self._mode
+
+    @property
+    def upload(self) -> str | None:
+        """The command that uploads what was logged offline; None where nothing is."""
+        return wandb_run.upload(self._folder) if self._mode == "offline" else None
+
+    def open(self, key: str, about: dict[str, Any]) -> None:
+        """Open a run; one that is open goes on.
+
+        Args:
+            about: what wandb.init takes: name, group, job type, tags, config.
+        """
+        self._put(self._open, key, about)
+
+    def write(self, key: str, write: Write) -> None:
+        """Write to an open run; `write` may be called again, on another run of the same identity."""
+        self._put(self._write, key, write)
+
+    def finish(self, key: str, exit_code: int) -> None:
+        self._put(self._finish, key, exit_code)
+
+    def close(self) -> None:
+        """Finish every run and stop: within `FLUSH_S`, or little more. It may be called again."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._jobs.put(None)
+        thread.join(FLUSH_S)
+        if thread.is_alive():
+            self._late = True
+            thread.join(2 * wandb_run.PATIENCE_S)
+        if thread.is_alive():
+            self._mode = "disabled"
+            self._complain(TimeoutError("it does not end"))
+            wandb_run.abandon()
+
+    def _put(self, job: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        if self._thread is not None:
+            self._jobs.put(partial(job, *args, **kwargs))
+
+    # From here on: in the logbook's thread.
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._carefully(job)
+        for key in list(self._pages):
+            self._carefully(partial(self._write, key, lambda run: run.summary.update({"state": "interrupted"})))
+            self._carefully(partial(self._finish, key, INTERRUPTED))
+
+    def _carefully(self, job: Callable[[], None]) -> None:
+        with contextlib.suppress(Exception):  # `say` is not ours: it may fail too
+            if self._late and self._mode == "online":
+                self._step_down(TimeoutError("the server is slow"))
+            job()
+
+    def _open(self, key: str, about: dict[str, Any]) -> None:
+        if self._mode != "disabled" and key not in self._pages:
+            page = self._pages[key] = Page(about)
+            try:
+                within(wandb_run.PATIENCE_S, partial(self._start, key, page))
+            except Exception as error:
+                self._step_down(error)
+
+    def _write(self, key: str, write: Write) -> None:
+        if page := self._pages.get(key):
+            page.writes.append(write)
+            self._attempt(page, write)
+
+    def _finish(self, key: str, exit_code: int) -> None:
+        if page := self._pages.get(key):
+            page.exit_code = exit_code
+            self._attempt(page, partial(wandb.Run.finish, exit_code=exit_code))
+            self._pages.pop(key, None)
+
+    def _start(self, key: str, page: Page) -> None:
+        if page.resumes is None:
+            page.resumes = wandb_run.begun(self._folder, page.about["group"], key)
+        page.run = wandb_run.start(self._folder, key, self._mode, page.about, resumes=page.resumes)
+
+    def _attempt(self, page: Page, write: Write) -> None:
+        try:
+            _on(page, write)
+        except Exception as error:
+            if self._is_fault(error):
+                self._step_down(error)
+            else:
+                self._complain(error)
+
+    def _is_fault(self, error: Exception) -> bool:
+        """Say whether W&B failed; offline it may also be what was written that cannot be, such as a lost picture."""
+        if isinstance(error, TimeoutError | ConnectionError):  # the latter also where wandb-core has died
+            return True
+        return not isinstance(error, OSError) and (self._mode == "online" or isinstance(error, wandb.Error))
+
+    def _step_down(self, fault: Exception) -> None:
+        """Do without the server, or without W&B; all runs that are open are written again."""
+        while self._mode != "disabled":
+            self._mode = self._lower.pop(0)
+            wandb_run.abandon()
+            if self._rewritten():
+                break
+        self._complain(fault)
+
+    def _rewritten(self) -> bool:
+        if self._mode == "disabled":
+            self._pages.clear()
+        try:
+            for key, page in self._pages.items():
+                within(wandb_run.PATIENCE_S, partial(self._start, key, page))
+                writes = list(page.writes)
+                if page.exit_code is not None:
+                    writes.append(partial(wandb.Run.finish, exit_code=page.exit_code))
+                for write in writes:
+                    with contextlib.suppress(FileNotFoundError):  # a lost picture was told of
+                        _on(page, write)
+        except Exception:
+            return False
+        return True
+
+    def _complain(self, error: Exception) -> None:
+        if self._mode not in self._said:
+            self._said.add(self._mode)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            meaning = MEANING[self._mode].format(upload=wandb_run.upload(self._folder))
+            self._say(f"W&B failed ({reason[:200]}); {meaning}")
+
+
+def _on(page: Page, write: Write) -> None:
+    if page.run is not None:
+        within(wandb_run.PATIENCE_S, partial(write, page.run))

@@ -1,0 +1,108 @@
+"""The Python API, for notebooks and scripts: the same objects that the command line uses, and tables as DataFrames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from rich.console import Console
+
+from search import courier, ranking, session
+from search.record import Record
+from search.score import Candidate
+from search.study import Study, checked
+from spaces.space import InputError
+
+TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm")
+FREE = {"trials", "address", "concurrent", "gpus_per_trial", "cpus_per_trial", "trial_timeout", "wandb", "data_dir"}
+"""Fields of a study that may be others when it goes on."""
+
+
+def search(study: Study, *, debug: bool = False, console: Console | None = None) -> pd.DataFrame:
+    """Run a search and return its candidates; one that was begun goes on where it stopped, so a cell can run again.
+
+    Args:
+        debug: run the trials in this process, without Ray.
+        console: where progress is shown; else standard output. `Console(quiet=True)` shows nothing.
+
+    Raises:
+        InputError: the study asks for what is not there, or another study has its name.
+        RuntimeError: no trial left a candidate.
+        KeyboardInterrupt: it was interrupted; what had ended is kept.
+    """
+    console = console or Console()
+    checked(study)
+    if study.name not in courier.names(study.storage):
+        code = session.begin(study, console, debug=debug)
+    else:
+        _same(study, courier.opened(study.name, study.storage))
+        code = session.proceed(study, console, debug=debug)
+    if code == 130:
+        raise KeyboardInterrupt
+    if code != 0:
+        raise RuntimeError(f"no trial of {study.name} left a candidate: launch.py status {study.name} says why")
+    return candidates(study)
+
+
+def candidates(study: Study | str, storage: str = "runs") -> pd.DataFrame:
+    """Return every candidate of a search, finished or running: the rows and columns of candidates.csv.
+
+    Args:
+        study: a study, or the name of a search.
+        storage: where a search that is named lies.
+
+    Raises:
+        InputError: there is no such search, or it has not begun.
+    """
+    record = Record(_opened(study, storage))
+    return _table(record, record.candidates())
+
+
+def front(study: Study | str, storage: str = "runs") -> pd.DataFrame:
+    """Return the Pareto front of a search, most robust first: candidates within the constraints, which none beats.
+
+    Args:
+        study: a study, or the name of a search.
+        storage: where a search that is named lies.
+
+    Raises:
+        InputError: there is no such search, or it has not begun.
+    """
+    record = Record(_opened(study, storage))
+    return _table(record, ranking.front(record.study, record.candidates()))
+
+
+def _opened(study: Study | str, storage: str) -> Study:
+    return courier.opened(study, storage) if isinstance(study, str) else study
+
+
+def _same(study: Study, begun: Study) -> None:
+    others = [name for name in Study.model_fields if getattr(begun, name) != getattr(study, name)]
+    if others := sorted(set(others) - FREE):
+        raise InputError(
+            f"a search must go on as the study that it began as, but {study.name!r} in {study.storage} has another "
+            f"{', '.join(others)}: choose another name"
+        )
+
+
+def _table(record: Record, found: Sequence[Candidate]) -> pd.DataFrame:
+    """Return candidates as a table in which a column has one type, however few rows there are."""
+    rows = [candidate.row() for candidate in found]
+    if not rows and (undefended := record.undefended()):
+        rows = [replace(undefended, params=record.space.setting(record.space.usual_of)).row()]
+    table = pd.DataFrame(rows)
+    kinds = {name: _kind(record.space.flat().get(name), name) for name in table.columns}
+    return table.astype(kinds).head(len(found))
+
+
+def _kind(domain: BaseDistribution | None, column: str) -> str:
+    """Return the type of a column: of the knob with this domain, or of a figure."""
+    if domain is None:
+        return "str" if column in TEXT else "int64" if column == "queries" else "float64"
+    if isinstance(domain, CategoricalDistribution):
+        kinds = {type(choice) for choice in domain.choices}
+        names = {bool: "bool", int: "int64", float: "float64", str: "str"}
+        return names[kinds.pop()] if len(kinds) == 1 else "object"
+    return "int64" if isinstance(domain, IntDistribution) else "float64"

@@ -1,0 +1,104 @@
+"""What a run of W&B shows: charts, tables, pictures, summaries, exports. Each function writes one of them to a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import plotly.graph_objects as go
+import wandb
+
+from search.pictures import caption
+from search.ranking import feasible, front, ranked
+from search.score import Candidate
+from search.study import Study
+
+Extreme = Literal["max", "min"]
+"""Which value of a metric a run's summary keeps."""
+
+
+def pareto_chart(study: Study, undefended: Candidate, candidates: Sequence[Candidate]) -> go.Figure:
+    """Return attacked accuracy against latency: all candidates, the feasible front, the bare classifier."""
+    chart = _chart(study, undefended, "purification latency, p50 in ms", "attacked accuracy (with rejection), fraction")
+    chart.add_trace(_points("candidates", candidates, mode="markers", opacity=0.5))
+    chart.add_trace(_points("Pareto front", front(study, candidates), mode="lines+markers"))
+    chart.add_trace(_points("no defense", [undefended], mode="markers", marker={"symbol": "x", "size": 10}))
+    return chart
+
+
+def risk_chart(study: Study, undefended: Candidate, candidates: Sequence[Candidate]) -> go.Figure | None:
+    """Return attacked error against clean rejection, of the best candidate that has a curve; None where none has."""
+    curves = (c for c in (*feasible(study, candidates), *ranked(candidates)) if c.score.risk_coverage)
+    best = next(curves, None)
+    if best is None:
+        return None
+    rejected, error = zip(*best.score.risk_coverage, strict=True)
+    chart = _chart(study, undefended, "clean images rejected, fraction", "attacked error, fraction")
+    chart.add_trace(go.Scatter(name=best.candidate, x=rejected, y=error, mode="lines+markers"))
+    bare = [undefended.score.attacked_error] * 2
+    chart.add_trace(go.Scatter(name="no defense", x=[0, 1], y=bare, mode="lines", line={"dash": "dot"}))
+    return chart
+
+
+def _chart(study: Study, undefended: Candidate, x: str, y: str) -> go.Figure:
+    under = f"{undefended.score.threat}, {undefended.score.images} images"
+    title = f"{study.name}: {study.defense} on {study.label}, {under}"
+    return go.Figure(layout={"title": title, "xaxis": {"title": x}, "yaxis": {"title": y, "range": [0, 1]}})
+
+
+def _points(name: str, candidates: Sequence[Candidate], **style: Any) -> go.Scatter:
+    x = [c.score.latency_ms_p50 for c in candidates]
+    y = [1 - c.score.attacked_error for c in candidates]  # accuracy where nothing is rejected
+    return go.Scatter(name=name, x=x, y=y, text=[c.candidate for c in candidates], **style)
+
+
+def log(point: Mapping[str, float], run: wandb.Run) -> None:
+    run.log(dict(point))
+
+
+def define(step: str, extremes: Mapping[str, Extreme], run: wandb.Run) -> None:
+    """Say which value of each metric the run's summary keeps."""
+    for name, extreme in extremes.items():
+        run.define_metric(name, step_metric=step, summary=extreme)
+
+
+def show_table(name: str, study: Study, candidates: Sequence[Candidate], run: wandb.Run) -> None:
+    """Show the candidates, ranked, and which are within the constraints and on the front."""
+    within, best = ({c.candidate for c in of(study, candidates)} for of in (feasible, front))
+    rows = [{**c.row(), "feasible": c.candidate in within, "pareto": c.candidate in best} for c in ranked(candidates)]
+    columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
+    data = [[row.get(str(column)) for column in columns] for row in rows]
+    run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+
+
+def show_picture(picture: Path, run: wandb.Run) -> None:
+    """Show a trial's picture, with what was predicted for its images."""
+    run.log({"picture": wandb.Image(str(picture), caption=caption(picture))})
+
+
+def show_charts(study: Study, undefended: Candidate, candidates: Sequence[Candidate], run: wandb.Run) -> None:
+    for name, of in (("pareto", pareto_chart), ("risk_coverage", risk_chart)):
+        if chart := of(study, undefended, candidates):
+            run.log({name: wandb.Plotly(chart)})
+
+
+def sum_up(outcome: Mapping[str, Any], run: wandb.Run) -> None:
+    """Add to a run's summary; a trial that a rung stopped, which W&B has no state for, gets a tag."""
+    run.summary.update({name: value for name, value in outcome.items() if value is not None})
+    if outcome.get("state") == "pruned":
+        run.tags = (*(run.tags or ()), "pruned")
+
+
+def log_export(study: Study, folder: Path, aliases: Sequence[str], run: wandb.Run) -> None:
+    """Log an export as a version of the artifact of its defense and task."""
+    evidence = json.loads((folder / "evidence.json").read_text())
+    told = {name: value for name, value in evidence.items() if isinstance(value, str | int | float | bool)}
+    name = re.sub(r"[^\w.-]+", "-", f"{study.defense}-{study.label}")
+    artifact = wandb.Artifact(name, "defense", description=(folder / "card.md").read_text(), metadata=told)
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            artifact.add_file(str(path))
+    run.log_artifact(artifact, aliases=list(aliases))

@@ -1,0 +1,150 @@
+"""The papers' tables: whole, lawful, and under their true names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import defenses
+from search import papers
+from search.datasets import DATASETS
+from search.papers import read, rows, table, tables
+from search.setting import ATTACKS
+from spaces.space import InputError, SearchSpace
+
+ASKED = {
+    "puvae": "3 4 5 7 8 fig7 fig9",
+    "puvae-arxiv": "2 3 4 5 6",
+    "defense-vae": "1 2 3 4 7 8",
+    "advae": "1 3 4",
+    "gmvae": "1 2 fig3",
+}
+NAMES = [f"{paper}/{number}" for paper, numbers in ASKED.items() for number in numbers.split()]
+
+
+def test_every_table_with_numbers_is_there_once() -> None:
+    assert sorted(one.name for one in tables()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_is_whole(name: str) -> None:
+    one = table(name)
+    assert one.title and one.citation and one.source and one.file.endswith(".txt")
+    assert set(one.labels) == set(one.dimensions) and len({cell.labels for cell in one.cells}) == len(one.cells)
+    for i, dimension in enumerate(one.dimensions):
+        assert {cell.labels[i] for cell in one.cells} == {*one.labels[dimension]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_accuracy_is_a_fraction_and_a_time_is_above_0(name: str) -> None:
+    for cell in table(name).cells:
+        timed = cell.setting.measure in ("seconds", "ratio")
+        assert timed == (table(name).quantity == "seconds")
+        assert cell.value is None or (0 < cell.value if timed else 0 <= cell.value <= 1), cell
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_that_the_text_does_not_give_says_why(name: str) -> None:
+    one = table(name)
+    assert all(cell.value is not None or cell.note or "picture" in one.remark for cell in one.cells)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_attack_has_an_eps_if_it_keeps_to_one(name: str) -> None:
+    attacked = [cell.setting for cell in table(name).cells if cell.setting.attack]
+    assert all((made.eps is None) == ATTACKS[made.attack or ""].unbounded for made in attacked)
+
+
+def test_every_defense_can_be_built_for_its_data_with_its_knobs() -> None:
+    settings = {cell.setting for one in tables() for cell in one.cells if cell.setting.defense != "none"}
+    needed = {(s.task.partition("/")[0], s.defense, tuple(sorted(s.knobs.items()))) for s in settings}
+    assert len(needed) > 40
+    for dataset, name, knobs in needed:
+        defense, shape = defenses.find(name), DATASETS[dataset].shape
+        params = SearchSpace.of(defense).narrow(dict(knobs)).complete({})
+        with torch.device("meta"):
+            defense(params.train, params.inference, shape)
+
+
+def test_what_a_paper_calls_white_box_stands_under_its_true_name() -> None:
+    assert table("puvae/3").threat == 'oblivious (the paper says "white-box")'
+    assert table("defense-vae/2").threat == 'oblivious (the paper says "white-box")'
+    assert table("defense-vae/1").knowledge == ("oblivious", "white-box")
+    assert table("advae/1").threat == "oblivious, black-box, white-box"
+    assert table("defense-vae/4").threat == "no attack"
+    for name in NAMES:
+        attacked = [cell.setting for cell in table(name).cells if cell.setting.attack]
+        if name.startswith("puvae"):
+            assert {setting.knowledge for setting in attacked} <= {"oblivious"}
+            assert all(setting.targeted for setting in attacked)
+
+
+def test_a_setting_is_the_defaults_with_those_of_each_label_over_them() -> None:
+    cell = table("puvae/5").cell("D", "iFGSM (0.06)", "MagNet")
+    assert cell is not None
+    setting = cell.setting
+    assert (setting.task, setting.defense, setting.attack, setting.eps) == (
+        "cifar10/D",
+        "magnet",
+        "ifgsm-targeted-cifar",
+        0.06,
+    )
+    assert setting.knobs == {"detector_1": 1e6, "detector_2": 1e6, "reformer": "II"}
+
+
+def test_clean_images_have_one_setting_whatever_the_row_is() -> None:
+    clean = [cell.setting for cell in table("defense-vae/3").of({"data": "MNIST", "defense": "No Attack"})]
+    assert len(clean) == 8 and len(set(clean)) == 4
+
+
+def test_a_listing_counts_what_can_be_run_here(tmp_path: Path) -> None:
+    listed = {row["table"]: row for row in rows(tmp_path)}
+    assert list(listed["puvae/3"]) == ["table", "title", "threat", "cells", "runs", "not run"]
+    assert listed["puvae/3"]["cells"] == listed["puvae/3"]["runs"] == 36
+    assert listed["defense-vae/7"]["runs"] == 54 and "celeba: " in listed["defense-vae/7"]["not run"]
+    assert listed["gmvae/1"]["not run"] == "another paper's classifier"
+
+
+def test_an_unknown_name_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="did you mean 'puvae/3'"):
+        table("puvae/33")
+
+
+WRONG = [
+    ("values", "X | 1 2", "a label of classifier must be one of A"),
+    ("values", "A | 1", "a row must have 1 labels and 2 values"),
+    ("values", "A | 1 many", "ConversionSyntax"),
+    ("defaults", {"task": "mnist/Z"}, "mnist/A"),
+    ("defaults", {"task": "mnist/A", "attack": "fgsn"}, "did you mean 'fgsm'"),
+    ("defaults", {"task": "mnist/A", "attack": "fgsm", "knowledge": "white"}, "the threat model must be one of"),
+    ("defaults", {"task": "mnist/A", "measure": "speed"}, "a measure must be one of"),
+    ("defaults", {"task": "mnist/A", "defence": "puvae"}, "defence"),
+    ("defaults", {"task": "mnist/A", "defense": "puvaf"}, "puvae"),
+    ("defaults", {"task": "mnist/A", "defense": "puvae", "knobs": {"lambda": 1}}, "a knob must be one of"),
+    ("defaults", {"task": "mnist/A", "defense": "puvae", "knobs": {"sigma_eps": -1}}, "sigma_eps"),
+    ("notes", {"A | z": "of no cell"}, "a note must stand for a cell"),
+]
+
+
+@pytest.mark.parametrize(("part", "value", "law"), WRONG)
+def test_what_stands_for_nothing_is_refused_with_the_tables_name(part: str, value: object, law: str) -> None:
+    whole = {
+        "name": "p/1",
+        "title": "t",
+        "source": "Table 1",
+        "lines": [1, 1],
+        "defaults": {"task": "mnist/A"},
+        "labels": {"classifier": {"A": {}}, "attack": {"x": {}, "y": {}}},
+        "values": "A | 1 2",
+    }
+    paper = {"p": {"citation": "c", "file": "p.txt"}}
+    assert len(list(read(yaml.safe_dump({"papers": paper, "tables": [whole]}, sort_keys=False)))) == 1
+    with pytest.raises(InputError, match=f"table p/1: .*{law}"):
+        list(read(yaml.safe_dump({"papers": paper, "tables": [{**whole, part: value}]}, sort_keys=False)))
+
+
+def test_every_file_of_the_folder_is_read() -> None:
+    assert {path.stem for path in papers.FOLDER.iterdir()} == {"puvae", "defense-vae", "advae", "gmvae"}
