@@ -112,9 +112,8 @@ def wandb_view(name: f.Name, storage: f.Storage = "runs") -> None:
 
     It needs a W&B server that can be reached, and a key (`wandb login`).
     """
-    from search.workspace import view
-
     from search import courier
+    from search.workspace import view
 
     typer.echo(view(courier.opened(name, storage)))
 
@@ -143,8 +142,10 @@ def export(
     chosen, wanted = winners.pick(study, pareto=pareto, top=top, candidate=candidate)
     out = out or study.folder / "export"
     with progress(as_json) as screen:
-        code = winners.export_all(study, chosen, wanted, out, screen, despite_alarms=despite_alarms)
-    end(code)
+        told = winners.export_all(study, chosen, wanted, out, screen, despite_alarms=despite_alarms)
+    if as_json:
+        show(told, as_json)
+    end(int(sum(one["folder"] is not None for one in told) < wanted))
 
 
 @exporting("attack runs/first/export/CANDIDATE", "attack runs/first/export/CANDIDATE --suite full --json")
@@ -194,9 +195,8 @@ def final(
 
     where: dict[str, Any] = {"storage": storage, "address": address, "concurrent": concurrent, "data_dir": data_dir}
     with progress(as_json) as screen:
-        how: dict[str, Any] = {"seeds": seeds, "images": images, "debug": debug, "console": screen}
-        tables = [final.final(folder, **how, **where) for folder in listings.exports(exports)]
-    show(tables, as_json, lambda _: "\n".join(map(final.page, tables)))
+        found = final.final(listings.exports(exports), seeds=seeds, images=images, debug=debug, console=screen, **where)
+    show(found, as_json, final.page)
 
 
 @proving("list tables", "reproduce puvae/3 --fraction 0.05")

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import shutil
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from search import remote, tasks
+from search.cache import data_folder
 from search.datasets import DATASETS
 from search.study import Study
 from spaces.space import InputError
 
 GIB = 2**30
+LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"
+NAMED = ("torch", "ray", "optuna", "wandb")
+"""Packages whose versions are shown by themselves: a cluster's nodes must agree on them."""
+OPEN_FILES = 8192
+"""What Ray asks for; it raises the limit itself as far as it may."""
+DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
+SHARED = Path("/dev/shm")
+GPU = "where there is one: its driver; in a container also --gpus all"
+MORE = "give the machine or container more (docker run --shm-size=4g)"
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,8 @@ class Finding:
 
 def examine(storage: str, data_dir: str | None, address: str | None = None) -> list[Finding]:
     """Return the findings on this machine, and on the cluster at an address."""
-    here = [_python(), *_packages(), _device(), _memory(), *_storage(storage), *_data(data_dir), _wandb()]
+    here = [_python(), *_packages(), _device(), _memory(), _files(), *_storage(storage), *_disks(data_dir)]
+    here += [*_data(data_dir), _wandb()]
     return here + (_cluster(address, storage, data_dir) if address else [])
 
 
@@ -41,36 +57,89 @@ def _python() -> Finding:
 
 
 def _packages() -> list[Finding]:
-    findings = []
-    for name in ("torch", "torchattacks", "ray", "optuna", "wandb"):
-        try:
-            findings.append(Finding(name, True, version(name)))
-        except PackageNotFoundError:
-            findings.append(Finding(name, False, "not installed", "make setup"))
-    return findings
+    """Compare what is installed with what is pinned."""
+    pinned = dict(line.split("==") for line in LOCK.read_text().splitlines() if "==" in line)
+    held = {name: _installed(name) for name in pinned}
+    other = {name: f"{held[name]}, not {pinned[name]}" for name in pinned if not _same(held[name], pinned[name])}
+    found = [Finding(name, name not in other, other.get(name, held[name])) for name in NAMED]
+    rest = "; ".join(f"{name} {said}" for name, said in other.items() if name not in NAMED)
+    found.append(Finding("packages", not rest, rest or f"all {len(pinned)} as requirements.lock pins them"))
+    return [each if each.well else Finding(each.what, False, each.found, "make clean setup") for each in found]
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _same(held: str, pinned: str) -> bool:
+    return held.partition("+")[0] == pinned  # 2.13.0+cpu is a build of 2.13.0
 
 
 def _device() -> Finding:
+    """Look at the GPUs, and at what keeps torch from those that this machine has."""
+    built = f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build of torch"
+    told = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", DRIVER.read_text()) if DRIVER.exists() else None
+    driver = f"driver {told[0]}" if told else "no driver"
+    given = len([path for path in DEVICES.glob("nvidia*") if path.name[6:].isdigit()])
     if torch.cuda.is_available():
-        return Finding(
-            "device", True, ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        )
-    built = "no GPU is seen" if torch.version.cuda else "this torch is a CPU build"
-    return Finding("device", True, f"{os.cpu_count()} CPU cores; {built}", "a GPU needs its driver and a CUDA torch")
+        return _tried(f"{driver}, {built}")
+    if not given:
+        return Finding("device", True, f"{os.cpu_count()} CPU cores; no GPU is seen, {driver}, {built}", GPU)
+    found = f"{given} GPU{'s' * (given > 1)}, {driver}, but {built}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return Finding("device", False, f"{found}; CUDA_VISIBLE_DEVICES hides them", "unset CUDA_VISIBLE_DEVICES")
+    if not torch.version.cuda:
+        remedy = f"install a CUDA build of torch {version('torch').partition('+')[0]}"
+        return Finding("device", False, found, remedy)
+    remedy = "update the driver, or install a torch built for the CUDA that it knows (nvidia-smi shows which)"
+    return Finding("device", False, f"{found}: {_refusal(torch.cuda.init)}", remedy)
+
+
+def _tried(found: str) -> Finding:
+    """Use each GPU: a torch that was not built for its architecture sees it, and can do nothing with it."""
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        if refusal := _refusal(partial(torch.ones, 1, device=f"cuda:{index}")):
+            remedy = f"install a torch built for it: this one was built for {', '.join(torch.cuda.get_arch_list())}"
+            return Finding("device", False, f"{name}, {found}: {refusal}", remedy)
+    names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return Finding("device", True, f"{names}; {found}")
+
+
+def _refusal(use: Callable[[], object]) -> str:
+    """Return why a GPU cannot be used; empty where it can."""
+    try:
+        use()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _memory() -> Finding:
-    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
-    well = shared > GIB
-    remedy = "" if well else "give the machine or container more (docker run --shm-size=4g)"
-    return Finding("shared memory", well, f"{shared / GIB:.1f} GiB free for Ray's objects", remedy)
+    if not SHARED.exists():
+        return Finding("shared memory", False, f"there is no {SHARED} for Ray's objects", MORE)
+    total, _, free = shutil.disk_usage(SHARED)
+    well = free > GIB
+    found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free in {SHARED} for Ray's objects"
+    return Finding("shared memory", well, found, "" if well else MORE)
+
+
+def _files() -> Finding:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    well = most == resource.RLIM_INFINITY or most >= OPEN_FILES
+    found = "no limit" if most == resource.RLIM_INFINITY else f"at most {most}"
+    remedy = "" if well else f"ulimit -Hn {OPEN_FILES} before Ray starts (docker run --ulimit nofile={OPEN_FILES})"
+    return Finding("open files", well, f"{found} in a process; Ray wants {OPEN_FILES}", remedy)
 
 
 def _storage(storage: str) -> list[Finding]:
     """Look at the disk that a search writes to and, where the storage is a URI, whether it answers."""
     try:
         storage = remote.checked(storage)
-        mirror, disk = remote.mirror(storage), _disk(remote.local(storage))
+        mirror, disk = remote.mirror(storage), _disk("storage", remote.local(storage), "choose another --storage")
         if mirror is not None:
             mirror.reach()
     except ValueError as error:
@@ -80,11 +149,21 @@ def _storage(storage: str) -> list[Finding]:
     return [disk, Finding("storage URI", True, f"{storage} can be written")] if mirror else [disk]
 
 
-def _disk(storage: Path) -> Finding:
-    there = next(path for path in (storage.absolute(), *storage.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    well = free > 5 * GIB and os.access(there, os.W_OK)
-    return Finding("storage", well, f"{free / GIB:.0f} GiB free in {there}", "" if well else "choose another --storage")
+def _disks(data_dir: str | None) -> list[Finding]:
+    elsewhere = "choose another --data-dir, or set $CRUCIBLE_DATA"
+    scratch = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    return [
+        _disk("data folder", data_folder(data_dir), elsewhere),
+        _disk("Ray's scratch", scratch, "free some, or set $RAY_TMPDIR to a folder on another disk"),
+    ]
+
+
+def _disk(what: str, folder: Path, remedy: str) -> Finding:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK)
+    well = free > 5 * GIB and writable
+    found = f"{free / GIB:.0f} GiB free in {there}{'' if writable else ', which cannot be written'}"
+    return Finding(what, well, found, "" if well else remedy)
 
 
 def _data(data_dir: str | None) -> list[Finding]:
@@ -97,10 +176,14 @@ def _data(data_dir: str | None) -> list[Finding]:
 
 
 def _wandb() -> Finding:
-    key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
-    return Finding(
-        "W&B", True, "a key is found" if key else "no key: runs are logged offline", "" if key else "wandb login"
-    )
+    from wandb.sdk import wandb_setup  # a second to import
+
+    from search.wandb_run import found_mode, has_key
+
+    server, mode = wandb_setup.singleton().settings.base_url, found_mode()
+    if has_key():
+        return Finding("W&B", True, f"a key for {server}; searches log {mode} unless told otherwise")
+    return Finding("W&B", True, f"no key for {server}: searches log offline", "wandb login")
 
 
 def _cluster(address: str, storage: str, data_dir: str | None) -> list[Finding]:

@@ -111,7 +111,7 @@ Eps = Annotated[str | None, _value("FLOAT", "its bound, in pixel units of [0, 1]
 Images = Annotated[int | None, _value("INTEGER", "validation images; else as many as the search attacked")]
 Substitute = Annotated[str | None, _value("NAME", "the black-box attacker's architecture; else the study's")]
 
-Seeds = Annotated[int, _value("INTEGER", "trainings, each with a fresh seed", min=1)]
+Seeds = Annotated[int, _value("INTEGER", "trainings, each with a fresh seed")]
 TestImages = Annotated[int | None, _value("INTEGER", "test images that are attacked; else all")]
 FinalStorage = Annotated[str | None, _value("PATH", "where fits are kept; else the export's search's")]
 Concurrent = Annotated[int | None, _value("INTEGER", "trainings at once; else what the cluster holds")]

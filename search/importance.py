@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from optuna.importance import (
     PedAnovaImportanceEvaluator,
     get_param_importances,
 )
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.record import Record
 
@@ -57,7 +58,7 @@ def importances(record: Record) -> Importances:
     if not always or len(done) < LEAST or len({t.values[0] for t in done}) < 2:
         return Importances()  # where nothing varies there is no variance to explain
     study = optuna.create_study(directions=record.optuna.directions)
-    study.add_trials(done)
+    study.add_trials(_bare(trial, always) for trial in done)
     forest = MeanDecreaseImpurityImportanceEvaluator(seed=record.study.seed)
     last = sorted(t.values[0] for t in done)[int(BEST * len(done))]
     fits = {json.loads(t.user_attrs["candidate"])["fit"] for t in done if t.values[0] <= last}
@@ -66,8 +67,15 @@ def importances(record: Record) -> Importances:
 
 
 def _shares(study: optuna.Study, knobs: Sequence[str], evaluator: BaseImportanceEvaluator) -> dict[str, float]:
-    found = get_param_importances(study, evaluator=evaluator, params=list(knobs), target=_attacked_error)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that lower is taken for better: it is
+        found = get_param_importances(study, evaluator=evaluator, params=list(knobs), target=_attacked_error)
     return {knob: float(share) for knob, share in found.items()}
+
+
+def _bare(trial: FrozenTrial, knobs: Sequence[str]) -> FrozenTrial:
+    """Return a trial without what is written beside it, which Optuna would copy."""
+    kept = {knob: trial.params[knob] for knob in knobs}
+    return create_trial(values=trial.values, params=kept, distributions={k: trial.distributions[k] for k in knobs})
 
 
 def _attacked_error(trial: FrozenTrial) -> float:

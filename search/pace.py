@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from rich.console import Console
@@ -52,11 +52,13 @@ class Pace:
         """Time a step of each training that is not in the store yet."""
         threads = torch.get_num_threads()
         for setting in settings:
-            key = cells.missing(setting)
+            key = ""
+            with suppress(RuntimeError, InputError):  # what cannot be built or trained says so when its turn comes
+                key = cells.missing(setting)
+                if key and key not in self._fits:
+                    self._bar.update(self._task, description=f"timing a step of {setting.defense}")
+                    self._fits[key] = _forecast(cells, setting)
             self._left.append(key)
-            if key and key not in self._fits:
-                self._bar.update(self._task, description=f"timing {setting.defense}")
-                self._fits[key] = _forecast(cells, setting)
         torch.set_num_threads(threads)  # a step is timed on a trial's share of the cores
         self._show()
 
@@ -95,10 +97,6 @@ class Pace:
 
 
 def _forecast(cells: Cells, setting: Setting) -> float:
-    """Return the seconds of a training, told from a few of its steps; 0 where they fail, as the training then will."""
-    try:
-        bench = cells.bench(setting)
-        training = (step := Step(bench)).training()
-        return training.fit + training.shared + step.epochs * training.epoch
-    except (RuntimeError, InputError):
-        return 0.0
+    """Return the seconds of a training, told from a few of its steps."""
+    training = (step := Step(cells.bench(setting))).training()
+    return training.fit + training.shared + step.epochs * training.epoch

@@ -18,6 +18,8 @@ from search.wording import duration
 Row = Mapping[str, Any]
 LEGEND = ("within 2 points", "within 5", "within 10", "more")
 TIMES = ("within 1.25 times", "within 1.5 times", "within 2 times", "more")
+MUCH = 0.10
+"""By how much more of the bare classifier an attack may leave here than in the paper, a fraction."""
 STYLES = ("bold blue", "cyan", "yellow", "bold magenta")
 """Of the distances; those who tell no red from green tell these, and the difference stands in digits beside."""
 SPLIT = (
@@ -72,7 +74,7 @@ def figures(row: Row) -> tuple[str, str, str]:
 def notes(found: Mapping[str, Any]) -> list[str]:
     """Return what a reader must know beside the numbers."""
     ran = sum(not row["not_run"] for row in found["cells"])
-    threats = ", ".join(dict.fromkeys(row["threat"] for row in found["cells"] if row["setting"]["attack"]))
+    threats = "; ".join(dict.fromkeys(row["threat"] for row in found["cells"] if row["setting"]["attack"]))
     state = "" if found["state"] == "finished" else f" ({found['state']}; the same command goes on from here)"
     lines = [
         f"Source: {found['citation']}, {found['source']}.",
@@ -85,11 +87,22 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         lines.append("Times differ by machine, so what is compared is each as a multiple of the fastest defense's (×).")
     if any(row["setting"]["knowledge"] == "black-box" for row in found["cells"]):
         lines.append("The black-box attacker starts from the last 150 validation images, which are not attacked.")
-    if found["remark"]:
-        lines.append(found["remark"])
+    lines += [found["remark"]] if found["remark"] else []
+    lines += [_weaker(row) for row in found["cells"] if row["setting"]["defense"] == "none" and _fools(row)]
     lines += [_summary(one) for one in found["summaries"]]
     lines += [f"{what}: {', '.join(f'{n} {v}' for n, v in ran.items())}." for what, ran in runs(found)]
     return lines + [f"Not run: {why} ({count} cells)." for why, count in missing(found).items()]
+
+
+def _fools(row: Row) -> bool:
+    """Say whether an attack leaves the bare classifier much more than the paper's does."""
+    return row["setting"]["attack"] is not None and row["distance"] is not None and row["distance"] > MUCH
+
+
+def _weaker(row: Row) -> str:
+    ours, paper, _ = figures(row)
+    where = ", ".join(list(row["labels"].values())[:-1])
+    return f"{where}: the bare classifier keeps {ours} % here and {paper} % there, so the attacks are not alike."
 
 
 def runs(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

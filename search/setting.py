@@ -74,8 +74,10 @@ class Setting:
         dataset = self.task.partition("/")[0]
         if self.note or not DATASETS[dataset].origin.closed:
             return self.note
-        status = check(dataset, data_dir)
-        return "" if status.state == "ready" else f"{dataset}: {status.detail}"
+        if check(dataset, data_dir).state == "ready":
+            return ""
+        why = DATASETS[dataset].origin.closed
+        return f"{dataset} is not here and cannot be downloaded, {why}; python launch.py data check {dataset} says more"
 
 
 def setting(given: Iterable[Mapping[str, Any]]) -> Setting:

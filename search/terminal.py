@@ -87,7 +87,9 @@ def run(app: typer.Typer) -> int:
     try:
         result = app(standalone_mode=False, prog_name="python launch.py", complete_var="_CRUCIBLE_COMPLETE")
     except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
+        near = getattr(error, "possibilities", None)  # of a flag, the nearest first
+        hint = f"{error.message}; did you mean {near[0]!r}?" if near else error.format_message()
+        print(f"error: {hint}", file=sys.stderr)
         return 2
     except InputError as error:
         # What a worker raised comes from Ray with its traceback in its text.

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -135,9 +136,10 @@ def begun(folder: Path, search: str, key: str) -> bool:
 
 def abandon() -> None:
     """Leave wandb-core behind: it serves all runs, and waits a minute for a dead server when the program ends."""
-    with contextlib.suppress(Exception, SystemExit):  # none may run
+    with contextlib.suppress(Exception):  # none may run
         service = wandb_setup.singleton().assert_service()
         if service._proc is not None:  # else it is another program's
             service._proc._process.kill()
-    with contextlib.suppress(Exception, SystemExit):
-        within(PATIENCE_S, wandb.teardown)
+            within(PATIENCE_S, partial(service.teardown, 0))
+    # Not wandb.teardown(): the threads of runs that are still open would write a traceback each.
+    wandb_setup._singleton = None

@@ -29,6 +29,12 @@ from spaces.space import InputError
 
 TRIES = 2
 """How many candidates more than asked for an export audits when the audit refuses some."""
+FIGURES = (
+    *("attacked_accuracy", "attacked_accuracy_of_the_search", "attacked_error", "attacked_rejection"),
+    *("oblivious_accuracy", "black_box_accuracy", "white_box_accuracy"),
+    *("clean_accuracy", "clean_rejection", "latency_ms_p50"),
+)
+"""What is said of an export, by the names of its evidence."""
 
 
 class AlarmError(RuntimeError):
@@ -59,11 +65,17 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
 
 def export_all(
     study: Study, candidates: Sequence[Candidate], wanted: int, out: Path, console: Console, *, despite_alarms: bool
-) -> int:
-    """Audit and export candidates in order until `wanted` are written; return 0, or 1 where too few passed."""
-    written = refused = 0
+) -> list[dict[str, Any]]:
+    """Audit and export candidates in order until `wanted` are written, or too few passed.
+
+    Returns:
+        What became of each that was audited: its `folder` (None where it was refused), and what was found of it
+        (`audited`) or why it was `refused`.
+    """
+    told: list[dict[str, Any]] = []
     for candidate in candidates[: wanted + TRIES]:
-        if written == wanted:
+        refused = sum(one["folder"] is None for one in told)
+        if len(told) - refused == wanted:
             break
         folder = out / candidate.candidate
         if (other := _exported(folder)) not in (None, study.name):
@@ -77,15 +89,16 @@ def export_all(
                 )
                 store = store_of(study)
                 export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms)
-            said = _audited(opened(folder))
+            found = json.loads(opened(folder)["evidence.json"])
             courier.deliver(study, *folder.iterdir())
-            console.print(f"{said}\nexported {folder}", highlight=False, soft_wrap=True)
-            written += 1
+            console.print(f"{_audited(found)}\nexported {folder}", highlight=False, soft_wrap=True)
+            audited = {name: found[name] for name in ("threat", *FIGURES, "alarms")}
+            told.append({"candidate": candidate.candidate, "folder": str(folder), "audited": audited})
         except AlarmError as error:
-            refused += 1
             line = f"refused: {error} (--despite-alarms writes it all the same)"
             console.print(line, highlight=False, soft_wrap=True)
-    return 0 if written == wanted else 1
+            told.append({"candidate": candidate.candidate, "folder": None, "refused": str(error)})
+    return told
 
 
 def export(
@@ -167,9 +180,8 @@ def _exported(folder: Path) -> str | None:
     return str(yaml.safe_load(config.read_text())["study"]["name"]) if config.exists() else None
 
 
-def _audited(files: Mapping[str, bytes]) -> str:
+def _audited(found: Mapping[str, Any]) -> str:
     """Return what the audit left of a candidate, beside what the search had found."""
-    found = json.loads(files["evidence.json"])
     audited, searched = percent(found["attacked_accuracy"]), percent(found["attacked_accuracy_of_the_search"])
     passed = sum(gate["passed"] for gate in found["gates"])
     return (

@@ -1,32 +1,129 @@
-"""A ready W&B workspace on a search: the panels that its people ask for first, over the runs of its group."""
+"""A W&B workspace on a search: the panels that people ask for first, over the runs of its group."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
 
 import wandb
-import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
-from wandb.errors import Error as WandbError
+from wandb.sdk import wandb_setup
+from wandb_workspaces.reports.v2 import interface as wr
 
-from attacks.threat import ThreatModel
-from search.study import Study
-from search.tracking import PROJECT, within
-from spaces.space import InputError, SearchSpace
+from search import wandb_run
+from search.patience import within
+from search.study import Plan, Study
+from spaces.space import InputError
 
-TRIALS = 100
+REACH_S = 10.0
+"""How long a server may take to answer at all."""
+SAVE_S = 60.0
+"""How long it may take to make a workspace."""
+CURVES = 100
 """Of how many runs the learning curves are drawn at most."""
+WIDE = wr.Layout(w=24, h=12)
 
 
 def view(study: Study) -> str:
-    """Make a workspace on a search and return its URL.
+    """Make a workspace on a search on the W&B server that its runs are on, and return its URL.
 
     Raises:
-        InputError: there is no key, no server that takes it, or the search's runs are not there.
+        InputError: the search's runs are not on a server, there is no key, or the server does not take it.
     """
     _uploaded(study)
+    wandb_run.hush(study.folder)
+    if not wandb_run.has_key():
+        raise InputError("a workspace needs a W&B key, but there is none: run `wandb login` or set WANDB_API_KEY")
+    server = str(wandb_setup.singleton().settings.base_url)
+    _reached(server)
     try:
-        return within(PATIENCE_S, lambda: _saved(study))
-    except (WandbError, OSError) as error:
-        reason = str(error) or type(error).__name__
-        raise InputError(f"a workspace needs a W&B server that takes your key, but {reason}") from None
+        return within(SAVE_S, lambda: _saved(study))
+    except Exception as error:  # whatever a server answers
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise InputError(f"a workspace needs a W&B server that takes it, but {server} does not: {reason}") from None
+
+
+def workspace(study: Study, entity: str, project: str) -> ws.Workspace:
+    """Return the workspace, not saved yet."""
+    plan = study.plan()
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=f"{study.name}: {study.defense} on {study.label}",
+        sections=[
+            ws.Section(name="Candidates", is_open=True, panels=_candidates(study, plan)),
+            ws.Section(name="Learning curves", is_open=True, panels=_curves(plan)),
+            ws.Section(name="Pictures", is_open=True, panels=[wr.MediaBrowser(media_keys=["picture"], layout=WIDE)]),
+        ],
+        settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=CURVES),
+        runset_settings=ws.RunsetSettings(
+            filters=[ws.Metric("Group") == study.name],
+            order=[ws.Ordering(ws.Summary("attacked_accuracy"), ascending=False)],
+            pinned_columns=[f"summary:{name}" for name in ("attacked_accuracy", "latency_ms_p50", "clean_accuracy")],
+        ),
+    )
+
+
+def _candidates(study: Study, plan: Plan) -> list[wr.PanelTypes]:
+    """Return what shows the best candidate of each trial, and then all of them."""
+    attacked, latency = wr.SummaryMetric("attacked_accuracy"), wr.SummaryMetric("latency_ms_p50")
+    axis = wr.ParallelCoordinatesPlotColumn
+    knobs = [
+        axis(
+            metric=wr.Config(f"{'train' if name in plan.space.train else 'inference'}.{name}"),
+            display_name=name,
+            log=bool(getattr(domain, "log", False)),
+        )
+        for name, domain in plan.space.searched().items()
+    ]
+    figures = [axis(metric=latency, display_name="ms"), axis(metric=attacked, display_name="attacked accuracy")]
+    return [
+        wr.ScatterPlot(
+            title=f"Attacked accuracy ({plan.threat}) against latency, p50 in ms",
+            x=latency,
+            y=attacked,
+            layout=wr.Layout(w=12, h=10),
+        ),
+        wr.ParameterImportancePlot(with_respect_to="attacked_accuracy", layout=wr.Layout(w=12, h=10)),
+        wr.ParallelCoordinatesPlot(title=f"Knobs ({plan.threat})", columns=[*knobs, *figures], layout=WIDE),
+        wr.MediaBrowser(title="Pareto front, all candidates", media_keys=["pareto", "risk_coverage"], layout=WIDE),
+        wr.WeavePanelSummaryTable(table_name="leaderboard", layout=WIDE),
+    ]
+
+
+def _curves(plan: Plan) -> list[wr.PanelTypes]:
+    return [
+        wr.LinePlot(
+            title=f"Quick attacked accuracy ({plan.threat}) by epoch", x="epoch", y=["cheap"], max_runs_to_show=CURVES
+        ),
+        wr.LinePlot(title=f"Best attacked accuracy ({plan.threat}) by trial", x="trial", y=["best/attacked_accuracy"]),
+    ]
+
+
+def _saved(study: Study) -> str:
+    entity = wandb_setup.singleton().settings.entity or wandb.Api().default_entity
+    made = workspace(study, str(entity), wandb_run.project())
+    made.save()  # type: ignore[no-untyped-call]
+    return str(made.url)
+
+
+def _uploaded(study: Study) -> None:
+    """Refuse a search of which no run is on a server: wandb marks those that were uploaded later."""
+    folder = study.folder / "wandb"
+    if any(folder.glob("run-*")) or any(folder.glob("offline-run-*/*.synced")):
+        return
+    remedy = "search again under another name with --wandb online, which trains nothing that the store holds"
+    if any(folder.glob("offline-run-*")):
+        remedy = f"upload them with: {wandb_run.upload(study.folder)}"
+    raise InputError(f"a workspace shows runs that are on a W&B server, but those of {study.name} are not: {remedy}")
+
+
+def _reached(server: str) -> None:
+    """Refuse a server where nobody answers at once; wandb would try for long."""
+    try:
+        urlopen(server, timeout=REACH_S).close()
+    except HTTPError:
+        pass  # an answer
+    except (URLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise InputError(f"a workspace needs a W&B server, but {server} does not answer: {reason}") from None

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import distributions, packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +22,17 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import defenses
 import launch
 from attacks.audit import Audit, audit
 from defenses.base import Defended
 from defenses.puvae import PuVAE
-from search import evidence, tasks, winners
+from search import evidence, provenance, tasks, winners
 from search.attack import attack
-from search.export import load
+from search.card import card
+from search.courier import opened
+from search.datasets import DATASETS
+from search.export import FILES, SEAL, load
 from search.record import Record
 from search.run import run
 from search.score import Candidate
@@ -32,6 +41,7 @@ from search.trial import store_of
 from search.winners import AlarmError, export, export_all, pick
 from spaces.space import InputError
 from tests.conftest import digits_study
+from tests.test_cli import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -164,21 +174,165 @@ def test_the_evidence_says_all_that_a_number_needs(folder: Path, searched: Study
     assert "white-box, Linf eps 0.1" in card and "sigma_eps" in card
 
 
+def test_the_evidence_says_which_code_data_and_libraries_made_the_number(folder: Path, searched: Study) -> None:
+    said = json.loads((folder / "evidence.json").read_text())
+    assert said["search"] == searched.name
+    assert said["data"] == "digits" and said["data_licence"].startswith("CC BY 4.0")
+    assert len(said["code"]["sha256"]) == 64 and said["code"]["commit"] == provenance.code()["commit"]
+    assert {"python", "torch", "safetensors", "pydantic", "wandb"} <= set(said["versions"])
+    assert said["model"]["source"].startswith("Hwang et al., PuVAE")
+    assert searched.storage not in (folder / "evidence.json").read_text() + (folder / "config.yaml").read_text()
+
+
+def test_code_outside_a_repository_is_named_by_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known = provenance.code()
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert provenance.code() == {"commit": None, "changed_since": False, "sha256": known["sha256"]}
+
+
+def test_every_data_set_names_its_licence() -> None:
+    assert all(data.licence for data in DATASETS.values())
+
+
+def test_the_card_reads_as_a_model_card(folder: Path) -> None:
+    said, page = json.loads((folder / "evidence.json").read_text()), (folder / "card.md").read_text()
+    assert page == card(said)  # nothing stands in it that does not stand in the evidence
+    headings = re.findall(r"^## (.*)$", page, re.MULTILINE)
+    assert headings == [
+        *("What it is", "Intended use", "How it was trained", "Data", "Threat model", "Evaluation", "Audit"),
+        *("Limits and known failures", "Latency", "How to load", "How to reproduce", "Citation"),
+    ]
+    low, high = said["attacked_accuracy_interval"]
+    assert f"{100 * low:.1f} to {100 * high:.1f}" in page and "white-box, Linf eps 0.1" in page
+    for word in (said["data_sha256"], "CC BY 4.0", "undefended", "IEEE Access", said["device"], torch.__version__):
+        assert word in page
+    assert "None" not in page and "{{" not in page
+
+
+def test_a_card_says_what_a_black_box_attacker_asked_and_who_was_refused(folder: Path) -> None:
+    said = json.loads((folder / "evidence.json").read_text())
+    threat = said["threat"] | {"knowledge": "black-box"}
+    more = {"black_box_accuracy": 0.25, "black_box_queries": 9600, "refused_before_it": 2, "rejects": True}
+    page = card(said | more | {"threat": threat})
+    assert "black-box (9600 queries) | 25.0 %" in page and "model.accept(x)" in page
+    assert "2 candidate(s) that ranked higher were refused" in page
+
+
+def test_the_command_of_the_card_makes_the_candidate_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = json.loads((folder / "evidence.json").read_text())
+    storage = str(folder.parents[2])
+    words = shlex.split(said["reproduce"])
+    monkeypatch.setattr("sys.argv", [*words[1:], "--storage", storage, "--wandb", "disabled", "--debug"])
+    assert launch.main() == 0
+    (again,) = Record(opened("smoke-again", storage)).candidates()
+    assert (again.candidate, again.fit) == (said["candidate"], said["fit"])
+    assert again.score.attacked_accuracy == said["attacked_accuracy_of_the_search"]
+
+
 def test_an_export_holds_no_pickle(folder: Path) -> None:
-    assert {path.suffix for path in folder.iterdir()} == {".yaml", ".safetensors", ".json", ".md", ".png"}
+    assert {path.name for path in folder.iterdir()} == {*FILES, SEAL}
     for path in folder.glob("*.safetensors"):
         assert path.read_bytes()[8:9] == b"{"
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "classifier.safetensors", "config.yaml"])
-def test_a_changed_byte_is_found(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("place", [0, 0.5, -1])
+@pytest.mark.parametrize("name", [*FILES, SEAL])
+def test_a_changed_byte_is_found(folder: Path, name: str, place: float) -> None:
     good = (folder / name).read_bytes()
+    at = int(place * len(good)) % len(good)
     try:
-        (folder / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        with pytest.raises(InputError, match=f"{name} must have the SHA-256"):
+        (folder / name).write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(InputError, match="an export must be as it was written") as refused:
             load(folder)
+        assert name == SEAL or f"another {name} than" in str(refused.value)
     finally:
         (folder / name).write_bytes(good)
+
+
+def test_a_figure_that_was_edited_by_hand_is_found(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    said = json.loads((copy / "evidence.json").read_text())
+    (copy / "evidence.json").write_text(json.dumps(said | {"attacked_accuracy": 0.99}, indent=1))
+    with pytest.raises(InputError, match="has another evidence.json than its SHA256SUMS says"):
+        load(copy)
+    (copy / "pictures.png").unlink()
+    with pytest.raises(InputError, match="pictures.png: No such file or directory; export it anew"):
+        load(copy)
+
+
+BARRED = """
+import pickle, runpy, sys
+class Bar:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {barred}:
+            raise ModuleNotFoundError(name + " is barred", name=name)
+sys.meta_path.insert(0, Bar())
+import torch
+def never(*args, **options):
+    raise AssertionError("a pickle was run")
+torch.load = pickle.load = pickle.loads = pickle.Unpickler = never
+from search.export import load
+model = load(sys.argv[1])
+logits = model(torch.full((2, 1, 8, 8), 0.5))
+print(logits.shape[1], [name for name in {barred} if name in sys.modules])
+import defenses
+from search.absent import dispensed
+with dispensed():
+    print(len([defenses.find(name) for name in defenses.names()]))
+try:
+    from attacks.corrected import PGD
+    PGD(model)
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_an_export_loads_where_nothing_but_torch_and_safetensors_is_installed(folder: Path) -> None:
+    locked = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    needed = {"torch", "safetensors", *requires_of("torch")}
+    modules = {name for name, owners in packages_distributions().items() if set(map(plain, owners)) & set(locked)}
+    kept = {name for name, owners in packages_distributions().items() if set(map(plain, owners)) & needed}
+    barred = sorted(modules - kept)
+    assert {"numpy", "optuna", "ray", "torchattacks", "yaml", "pydantic", "pandas", "wandb", "scipy"} <= set(barred)
+    script = BARRED.replace("{barred}", repr(set(barred)))
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    logits, found, refused = done.stdout.splitlines()
+    assert logits == "10 []" and found == str(len(defenses.names()))
+    assert refused == "PGD is needed for this, but torchattacks is not installed"
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requires_of(name: str) -> set[str]:
+    """Return what a distribution needs, and what that needs."""
+    direct = {plain(re.split(r"[^\w.-]", line)[0]) for line in requires(name) or () if "extra ==" not in line}
+    installed = {plain(one.metadata["Name"]) for one in distributions()}
+    return direct.union(*(requires_of(one) for one in direct & installed))
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.rand(3, 8, 8), "but are 3 x 8 x 8"),
+        (torch.rand(3, 1, 9, 8), "but are 3 x 1 x 9 x 8"),
+        (torch.rand(3, 1, 8, 8).double(), "torch.float64"),
+        (torch.ones(3, 1, 8, 8, dtype=torch.uint8), "torch.uint8"),
+        (torch.full((3, 1, 8, 8), 255.0), "but go from 255 to 255"),
+        (torch.full((3, 1, 8, 8), -0.5), "but go from -0.5"),
+        (torch.full((1, 1, 8, 8), torch.nan), "but go from nan"),
+        ([0.5], "but are a list"),
+    ],
+)
+def test_what_is_no_image_of_the_task_is_refused(folder: Path, images: Any, words: str) -> None:
+    model = load(folder)
+    for ask in (model, model.accept):
+        with pytest.raises(InputError, match=re.escape("images must be a tensor N x 1 x 8 x 8, torch.float32")) as said:
+            ask(images)
+        assert words in str(said.value)
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10) and model(torch.rand(0, 1, 8, 8)).shape == (0, 10)
 
 
 def test_what_is_no_export_is_named(tmp_path: Path) -> None:
@@ -224,12 +378,14 @@ def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
 
     monkeypatch.setattr(winners, "export", strict)
     console = Console(record=True, width=200)
-    assert winners.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False) == 0
+    refused, written = winners.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False)
+    assert refused["folder"] is None and "gradient" in refused["refused"]
+    assert written["folder"] == str(tmp_path / ranked[1].candidate) and written["audited"]["alarms"] == []
     assert [path.name for path in tmp_path.iterdir()] == [ranked[1].candidate]
     said = console.export_text()
     assert "refused: " in said and f"exported {tmp_path}" in said
     assert "attacked accuracy (white-box, Linf eps 0.1; the search's lighter attacks left" in said
-    assert winners.export_all(searched, ranked[:1], 1, tmp_path, console, despite_alarms=False) == 1
+    assert len(winners.export_all(searched, ranked[:1], 1, tmp_path, console, despite_alarms=False)) == 1
 
 
 def test_candidates_are_picked_by_rank_front_or_name(searched: Study) -> None:

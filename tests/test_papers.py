@@ -100,11 +100,12 @@ def test_clean_images_have_one_setting_whatever_the_row_is() -> None:
     assert len(clean) == 8 and len(set(clean)) == 4
 
 
-def test_a_listing_counts_what_can_be_run_here(tmp_path: Path) -> None:
+def test_a_listing_counts_what_can_be_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     listed = {row["table"]: row for row in rows(tmp_path)}
     assert list(listed["puvae/3"]) == ["table", "title", "threat", "cells", "runs", "not run"]
     assert listed["puvae/3"]["cells"] == listed["puvae/3"]["runs"] == 36
-    assert listed["defense-vae/7"]["runs"] == 54 and "celeba: " in listed["defense-vae/7"]["not run"]
+    assert listed["defense-vae/7"]["runs"] == 54 and "celeba is not here" in listed["defense-vae/7"]["not run"]
     assert listed["gmvae/1"]["not run"] == "another paper's classifier"
 
 

@@ -26,6 +26,7 @@ from attacks.threat import Knowledge, ThreatModel
 from search import ranking
 from search.agreement import Agreement, ranks
 from search.findings import Findings, TrialRecord
+from search.importance import Importances
 from search.latency import Latency
 from search.report import interval, render, write
 from search.score import Candidate, Score
@@ -138,19 +139,35 @@ def findings_of(fits: int = 10, pictures: Path | None = None, threat: Knowledge 
     feasible = [c for c in candidates if c.score.clean_accuracy >= (study.min_clean_accuracy or 0)]
     best = max(feasible, key=lambda c: c.score.attacked_accuracy)
     shares = dict(zip(SEARCHED, (0.31, 0.17, 0.04, 0.09, 0.39), strict=True))
+    found = Importances(shares, dict(zip(SEARCHED, reversed(shares.values()), strict=True)), len(candidates))
     trials = trials_of(candidates, pictures)
+    cheap = [t.curve[-1] for t in trials if t.state == "finished"]
+    finals = [1 - c.score.attacked_error for c in candidates if c.candidate.endswith("-0000")]
+    points = [(t.trial, score, final) for t, score, final in zip(trials, cheap, finals, strict=False)]
+    agreed = Agreement(study, True, points, ranks([{1: score} for score in cheap], finals, []))
     return Findings(
-        study, undefended_of(threat), candidates, best, front_of(feasible), SEARCHED, shares, trials, "2 CPU cores"
+        study=study,
+        undefended=undefended_of(threat),
+        candidates=candidates,
+        best=best,
+        front=front_of(feasible),
+        searched=SEARCHED,
+        importances=found,
+        trials=trials,
+        device="2 CPU cores",
+        agreement=agreed,
+        refinements=[TrialRecord("r001", "finished", Params({}, {}), [], "", None, 3.5)],
+        busy=812.0,
     )
 
 
 def nothing_yet() -> Findings:
-    return Findings(study_of(train_images=None), None, [], None, [], SEARCHED, {}, [])
+    return Findings(study_of(train_images=None), None, [], None, [], SEARCHED, Importances(), [])
 
 
 def one_candidate() -> Findings:
     only = candidates_of(1)[:1]
-    return Findings(study_of(), undefended_of(), only, only[0], only, SEARCHED, {}, trials_of(only)[:1])
+    return Findings(study_of(), undefended_of(), only, only[0], only, SEARCHED, Importances(), trials_of(only)[:1])
 
 
 def none_feasible() -> Findings:
@@ -337,7 +354,9 @@ def test_what_is_rejected_is_reported_apart() -> None:
     assert "Error accepted, wrong Rejected attacked Rejected clean" in page.words
     assert "Error accepted, wrong" not in Page(render(findings_of())).words
     assert "Attacked images accepted and wrong" in page.words and "Attacked images rejected" in page.words
-    assert page.data["risk"] == [[0, 60], [1, 40], [4, 10], [20, 2]]
+    best = page.data["risk"][0]
+    assert best["points"] == [[0, 60], [1, 40], [4, 10], [20, 2]] and best["picked"][0] <= page.data["rejection"] == 5
+    assert len(page.data["risk"]) == 4 and "swept over every image of the best 4 fits" in page.words
     assert Page(render(findings_of())).data["risk"] == []
 
 
@@ -441,7 +460,7 @@ def test_a_browser_draws_every_chart_within_the_page_without_a_word(case: str, w
     assert console == []
     assert seen["inner"] == width and seen["wide"] <= width
     assert seen["charts"] == seen["places"]
-    assert len(seen["charts"]) == {"nothing yet": 0, "one candidate": 2, "rejecting": 5}.get(case, 4)
+    assert len(seen["charts"]) == {"nothing yet": 0, "one candidate": 3, "rejecting": 12}.get(case, 11)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ class Server(ThreadingHTTPServer):
 
     Args:
         trouble: refuses the key, hangs, fails with 500, or drops each connection; it may be set at any time.
+        seen: whether a point of a history has come.
     """
 
     daemon_threads = True
@@ -39,6 +40,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.trouble: Trouble | None = None
         self.released = threading.Event()
+        self.seen = threading.Event()
         self.asked: list[str] = []
         self.runs: dict[str, Kept] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
@@ -95,7 +97,7 @@ class Server(ThreadingHTTPServer):
 
     def _CreateArtifactFiles(self, given: dict[str, Any]) -> dict[str, Any]:
         asked = given["input"]["artifactFiles"]
-        nodes = [
+        nodes: list[dict[str, Any]] = [
             {
                 "storagePath": f"{file['artifactID']}/{file['name']}",
                 "uploadUrl": self._place(f"{file['artifactID']}/{file['name']}"),
@@ -117,6 +119,7 @@ class Server(ThreadingHTTPServer):
         history = files.get("wandb-history.jsonl", {"offset": 0, "content": []})
         for nth, line in enumerate(history["content"], start=history["offset"]):
             kept.history[nth] = json.loads(line)
+            self.seen.set()
         for line in files.get("wandb-summary.json", {}).get("content", []):
             kept.summary = json.loads(line)
         if sent.get("complete"):

@@ -1,0 +1,312 @@
+"""A paper's table beside ours: a made-up table on digits, run whole, run again, run in part."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import defenses
+from attacks.interval import wilson
+from attacks.substitute import Substitute
+from attacks.suite import FGSM_TARGETED
+from attacks.threat import ThreatModel
+from attacks.view import View
+from defenses.base import Batches, Defended, Shape
+from search.cells import UNTAUGHT, Cells, Ours
+from search.papers import Cell, Summary, Table
+from search.portion import Portion
+from search.reproduce import beside, page, reproduce
+from search.setting import Setting
+from search.strike import NotRun
+from search.study import make
+from search.trial import Bench, store_of
+from spaces.space import InputError, SearchSpace
+
+ATTACK: dict[str, Any] = {"attack": "fgsm-targeted", "eps": 0.2}
+TINY: dict[str, Any] = {"conv_maps": 2, "decoder_maps": 4, "dense": 16, "latent": 4, "epochs": 4, "batch_size": 64}
+GMVAE: dict[str, Any] = {"maps": 2, "dense": 8, "epochs": 4, "tau_dec": 0.0}
+WHITE: dict[str, Any] = {**ATTACK, "attack": "fgsm", "defense": "gmvae", "knobs": GMVAE, "knowledge": "white-box"}
+COLUMNS: dict[str, dict[str, Any]] = {
+    "Clean": {"measure": "clean"},
+    "None": ATTACK,
+    "PuVAE": {**ATTACK, "defense": "puvae", "knobs": TINY},
+    "Broken": {**ATTACK, "defense": "gmvae", "knobs": {"latent": 3}},
+    "GMVAE": {**WHITE, "measure": "rejection"},
+    "Searched": {**WHITE, "knobs": {**GMVAE, "reclassify": True}, "measure": "reclassified"},
+}
+HALF = Portion(0.5)
+
+
+def tiny(columns: dict[str, dict[str, Any]] = COLUMNS, **fields: Any) -> Table:
+    """Return a table of one row."""
+    cells = [
+        Cell(("A", label), 0.5, "50.0", Setting(**{"task": "digits/A", **setting}))
+        for label, setting in columns.items()
+    ]
+    return replace(
+        Table(
+            name="tiny/1",
+            title="A made-up table",
+            citation="Nobody",
+            source="Table 1",
+            file="",
+            lines=(1, 1),
+            quantity="accuracy",
+            called="white-box",
+            dimensions=("classifier", "defense"),
+            labels={"classifier": ("A",), "defense": tuple(columns)},
+            cells=tuple(cells),
+            summaries=(Summary("average", {"defense": "None"}, 0.4, "40.0"),),
+            remark="",
+        ),
+        **fields,
+    )
+
+
+def run(storage: Path, table: Table, out: str = "out") -> tuple[dict[str, Any], str]:
+    """Return what was found, and what was printed on the way."""
+    console = Console(file=io.StringIO(), width=1000)
+    found = beside(table, HALF, storage=str(storage), out=storage / out, console=console)
+    assert isinstance(console.file, io.StringIO)
+    return found, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reproduce")
+
+
+@pytest.fixture(scope="module")
+def finished(storage: Path) -> tuple[dict[str, Any], str]:
+    return run(storage, tiny())
+
+
+def cell(found: dict[str, Any], defense: str) -> dict[str, Any]:
+    return next(row for row in found["cells"] if row["labels"]["defense"] == defense)
+
+
+def test_a_cell_is_what_an_independent_evaluation_of_the_same_attack_finds(
+    storage: Path, finished: tuple[dict[str, Any], str]
+) -> None:
+    row = cell(finished[0], "PuVAE")
+    params = Cells(str(storage), None, HALF, 0, lambda *heard: None).params(tiny().cells[2].setting)
+    study = make(
+        {
+            "defense": "puvae",
+            "task": "digits/A",
+            "knobs": params.flat(),
+            "threat": "oblivious",
+            "train_images": HALF.training_images(1257),
+            "eval_images": row["images"],
+            "classifier_epochs": HALF.epochs(10),
+            "storage": str(storage),
+        }
+    )
+    bench = Bench(study, store_of(study))
+    assert bench.fingerprint(params) in bench.store.held("fits")
+    _, defense = bench.fit(params, lambda epoch, metrics: pytest.fail("it was trained again"))
+    x_NCHW, y_N = bench.exam.x_NCHW, bench.exam.y_N
+    made = FGSM_TARGETED.craft(View(bench.target.network), x_NCHW, y_N, ThreatModel("Linf", 0.2, "oblivious"), 0)
+    torch.manual_seed(0)
+    right = Defended(defense, bench.target.network)(made).argmax(1) == y_N
+    assert row["ours"] == pytest.approx(float(right.double().mean()))
+    assert row["interval"] == pytest.approx(wilson(row["ours"], row["images"]))
+    assert row["distance"] == pytest.approx(row["ours"] - 0.5)
+
+
+def test_a_second_run_trains_and_attacks_nothing(
+    storage: Path, finished: tuple[dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bench, "fit", lambda *given: pytest.fail("a fit was asked for"))
+    monkeypatch.setattr(Bench, "adversarial", lambda *given: pytest.fail("an attack was run"))
+    whole = tiny()
+    again, _ = run(storage, replace(whole, cells=tuple(c for c in whole.cells if c.labels[1] != "Broken")), "again")
+    for row in again["cells"]:
+        assert row == cell(finished[0], row["labels"]["defense"])
+
+
+def test_a_cell_that_fails_says_why_and_ends_nothing(finished: tuple[dict[str, Any], str]) -> None:
+    found, printed = finished
+    assert found["state"] == "finished"
+    assert cell(found, "Broken")["not_run"].startswith("InputError: latent must be 0 or at least")
+    assert [row["labels"]["defense"] for row in found["cells"] if row["ours"] is None] == ["Broken"]
+    assert "A · Broken: not run: InputError: latent must be 0" in printed
+
+
+def test_a_summary_is_of_the_cells_that_ran(finished: tuple[dict[str, Any], str]) -> None:
+    (one,) = finished[0]["summaries"]
+    assert one["ours"] == cell(finished[0], "None")["ours"]
+    assert (one["cells"], one["of"]) == (1, 1)
+
+
+def test_what_was_rejected_is_searched_and_counted_alone(finished: tuple[dict[str, Any], str]) -> None:
+    rejected, searched = cell(finished[0], "GMVAE"), cell(finished[0], "Searched")
+    assert searched["images"] == round(rejected["ours"] * rejected["images"]) > 0
+
+
+def test_the_page_names_the_threat_model_by_its_true_name_and_says_what_the_run_was(
+    storage: Path, finished: tuple[dict[str, Any], str]
+) -> None:
+    for text in ((storage / "out" / "table.html").read_text(), (storage / "out" / "table.md").read_text()):
+        assert "oblivious, white-box (the paper says" in text
+        assert "oblivious, Linf eps 0.2; white-box, Linf eps 0.2" in text
+        assert "test split is opened by" in text
+        assert "shows the way and proves nothing" in text
+        assert "puvae: training images 747, classifier epochs 7, epochs 4, batch size 45." in text
+        assert "InputError: latent must be 0 or at least" in text
+    assert json.loads((storage / "out" / "table.json").read_text()) == json.loads(json.dumps(finished[0]))
+    assert "http" not in (storage / "out" / "table.html").read_text()
+
+
+def test_colours_are_for_terminals(finished: tuple[dict[str, Any], str]) -> None:
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+        console.print(page(finished[0]))
+        assert isinstance(console.file, io.StringIO)
+        assert ("\x1b[" in console.file.getvalue()) == terminal
+        assert "(the paper says" in console.file.getvalue()
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_two(self: Cells, setting: Setting) -> Ours:
+        if setting.defense != "none":
+            raise KeyboardInterrupt
+        return Ours(value=0.47, images=100, seconds=1.0, ran={})
+
+    monkeypatch.setattr(Cells, "run", run_two)
+    monkeypatch.setattr(Cells, "missing", lambda self, setting: "")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tiny())
+    kept = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert kept["state"] == "interrupted"
+    assert [row["ours"] for row in kept["cells"]] == [0.47, 0.47, None, None, None, None]
+    assert [row["band"] for row in kept["cells"]] == [1, 1, None, None, None, None]
+    assert "the same command goes on from here" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_times_are_compared_as_multiples_of_the_fastest(storage: Path) -> None:
+    gan: dict[str, Any] = {"defense": "defense_gan", "knobs": {"latent": 4, "maps": 2, "restarts": 2, "steps": 100}}
+    puvae: dict[str, Any] = {"defense": "puvae", "knobs": TINY}
+    table = tiny(
+        {
+            "MagNet": {"defense": "magnet", "measure": "seconds", "images": 256},
+            "Defense-GAN": {**gan, "measure": "seconds", "images": 256},
+            "times": {**puvae, "measure": "ratio"},
+        },
+        quantity="seconds",
+    )
+    values = {"MagNet": 0.1, "Defense-GAN": 10.0, "times": 1.0}
+    cells = tuple(replace(c, value=values[c.labels[1]], printed=str(values[c.labels[1]])) for c in table.cells)
+    found, _ = run(storage, replace(table, cells=cells, summaries=()), "times")
+    magnet, descended, times = found["cells"]
+    assert magnet["relative"] == {"ours": 1.0, "paper": 1.0, "to": "A · MagNet"}
+    assert descended["relative"]["paper"] == pytest.approx(100)
+    assert descended["ours"] > 10 * magnet["ours"]
+    assert descended["distance"] == pytest.approx(descended["relative"]["ours"] / 100)
+    assert times["relative"]["ours"] == 1.0
+
+
+def test_a_limit_of_time_cuts_the_descent_and_leaves_out_what_is_too_slow(storage: Path) -> None:
+    cells = Cells(str(storage), None, Portion(0.2), 0, lambda *heard: None)
+    gan: dict[str, Any] = {"defense": "defense_gan", "knobs": {"latent": 4, "maps": 2, "restarts": 4, "steps": 10_000}}
+    ours = cells.run(Setting(task="digits/A", **ATTACK, **gan, limit_s=0.2))
+    assert 1 <= ours.ran["steps"] < 10_000
+    with pytest.raises(NotRun, match="a batch of 128 takes .* s on this device, more than 1e-06 s"):
+        cells.run(Setting(task="digits/A", **ATTACK, defense="puvae", knobs=TINY, limit_s=1e-6))
+
+
+def test_a_black_box_attacker_asks_whom_its_oracle_is(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def trained(target: torch.nn.Module, *given: Any, **options: Any) -> Substitute:
+        asked.append(target)
+        assert options["rounds"] == 2
+        return Substitute(target, 0, 1.0)
+
+    monkeypatch.setattr("search.strike.train_substitute", trained)
+    cells = Cells(str(storage), None, Portion(0.1), 0, lambda *heard: None)
+    for oracle in ("bare", "defended"):
+        trained_on = {"defense": "adversarial_training", "knobs": {"attack": "fgsm", "epochs": 1}, "oracle": oracle}
+        setting: dict[str, Any] = {**ATTACK, **trained_on, "knowledge": "black-box", "substitute": "A"}
+        cells.run(Setting(task="digits/A", **setting))
+    assert [isinstance(one, Defended) for one in asked] == [False, True]
+
+
+def test_one_fit_serves_all_classifiers_where_the_training_looks_at_none(storage: Path) -> None:
+    cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
+    for defense, one in (("magnet", True), ("defense_gan", True), ("gmvae", True), ("puvae", False)):
+        settings = [Setting(task=f"digits/{name}", defense=defense) for name in "AB"]
+        assert (len({cells.bench(s).fingerprint(cells.params(s)) for s in settings}) == 1) == one
+        assert [cells.bench(s).plan.protected for s in settings] == ["A", "B"]
+
+
+@pytest.mark.parametrize("defense", UNTAUGHT)
+def test_the_trainings_that_are_shared_never_look_at_a_classifier(defense: str) -> None:
+    class Looked(torch.nn.Module):
+        def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("it was looked at")
+
+    kind = defenses.find(defense)
+    space = SearchSpace.of(kind)
+    small = {"maps": 1, "epochs": 1, "batch_size": 4}
+    params = space.narrow({**space.defaults, **small}).complete({})
+    built = kind(params.train, params.inference, Shape(1, 8, 8, 2))
+    list(built.fit(Batches(torch.rand(20, 1, 8, 8), torch.arange(20) % 2, epochs=1, batch_size=4), Looked()))
+
+
+def test_a_fraction_cuts_images_epochs_batches_and_steps() -> None:
+    space = SearchSpace.of(defenses.find("defense_gan"))
+    paper = space.narrow({**space.defaults, "restarts": 20}).complete({})
+    cut = Portion(0.05).params(defenses.find("defense_gan"), paper)
+    assert (cut.train["epochs"], cut.train["batch_size"]) == (9, 16)  # of the 40 epochs that count, and the least
+    assert (cut.inference["steps"], cut.inference["restarts"]) == (45, 4)
+    assert {n: v for n, v in cut.train.items() if n not in ("epochs", "batch_size")}.items() <= paper.train.items()
+    assert (Portion(0.05).training_images(54_000), Portion(0.05).attacked(6_000)) == (5710, 300)
+    assert (Portion(0.05).epochs(20), Portion(0.05).epochs(10), Portion(0.05).epochs(3)) == (4, 4, 3)
+    assert Portion(1).params(defenses.find("defense_gan"), paper) == paper
+    assert (Portion(1).epochs(926), Portion(1).attacked(6_000)) == (926, 6_000)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5, -1.0])
+def test_a_fraction_lies_between_0_and_1(fraction: float) -> None:
+    with pytest.raises(InputError, match="fraction must be above 0 and at most 1, but is"):
+        Portion(fraction)
+
+
+def test_a_table_that_there_is_not_is_named_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="puvae/3"):
+        reproduce("puvea/3", storage=str(tmp_path / "runs"), console=Console(file=io.StringIO()))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_figure_7_shows_the_classes_of_one_image(storage: Path, finished: tuple[dict[str, Any], str]) -> None:
+    table = tiny({"PuVAE": COLUMNS["PuVAE"]}, name="puvae/fig7", summaries=())
+    found, _ = run(storage, table, "figure 7")
+    assert found["pictures"] == ["classes.png"]
+    with Image.open(storage / "figure 7" / "classes.png") as picture:
+        assert picture.width > 11 * 56
+    assert "data:image/png;base64," in (storage / "figure 7" / "table.html").read_text()
+
+
+def test_figures_9_and_3_are_charts(storage: Path, finished: tuple[dict[str, Any], str]) -> None:
+    setting = COLUMNS["PuVAE"]
+    over = tiny({"PuVAE": setting}, name="puvae/fig9", dimensions=("attack", "defense"), labels={"attack": ("A",)})
+    over = replace(over, labels={"attack": ("A",), "defense": ("PuVAE",)}, summaries=())
+    found, _ = run(storage, over, "figure 9")
+    assert found["pictures"] == ["time.svg"]
+    assert found["cells"][0]["batch_s"] > 0
+    eps = tiny({"Rejection": COLUMNS["GMVAE"]}, name="gmvae/fig3", dimensions=("model", "figure"))
+    eps = replace(eps, labels={"model": ("A",), "figure": ("Rejection",)}, summaries=())
+    found, _ = run(storage, eps, "figure 3")
+    assert found["pictures"] == ["eps.svg"]
+    drawing = ElementTree.fromstring((storage / "figure 3" / "eps.svg").read_text())
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}polyline")) == 1
