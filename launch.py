@@ -10,10 +10,10 @@ import typer
 
 from search import flags as f
 from search import lookup
-from search.terminal import command, console, end, progress, run, show
+from search.terminal import Group, command, console, end, progress, run, show
 from spaces.space import InputError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 searching, reviewing, exporting, proving = (
     partial(command, app, panel) for panel in ("1. Search", "2. Review", "3. Export", "4. Final runs")
 )

@@ -12,7 +12,6 @@ each image, the worst over the defense's gradient sources, with EOT where it dra
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import time
 from dataclasses import replace
@@ -22,18 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
-from torch import Tensor
 
-import attacks.corrected
-import attacks.suite
 import defenses
-from attacks.robustness import Observation, Verdict, craft_oblivious, observe
+from attacks.robustness import Observation, Verdict, observe
 from attacks.suite import CW_L2, FGSM, IFGSM, PGD_40, Attack, Suite
 from defenses.base import Defended
 from defenses.defense_gan import DefenseGAN
 from search.latency import Lane, device_name, measure
-from search.store import fingerprint, write_atomic
 from search.study import make
 from search.tasks import task as find_task
 from search.trial import Bench, store_of
@@ -101,7 +95,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "images": {"oblivious": len(exam.y_N), "white-box": args.white_images},
     }
     for attack in chosen(args.cw_steps):
-        made = _oblivious(attack, bench, Path(args.storage) / "results")
+        made = {attack.name: bench.adversarial(attack, exam.x_NCHW, exam.y_N, exam.threat)}
         nothing = Suite(name="", oblivious=(), white_box=(), draws=1)
         blind = observe(nothing, target, exam.x_NCHW, exam.y_N, exam.threat, oblivious=made)
         x, y = exam.x_NCHW[: args.white_images], exam.y_N[: args.white_images]
@@ -125,7 +119,7 @@ def curve(args: argparse.Namespace) -> str:
     bench = opened("defense_gan", args)
     _, defense = bench.fit(bench.plan.space.complete({}), lambda epoch, metrics: None)
     assert isinstance(defense, DefenseGAN)
-    made = _oblivious(IFGSM, bench, Path(args.storage) / "results")[IFGSM.name]
+    made = bench.adversarial(IFGSM, bench.exam.x_NCHW, bench.exam.y_N, bench.exam.threat)
     at = (0, 1, 2, 5, 10, 25, 50, 100, 200)
     lines = [
         "| restarts | " + " | ".join(f"L {steps}" for steps in at) + " | s / step |",
@@ -162,20 +156,6 @@ def latency(args: argparse.Namespace) -> str:
             cells.append(f"{67 * ms:.0f} (67 x {ms:.0f})" if slow else f"{ms:.1f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " | |")
     return "\n".join(lines)
-
-
-def _oblivious(attack: Attack, bench: Bench, folder: Path) -> dict[str, Tensor]:
-    """Return the images that an attack makes of the bare classifier, made once for all defenses."""
-    sources = [inspect.getsource(attacks.suite), inspect.getsource(attacks.corrected)]
-    exam = bench.exam
-    key = fingerprint(
-        source=sources, attack=str(attack), eps=exam.threat.eps, classifier=bench.target.fingerprint, n=len(exam.y_N)
-    )
-    path = folder / f"oblivious-{key}.safetensors"
-    if not path.exists():
-        suite = Suite(name="", oblivious=(attack,), white_box=(), draws=1)
-        write_atomic(path, save(craft_oblivious(suite, bench.target.network, exam.x_NCHW, exam.y_N, exam.threat, 0)))
-    return load_file(path, device=str(bench.device))
 
 
 def _figures(verdict: Any) -> dict[str, float]:

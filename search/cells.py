@@ -33,11 +33,11 @@ CLASSIFIER_EPOCHS, ROUNDS = 10, 6
 """Of a classifier (Defense-VAE, section 4.1); of a black-box attacker."""
 BATCH = 128
 """Images whose purification is timed."""
-TIMED = (2, 6)
+TIMED = (1, 3)
 """Steps of an optimisation that are timed where not all are: the rest follows, since each costs the same."""
 CHEAP = 64
 """Images that score an epoch."""
-UNTAUGHT = ("defense_gan", "gmvae", "magnet")
+UNTAUGHT = ("defense_gan", "magnet")
 """Defenses whose training never looks at a classifier: one fit serves them all."""
 
 
@@ -118,7 +118,7 @@ class Cells:
             task, protect = next(name for name in TASKS if name.startswith(f"{dataset}/")), protect or task
         params, sizes = self.params(setting), tasks.sizes(dataset, self.data_dir)
         free = sizes.validation - (HELD_OUT if setting.knowledge == "black-box" else 0)
-        images = self.portion.training_images(setting.train_images or sizes.train)
+        images = self.portion.training_images(sizes.train)
         # A training's rungs take few steps of whatever descends: they stop nothing here, and fits do not depend on it.
         rungs = {name: 1 for name in counted(kind)}
         return make(
@@ -195,15 +195,9 @@ class Cells:
         """Return what this run was, beside the paper's."""
         whole = tasks.sizes(bench.plan.task.dataset, self.data_dir).train
         cut = {n: v for n, v in params.inference.items() if v != _wanted(setting).inference[n]}
-        trained = (
-            {} if setting.defense == "none" else {name: params.train.get(name) for name in ("epochs", "batch_size")}
-        )
-        return {
-            "training_images": bench.study.train_images or whole,
-            "classifier_epochs": bench.study.classifier_epochs,
-            **trained,
-            **cut,
-        }
+        trained = {n: params.train[n] for n in ("epochs", "batch_size") if n in params.train}
+        images = {"training_images": bench.study.train_images or whole}
+        return {**images, "classifier_epochs": bench.study.classifier_epochs, **trained, **cut}
 
     # Seconds.
 
@@ -249,5 +243,4 @@ def _family(setting: Setting) -> type[Defense]:
 def _wanted(setting: Setting) -> Params:
     """Return the setting of every knob as the paper has it."""
     space = SearchSpace.of(_family(setting))
-    epochs = {"epochs": setting.epochs} if setting.epochs and "epochs" in space.train else {}
-    return space.narrow({**space.defaults, **setting.knobs, **epochs}).complete({})
+    return space.narrow({**space.defaults, **setting.knobs}).complete({})

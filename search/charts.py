@@ -10,6 +10,7 @@ from typing import Any
 
 from attacks.interval import wilson
 from search.findings import Findings
+from search.importance import CHANCE
 from search.score import Candidate
 from search.stopping import rungs
 from search.wording import spoken_value
@@ -29,7 +30,7 @@ def charts(findings: Findings) -> dict[str, Any]:
     front = {c.candidate for c in findings.front}
     devices = sorted({c.score.device for c in findings.candidates})
     bare, latency = findings.undefended, latencies(findings)
-    best = findings.best and findings.fit(findings.best)
+    best = findings.fit(findings.best) if findings.best else None
     return {
         "threat": findings.named(),
         "knobs": list(findings.searched),
@@ -60,6 +61,7 @@ def charts(findings: Findings) -> dict[str, Any]:
             [knob, share, findings.importances.best.get(knob)]
             for knob, share in sorted(findings.importances.overall.items(), key=lambda item: item[1])
         ],
+        "chance": CHANCE,
         "rungs": rungs(findings.study) if findings.study.stopping == "halving" else [],
         "curves": [
             {"trial": t.trial, "state": t.state, "best": t is best, "y": [_points(y) for y in t.curve]}
@@ -129,7 +131,7 @@ def _number(value: float) -> float | None:
 
 
 def _points(fraction: float) -> float | None:
-    return _number(100 * fraction)
+    return _number(round(100 * fraction, 6))
 
 
 def _plain(value: Scalar | None) -> Scalar | None:

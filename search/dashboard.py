@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+import warnings
 import webbrowser
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -67,6 +68,7 @@ def serve(study: Study, port: int | None, console: Console, *, open_browser: boo
     Raises:
         InputError: the search has not begun, or the port cannot be had.
     """
+    warnings.filterwarnings("ignore", module="optuna")  # of small samples: its pages say how many there are
     with TemporaryDirectory(prefix="crucible-dashboard-") as folder, server(study, port, Path(folder)) as site:
         url = f"http://{HOST}:{site.server_port}/dashboard/studies/0"
         console.print(f"{study.name}: {url} (read-only; Ctrl-C ends it)", highlight=False, soft_wrap=True)

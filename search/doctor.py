@@ -121,9 +121,9 @@ def _refusal(use: Callable[[], object]) -> str:
 def _memory() -> Finding:
     if not SHARED.exists():
         return Finding("shared memory", False, f"there is no {SHARED} for Ray's objects", MORE)
-    total, _, free = shutil.disk_usage(SHARED)
-    well = free > GIB
-    found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free in {SHARED} for Ray's objects"
+    disk = shutil.disk_usage(SHARED)
+    well = disk.free > GIB
+    found = f"{disk.free / GIB:.1f} of {disk.total / GIB:.1f} GiB free in {SHARED} for Ray's objects"
     return Finding("shared memory", well, found, "" if well else MORE)
 
 
@@ -170,8 +170,10 @@ def _data(data_dir: str | None) -> list[Finding]:
     findings = []
     for dataset in DATASETS:
         status = tasks.check(dataset, data_dir)
-        remedy = "" if status.state == "ready" else f"python launch.py data fetch {dataset}"
-        findings.append(Finding(dataset, status.state != "altered", f"{status.state}: {status.detail}", remedy))
+        found, remedy = status.detail, "" if status.state == "ready" else f"python launch.py data fetch {dataset}"
+        if status.state == "absent":
+            found, _, remedy = status.detail.partition(": ")
+        findings.append(Finding(dataset, status.state != "altered", f"{status.state}: {found}", remedy))
     return findings
 
 

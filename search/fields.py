@@ -1,4 +1,4 @@
-"""The fields of a study with their laws: the flags of `launch.py search`, which must be shown without importing torch."""
+"""The fields of a study with their laws: the flags of `launch.py search`, shown without importing torch."""
 
 from __future__ import annotations
 

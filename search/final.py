@@ -19,6 +19,7 @@ from torch import Tensor
 
 import attacks.robustness
 from attacks.threat import ThreatModel
+from defenses.base import Defended
 from search import final_page, final_table, tasks
 from search.crew import Crew, Piece, Tell, crew
 from search.export import load, opened
@@ -133,7 +134,7 @@ def judge_export(study: object, case: Case, images: int, tell: Tell) -> Judged:
         name=f"{case.study.defense} as it was exported",
         identity=fingerprint(export=case.evidence),
         classifier="",
-        target=case.target.to(device),
+        target=Defended(case.target.defense, case.target.classifier).to(device),  # it answers an attack's far images too
         threat=case.threat,
         outsider=case.outsider(device),
         substitute=case.plan.substitute,

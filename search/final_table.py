@@ -56,13 +56,22 @@ def table(
         "interval": INTERVAL,
         "exports": [_export(case, looks[case.name], found) for case in cases],
         "rows": [row for each in models for row in _rows(each, asked)],
+        "trails": [_trail(each) for each in models],
     }
 
 
 def only(table: Mapping[str, Any], export: str) -> dict[str, Any]:
     """Return the part of a table that is about one export and what stands beside it."""
     one = [each for each in table["exports"] if each["export"] == export]
-    return {**table, "exports": one, "rows": [row for row in table["rows"] if row["export"] in (export, "")]}
+    mine = {name: [row for row in table[name] if row["export"] in (export, "")] for name in ("rows", "trails")}
+    return {**table, "exports": one, **mine}
+
+
+def _trail(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what each attack left of one model, mean over the seeds."""
+    trails = [seed["found"].trail for seed in seeds]
+    left = {name: mean(trail[name] for trail in trails) for name in trails[0]}
+    return {"export": seeds[0]["export"], "model": seeds[0]["model"], "accuracy_after": left}
 
 
 def _rows(seeds: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ class Judged:
     """Verdicts on some images by what was asked (`clean`, `full/oblivious`, ...), and what else is known.
 
     Args:
-        trail: accuracy after each attack.
+        trail: accuracy after each attack: of AutoAttack, and of the oblivious and black-box ones of `full`.
         about: JSON.
     """
 
@@ -172,32 +172,35 @@ class Hearing:
         return Latency(**self.store.about("finals", key))
 
     def _struck(self, contender: Contender, block: slice, crafted: dict[str, Mapping[str, Tensor]]) -> Judged:
-        """Attack one model on one block of images."""
+        """Attack one model on one block of images: by AutoAttack first, whose attacks `full` has too."""
         target, images = contender.target, (self.x_NCHW[block], self.y_N[block])
         blind, white = (replace(contender.threat, knowledge=knowledge) for knowledge in ("oblivious", "white-box"))
-        full, auto = (
-            told(SUITES[name], partial(self._say, contender, f"images {block.start} to {block.stop}: {name}"))
-            for name in (FULL, AUTOATTACK)
+        rest = tuple(attack for attack in SUITES[FULL].white_box if attack not in SUITES[AUTOATTACK].white_box)
+        auto, full = (
+            told(suite, partial(self._say, contender, f"images {block.start} to {block.stop}: {suite.name}"))
+            for suite in (SUITES[AUTOATTACK], replace(SUITES[FULL], white_box=rest))
         )
         bareness = fingerprint(classifier=contender.classifier, threat=repr(blind))
         if bareness not in crafted:  # all that stand before one classifier meet the same images
             crafted[bareness] = craft_oblivious(full, bare(target), *images, blind, self.seed)
-        oblivious = crafted[bareness]
+        seen: dict[str, Any] = {"seed": self.seed, "white_box": True}
+        first = {attack.name: crafted[bareness][attack.name] for attack in auto.within(white).oblivious}
+        alone = observe(auto, target, *images, white, oblivious=first, **seen).judge()
         substitute, queries = self._substitute(contender)
         dark = craft_oblivious(full, substitute, *images, replace(blind, knowledge="black-box"), self.seed)
-        seen: dict[str, Any] = {"oblivious": oblivious, "seed": self.seed, "white_box": True}
-        found = observe(full, target, *images, blind, black_box=dark, **seen).judge()
-        first = {attack.name: oblivious[attack.name] for attack in auto.within(white).oblivious}
-        again = observe(auto, target, *images, white, **{**seen, "oblivious": first}).judge()
+        seen |= {"oblivious": crafted[bareness], "black_box": dark, "standing_N": (~alone.strongest.wrong).any(dim=0)}
+        found = observe(full, target, *images, blind, **seen).judge()
         assert found.black_box is not None
         verdicts = {
             "clean": found.clean,
             f"{FULL}/oblivious": found.oblivious,
             f"{FULL}/black-box": found.black_box,
-            f"{FULL}/white-box": found.strongest,
-            f"{AUTOATTACK}/white-box": again.strongest,
+            f"{FULL}/white-box": found.strongest & alone.strongest,
+            f"{AUTOATTACK}/white-box": alone.strongest,
         }
-        trail = {f"{name}/{k}": v for name, one in ((FULL, found), (AUTOATTACK, again)) for k, v in one.trail.items()}
+        # What fell to AutoAttack was spared by the rest: their share of the trail would say nothing.
+        others = {name: left for name, left in found.trail.items() if not name.startswith("white-box")}
+        trail = {f"{FULL}/{k}": v for k, v in others.items()} | {f"{AUTOATTACK}/{k}": v for k, v in alone.trail.items()}
         return Judged(verdicts, trail, {"queries": queries})
 
     def _substitute(self, contender: Contender) -> tuple[nn.Module, int]:

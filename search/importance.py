@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import optuna
+from optuna.distributions import FloatDistribution
 from optuna.importance import (
     BaseImportanceEvaluator,
     MeanDecreaseImpurityImportanceEvaluator,
@@ -17,6 +19,7 @@ from optuna.importance import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.record import Record
+from spaces.space import Scalar
 
 LEAST = 8
 """Candidates below which nothing is said."""
@@ -25,11 +28,13 @@ BEST = 0.1
 FITS = 5
 """Trainings of which the best must be before anything is said of them: candidates of one fit have the same train-time
 knobs, and tell of these but once."""
+CHANCE = "(chance)"
+"""A knob of random values, one a training, that is put beside the others: what it gets, chance gives."""
 
 
 @dataclass(frozen=True)
 class Importances:
-    """Each knob's share, in [0, 1]; the shares of all knobs make one.
+    """Each knob's share, in [0, 1]; the shares of all knobs, `CHANCE` among them, make one.
 
     Args:
         overall: in what a forest of trees explains of the attacked error's variance over all candidates.
@@ -58,24 +63,30 @@ def importances(record: Record) -> Importances:
     if not always or len(done) < LEAST or len({t.values[0] for t in done}) < 2:
         return Importances()  # where nothing varies there is no variance to explain
     study = optuna.create_study(directions=record.optuna.directions)
-    study.add_trials(_bare(trial, always) for trial in done)
+    kept = [(trial, {name: trial.params[name] for name in always}) for trial in done]
+    study.add_trials(_with_chance(trial, values, record) for trial, values in kept)
     forest = MeanDecreaseImpurityImportanceEvaluator(seed=record.study.seed)
     last = sorted(t.values[0] for t in done)[int(BEST * len(done))]
     fits = {json.loads(t.user_attrs["candidate"])["fit"] for t in done if t.values[0] <= last}
-    best = _shares(study, always, PedAnovaImportanceEvaluator(target_quantile=BEST)) if len(fits) >= FITS else {}
-    return Importances(_shares(study, always, forest), best, len(done))
+    best = _shares(study, PedAnovaImportanceEvaluator(target_quantile=BEST)) if len(fits) >= FITS else {}
+    return Importances(_shares(study, forest), best, len(done))
 
 
-def _shares(study: optuna.Study, knobs: Sequence[str], evaluator: BaseImportanceEvaluator) -> dict[str, float]:
+def _shares(study: optuna.Study, evaluator: BaseImportanceEvaluator) -> dict[str, float]:
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that lower is taken for better: it is
-        found = get_param_importances(study, evaluator=evaluator, params=list(knobs), target=_attacked_error)
+        found = get_param_importances(study, evaluator=evaluator, target=_attacked_error)
     return {knob: float(share) for knob, share in found.items()}
 
 
-def _bare(trial: FrozenTrial, knobs: Sequence[str]) -> FrozenTrial:
-    """Return a trial without what is written beside it, which Optuna would copy."""
-    kept = {knob: trial.params[knob] for knob in knobs}
-    return create_trial(values=trial.values, params=kept, distributions={k: trial.distributions[k] for k in knobs})
+def _with_chance(trial: FrozenTrial, values: Mapping[str, Scalar], record: Record) -> FrozenTrial:
+    """Return a trial with one knob more, and without what is written beside it, which Optuna would copy."""
+    training = [value for name, value in values.items() if name in record.space.train]
+    drawn = random.Random(f"{record.study.seed} {training or trial.number}").random()
+    return create_trial(
+        values=trial.values,
+        params={**values, CHANCE: drawn},
+        distributions={**{n: trial.distributions[n] for n in values}, CHANCE: FloatDistribution(0.0, 1.0)},
+    )
 
 
 def _attacked_error(trial: FrozenTrial) -> float:

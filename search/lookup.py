@@ -5,11 +5,11 @@ from __future__ import annotations
 import typer
 
 from search import flags as f
-from search.terminal import BASH, command, end, progress, show
+from search.terminal import BASH, Group, command, end, progress, show
 from spaces.space import choose
 
 app = typer.Typer()
-data = typer.Typer(no_args_is_help=True, help="Fetch, check and list the data sets.")
+data = typer.Typer(cls=Group, no_args_is_help=True, help="Fetch, check and list the data sets.")
 LOOK = "Look up"
 
 

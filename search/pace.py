@@ -73,7 +73,10 @@ class Pace:
         key = self._left[0] if self._left else ""
         if expected := self._part * self._fits.get(key, 0.0):
             self._slower = self._trained / expected
-        self._bar.update(self._task, description=f"{self._now}: {what}, epoch {epoch} of {epochs}")
+        line = f"{self._now}: {what}, epoch {epoch} of {epochs}"
+        self._bar.update(self._task, description=line)
+        if not self.console.is_terminal and epoch < epochs and epoch % max(1, epochs // 10) == 0:
+            self._say(f"{line}, about {duration(self.left())} left in all")
         self._show()
 
     def done(self, line: str, seconds: float) -> None:
@@ -83,7 +86,7 @@ class Pace:
         if self._left:
             self._fits.pop(self._left.pop(0), None)
         self._bar.advance(self._task)
-        self.console.print(f"{self._now}: {line} ({duration(seconds)})", highlight=False, soft_wrap=True)
+        self._say(f"{self._now}: {line} ({duration(seconds)})")
         self._show()
 
     def left(self) -> float:
@@ -91,6 +94,9 @@ class Pace:
         here = self._fits.get(self._left[0], 0.0) * self._part if self._left else 0.0
         each = sum(self._attacks) / len(self._attacks) if self._attacks else 0.0
         return self._slower * (sum(self._fits.values()) - here) + each * sum(map(bool, self._left))
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _show(self) -> None:
         self._bar.update(self._task, left=duration(self.left()))

@@ -100,5 +100,5 @@ def log_export(study: Study, folder: Path, aliases: Sequence[str], run: wandb.Ru
     artifact = wandb.Artifact(name, "defense", description=(folder / "card.md").read_text(), metadata=told)
     for path in sorted(folder.iterdir()):
         if path.is_file():
-            artifact.add_file(str(path))
+            artifact.add_file(str(path), skip_cache=True)
     run.log_artifact(artifact, aliases=list(aliases))

@@ -21,6 +21,7 @@ from search.charts import charts
 from search.cost import cost
 from search.datasets import DATASETS
 from search.findings import Findings, TrialRecord
+from search.importance import CHANCE
 from search.score import Score
 from search.store import write_atomic
 from search.study import Study
@@ -63,6 +64,7 @@ def render(findings: Findings) -> str:
         rejects=any(c.score.clean_rejection or c.score.attacked_rejection for c in findings.candidates),
         lines=LINES,
         curves=CURVES,
+        chance=CHANCE,
         pictures=pictures(findings),
         faults=findings.faults,
         alarms=findings.alarms,

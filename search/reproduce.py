@@ -80,7 +80,7 @@ def beside(
     console: Console,
 ) -> dict[str, Any]:
     """Run every cell of `table`; see `reproduce`."""
-    found = _begun(table, portion, seed)
+    found = _begun(table, portion, seed, out)
     pace = Pace(console, len(table.cells))
 
     def heard(what: str, epoch: int, epochs: int, metrics: Metrics) -> None:
@@ -105,13 +105,15 @@ def beside(
             found["pictures"] = [] if draw is None else [path.name for path in draw(found, table, cells, out)]
         except KeyboardInterrupt:
             found["state"] = "interrupted"
+            console.print("interrupted: what is done is kept, and the same command goes on", highlight=False)
             raise
         finally:
             _write(found, out, begin)
+    console.print(f"{out / 'table.html'}, .md and .json", highlight=False, soft_wrap=True)
     return found
 
 
-def _begun(table: Table, portion: Portion, seed: int) -> dict[str, Any]:
+def _begun(table: Table, portion: Portion, seed: int, out: Path) -> dict[str, Any]:
     """Return the table with nothing of ours in it yet."""
     rows = [
         {
@@ -146,6 +148,7 @@ def _begun(table: Table, portion: Portion, seed: int) -> dict[str, Any]:
         "seed": seed,
         "device": device_name(device),
         "state": "running",
+        "folder": str(out),
         "seconds": 0.0,
         "cells": rows,
         "summaries": [],

@@ -89,6 +89,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         lines.append("The black-box attacker starts from the last 150 validation images, which are not attacked.")
     lines += [found["remark"]] if found["remark"] else []
     lines += [_weaker(row) for row in found["cells"] if row["setting"]["defense"] == "none" and _fools(row)]
+    lines += [f"{_where(row)}: {row['note']}." for row in found["cells"] if row["note"]]
     lines += [_summary(one) for one in found["summaries"]]
     lines += [f"{what}: {', '.join(f'{n} {v}' for n, v in ran.items())}." for what, ran in runs(found)]
     return lines + [f"Not run: {why} ({count} cells)." for why, count in missing(found).items()]
@@ -101,8 +102,11 @@ def _fools(row: Row) -> bool:
 
 def _weaker(row: Row) -> str:
     ours, paper, _ = figures(row)
-    where = ", ".join(list(row["labels"].values())[:-1])
-    return f"{where}: the bare classifier keeps {ours} % here and {paper} % there, so the attacks are not alike."
+    return f"{_where(row)}: the bare classifier keeps {ours} % here and {paper} % there, so the attacks are not alike."
+
+
+def _where(row: Row) -> str:
+    return " · ".join(row["labels"].values())
 
 
 def runs(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -191,12 +195,12 @@ def _legend(found: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _summary(one: Mapping[str, Any]) -> str:
-    where = ", ".join(one["labels"].values())
+    where, note = _where(one), f" ({one['note']})" if one["note"] else ""
     if one["ours"] is None:
-        return f"{one['kind']} of {where}: the paper's {one['printed']}; none of ours ran."
+        return f"{one['kind']} of {where}: the paper's {one['printed']}{note}; none of ours ran."
     ours, distance = f"{100 * one['ours']:.1f}", f"{100 * one['distance']:+.1f}".replace("-", "−")
     among = f"{one['cells']} of {one['of']} cells"
-    return f"{one['kind']} of {where}: ours {ours} over {among}, the paper's {one['printed']} ({distance})."
+    return f"{one['kind']} of {where}: ours {ours} over {among}, the paper's {one['printed']}{note}, {distance}."
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer._completion_classes import completion_init  # Typer offers no other way to its shells
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from spaces.space import InputError
 
@@ -39,13 +40,34 @@ class Screen(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Plain:
+    """Shows no type beside an argument, whose name says it, and none beside --help, which takes no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for each in found:
+            if isinstance(each, TyperArgument):
+                each.display_type_rich = lambda ctx: None  # type: ignore[method-assign]
+            elif each.name == "help":
+                each.metavar = ""
+        return found
+
+
+class Command(_Plain, TyperCommand):
+    """A command of ours."""
+
+
+class Group(_Plain, TyperGroup):
+    """A group of them."""
+
+
 console = Screen(width=None if sys.stdout.isatty() else 1000)  # what is piped is never cut
 
 
 def command(app: typer.Typer, panel: str, *examples: str, name: str | None = None) -> Callable[..., Any]:
     """Register a command under a heading of the help, with examples below its flags."""
     shown = "\n".join(["Examples:", *(f"  python launch.py {example}" for example in examples)])
-    return app.command(name, rich_help_panel=panel, epilog=escape(shown))
+    return app.command(name, cls=Command, rich_help_panel=panel, epilog=escape(shown))
 
 
 def end(code: int) -> None:
@@ -89,6 +111,8 @@ def run(app: typer.Typer) -> int:
     except typer.TyperException as error:
         near = getattr(error, "possibilities", None)  # of a flag, the nearest first
         hint = f"{error.message}; did you mean {near[0]!r}?" if near else error.format_message()
+        if not hint:
+            return 0  # no command was given, so the help was shown
         print(f"error: {hint}", file=sys.stderr)
         return 2
     except InputError as error:

@@ -161,6 +161,8 @@ def log_exports(study: Study, folders: Sequence[Path], say: Callable[[str], None
     A version has its candidate for an alias; that of the highest-ranked candidate that is exported, of all beside
     them, also has `best` and the search's name.
     """
+    if not folders:
+        return
     exported = {path.name for folder in folders for path in folder.parent.iterdir()}
     best = next((c.candidate for c in Record(study).feasible() if c.candidate in exported), None)
     logbook = Logbook(study.wandb, study.folder, say)
@@ -170,6 +172,8 @@ def log_exports(study: Study, folders: Sequence[Path], say: Callable[[str], None
         logbook.write(EXPORT, partial(panels.log_export, study, folder, aliases))
     logbook.finish(EXPORT, 0)
     logbook.close()
+    if logbook.upload:
+        say(f"logged offline; upload it with: {logbook.upload}")
 
 
 def _about(study: Study, name: str, job_type: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -109,8 +109,9 @@ def _settings() -> wandb.Settings:
         silent=True,
         disable_code=True,
         disable_git=True,
-        host="crucible",
+        host=PROJECT,
         label_disable=True,
+        program=PROJECT,  # else its path, which may lie in somebody's home
         save_code=False,
         x_disable_machine_info=True,
         x_disable_meta=True,

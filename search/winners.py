@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from search.record import Record
 from search.score import Candidate
 from search.store import Store, folder_atomic, to_bytes, write_atomic
 from search.study import Study
+from search.tracking import log_exports
 from search.trial import Bench, silent, store_of
 from spaces.space import InputError
 
@@ -71,8 +74,13 @@ def export_all(
     Returns:
         What became of each that was audited: its `folder` (None where it was refused), and what was found of it
         (`audited`) or why it was `refused`.
+
+    Raises:
+        InputError: `out` cannot be written, or holds exports of another search, or one that was changed.
     """
+    _writable(out)
     told: list[dict[str, Any]] = []
+    made: list[Path] = []
     for candidate in candidates[: wanted + TRIES]:
         refused = sum(one["folder"] is None for one in told)
         if len(told) - refused == wanted:
@@ -88,7 +96,7 @@ def export_all(
                     f"auditing {candidate.candidate} by heavier attacks than it was chosen by", highlight=False
                 )
                 store = store_of(study)
-                export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms)
+                made.append(export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms))
             found = json.loads(opened(folder)["evidence.json"])
             courier.deliver(study, *folder.iterdir())
             console.print(f"{_audited(found)}\nexported {folder}", highlight=False, soft_wrap=True)
@@ -98,6 +106,7 @@ def export_all(
             line = f"refused: {error} (--despite-alarms writes it all the same)"
             console.print(line, highlight=False, soft_wrap=True)
             told.append({"candidate": candidate.candidate, "folder": None, "refused": str(error)})
+    log_exports(study, made, partial(console.print, highlight=False, soft_wrap=True))
     return told
 
 
@@ -172,6 +181,16 @@ def _files(bench: Bench, defense: Defense, known: Mapping[str, Any]) -> dict[str
         "card.md": card(known).encode(),
         "evidence.json": json.dumps(known, indent=1).encode(),
     }
+
+
+def _writable(out: Path) -> None:
+    """Check, before an audit is paid for, that exports can be written; nothing is left behind."""
+    there = next(path for path in (out, *out.resolve().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"a folder of exports must be one that can be written, but {out}: {error.strerror}") from None
 
 
 def _exported(folder: Path) -> str | None:

@@ -301,6 +301,12 @@ def test_the_exit_code_says_how_it_went(
     assert heard.code == code and heard.err.count("\n") <= 1 and "Traceback" not in heard.err
 
 
+@pytest.mark.parametrize("words", [(), ("data",)])
+def test_no_command_shows_the_help(words: tuple[str, ...]) -> None:
+    heard = said(*words)
+    assert (heard.code, heard.err) == (0, "") and heard.out.strip() == said(*words, "--help").out.strip()
+
+
 def test_help_needs_no_heavy_library_and_little_time() -> None:
     heavy = {"torch", "ray", "wandb", "pandas", "plotly", "torchattacks", "scipy"}
     code = "import sys, launch; sys.argv = ['launch.py', 'search', '--help']; launch.main(); "
@@ -334,6 +340,7 @@ def test_the_help_of_a_command_teaches(path: tuple[str, ...], leaf: Any) -> None
         assert parsed(*shlex.split(example)) is not None and len(example) <= 80
     for flag in leaf.params:
         assert flag.help and flag.metavar is not None, flag.name
+    assert not re.search(r"<(str|bool|int|float|path|list)|TEXT", said(*path, "--help").out)
 
 
 def test_the_help_of_search_shows_each_field_under_a_heading_with_type_default_and_choices() -> None:

@@ -204,8 +204,12 @@ def test_a_storage_that_is_not_shared_is_refused_at_once(nodes: Nodes) -> None:
 
 @pytest.mark.slow
 def test_a_cluster_of_another_ray_is_refused_in_one_line(nodes: Nodes) -> None:
-    more = ("--address", nodes.address, "--storage", str(nodes.shared), "--name", "other", *SMALL)
-    refused = nodes.launch("search", *more, begin="import ray; ray.__version__ = '2.59.0'")
+    older, law = "import ray; ray.__version__ = '2.59.0'", "a cluster must run the same Ray and Python as this process"
+    there = ("--address", nodes.address, "--storage", str(nodes.shared))
+    refused = nodes.launch("search", *there, "--name", "other", *SMALL, begin=older)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-    assert "a cluster must run the same Ray and Python as this process, 2.59.0 on 3." in refused.stderr
+    assert f"{law}, 2.59.0 on 3." in refused.stderr
     assert not (nodes.shared / "other").exists()
+    told = nodes.launch("doctor", *there, "--json", begin=older)
+    (finding,) = [found for found in json.loads(told.stdout) if found["what"] == "cluster"]
+    assert told.returncode == 1 and law in finding["found"] and "install requirements.lock on all" in finding["found"]

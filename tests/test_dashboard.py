@@ -86,6 +86,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return study
 
 
+@pytest.mark.filterwarnings("ignore:Target and region quantiles")
 def test_a_search_is_served_in_its_own_words(searched: Study, tmp_path: Path) -> None:
     record, before = Record(searched), journal(searched).read_bytes()
     with served(searched, tmp_path) as site:
@@ -189,12 +190,7 @@ def test_a_search_that_runs_elsewhere_is_fetched_again(
 
 
 def test_ctrl_c_ends_it_well_and_a_port_of_its_own_is_found_where_8080_is_taken(searched: Study) -> None:
-    serving = (
-        "import sys, pathlib, rich.console; from search import dashboard, study; "
-        "found = study.read(pathlib.Path(sys.argv[1]), {}); "
-        "sys.exit(dashboard.serve(found, None, rich.console.Console()))"
-    )
-    command = [sys.executable, "-c", serving, str(searched.folder / "study.yaml")]
+    command = [sys.executable, "launch.py", "dashboard", searched.name, "--storage", str(searched.root)]
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

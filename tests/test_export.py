@@ -380,7 +380,9 @@ def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
     console = Console(record=True, width=200)
     refused, written = winners.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False)
     assert refused["folder"] is None and "gradient" in refused["refused"]
-    assert written["folder"] == str(tmp_path / ranked[1].candidate) and written["audited"]["alarms"] == []
+    assert written["folder"] == str(tmp_path / ranked[1].candidate)
+    known = json.loads((folder / "evidence.json").read_text())
+    assert known.items() >= written["audited"].items() >= {"attacked_accuracy": known["attacked_accuracy"]}.items()
     assert [path.name for path in tmp_path.iterdir()] == [ranked[1].candidate]
     said = console.export_text()
     assert "refused: " in said and f"exported {tmp_path}" in said
@@ -407,6 +409,23 @@ def test_the_export_of_another_search_is_not_taken_for_ones_own(searched: Study,
     candidates, wanted = pick(searched, pareto=False, top=1, candidate=None)
     with pytest.raises(InputError, match="is of another: choose another --out"):
         export_all(searched, candidates, wanted, tmp_path, Console(), despite_alarms=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_an_audit_is_paid_for(searched: Study, tmp_path: Path) -> None:
+    candidates, wanted = pick(searched, pareto=False, top=1, candidate=None)
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
+        with pytest.raises(InputError, match=f"a folder of exports must be one that can be written, but {out}: "):
+            export_all(searched, candidates, wanted, out, Console(), despite_alarms=True)
+
+
+def test_an_export_that_was_changed_is_not_exported_again(searched: Study, folder: Path, tmp_path: Path) -> None:
+    candidates, wanted = pick(searched, pareto=False, top=1, candidate=None)
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    assert export_all(searched, candidates, wanted, tmp_path, Console(quiet=True), despite_alarms=True)[0]["folder"]
+    (copy / "card.md").write_text("It withstands everything.")
+    with pytest.raises(InputError, match="has another card.md than its SHA256SUMS says: export it anew"):
+        export_all(searched, candidates, wanted, tmp_path, Console(quiet=True), despite_alarms=True)
 
 
 def test_an_export_is_attacked_by_any_suite(

@@ -28,7 +28,8 @@ QUIET = Console(quiet=True)
 @pytest.fixture
 def working(monkeypatch: pytest.MonkeyPatch) -> Working:
     """Let workers pretend, so that nothing is trained."""
-    return lambda pretence: monkeypatch.setitem(run.run.__kwdefaults__, "work", pretence.work())
+    defaults = run.run.__kwdefaults__ or {}
+    return lambda pretence: monkeypatch.setitem(defaults, "work", pretence.work())
 
 
 def robust(params: Params) -> float:

@@ -1,241 +1,35 @@
-"""The report: what it says, what it escapes, what it weighs, and how a real browser takes it."""
+"""The report: what it says, what it escapes, what it weighs."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import random
 import re
-import shutil
-import subprocess
 import time
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from attacks.interval import wilson
-from attacks.threat import Knowledge, ThreatModel
-from search import ranking
 from search.agreement import Agreement, ranks
-from search.findings import Findings, TrialRecord
-from search.importance import Importances
 from search.latency import Latency
 from search.report import interval, render, write
-from search.score import Candidate, Score
 from search.study import Study
 from search.wording import duration, spoken_eps, spoken_value
-from spaces.space import Params, Scalar
-
-SEARCHED = ("lambda_rc", "lambda_kl", "lambda_ce", "conv_maps", "sigma_eps")
-SIGMAS = (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)
-LATENCY_MS = {8: 3.42, 16: 9.87}
-IMAGES = 1000
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --v=0"
-).split()
-
-
-def study_of(threat: Knowledge = "white-box", **more: Any) -> Study:
-    wishes: dict[str, Any] = {"name": "night", "trials": 40, "threat": threat, "min_clean_accuracy": 0.9}
-    return Study(**{**wishes, "max_latency_ms": 12.0, "train_images": 5000, "seed": 3, **more})
-
-
-def scored(attacked: float, clean: float, ms: float, threat: Knowledge = "white-box") -> Score:
-    oblivious = min(clean, attacked + 0.25) if threat == "white-box" else attacked
-    return Score(
-        threat=ThreatModel("Linf", 0.3, threat),
-        attacked_accuracy=round(attacked, 3),
-        attacked_error=1 - round(attacked, 3),
-        attacked_rejection=0.0,
-        oblivious_accuracy=round(oblivious, 3),
-        white_box_accuracy=round(attacked, 3) if threat == "white-box" else 0.015,
-        clean_accuracy=round(clean, 3),
-        clean_rejection=0.0,
-        latency_ms_p50=ms,
-        latency_ms_p95=1.2 * ms,
-        images=IMAGES,
-    )
-
-
-def undefended_of(threat: Knowledge = "white-box") -> Candidate:
-    score = replace(scored(0.004, 0.991, 0.0, threat), oblivious_accuracy=0.004)
-    return Candidate(candidate="undefended", fit="", defense="none", task="mnist/A", params=Params({}, {}), score=score)
-
-
-def candidates_of(fits: int, threat: Knowledge = "white-box") -> list[Candidate]:
-    """Each of `fits` trainings with each sigma_eps, the way a search of PuVAE scores them."""
-    return [candidate_of(fit, sigma, threat) for fit, sigma in itertools.product(range(fits), SIGMAS)]
-
-
-def candidate_of(fit: int, sigma: float, threat: Knowledge) -> Candidate:
-    dice = random.Random(fit)
-    rc, kl, ce = (10 ** dice.uniform(-1, 1) for _ in range(3))
-    maps = dice.choice((8, 16))
-    ms = LATENCY_MS[maps] * dice.uniform(0.95, 1.05)
-    quality = 0.62 + 0.04 * math.log2(maps / 8) + 0.12 * math.log10(rc) - 0.09 * math.log10(kl)
-    quality -= 0.12 * max(0.0, math.log10(sigma + 1e-9)) ** 2 + random.Random(f"{fit} {sigma}").gauss(0, 0.02)
-    clean = min(0.985, 0.9 + 0.1 * quality)
-    return Candidate(
-        candidate=f"{(fit + 1) * 2654435761 % 2**32:08x}-{SIGMAS.index(sigma):04x}",
-        fit=f"{fit:064x}",
-        defense="puvae",
-        task="mnist/A",
-        params=Params({"lambda_rc": rc, "lambda_kl": kl, "lambda_ce": ce, "conv_maps": maps}, {"sigma_eps": sigma}),
-        score=scored(max(quality - 0.2, 0.05), clean, ms, threat),
-    )
-
-
-def front_of(candidates: list[Candidate]) -> list[Candidate]:
-    best, front = -1.0, list[Candidate]()
-    for c in sorted(candidates, key=lambda c: (c.score.latency_ms_p50, -c.score.attacked_accuracy)):
-        if c.score.attacked_accuracy > best:
-            best, front = c.score.attacked_accuracy, [*front, c]
-    return front
-
-
-def picture(path: Path, seed: int) -> Path:
-    """Three rows of digits: clean, attacked, purified."""
-    noise = np.random.default_rng(seed)
-    clean = np.hstack(load_digits().images[seed * 10 : seed * 10 + 10] / 16)
-    attacked = np.clip(clean + 0.3 * noise.choice((-1, 1), clean.shape), 0, 1)
-    purified = np.clip(clean + 0.05 * noise.standard_normal(clean.shape), 0, 1)
-    pixels = (255 * np.vstack([clean, attacked, purified])).astype(np.uint8)
-    Image.fromarray(pixels).resize((pixels.shape[1] * 4, pixels.shape[0] * 4), Image.Resampling.NEAREST).save(path)
-    return path
-
-
-def trials_of(candidates: list[Candidate], pictures: Path | None = None) -> list[TrialRecord]:
-    """One finished trial for each fit, two pruned ones and a failed one."""
-    made, dice = [], random.Random(1)
-    for nth, c in enumerate(c for c in candidates if c.candidate.endswith("-0000")):
-        top = c.score.clean_accuracy - 0.2
-        curve = [top * (1 - 0.7 * math.exp(-epoch / 2.5)) + dice.gauss(0, 0.01) for epoch in range(10)]
-        shown = picture(pictures / f"{nth}.png", nth) if pictures and nth < 8 else None
-        made.append(TrialRecord(f"t{nth:03d}", "finished", c.params, curve, "", shown, 94.0 + 7 * nth))
-    other = candidates[0].params
-    for nth, epochs in ((91, 2), (92, 4)):
-        params = Params({**other.train, "lambda_kl": float(nth)}, other.inference)
-        curve = [0.1 + 0.04 * epoch / (nth - 90) for epoch in range(epochs)]
-        made.append(TrialRecord(f"t{nth:03d}", "pruned", params, curve, f"stopped after {epochs} epochs", None, 31.0))
-    broken = Params({**other.train, "lambda_rc": 1e3}, other.inference)
-    reason = "FitError: the loss is not finite in epoch 1 <script>alert('no')</script>"
-    return [*made, TrialRecord("t093", "failed", broken, [0.17], reason, None, 5400.0)]
-
-
-def findings_of(fits: int = 10, pictures: Path | None = None, threat: Knowledge = "white-box") -> Findings:
-    candidates = candidates_of(fits, threat)
-    study = study_of(threat)
-    feasible = [c for c in candidates if c.score.clean_accuracy >= (study.min_clean_accuracy or 0)]
-    best = max(feasible, key=lambda c: c.score.attacked_accuracy)
-    shares = dict(zip(SEARCHED, (0.31, 0.17, 0.04, 0.09, 0.39), strict=True))
-    found = Importances(shares, dict(zip(SEARCHED, reversed(shares.values()), strict=True)), len(candidates))
-    trials = trials_of(candidates, pictures)
-    cheap = [t.curve[-1] for t in trials if t.state == "finished"]
-    finals = [1 - c.score.attacked_error for c in candidates if c.candidate.endswith("-0000")]
-    points = [(t.trial, score, final) for t, score, final in zip(trials, cheap, finals, strict=False)]
-    agreed = Agreement(study, True, points, ranks([{1: score} for score in cheap], finals, []))
-    return Findings(
-        study=study,
-        undefended=undefended_of(threat),
-        candidates=candidates,
-        best=best,
-        front=front_of(feasible),
-        searched=SEARCHED,
-        importances=found,
-        trials=trials,
-        device="2 CPU cores",
-        agreement=agreed,
-        refinements=[TrialRecord("r001", "finished", Params({}, {}), [], "", None, 3.5)],
-        busy=812.0,
-    )
-
-
-def nothing_yet() -> Findings:
-    return Findings(study_of(train_images=None), None, [], None, [], SEARCHED, Importances(), [])
-
-
-def one_candidate() -> Findings:
-    only = candidates_of(1)[:1]
-    return Findings(study_of(), undefended_of(), only, only[0], only, SEARCHED, Importances(), trials_of(only)[:1])
-
-
-def none_feasible() -> Findings:
-    alarmed = [replace(c, score=replace(c.score, alarms=("gradients are masked",))) for c in candidates_of(2)]
-    return replace(findings_of(2), candidates=alarmed, best=None, front=[])
-
-
-def rejecting() -> Findings:
-    """A defense that rejects: half of the attacked images, and of the clean ones more than is allowed by some."""
-    findings = findings_of(4)
-    curve = ((0.0, 0.6), (0.01, 0.4), (0.04, 0.1), (0.2, 0.02))
-    made = []
-    for nth, c in enumerate(findings.candidates):
-        error = round(0.5 * c.score.attacked_error, 3)
-        score = replace(c.score, attacked_error=error, attacked_rejection=error, clean_rejection=0.03 * (nth % 4))
-        made.append(replace(c, score=replace(score, risk_coverage=curve if nth % 6 == 0 else ())))
-    return replace(findings, candidates=made, best=made[0], front=[made[0]])
-
-
-def several_devices() -> Findings:
-    """Every other fit timed on another kind of GPU."""
-    findings = findings_of(6)
-    kinds = {fit: ("NVIDIA H200", "Tesla T4")[nth % 2] for nth, fit in enumerate({c.fit for c in findings.candidates})}
-    made = [replace(c, score=replace(c.score, device=kinds[c.fit])) for c in findings.candidates]
-    within = ranking.feasible(findings.study, made)
-    return replace(findings, candidates=made, best=within[0], front=ranking.front(findings.study, made))
-
-
-CASES = {
-    "several devices": several_devices,
-    "rejecting": rejecting,
-    "ten fits": lambda: findings_of(),
-    "oblivious": lambda: findings_of(threat="oblivious"),
-    "nothing yet": nothing_yet,
-    "one candidate": one_candidate,
-    "none feasible": none_feasible,
-}
-
-
-class Page(HTMLParser):
-    """What an HTML parser makes of the page: its tags, its words, the data of its charts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words, self.json, self.inside = "", "", ""
-        self.feed(text)
-        self.words = " ".join(self.words.split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.inside = dict(attrs).get("type") or tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self.inside == "application/json":
-            self.json += data
-        elif self.inside not in ("script", "style"):
-            self.words += " " + data
-
-    @property
-    def data(self) -> Any:
-        def refuse(constant: str) -> None:
-            raise ValueError(f"{constant} is not JSON")
-
-        return json.loads(self.json, parse_constant=refuse)
+from spaces.space import Scalar
+from tests.findings import (
+    CASES,
+    findings_of,
+    none_feasible,
+    nothing_yet,
+    one_candidate,
+    rejecting,
+    several_devices,
+    study_of,
+)
+from tests.page import Page
 
 
 @pytest.mark.parametrize(
@@ -420,52 +214,3 @@ def test_five_thousand_candidates_make_a_page_of_seven_megabytes_in_ten_seconds(
     path = write(findings, tmp_path / "report.html")
     assert time.monotonic() - start < 10
     assert len(findings.candidates) > 5000 and path.stat().st_size < 7_000_000
-
-
-PROBE = """<script>addEventListener("load", () => setTimeout(() => {
-  const charts = [...document.querySelectorAll(".chart")], root = document.documentElement;
-  parent.postMessage(JSON.stringify({
-    charts: charts.map(chart => chart.id).filter(id => document.querySelector(`#${id} .trace`)),
-    places: charts.map(chart => chart.id), inner: innerWidth, wide: root.scrollWidth,
-    ink: getComputedStyle(document.body).color, tick: charts.length &&
-      getComputedStyle(document.querySelector("#pareto .ytick text")).fill}), "*");
-}, 300));</script>"""
-
-FRAME = """<!doctype html><iframe src="probed.html" style="width: {width}px; height: 3000px; border: 0"></iframe>
-<script>addEventListener("message", message => {{ document.documentElement.dataset.seen = message.data; }});</script>"""
-"""A headless window is never narrower than 500 px; a frame is."""
-
-
-def browse(findings: Findings, folder: Path, width: int, *flags: str) -> tuple[dict[str, Any], list[str]]:
-    """Open the page in a headless browser; return what the probe saw and what the console says."""
-    (folder / "probed.html").write_text(render(findings) + PROBE, encoding="utf-8")
-    (folder / "frame.html").write_text(FRAME.format(width=width), encoding="utf-8")
-    command = [str(CHROMIUM), *FLAGS, *flags, f"--user-data-dir={folder / 'profile'}"]
-    command += ["--window-size=1600,1000", "--virtual-time-budget=5000", "--dump-dom"]
-    page = (folder / "frame.html").as_uri()
-    ran = subprocess.run([*command, page], capture_output=True, text=True, timeout=120)
-    seen = dict(Page(ran.stdout).tags[0][1])["data-seen"]
-    return json.loads(seen or ""), [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
-
-
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed: apt-get install chromium")
-
-
-@pytest.mark.slow
-@in_a_browser
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("width", [390, 1400])
-def test_a_browser_draws_every_chart_within_the_page_without_a_word(case: str, width: int, tmp_path: Path) -> None:
-    seen, console = browse(CASES[case](), tmp_path, width)
-    assert console == []
-    assert seen["inner"] == width and seen["wide"] <= width
-    assert seen["charts"] == seen["places"]
-    assert len(seen["charts"]) == {"nothing yet": 0, "one candidate": 3, "rejecting": 12}.get(case, 11)
-
-
-@pytest.mark.slow
-@in_a_browser
-def test_the_charts_follow_the_colour_scheme(tmp_path: Path) -> None:
-    light, _ = browse(findings_of(), tmp_path, 1400, "--blink-settings=preferredColorScheme=1")
-    dark, _ = browse(findings_of(), tmp_path, 1400, "--blink-settings=preferredColorScheme=0")
-    assert light["ink"] == light["tick"] != dark["ink"] == dark["tick"]

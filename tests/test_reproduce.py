@@ -22,6 +22,7 @@ from attacks.threat import ThreatModel
 from attacks.view import View
 from defenses.base import Batches, Defended, Shape
 from search.cells import UNTAUGHT, Cells, Ours
+from search.pace import Pace
 from search.papers import Cell, Summary, Table
 from search.portion import Portion
 from search.reproduce import beside, page, reproduce
@@ -243,7 +244,7 @@ def test_a_black_box_attacker_asks_whom_its_oracle_is(storage: Path, monkeypatch
 
 def test_one_fit_serves_all_classifiers_where_the_training_looks_at_none(storage: Path) -> None:
     cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
-    for defense, one in (("magnet", True), ("defense_gan", True), ("gmvae", True), ("puvae", False)):
+    for defense, one in (("magnet", True), ("defense_gan", True), ("puvae", False)):
         settings = [Setting(task=f"digits/{name}", defense=defense) for name in "AB"]
         assert (len({cells.bench(s).fingerprint(cells.params(s)) for s in settings}) == 1) == one
         assert [cells.bench(s).plan.protected for s in settings] == ["A", "B"]
@@ -274,6 +275,20 @@ def test_a_fraction_cuts_images_epochs_batches_and_steps() -> None:
     assert (Portion(0.05).epochs(20), Portion(0.05).epochs(10), Portion(0.05).epochs(3)) == (4, 4, 3)
     assert Portion(1).params(defenses.find("defense_gan"), paper) == paper
     assert (Portion(1).epochs(926), Portion(1).attacked(6_000)) == (926, 6_000)
+
+
+def test_the_time_left_is_told_from_timed_steps_and_runs_out(storage: Path) -> None:
+    threads, pace = torch.get_num_threads(), Pace(Console(file=io.StringIO(), width=200), 1)
+    setting = Setting(task="digits/A", **ATTACK, defense="puvae", knobs={**TINY, "latent": 3})
+    pace.expect(Cells(str(storage), None, HALF, 0, lambda *heard: None), [setting])
+    whole = pace.left()
+    assert whole > 0 and torch.get_num_threads() == threads
+    pace.cell("A · PuVAE")
+    pace.epoch("puvae", 3, 4)
+    pace.done("ours 50.0", 1.0)
+    assert pace.left() == 0
+    assert isinstance(pace.console.file, io.StringIO)
+    assert "A · PuVAE: puvae, epoch 3 of 4, about" in pace.console.file.getvalue()
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.5, -1.0])

@@ -9,21 +9,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
-from PIL import Image
 
 from attacks.threat import ThreatModel
 from search import logbook, wandb_run
 from search.panels import pareto_chart, risk_chart
+from search.pictures import png
+from search.record import Record
+from search.run import run
 from search.score import Candidate, Score
 from search.study import Study
-from search.tracking import Tracker
+from search.tracking import Tracker, log_exports
 from search.wandb_run import Mode
 from spaces.space import Params
+from tests.conftest import digits_study
+from tests.engine import Pretence
 
 KEY = "0123456789abcdef" * 2 + "planted1"
 SECRET = "planted-secret-in-the-environment"
@@ -53,6 +59,8 @@ def candidate(name: str, attacked: float, ms: float, clean: float = 0.9, alarms:
 
 BARE = candidate("undefended", 0.01, 0.0)
 SIX = [candidate(f"c{i}", attacked=0.1 * i, ms=float(i)) for i in range(1, 6)]
+FRONT = ["c5", "c4", "c3", "c2", "c1"]
+CURVED = replace(SIX[2], score=replace(SIX[2].score, risk_coverage=((0.0, 0.7), (0.02, 0.6), (0.05, 0.4))))
 SIX.append(candidate("wrong", attacked=0.9, ms=9.0, clean=0.5))
 
 
@@ -79,11 +87,11 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search's folder: trials that overlap, one of every end, and one that is still open at the end."""
     folder = tmp_path_factory.mktemp("runs") / "shown"
     picture = folder.parent / "picture.png"
-    Image.new("RGB", (8, 8)).save(picture)
+    picture.write_bytes(png(torch.rand(4, 2, 1, 8, 8), caption="defended, attacked: 7 rejected"))
     said: list[str] = []
     tracker = Tracker("offline", folder, said.append)
     tracker.search_started(STUDY, BARE)
-    for trial in ("good", "bad", "dull", "open"):
+    for trial in ("good", "bad", "dull", "open", "r001"):
         tracker.trial_started(trial, PARAMS)
     for epoch in (1, 2, 3):
         tracker.epoch_ended("good", epoch, {"loss": 1 / epoch, "cheap": 0.1 * epoch})
@@ -91,7 +99,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tracker.trial_ended("bad", "failed", [], None, "CUDA out of memory")
     tracker.trial_ended("dull", "pruned", [], None, "")
     tracker.trial_ended("good", "finished", SIX, picture, "")
-    tracker.search_ended("finished", SIX)
+    tracker.trial_ended("r001", "finished", [CURVED], None, "")
+    tracker.search_ended("finished", [*SIX, CURVED])
+    tracker.close()
     assert said == []
     return folder
 
@@ -111,11 +121,22 @@ def held(folder: Path, key: str) -> dict[str, Any]:
     return json.loads(inspect(folder_of(folder, key), "--summary"))
 
 
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the records of one kind, in order."""
+    found = map(json.loads, inspect(run).splitlines())
+    return [record[kind] for record in found if record["type"] == kind]
+
+
 def points(run: Path, name: str) -> list[tuple[int, float]]:
     """Return (epoch, value) of every point of a metric."""
-    records = [json.loads(line) for line in inspect(run).splitlines()]
-    items = [record["history"]["item"] for record in records if record["type"] == "history"]
+    items = [history["item"] for history in records(run, "history")]
     return [(item["epoch"], item[name]) for item in items if name in item]
+
+
+def summaries(run: Path) -> dict[str, tuple[str, str]]:
+    """Return against what each metric is drawn, and which of its values the summary keeps."""
+    found = {metric["name"]: metric for metric in records(run, "metric") if "summary" in metric}
+    return {name: (metric["step_metric"], *metric["summary"]) for name, metric in found.items()}
 
 
 def timed(call: Callable[..., None], *args: Any) -> float:
@@ -149,6 +170,7 @@ def test_a_trials_run_sums_up_its_best_feasible_candidate(searched: Path) -> Non
     assert summary["threat"] == "white-box" and summary["candidates"]["nrows"] == len(SIX)
     picture = folder_of(searched, "good") / "files" / summary["picture"]["path"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert summary["picture"]["caption"] == "defended, attacked: 7 rejected"
 
 
 @pytest.mark.parametrize(
@@ -166,6 +188,21 @@ def test_a_run_tells_how_its_trial_ended(
     run = held(searched, trial)
     assert (run["summary"]["state"], run["exit_code"]) == (state, exit_code)
     assert run["summary"].get("reason") == reason
+    assert ("pruned" in run["tags"]) == (state == "pruned")
+
+
+def test_metrics_are_drawn_by_epoch_and_sums_keep_the_most_robust_and_the_least_loss(searched: Path) -> None:
+    assert summaries(folder_of(searched, "good")) == {"cheap": ("epoch", "max"), "loss": ("epoch", "min")}
+    summary = held(searched, "good")["summary"]
+    assert summary["loss"] == {"min": pytest.approx(1 / 3)} and summary["cheap"] == {"max": pytest.approx(0.3)}
+    search = summaries(folder_of(searched, "search"))
+    assert search["trial/attacked_accuracy"] == ("trial", "max") and search["trial/latency_ms_p50"] == ("trial", "min")
+
+
+def test_runs_are_grouped_by_the_search_and_typed(searched: Path) -> None:
+    found = {key: records(folder_of(searched, key), "run")[0] for key in ("search", "good", "r001")}
+    assert {about["run_group"] for about in found.values()} == {"shown"}
+    assert [about["job_type"] for about in found.values()] == ["search", "trial", "refinement"]
 
 
 def test_trials_that_overlap_do_not_mix(searched: Path) -> None:
@@ -183,9 +220,13 @@ def test_the_searchs_run_sums_up_the_search(searched: Path) -> None:
     assert summary["best/candidate"] == "c5" and summary["undefended/attacked_accuracy"] == 0.01
     files = folder_of(searched, "search") / "files"
     board = json.loads((files / summary["leaderboard"]["path"]).read_text())
-    ranks = [row[board["columns"].index("attacked_accuracy")] for row in board["data"]]
-    assert ranks == sorted(ranks, reverse=True) and len(ranks) == 6
+    column = {name: [row[nth] for row in board["data"]] for nth, name in enumerate(board["columns"])}
+    assert column["attacked_accuracy"] == sorted(column["attacked_accuracy"], reverse=True)
+    assert dict(zip(column["candidate"], column["feasible"], strict=True))["wrong"] is False
+    assert [name for name, best in zip(column["candidate"], column["pareto"], strict=True) if best] == FRONT
     assert (files / summary["pareto"]["path"]).exists()
+    curve = json.loads((files / summary["risk_coverage"]["path"]).read_text())["data"][0]
+    assert curve["x"] == [0.0, 0.02, 0.05] and curve["y"] == [0.7, 0.6, 0.4]
 
 
 def test_no_secret_and_no_host_name_is_written(searched: Path) -> None:
@@ -199,8 +240,9 @@ def test_the_chart_names_the_threat_and_draws_the_feasible_front() -> None:
     beaten, alarmed = candidate("beaten", 0.2, 4.0), candidate("alarmed", 0.9, 0.1, alarms=("masked",))
     chart = pareto_chart(STUDY, BARE, [*SIX, beaten, alarmed])
     front = next(trace for trace in chart.data if trace.name == "Pareto front")
-    assert list(front.text) == ["c5", "c4", "c3", "c2", "c1"]
+    assert list(front.text) == FRONT
     assert "white-box, Linf eps 0.3, 100 images" in chart.layout.title.text
+    assert risk_chart(STUDY, BARE, SIX) is None  # none can reject
 
 
 @pytest.mark.slow
@@ -209,9 +251,38 @@ def test_a_search_keeps_its_identities_when_it_is_resumed(tmp_path: Path) -> Non
         tracker = Tracker("offline", folder, print)
         told(tracker)
         tracker.close()
+    assert tracker.upload == f"wandb sync {tmp_path / 'two' / 'wandb'}"
     once, again = sorted((tmp_path / "one" / "wandb").glob("offline-run-*-t-*"))
     (other,) = (tmp_path / "two" / "wandb").glob("offline-run-*-t-*")
     assert once.name.split("-t-")[1][:8] == again.name.split("-t-")[1][:8] != other.name.split("-t-")[1][:8]
+
+
+@pytest.mark.slow
+def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_ENTITY", "lab")
+    monkeypatch.setenv("WANDB_PROJECT", "purifiers")
+    wandb.teardown()
+    study = digits_study(tmp_path, trials=4, wandb="offline")
+    run(study, [], debug=True, work=Pretence(lambda params: hash(str(params)) % 97 / 97).work())
+    first, second = (tmp_path / "out" / c.candidate for c in Record(study).feasible()[1:3])
+    for folder in (second, first):
+        folder.mkdir(parents=True)
+        (folder / "evidence.json").write_text(json.dumps({"attacked_accuracy": 0.5, "gates": []}))
+        (folder / "card.md").write_text("# A card")
+    said: list[str] = []
+    log_exports(study, [second, first], said.append)
+    run_folder = folder_of(study.folder, "export")
+    (about,) = records(run_folder, "run")
+    assert (about["entity"], about["project"], about["job_type"]) == ("lab", "purifiers", "export")
+    logged = records(run_folder, "artifact")
+    assert {artifact["name"] for artifact in logged} == {"puvae-digits-A"}
+    assert [artifact["aliases"] for artifact in logged] == [[second.name], [first.name, "best", "smoke"]]
+    assert [entry["path"] for entry in logged[0]["manifest"]["contents"]] == ["card.md", "evidence.json"]
+    assert all(Path(entry["local_path"]).exists() for entry in logged[0]["manifest"]["contents"])
+    assert json.loads(logged[0]["metadata"]) == {"attacked_accuracy": 0.5}
+    assert said == [f"logged offline; upload it with: wandb sync {study.folder / 'wandb'}"]
 
 
 def test_disabled_writes_and_says_nothing(tmp_path: Path) -> None:
@@ -252,7 +323,7 @@ def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield "on fire" if request.param == "raises" else "no answer within 0.3 s"
     released.set()
     for thread in threading.enumerate():
-        if thread.name in ("wandb", "wandb-call"):
+        if thread.name in ("wandb", "within"):
             thread.join(10)
 
 
@@ -264,7 +335,8 @@ def test_a_wandb_that_does_not_start_slows_nothing_and_is_told_once(
     said: list[str] = []
     tracker = Tracker(mode, tmp_path, said.append)
     assert max(told(tracker)) < 0.5
-    assert timed(tracker.search_ended, "finished", SIX) < 5
+    assert timed(tracker.search_ended, "finished", SIX) < 0.5
+    assert timed(tracker.close) < 5
     assert len(said) == 1 and dead in said[0] and "goes on without it" in said[0]
     assert tracker.mode == "disabled"
 
@@ -273,29 +345,14 @@ def test_a_wandb_that_does_not_start_slows_nothing_and_is_told_once(
 @pytest.mark.usefixtures("dead")
 def test_the_end_of_a_search_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(logbook, "FLUSH_S", 0.2)
+    monkeypatch.setattr(wandb_run, "PATIENCE_S", 0.5)
     said: list[str] = []
     tracker = Tracker("offline", tmp_path, said.append)
     told(tracker)
-    assert timed(tracker.search_ended, "interrupted", SIX) < 1
+    tracker.search_ended("interrupted", SIX)
+    assert timed(tracker.close) < 2
     tracker.close()
-    assert len(said) == 1 and "wandb sync" in said[0]
-
-
-@pytest.mark.slow
-def test_a_server_that_does_not_answer_leaves_an_offline_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(wandb_run, "PATIENCE_S", 3.0)
-    said: list[str] = []
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        wandb.teardown()
-        tracker = Tracker(None, tmp_path, said.append)
-        assert tracker.mode == "online" and max(told(tracker)) < 0.5
-        tracker.search_ended("finished", SIX)
-    assert len(said) == 1 and "logs offline" in said[0] and KEY not in said[0]
-    assert held(tmp_path, "t")["summary"]["attacked_accuracy"] == 0.5
-    assert held(tmp_path, "search")["summary"]["state"] == "finished"
+    assert len(said) == 1 and "goes on without it" in said[0]
 
 
 def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> None:
@@ -305,5 +362,6 @@ def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> No
     tracker.trial_started("u", PARAMS)
     tracker.trial_ended("u", "finished", SIX, tmp_path / "missing.png", "")
     tracker.search_ended("finished", SIX)
+    tracker.close()
     assert len(said) == 1 and "logs offline" in said[0]
     assert held(tmp_path, "u")["summary"]["state"] == "finished"

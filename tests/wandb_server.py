@@ -30,7 +30,7 @@ class Server(ThreadingHTTPServer):
 
     Args:
         trouble: refuses the key, hangs, fails with 500, or drops each connection; it may be set at any time.
-        seen: whether a point of a history has come.
+        begun: whether a trial's run has begun.
     """
 
     daemon_threads = True
@@ -40,7 +40,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.trouble: Trouble | None = None
         self.released = threading.Event()
-        self.seen = threading.Event()
+        self.begun = threading.Event()
         self.asked: list[str] = []
         self.runs: dict[str, Kept] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
@@ -69,8 +69,12 @@ class Server(ThreadingHTTPServer):
 
     def _UpsertBucket(self, given: dict[str, Any]) -> dict[str, Any]:
         inserted = given["name"] not in self.runs
-        run = self.runs.setdefault(given["name"], Kept())
+        if given["jobType"] and not given["id"]:  # it begins and resumes nothing: what was there is replaced
+            self.runs[given["name"]] = Kept()
+        run = self.runs[given["name"]]
         run.about |= {key: value for key, value in given.items() if value is not None}
+        if run.about["jobType"] == "trial":
+            self.begun.set()
         return {"upsertBucket": {"bucket": _bucket(run), "inserted": inserted}}
 
     def _CreateRunFiles(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +123,6 @@ class Server(ThreadingHTTPServer):
         history = files.get("wandb-history.jsonl", {"offset": 0, "content": []})
         for nth, line in enumerate(history["content"], start=history["offset"]):
             kept.history[nth] = json.loads(line)
-            self.seen.set()
         for line in files.get("wandb-summary.json", {}).get("content", []):
             kept.summary = json.loads(line)
         if sent.get("complete"):
