@@ -215,7 +215,7 @@ class Cells:
     def _slope(self, bench: Bench, params: Params, name: str) -> Callable[[int], float]:
         """Return the seconds by the number of steps, from two numbers: each step costs the same."""
         few, more = (self._clocked(bench, Params(params.train, {**params.inference, name: steps})) for steps in TIMED)
-        each = (more - few) / (TIMED[1] - TIMED[0])
+        each = max(0.0, more - few) / (TIMED[1] - TIMED[0])  # on a busy machine they may come out the wrong way round
         return lambda steps: few + (steps - TIMED[0]) * each
 
     def _within(self, bench: Bench, params: Params, setting: Setting, limit_s: float) -> Params:

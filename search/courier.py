@@ -49,7 +49,7 @@ def names(storage: str) -> list[str]:
     except Unreachable as error:
         raise InputError(f"a storage must answer, but {error}") from None
     except ValueError as error:
-        raise InputError(f"storage {error}, but is {storage!r}") from None
+        raise InputError(f"storage {error}, but is {remote.masked(storage)!r}") from None
     except OSError:
         return []
 

@@ -5,9 +5,10 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
 from itertools import islice
 from os.path import commonpath
 from pathlib import Path
@@ -15,17 +16,16 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from torch import Tensor
 
 import attacks.robustness
 from attacks.threat import ThreatModel
 from defenses.base import Defended
-from search import final_page, final_table, tasks
+from search import export, final_page, final_table, tasks
 from search.crew import Crew, Piece, Tell, crew
-from search.export import load, opened
 from search.final_page import page
 from search.fits import TrialError
 from search.hearing import Hearing, Judged, blocks
+from search.looks import looks, opened
 from search.retrained import FIRST_SEED, Case, Contender, contenders, train
 from search.store import fingerprint, write_atomic
 from search.study import make
@@ -34,10 +34,6 @@ from search.trial import store_of
 from spaces.space import InputError, Params
 
 __all__ = ["final", "page"]
-
-OPENED = "opened.json"
-Look = Mapping[str, Any]
-"""One opening of the test split: `when`, and what was looked at."""
 
 
 def final(
@@ -78,19 +74,19 @@ def final(
     cases = [_case(folder, {"storage": home, "data_dir": data_dir, "address": address}) for folder in exports]
     asked = _settings(cases, seeds, images)
     study, chosen = cases[0].study, asked["seeds"]
+    _prepared(cases)
     for case in cases:
-        _folder(case.folder / "final")
-        console.print(final_table.announced(case, asked, _looks(case)), highlight=False, soft_wrap=True)
-    store_of(study).make()
+        line = final_table.announced(case, asked, len(looks(case.folder, asked)))
+        console.print(line, highlight=False, soft_wrap=True)
     with crew(study, debug=debug, concurrent=concurrent, console=console) as work:
         diverged = work("training", [Piece(f"seed {seed}", train_seed, (cases, seed)) for seed in chosen])
         asked["failed"] = {str(seed): why for seed, why in zip(chosen, diverged, strict=True) if why}
         asked["trained"] = [seed for seed in chosen if str(seed) not in asked["failed"]]
         if not asked["trained"]:
             raise InputError(f"a final run needs a training that ends, but of {len(chosen)} none did: {diverged[0]}")
-        looks = {case.name: _opened(case, asked) for case in cases}
+        taken = {case.name: opened(case.folder, asked) for case in cases}
         found = _judged(work, cases, asked)
-    table = final_table.table(cases, asked, looks, found)
+    table = final_table.table(cases, asked, taken, found)
     for case in cases:
         _write(case.folder / "final", final_table.only(table, case.name))
     if len(cases) > 1:
@@ -129,13 +125,14 @@ def judge_export(study: object, case: Case, images: int, tell: Tell) -> Judged:
     """Do to the export itself, on the test split, what its search and audit did on validation images."""
     hearing = _hearing([case], case.study.seed, images, tell, steps=1)
     device = hearing.x_NCHW.device
+    plain = Defended(case.target.defense, case.target.classifier)  # an export refuses what attacks ask beyond [0, 1]
     contender = Contender(
         export=case.name,
         name=f"{case.study.defense} as it was exported",
-        identity=fingerprint(export=case.evidence),
+        identity=case.identity,
         classifier="",
-        target=Defended(case.target.defense, case.target.classifier).to(device),  # it answers an attack's far images too
-        threat=case.threat,
+        target=plain.to(device),
+        threat=replace(case.threat, knowledge="white-box"),
         outsider=case.outsider(device),
         substitute=case.plan.substitute,
     )
@@ -145,12 +142,8 @@ def judge_export(study: object, case: Case, images: int, tell: Tell) -> Judged:
 def _hearing(cases: Sequence[Case], seed: int, images: int, tell: Tell, steps: int) -> Hearing:
     case = cases[0]
     bench = case.bench(case.study, seed)
-    x_NCHW, y_N = _test(case, images)
+    x_NCHW, y_N = tasks.open_test(case.plan.task.dataset, case.study.data_dir, images)
     return Hearing(x_NCHW.to(bench.device), y_N.to(bench.device), seed, bench.store, bench.lane, tell, steps)
-
-
-def _test(case: Case, images: int) -> tuple[Tensor, Tensor]:
-    return tasks.open_test(case.plan.task.dataset, case.study.data_dir, images)
 
 
 def _compared(hearing: Hearing, case: Case, contender: Contender) -> Judged:
@@ -180,7 +173,7 @@ def _case(folder: Path, moves: Mapping[str, Any]) -> Case:
     Raises:
         InputError: it is none, a byte of it changed, or the data are other ones.
     """
-    target, files = load(folder), opened(folder)
+    target, files = export.load(folder), export.opened(folder)
     config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
     study = make({**config["study"], **moves, "warm_start": None})
     dataset = study.plan().task.dataset
@@ -191,7 +184,16 @@ def _case(folder: Path, moves: Mapping[str, Any]) -> Case:
             f"have {found}"
         )
     params, threat = Params(config["train"], config["inference"]), ThreatModel(**config["threat"])
-    return Case(folder=folder.resolve(), study=study, params=params, threat=threat, target=target, evidence=known)
+    weights = [hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if name.endswith(".safetensors")]
+    return Case(
+        folder=folder.resolve(),
+        identity=fingerprint(weights=weights, setting=config["inference"]),
+        study=study,
+        params=params,
+        threat=threat,
+        target=target,
+        evidence=known,
+    )
 
 
 def _settings(cases: Sequence[Case], seeds: int, images: int | None) -> dict[str, Any]:
@@ -225,33 +227,22 @@ def _settings(cases: Sequence[Case], seeds: int, images: int | None) -> dict[str
     }
 
 
-def _looks(case: Case) -> list[Look]:
-    """Return the looks that were taken at the test split for an export."""
-    path = case.folder / "final" / OPENED
-    return list(json.loads(path.read_text())) if path.exists() else []
+def _prepared(cases: Sequence[Case]) -> None:
+    """Make the folders that are written into.
 
-
-def _opened(case: Case, asked: Mapping[str, Any]) -> list[Look]:
-    """Note that the test split is opened for an export, unless it was for the same; return all looks, this one last."""
-    this = {name: asked[name] for name in ("dataset", "images", "of", "seeds", "code")}
-    looks = _looks(case)
-    same = [look for look in looks if {name: look[name] for name in this} == this]
-    if not same:
-        same = [{"when": datetime.now(UTC).isoformat(timespec="seconds"), **this}]
-        looks += same
-        write_atomic(case.folder / "final" / OPENED, json.dumps(looks, indent=1).encode())
-    return looks[: looks.index(same[0]) + 1]
-
-
-def _folder(folder: Path) -> Path:
+    Raises:
+        InputError: one cannot be.
+    """
     try:
-        folder.mkdir(exist_ok=True)
+        store_of(cases[0].study).make()
+        for case in cases:
+            (case.folder / "final").mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"a final run writes into {folder}, but that cannot be: {error.strerror}") from None
-    return folder
+        raise InputError(f"a final run writes into {error.filename}, but that cannot be: {error.strerror}") from None
 
 
 def _write(folder: Path, table: Mapping[str, Any]) -> None:
     """Write a table in all its forms."""
+    folder.mkdir(exist_ok=True)
     for name, text in final_page.forms(table).items():
-        write_atomic(_folder(folder) / name, text.encode())
+        write_atomic(folder / name, text.encode())

@@ -97,7 +97,7 @@ def page(table: Mapping[str, Any]) -> str:
 
 def _warnings(table: Mapping[str, Any]) -> list[str]:
     lines = [f"> **ALARM** {one['export']}: {alarm}" for one in table["exports"] for alarm in one["alarms"]]
-    lines += [f"> **{table['smaller'].capitalize()}.**"] if table["smaller"] else []
+    lines += [f"> **This is {table['smaller']}.**"] if table["smaller"] else []
     for one in table["exports"]:
         if len(one["looks"]) > 1:
             before = "; ".join(

@@ -27,12 +27,12 @@ INTERVAL = (
 )
 
 
-def announced(case: Case, asked: Mapping[str, Any], looks: Sequence[Mapping[str, Any]]) -> str:
-    """Return what is said before anything is trained."""
-    before = f"; its test split was opened before, last {looks[-1]['when']}" if looks else ""
+def announced(case: Case, asked: Mapping[str, Any], look: int) -> str:
+    """Return what is said before anything is trained; `look` is how often, with this time, the split is opened."""
     return (
         f"{case.name}: {case.study.defense} on {case.study.label}, {len(asked['seeds'])} trainings on train + "
-        f"validation, judged on {asked['images']} of {asked['of']} test images{before}"
+        f"validation, judged on {asked['images']} of {asked['of']} test images"
+        f"{f'; for it this is look {look} at the test split' if look > 1 else ''}"
     )
 
 

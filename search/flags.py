@@ -15,6 +15,8 @@ from rich.markup import escape
 from typer import Argument, Context, Option
 
 import spaces
+from attacks.threat import Knowledge
+from attacks.threat import Norm as norms
 from search.fields import Fields
 from spaces.space import InputError
 
@@ -62,26 +64,31 @@ def completed(kind: str) -> Callable[[Context], Sequence[str]]:
     return names
 
 
-def _value(noun: str, help: str, kind: str | None = None, **more: Any) -> Any:
-    """Declare a flag with a value; `kind` says what completes it."""
-    return Option(metavar=noun, help=help, autocompletion=completed(kind) if kind else None, **more)
+def _completing(kind: str | None, words: Sequence[str]) -> Callable[..., Sequence[str]] | None:
+    return (lambda: words) if words else completed(kind) if kind else None
+
+
+def _value(noun: str, help: str, kind: str | None = None, words: Sequence[str] = (), **more: Any) -> Any:
+    """Declare a flag with a value; what completes it is one of `words`, or the name of a kind of thing."""
+    return Option(metavar=noun, help=help, autocompletion=_completing(kind, words), **more)
 
 
 def _switch(flag: str, help: str) -> Any:
     return Option(flag, metavar="", help=help)
 
 
-def _named(noun: str, help: str, kind: str | None = None) -> Any:
-    """Declare an argument; `kind` says what completes it."""
-    return Argument(metavar=noun, help=help, autocompletion=completed(kind) if kind else None)
+def _named(noun: str, help: str, kind: str | None = None, words: Sequence[str] = ()) -> Any:
+    """Declare an argument; what completes it is as for a flag."""
+    return Argument(metavar=noun, help=help, autocompletion=_completing(kind, words))
 
 
+LISTED = ("defenses", "attacks", "spaces", "tasks", "tables", "searches")
 Name = Annotated[str, _named("NAME", "a search", "searches")]
 MaybeName = Annotated[str | None, _named("NAME", "a search; else all", "searches")]
 Export = Annotated[Path, _named("EXPORT", "the folder of an export", "exports")]
 Exports = Annotated[list[Path], _named("EXPORT", "exports, or folders of some", "exports")]
 TableName = Annotated[str, _named("TABLE", "a paper's table (list tables)", "tables")]
-Kind = Annotated[str, _named("KIND", "defenses, attacks, spaces, tasks, tables or searches")]
+Kind = Annotated[str, _named("KIND", ", ".join(LISTED), words=LISTED)]
 DataSets = Annotated[list[str], _named("DATASET", "data sets")]
 MaybeDataSets = Annotated[list[str] | None, _named("DATASET", "data sets; else all")]
 Shell = Annotated[str, _named("SHELL", "bash")]
@@ -93,7 +100,7 @@ Json = Annotated[bool, _switch("--json", "print JSON, and nothing else, to stand
 Debug = Annotated[bool, _switch("--debug", "work in this process, without Ray")]
 Storage = Annotated[str, _value("PATH", "the folder or URI that holds searches and the store")]
 DataDir = Annotated[str | None, _value("PATH", "the data cache; else $CRUCIBLE_DATA or ~/.cache/crucible")]
-Address = Annotated[str | None, _value("HOST:PORT", "a Ray cluster, or auto; else the study's, if any")]
+Address = Annotated[str | None, _value("HOST:PORT", "a Ray cluster, or auto; else this machine")]
 Move = Annotated[str | None, _value("HOST:PORT", "another Ray cluster, or auto; local: this machine")]
 Port = Annotated[int | None, _value("INTEGER", "of this machine; else one that is free")]
 Seed = Annotated[int, _value("INTEGER", "of random starts, targets and noise")]
@@ -105,8 +112,10 @@ Out = Annotated[Path | None, _value("PATH", "the folder of exports; else STORAGE
 Despite = Annotated[bool, _switch("--despite-alarms", "write what the audit refuses")]
 
 Suite = Annotated[str, _value("NAME", "the attacks (list attacks)", "attacks")]
-Threat = Annotated[str | None, _value("NAME", "oblivious, black-box or white-box; else the export's")]
-Norm = Annotated[str | None, _value("NAME", "Linf or L2; else the export's")]
+Threat = Annotated[
+    str | None, _value("NAME", "oblivious, black-box or white-box; else the export's", words=get_args(Knowledge))
+]
+Norm = Annotated[str | None, _value("NAME", "Linf or L2; else the export's", words=get_args(norms))]
 Eps = Annotated[str | None, _value("FLOAT", "its bound, in pixel units of [0, 1], 8/255 too; else the export's")]
 Images = Annotated[int | None, _value("INTEGER", "validation images; else as many as the search attacked")]
 Substitute = Annotated[str | None, _value("NAME", "the black-box attacker's architecture; else the study's")]
@@ -148,7 +157,7 @@ def _flag(name: str) -> inspect.Parameter:
         help=escape(shown),
         metavar=NOUNS.get(name, noun),
         rich_help_panel=next((panel for panel, names in PANELS.items() if name in names), None),
-        autocompletion=(lambda: choices) if choices else completed(KINDS[name]) if name in KINDS else None,
+        autocompletion=_completing(KINDS.get(name), choices),
         show_default=False,
     )
     kind: Any = list[str] if name == "knobs" else str

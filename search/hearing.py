@@ -156,7 +156,7 @@ class Hearing:
             if entry is None:
                 with self.lane.working():
                     made = make()
-                about = {"model": name, "trail": dict(made.trail), "about": dict(made.about)}
+                about = {"model": name, "seed": self.seed, "trail": dict(made.trail), "about": dict(made.about)}
                 entry = self.store.put("finals", key, {"verdicts.safetensors": made.tensors()}, about)
             self._ended += 1
             return Judged.of(load_file(entry / "verdicts.safetensors"), self.store.about("finals", key))
@@ -201,7 +201,7 @@ class Hearing:
         # What fell to AutoAttack was spared by the rest: their share of the trail would say nothing.
         others = {name: left for name, left in found.trail.items() if not name.startswith("white-box")}
         trail = {f"{FULL}/{k}": v for k, v in others.items()} | {f"{AUTOATTACK}/{k}": v for k, v in alone.trail.items()}
-        return Judged(verdicts, trail, {"queries": queries})
+        return Judged(verdicts, trail, {"queries": queries, "images": [block.start, block.stop]})
 
     def _substitute(self, contender: Contender) -> tuple[nn.Module, int]:
         """Return what the black-box attacker learnt of a model, and how often it asked; learnt once for all blocks."""

@@ -93,7 +93,9 @@ def _table(record: Record, found: Sequence[Candidate]) -> pd.DataFrame:
     if not rows and (undefended := record.undefended()):
         rows = [replace(undefended, params=record.space.setting(record.space.usual_of)).row()]
     table = pd.DataFrame(rows)
-    kinds = {name: _kind(record.space.flat().get(name), name) for name in table.columns}
+    domains = record.space.flat().items()
+    knobs = {f"knob_{name}" if f"knob_{name}" in table else name: domain for name, domain in domains}
+    kinds = {name: _kind(knobs.get(name), name) for name in table.columns}
     return table.astype(kinds).head(len(found))
 
 

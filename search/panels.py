@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,12 @@ def _points(name: str, candidates: Sequence[Candidate], **style: Any) -> go.Scat
     x = [c.score.latency_ms_p50 for c in candidates]
     y = [1 - c.score.attacked_error for c in candidates]  # accuracy where nothing is rejected
     return go.Scatter(name=name, x=x, y=y, text=[c.candidate for c in candidates], **style)
+
+
+def announce(say: Callable[[str], None], run: wandb.Run) -> None:
+    """Say where a run is to be seen; one that is offline is nowhere."""
+    if run.url:
+        say(f"W&B {run.url}")
 
 
 def log(point: Mapping[str, float], run: wandb.Run) -> None:

@@ -12,7 +12,7 @@ from spaces.space import InputError, Params
 LONGEST, SHORTEST = 40, 4
 """Epochs of a training that a fraction is taken of, at most: Defense-GAN's 926 would outlast all others; and that it
 leaves, where there are so many."""
-LEAST_BATCH = 16
+LEAST_BATCH, LEAST_IMAGES = 16, 50
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Portion:
 
     def attacked(self, images: int) -> int:
         """Return how many validation images are attacked."""
-        return max(1, round(self.fraction * images))
+        return max(min(images, LEAST_IMAGES), round(self.fraction * images))
 
     def root(self, number: int) -> int:
         """Return F^(1/2) of a number of repetitions."""
@@ -70,8 +70,8 @@ class Portion:
         return (
             f"a fraction of {self.fraction:g}: {images} of the training images, {root} of the epochs (at least "
             f"{SHORTEST}; of a long training {LONGEST} count) in batches of {root} of their size, {root} of "
-            f"Defense-GAN's steps and of its restarts, {100 * self.fraction:g} % of the images that are attacked. "
-            "It shows the way and proves nothing"
+            f"Defense-GAN's steps and of its restarts, {100 * self.fraction:g} % of the images that are attacked "
+            f"(at least {LEAST_IMAGES}). It shows the way and proves nothing"
         )
 
 

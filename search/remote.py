@@ -61,6 +61,11 @@ def checked(storage: str) -> str:
     return storage.rstrip("/")
 
 
+def masked(given: object) -> object:
+    """Return what was given as a storage, as it may be shown: without a password."""
+    return re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", given) if isinstance(given, str) else given
+
+
 def local(storage: str) -> Path:
     """Return the folder in which this node works: the storage itself, or the one that stands for a URI here."""
     if not is_uri(storage):

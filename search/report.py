@@ -32,10 +32,10 @@ TOP = 10
 """Rows of the leaderboard."""
 
 LINES = 400
-"""Lines of the parallel coordinates, dots of a slice; more cannot be told apart."""
+"""Lines of the parallel coordinates; more cannot be told apart."""
 
-CURVES = 150
-"""Learning curves that are drawn."""
+DOTS, CURVES = 200, 100
+"""Dots of a slice and learning curves that are drawn."""
 
 PICTURES = 6
 PICTURE_BYTES = 500_000
@@ -63,6 +63,7 @@ def render(findings: Findings) -> str:
         charts=charts(findings),
         rejects=any(c.score.clean_rejection or c.score.attacked_rejection for c in findings.candidates),
         lines=LINES,
+        dots=DOTS,
         curves=CURVES,
         chance=CHANCE,
         pictures=pictures(findings),

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from attacks.interval import wilson
 from defenses.base import Metrics
-from search import papers, remote
+from search import papers
 from search.cells import Cells, Ours
 from search.gallery import PICTURES
 from search.latency import device_name
@@ -30,6 +30,7 @@ from search.reproduce_page import html, markdown, page, said
 from search.setting import Setting
 from search.store import write_atomic
 from search.strike import NotRun, threat
+from search.study import make
 
 __all__ = ["beside", "page", "reproduce"]
 
@@ -55,7 +56,7 @@ def reproduce(
         name: of the table, such as puvae/3.
         fraction: of the work (search/portion.py); 1 is all of it.
         storage: its store is that of the searches.
-        out: the folder of the pages; else STORAGE/tables/NAME.
+        out: the folder of the pages; else one in STORAGE/tables.
 
     Returns:
         The table, as JSON.
@@ -64,8 +65,8 @@ def reproduce(
         InputError: there is no such table, or the fraction is not in (0, 1].
     """
     table, portion = papers.table(name), Portion(fraction)
-    where = name.replace("/", "-") + ("" if portion.whole else f"-fraction-{fraction:g}")
-    out = out or remote.local(remote.checked(storage)) / "tables" / where
+    part, other = "" if portion.whole else f"-fraction-{fraction:g}", f"-seed-{seed}" if seed else ""
+    out = out or make({"storage": storage}).root / "tables" / f"{name.replace('/', '-')}{part}{other}"
     return beside(table, portion, storage=storage, data_dir=data_dir, out=out, seed=seed, console=console)
 
 
@@ -164,13 +165,13 @@ def _named(setting: Setting) -> str:
 
 
 def _order(table: Table) -> list[int]:
-    """Return the cells' places, those of one training together and the cheap defenses first."""
-
-    def group(i: int) -> tuple[bool, str, str, str, str]:
-        s = table.cells[i].setting
-        return s.defense != "none", s.defense, s.task, s.protect or "", str(sorted(s.knobs.items()))
-
-    return sorted(range(len(table.cells)), key=group)
+    """Return the cells' places: bare classifiers first, then those of one training together, as the table has them."""
+    groups: dict[tuple[bool, str, str, str, str], list[int]] = {}
+    for i, cell in enumerate(table.cells):
+        s = cell.setting
+        bare, knobs = s.defense == "none", str(sorted(s.knobs.items()))
+        groups.setdefault((not bare, s.defense, s.task, s.protect or "", knobs), []).append(i)
+    return [i for group in sorted(groups, key=lambda group: group[0]) for i in groups[group]]
 
 
 def _ours(cells: Cells, setting: Setting) -> dict[str, Any]:

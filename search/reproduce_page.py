@@ -23,8 +23,8 @@ MUCH = 0.10
 STYLES = ("bold blue", "cyan", "yellow", "bold magenta")
 """Of the distances; those who tell no red from green tell these, and the difference stands in digits beside."""
 SPLIT = (
-    "Ours are of validation images, the paper's of test images: the test split is opened by `final` alone. A network "
-    "that is too small or trained too briefly may lie as far from the paper as a wrong one."
+    "Ours are of validation images, the paper's of test images: the test split is opened by launch.py final alone. "
+    "A network that is trained too briefly may lie as far from the paper as a wrong one."
 )
 
 
@@ -78,7 +78,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     state = "" if found["state"] == "finished" else f" ({found['state']}; the same command goes on from here)"
     lines = [
         f"Source: {found['citation']}, {found['source']}.",
-        f"Threat model: {found['threat']}" + (f": {threats}." if threats else "."),
+        f"Threat model: {found['threat']}." + (f" Attacks: {threats}." if threats else ""),
         f"This run: {found['meaning']}. Seed {found['seed']}, {found['device']}.",
         f"{ran} of {len(found['cells'])} cells ran{state}, in {duration(found['seconds'])} this time.",
         SPLIT,

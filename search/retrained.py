@@ -62,12 +62,14 @@ class Case:
 
     Args:
         folder: where it lies.
+        identity: the fingerprint of its weights and its setting.
         study: the search's, where this run works.
         target: the export itself, as it was loaded.
         evidence: its evidence.json.
     """
 
     folder: Path
+    identity: str
     study: Study
     params: Params
     threat: ThreatModel
@@ -136,7 +138,7 @@ class Contender:
         export: whose it is; empty: it stands beside several.
         name: what tables call it.
         identity: the fingerprint of everything that shaped it.
-        threat: norm and eps of what attacks it.
+        threat: norm and eps of what attacks it, under whichever threat model.
         classifier: that of the bare one.
         target: what is attacked.
         substitute: the architecture that the black-box attacker trains.
@@ -157,17 +159,14 @@ def train(cases: Sequence[Case], seed: int, tell: Tell) -> None:
     asked = [(case, *training) for case in cases for training in case.trainings()]
     whole, before = sum(epochs(params) for *_, params in asked), 0
     for case, name, study, params in asked:
-        bench, mine = case.bench(study, seed), epochs(params)
-        tell(f"{name}: the classifiers it needs", before / whole)
-        for architecture in sorted(bench.needed()):
-            bench.classifier(architecture)
+        mine = epochs(params)
+        tell(f"{name}, and the classifiers that it needs", before / whole)
 
         def report(epoch: int, metrics: Metrics, name: str = name, mine: int = mine, before: int = before) -> None:
             tell(f"{name}: epoch {epoch}/{mine}", (before + epoch) / whole)
 
-        bench.fit(params, report)
+        case.bench(study, seed).fit(params, report)
         before += mine
-        tell(name, before / whole)
 
 
 def contenders(cases: Sequence[Case], seed: int) -> list[Contender]:
@@ -177,7 +176,7 @@ def contenders(cases: Sequence[Case], seed: int) -> list[Contender]:
         for name, study, params in case.trainings():
             bench = case.bench(study, seed)
             key, defense = bench.fit(params, silent)
-            protected, threat = bench.plan.protected, case.threat
+            protected, threat = bench.plan.protected, replace(case.threat, knowledge="white-box")
             where, own = f"{protected}, {threat.norm} eps {threat.eps:g}", name == case.name
             made = Contender(
                 export=name if own else "",
@@ -198,5 +197,7 @@ def contenders(cases: Sequence[Case], seed: int) -> list[Contender]:
             )
             for one in (made, bare):
                 mark = fingerprint(export=one.export, model=one.identity, threat=repr(threat), by=one.substitute)
-                found.setdefault(mark, one)
+                alike = {(other.export, other.name) for known, other in found.items() if known != mark}
+                apart = f" beside {case.name}" if (one.export, one.name) in alike else ""
+                found.setdefault(mark, replace(one, name=one.name + apart))
     return list(found.values())

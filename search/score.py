@@ -62,14 +62,19 @@ class Candidate:
     def row(self) -> dict[str, Scalar | None]:
         """Return the row of candidates.csv."""
         s = self.score
-        return {
+        whose: dict[str, Scalar | None] = {
             "candidate": self.candidate,
             "fit": self.fit,
             "defense": self.defense,
             "task": self.task,
             "threat": s.threat.knowledge,
             "eps": s.threat.eps,
-            **self.params.flat(),
+        }
+        # A knob of one of these names, such as the eps that a defense trains with, must not pass for it.
+        knobs = {f"knob_{name}" if name in whose else name: value for name, value in self.params.flat().items()}
+        return {
+            **whose,
+            **knobs,
             "attacked_accuracy": s.attacked_accuracy,
             "attacked_error": s.attacked_error,
             "attacked_rejection": s.attacked_rejection,

@@ -229,7 +229,7 @@ def _refused(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "extra_forbidden":
         return name, _unknown(name)
     law = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    given = first["input"]
+    given = remote.masked(first["input"])
     return name, f"{name} {law}, but is {given!r}"
 
 

@@ -56,7 +56,7 @@ class Tracker(Listener):
         known: Sequence[Candidate] = (),
         ended: Mapping[str, int] | None = None,
     ) -> None:
-        self._logbook = Logbook(mode, folder, say)
+        self._logbook, self._say = Logbook(mode, folder, say), say
         self._states = Counter[str](ended or {})
         self._best = list(known)
         self._candidates = len(known)
@@ -79,6 +79,7 @@ class Tracker(Listener):
         self._study, self._undefended = study, undefended
         config = study.model_dump(exclude={"address", "storage", "data_dir"})  # they tell of the machine
         self._logbook.open(SEARCH, _about(study, study.name, "search", config))
+        self._logbook.write(SEARCH, partial(panels.announce, self._say))
         by_trial = {f"trial/{name}": extreme for name, extreme in BY_TRIAL.items()}
         self._logbook.write(SEARCH, partial(panels.define, "trial", by_trial))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
 import json
 import os
@@ -23,7 +25,7 @@ from ray.exceptions import RayTaskError
 import launch as command_line
 from launch import main
 from search.fields import Fields
-from search.flags import PANELS
+from search.flags import LISTED, PANELS
 from search.study import read
 from spaces.space import InputError
 
@@ -238,10 +240,7 @@ def test_more_than_the_cluster_has_is_refused_before_anything_is_written(tmp_pat
     assert not list((tmp_path / "runs").glob("[!.]*"))
 
 
-KINDS = ["defenses", "attacks", "spaces", "tasks", "tables", "searches"]
-
-
-@pytest.mark.parametrize("what", KINDS)
+@pytest.mark.parametrize("what", LISTED)
 def test_lists_are_tables_for_people_and_json_for_scripts(what: str) -> None:
     assert isinstance(found := json.loads(said("list", what, "--json").out), list)
     shown = said("list", what)
@@ -262,26 +261,47 @@ def test_json_alone_stands_on_standard_output(words: str, tmp_path: Path) -> Non
     assert heard.code == 0 and json.loads(heard.out) is not None
 
 
-@pytest.mark.parametrize(
-    ("words", "seam"),
-    [
-        ("attack /tmp", "search.attack.attack"),
-        ("final /tmp", "search.final.final"),
-        ("reproduce puvae/3", "search.reproduce.reproduce"),
-        ("doctor", "search.doctor.examine"),
-    ],
-)
-def test_whatever_work_prints_goes_to_standard_error_where_json_is_asked_for(
-    words: str, seam: str, monkeypatch: pytest.MonkeyPatch
+WORK = [
+    ("attack /tmp --suite full --threat oblivious --norm L2 --eps 1 --images 9 --seed 2", "search.attack", "attack"),
+    ("final /tmp /tmp --seeds 2 --images 9 --concurrent 3 --address auto --debug", "search.final", "final"),
+    ("reproduce puvae/3 --fraction 0.05 --seed 3 --out /tmp", "search.reproduce", "reproduce"),
+    ("doctor --address auto", "search.doctor", "examine"),
+]
+
+
+@pytest.mark.parametrize(("words", "module", "name"), WORK, ids=[words for words, _, _ in WORK])
+def test_with_json_whatever_work_prints_goes_to_standard_error(
+    words: str, module: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def chatty(*_: object, **__: object) -> list[Any]:
+    real = inspect.signature(getattr(importlib.import_module(module), name))
+
+    def chatty(*given: object, **named: object) -> list[Any]:
+        real.bind(*given, **named)
         print("a library prints this")
         return []
 
-    monkeypatch.setattr(seam, chatty)
-    monkeypatch.setattr("search.listings.exports", lambda paths: paths)
+    monkeypatch.setattr(f"{module}.{name}", chatty)
+    monkeypatch.setattr("search.listings.exports", lambda paths: paths[:1])
     heard = said(*words.split(), "--json")
-    assert json.loads(heard.out) == [] and "a library prints this\n" in heard.err
+    assert heard == Said(0, "[]\n", "a library prints this\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "name"),
+    [("dashboard night --port 8081", "search.dashboard", "serve"), ("wandb-view night", "search.workspace", "view")],
+)
+def test_the_commands_that_show_a_search_open_it_first(
+    words: str, module: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = inspect.signature(getattr(importlib.import_module(module), name))
+
+    def shows(*given: object, **named: object) -> int:
+        assert real.bind(*given, **named).arguments["study"] == ("night", "runs")
+        return 0
+
+    monkeypatch.setattr("search.courier.opened", lambda name, storage: (name, storage))
+    monkeypatch.setattr(f"{module}.{name}", shows)
+    assert said(*words.split()).code == 0
 
 
 @pytest.mark.parametrize(
@@ -360,6 +380,7 @@ def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> N
     (tmp_path / "runs" / "night").mkdir(parents=True)
     (tmp_path / "runs" / "night" / "study.yaml").touch()
     tries = ["st", "search --meth", "search --method n", "search --defense gmvae --space paper_", "status ni", "data f"]
+    tries += ["attack x --threat ob", "list ta"]
     lines = [f"source <({sys.executable} {ROOT / 'launch.py'} completion)"]
     for tried in tries:
         lines.append(f"COMP_WORDS=({sys.executable} {ROOT / 'launch.py'} {tried})")
@@ -370,7 +391,17 @@ def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> N
         ["bash", "--norc", "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert shown.stdout.splitlines() == [
-        *("status", "--method", "nsga2", "paper_svhn paper_semi", "night", "fetch", "none"),
+        *(
+            "status",
+            "--method",
+            "nsga2",
+            "paper_svhn paper_semi",
+            "night",
+            "fetch",
+            "oblivious",
+            "tasks tables",
+            "none",
+        ),
         "complete -o bashdefault -o default -F _crucible python",
     ], shown.stderr
 

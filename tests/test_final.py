@@ -1,13 +1,18 @@
-"""Final runs: what is trained and judged is what the page says, once, whatever dies on the way."""
+"""Final runs: what is trained and judged is what the page says, once, whatever dies on the way.
+
+Shapes: N images, C channels, H x W pixels.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
+import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,19 +24,26 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from scipy.stats import norm
+from torch import Tensor
+from torch.nn import functional as F
 
-from attacks.robustness import Outsider
+from attacks.robustness import evaluate
 from attacks.substitute import train_substitute
 from attacks.suite import APGD_CE, FGSM, PGD_5, SELECTIVE_10, SUITES, Suite
 from defenses.base import Defended
 from search import final as finals
 from search import hearing, tasks
-from search.crew import Piece, crew
-from search.export import SEAL, load, seal
-from search.final import final, page
+from search.cache import ensure
+from search.crew import Piece, Tell, crew
+from search.export import FILES, SEAL, seal
+from search.final import final, page, train_seed
 from search.final_page import forms
+from search.fits import TrialError
 from search.hearing import Hearing
-from search.retrained import Case, contenders
+from search.latency import Lane
+from search.retrained import Case, Retrained, contenders
+from search.store import Store
 from search.study import Study
 from search.trial import Bench, run_trial, silent, store_of
 from search.winners import export
@@ -40,7 +52,7 @@ from tests.conftest import digits_study
 
 pytestmark = pytest.mark.slow
 
-IMAGES, SEEDS = 24, [1000, 1001]
+IMAGES, SEEDS, CHOSEN_ON = 24, [1000, 1001], 10
 QUIET = Console(file=io.StringIO())
 APGD_5 = replace(APGD_CE, steps=5)
 SMALL = {
@@ -64,8 +76,9 @@ def _small() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of a MagNet, which rejects, chosen on 20 validation images."""
-    study = digits_study(tmp_path_factory.mktemp("runs"), defense="magnet", eval_images=20, eps=0.1, suite="quick")
+    """An export of a MagNet, which rejects, trained on 150 images and chosen on 10 validation images."""
+    smaller = {"train_images": 150, "eval_images": CHOSEN_ON, "cheap_images": CHOSEN_ON, "suite": "quick"}
+    study = digits_study(tmp_path_factory.mktemp("runs"), defense="magnet", eps=0.1, **smaller)
     store, space = store_of(study).make(), study.plan().space
     usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
     candidate, *_ = run_trial(study, Params(usual, space.usual()), store, silent, alone=True)
@@ -77,7 +90,7 @@ class Counted:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.epochs, self.struck, self.interrupts = 0, 0, 0
-        save, strike = type(store_of(Study())).save_progress, Hearing._struck
+        save, strike = Store.save_progress, Hearing._struck
 
         def saving(store: Any, key: str, state: Any) -> None:
             save(store, key, state)
@@ -90,7 +103,7 @@ class Counted:
             self._dies(self.struck == 5)
             return found
 
-        patch.setattr(type(store_of(Study())), "save_progress", saving)
+        patch.setattr(Store, "save_progress", saving)
         patch.setattr(Hearing, "_struck", striking)
 
     def _dies(self, now: bool) -> None:
@@ -99,8 +112,11 @@ class Counted:
             raise KeyboardInterrupt
 
 
+Found = tuple[dict[str, Any], Counted]
+
+
 @pytest.fixture(scope="module")
-def judged(exported: Path) -> tuple[dict[str, Any], Counted]:
+def judged(exported: Path) -> Found:
     """A final run of two seeds that died twice and was called again each time."""
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(patch)
@@ -110,6 +126,254 @@ def judged(exported: Path) -> tuple[dict[str, Any], Counted]:
         return final([exported], seeds=2, images=IMAGES, debug=True, console=QUIET), counted
 
 
-def test_x(judged: Any) -> None:
-    print(page(judged[0]))
-    print(judged[1].__dict__)
+def cases_of(exported: Path) -> list[Case]:
+    moves = {"storage": str(exported.parents[2]), "data_dir": None, "address": None}
+    return [finals._case(exported, moves)]
+
+
+def the(table: Mapping[str, Any], model: str, suite: str, knowledge: str) -> dict[str, Any]:
+    """Return the one row of a model's accuracy."""
+    wanted = {"figure": "accuracy", "suite": suite, "knowledge": knowledge}
+    (row,) = (r for r in table["rows"] if r["model"].startswith(model) and r | wanted == r)
+    return cast(dict[str, Any], row)
+
+
+def test_nothing_that_was_finished_is_done_again_after_a_death(judged: Found) -> None:
+    """Of each seed one epoch of two and three of four are kept, and three models attacked in two blocks."""
+    _, counted = judged
+    assert counted.interrupts == 2
+    assert counted.epochs == 2 * (1 + 3)
+    assert counted.struck == 2 * 3 * 2 + 1, "the block that died before it was kept, and no other"
+
+
+def test_a_second_call_reads_all_from_the_store(judged: Found, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **more: object) -> None:
+        raise AssertionError("done again")
+
+    for kind, name in ((Retrained, "_train"), (Hearing, "_struck"), (Hearing, "_compared"), (hearing, "measure")):
+        monkeypatch.setattr(kind, name, never)
+    again = final([exported], seeds=2, images=IMAGES, debug=True, console=QUIET)
+    assert again == judged[0]
+    assert len(again["exports"][0]["looks"]) == 1
+
+
+def wilson_by_roots(p: float, n: int) -> list[float]:
+    """Return where |p - q| is 1.96 standard errors of q: Wilson's interval by its definition."""
+    zz = norm.ppf(0.975) ** 2 / n
+    return sorted(np.roots([1 + zz, -2 * p - zz, p * p]).real)
+
+
+@pytest.mark.parametrize("model", ["magnet", "undefended", "adversarially"])
+@pytest.mark.parametrize("what", ["clean", "full/oblivious", "full/black-box", "full/white-box", "standard/white-box"])
+def test_each_figure_is_what_the_kept_verdicts_of_its_seeds_say(
+    judged: Found, exported: Path, model: str, what: str
+) -> None:
+    parts = defaultdict[int, list[dict[str, Tensor]]](list)
+    for path in sorted((exported.parents[2] / ".store" / "finals").glob("*/entry.json")):
+        about = json.loads(path.read_text())["about"]
+        if about.get("model", "").startswith(model) and "images" in about["about"]:
+            parts[about["seed"]].append(load_file(path.parent / "verdicts.safetensors"))
+    right = [torch.cat([part[f"right {what}"][0] for part in parts[seed]]).numpy() for seed in SEEDS]
+    wrong = [torch.cat([part[f"wrong {what}"][0] for part in parts[seed]]).numpy() for seed in SEEDS]
+    row = the(judged[0], model, *(what.split("/") if "/" in what else (what, "")))
+    assert [len(verdicts) for verdicts in right] == [IMAGES, IMAGES]
+    assert row["each"] == pytest.approx([verdicts.mean() for verdicts in right])
+    assert row["mean"] == pytest.approx(np.mean([verdicts.mean() for verdicts in right]))
+    assert row["deviation"] == pytest.approx(np.std([verdicts.mean() for verdicts in right], ddof=1))
+    assert [row["low"], row["high"]] == pytest.approx(wilson_by_roots(row["mean"], IMAGES), abs=1e-9)
+    assert row["error"] == pytest.approx(np.mean(wrong))
+    assert row["rejection"] == pytest.approx(1 - np.mean(right) - np.mean(wrong))
+
+
+def test_the_figures_come_back_by_hand_on_the_test_split(judged: Found, exported: Path) -> None:
+    """Clean accuracy and FGSM on the bare classifier, written anew, on images read from the cache."""
+    folder = ensure("digits", None)
+    x_NCHW = torch.from_numpy(np.load(folder / "x_test.npy")[:IMAGES].astype(np.float32)) / 16
+    y_N = torch.from_numpy(np.load(folder / "y_test.npy")[:IMAGES].astype(np.int64))
+    clean, fooled = [], []
+    for seed in SEEDS:
+        target = cast(Defended, contenders(cases_of(exported), seed)[0].target)
+        x = x_NCHW.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(F.cross_entropy(target.classifier(x), y_N, reduction="sum"), x)
+        attacked = (x_NCHW + 0.1 * slope.sign()).clamp(0, 1)
+        kept = [(target(x).argmax(1) == y_N) & target.accept(x) for x in (x_NCHW, attacked)]
+        clean.append(float(kept[0].float().mean()))
+        fooled.append(float((kept[0] & kept[1]).float().mean()))
+    assert the(judged[0], "magnet", "clean", "")["each"] == pytest.approx(clean)
+    (trail,) = (one["accuracy_after"] for one in judged[0]["trails"] if one["model"] == "magnet")
+    assert trail["full/oblivious/fgsm"] == pytest.approx(mean(fooled))
+
+
+def test_what_is_trained_has_train_and_validation_and_nothing_else(judged: Found, exported: Path) -> None:
+    (case,) = cases_of(exported)
+    sizes = tasks.sizes("digits")
+    for _, study, _ in case.trainings():
+        x_NCHW, y_N = case.bench(study.model_copy(update={"train_images": None}), 1000).training
+        assert len(x_NCHW) == len(y_N) == sizes.train + sizes.validation
+        for split, part in (("train", slice(sizes.train)), ("validation", slice(sizes.train, None))):
+            wanted_NCHW, wanted_N = tasks.load("digits", split)  # type: ignore[arg-type]
+            assert torch.equal(x_NCHW[part], wanted_NCHW) and torch.equal(y_N[part], wanted_N)
+    tested = {image.numpy().tobytes() for image in tasks.open_test("digits")[0]}
+    assert not tested & {image.numpy().tobytes() for image in x_NCHW}
+    assert len(case.bench(study, 1000).training[0]) == 150 + sizes.validation
+
+
+@pytest.mark.parametrize("limit", [None, 100, 1257])
+def test_no_search_takes_a_fit_of_a_final_run_nor_the_other_way_round(exported: Path, limit: int | None) -> None:
+    (case,) = cases_of(exported)
+    for _, study, params in case.trainings():
+        study = study.model_copy(update={"train_images": limit, "seed": 1000})
+        theirs, ours = Bench(study, store_of(study)), case.bench(study, 1000)
+        assert theirs.fingerprint(params) != ours.fingerprint(params)
+        assert theirs.identity("A") != ours.identity("A")
+
+
+def test_the_page_says_what_the_numbers_are(judged: Found) -> None:
+    table, _ = judged
+    said = page(table)
+    one = table["exports"][0]
+    assert f"{IMAGES} of 360 test images were attacked" in said
+    assert "seeds 1000, 1001) on 150 training and all 180 validation images" in said
+    assert "trained on 150 training and all 180 validation images, of 1437 that there are" in said
+    assert "Linf eps 0.1" in said and "not times the seeds" in said and "Look" not in said
+    assert all(f"> **ALARM** {one['export']}: {alarm}" in said for alarm in one["alarms"])
+    for each in one["optimism"]:
+        way = "optimistic" if each["optimistic"] >= 0 else "pessimistic"
+        assert each["optimistic"] == pytest.approx(each["validation"] - each["test"])
+        assert f"{way} by {100 * abs(each['optimistic']):.1f} points" in said
+
+
+def test_the_search_is_compared_by_its_own_attacks_on_the_same_weights(judged: Found, exported: Path) -> None:
+    """The search's suite is `quick`: PGD of five steps and the targeted iFGSM, run here by the suite itself."""
+    (case,) = cases_of(exported)
+    images = tasks.open_test("digits", None, CHOSEN_ON)
+    target = Defended(case.target.defense, case.target.classifier)
+    found = evaluate(SUITES["quick"], target, *images, case.threat, seed=0).attacked
+    each = judged[0]["exports"][0]["optimism"][0]
+    assert (each["by"], each["suite"], each["test_images"]) == ("search", "quick", CHOSEN_ON)
+    assert each["test"] == pytest.approx(found.accuracy)
+    assert each["validation"] == case.evidence["attacked_accuracy_of_the_search"]
+
+
+def test_another_look_is_noted_and_the_page_says_so(judged: Found, exported: Path, tmp_path: Path) -> None:
+    """A copy of the export, so that the others keep their one look; two exports have one table, baselines once."""
+    twin = tmp_path / "twin"
+    shutil.copytree(exported, twin, ignore=shutil.ignore_patterns("final"))
+    known = json.loads((twin / "evidence.json").read_text()) | {"candidate": "twin"}
+    (twin / "evidence.json").write_text(json.dumps(known))
+    (twin / SEAL).write_bytes(seal({name: (twin / name).read_bytes() for name in FILES}))
+    other = tmp_path / "other"
+    shutil.copytree(exported, other)
+    storage, screen = str(exported.parents[2]), io.StringIO()
+    console = Console(file=screen, width=1000)
+    table = final([other, twin], seeds=1, images=IMAGES, storage=storage, debug=True, console=console)
+    assert [one["export"] for one in table["exports"]] == [judged[0]["exports"][0]["export"], "twin"]
+    assert [len(one["looks"]) for one in table["exports"]] == [2, 1]
+    assert sum(row["figure"] == "accuracy" for row in table["rows"]) == (2 + 2) * 5
+    assert "**Look 2 at the test split**" in page(table) and "look 2 at the test split" in screen.getvalue()
+    assert "**Look 2" not in (twin / "final" / "FINAL.md").read_text()
+    assert "2 exports stand side by side" in (tmp_path / "final" / "FINAL.md").read_text()
+    assert all(row["deviation"] is None for row in table["rows"]), "one seed has none"
+    assert "±" not in page(table).partition("| model")[2]
+
+
+def test_the_files_are_markdown_csv_latex_and_json(judged: Found, exported: Path) -> None:
+    table, _ = judged
+    files = {name: (exported / "final" / name).read_text() for name in forms(table)}
+    assert files["FINAL.md"] == page(table)
+    assert json.loads(files["FINAL.json"]) == table
+    rows = list(csv.DictReader(io.StringIO(files["FINAL.csv"])))
+    assert [float(row["mean"]) for row in rows] == pytest.approx([row["mean"] for row in table["rows"]])
+    assert all(f"{IMAGES} of 360" in row["smaller"] and row["look"] == "1" for row in rows)
+    body = [line for line in files["FINAL.tex"].splitlines() if not line.startswith("%")]
+    cells = [line.removesuffix(r" \\").split(" & ") for line in body if " & " in line]
+    assert {len(line) for line in cells} == {7} and len(cells) == 4
+    assert body[0].startswith(r"\begin{tabular}{lrrrrrr}") and body[-1] == r"\end{tabular}"
+    for line in body:
+        bare = re.sub(r"\\[\\%_&#${}]", "", line)
+        assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0 and "%" not in bare
+
+
+def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(judged: Found, exported: Path) -> None:
+    said = list[str]()
+    (case,) = cases_of(exported)
+    contender = contenders([case], 1000)[1]
+    heard = Hearing(
+        *tasks.open_test("digits", None, 3),
+        7,
+        store_of(case.study),
+        Lane(torch.device("cpu")),
+        lambda doing, share: said.append(doing),
+        steps=1,
+    )
+    heard.judge([contender])
+    assert any("images 0 to 3: standard apgd-ce" in line for line in said)
+    assert any("images 0 to 3: full pgd-5" in line for line in said)
+    screen = io.StringIO()
+    with crew(case.study, debug=True, concurrent=None, console=Console(file=screen, force_terminal=True)) as work:
+        work("training", [Piece("seed 1000", speaks, ())])
+    assert "epoch 1/2" in screen.getvalue() and "left" in screen.getvalue()
+    with crew(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
+        work("training", [Piece("seed 1000", speaks, ())])
+    assert pipe.getvalue() == "training: seed 1000 is done, 1 of 1\n"
+
+
+def speaks(study: Study, tell: Tell) -> None:
+    tell("puvae: epoch 1/2", 0.5)
+    time.sleep(0.3)  # a terminal is drawn ten times a second
+
+
+def test_workers_of_ray_do_the_same(judged: Found, exported: Path) -> None:
+    cases = cases_of(exported)
+    console = Console(file=(screen := io.StringIO()), force_terminal=True, width=200)
+    with crew(cases[0].study, debug=False, concurrent=1, console=console) as work:
+        pieces = [Piece(f"seed {seed}", train_seed, (cases, seed)) for seed in SEEDS]
+        assert work("training", pieces) == ["", ""]
+    assert "seed 1001 is done, 2 of 2" in screen.getvalue()
+
+
+def test_a_seed_that_diverges_costs_the_others_nothing(
+    judged: Found, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(cases: Sequence[Case], seed: int, tell: Tell) -> None:
+        if seed == 1000:
+            raise TrialError("the training diverged: loss is nan after epoch 1")
+
+    monkeypatch.setattr(finals, "train", diverges)
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    table = final([copy], seeds=2, images=IMAGES, storage=str(exported.parents[2]), debug=True, console=QUIET)
+    assert table["trained"] == [1001] and "1000" in table["failed"]
+    assert "1 of 2 trainings diverged" in page(table)
+
+
+@pytest.mark.parametrize(
+    ("asked", "law"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1, but is 0"),
+        ({"images": 0}, "images must be from 1 to 360 of digits's test split, but is 0"),
+        ({"images": 361}, "images must be from 1 to 360 of digits's test split, but is 361"),
+        ({"exports": []}, "at least one export"),
+        ({"exports": [Path("nowhere")]}, "an export must be a folder with whole files"),
+        ({"altered": "weights.safetensors"}, "weights.safetensors"),
+        ({"altered": "evidence.json"}, "evidence.json"),
+        ({"data_dir": "empty"}, "the data must be those of the export"),
+        ({"twice": True}, "must be different"),
+        ({"storage": "/proc/none"}, "a final run writes into /proc/none"),
+    ],
+)
+def test_bad_input_ends_before_anything_is_trained(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], law: str
+) -> None:
+    copy = shutil.copytree(exported, tmp_path / "copy", ignore=shutil.ignore_patterns("final"))
+    if altered := asked.pop("altered", None):
+        (copy / altered).write_bytes((copy / altered).read_bytes() + b" ")
+    if asked.pop("data_dir", None):
+        monkeypatch.setattr(tasks, "checksum", lambda *args: "0" * 64)
+    given: dict[str, Any] = {
+        "storage": str(tmp_path / "store"),
+        "exports": [copy] * (2 if asked.pop("twice", False) else 1),
+    } | asked
+    with pytest.raises(InputError) as error:
+        final(**given, debug=True, console=QUIET)
+    assert law in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "store").exists() and not (copy / "final").exists()

@@ -77,6 +77,14 @@ def test_a_search_is_read_by_its_name_too_and_its_front_is_a_part_of_it(study: S
     assert nobody.empty and list(nobody.dtypes) == list(table.dtypes)
 
 
+def test_the_eps_that_a_defense_trains_with_does_not_pass_for_the_attackers(tmp_path: Path, working: Working) -> None:
+    working(Pretence(lambda params: 0.5))
+    study = digits_study(tmp_path, defense="advae", knobs={"eps": 0.125}, trials=1)
+    table = search.search(study, debug=True, console=QUIET)
+    assert set(table["eps"]) == {0.3} and set(table["knob_eps"]) == {0.125}
+    assert str(table.dtypes["knob_eps"]) == "float64"
+
+
 def test_a_cell_that_is_run_again_goes_on_where_it_was_interrupted(study: Study, working: Working) -> None:
     first, second = Pretence(robust, dies_at=1), Pretence(robust)
     working(first)

@@ -211,7 +211,7 @@ def test_times_are_compared_as_multiples_of_the_fastest(storage: Path) -> None:
     magnet, descended, times = found["cells"]
     assert magnet["relative"] == {"ours": 1.0, "paper": 1.0, "to": "A · MagNet"}
     assert descended["relative"]["paper"] == pytest.approx(100)
-    assert descended["ours"] > 10 * magnet["ours"]
+    assert descended["ours"] > magnet["ours"]
     assert descended["distance"] == pytest.approx(descended["relative"]["ours"] / 100)
     assert times["relative"]["ours"] == 1.0
 
@@ -272,6 +272,7 @@ def test_a_fraction_cuts_images_epochs_batches_and_steps() -> None:
     assert (cut.inference["steps"], cut.inference["restarts"]) == (45, 4)
     assert {n: v for n, v in cut.train.items() if n not in ("epochs", "batch_size")}.items() <= paper.train.items()
     assert (Portion(0.05).training_images(54_000), Portion(0.05).attacked(6_000)) == (5710, 300)
+    assert (Portion(0.05).attacked(128), Portion(0.05).attacked(30)) == (50, 30)
     assert (Portion(0.05).epochs(20), Portion(0.05).epochs(10), Portion(0.05).epochs(3)) == (4, 4, 3)
     assert Portion(1).params(defenses.find("defense_gan"), paper) == paper
     assert (Portion(1).epochs(926), Portion(1).attacked(6_000)) == (926, 6_000)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from wandb.sdk import wandb_setup
+from wandb.util import get_core_path
 
 from attacks.threat import ThreatModel
 from search import logbook, wandb_run
@@ -60,7 +61,9 @@ def candidate(name: str, attacked: float, ms: float, clean: float = 0.9, alarms:
 BARE = candidate("undefended", 0.01, 0.0)
 SIX = [candidate(f"c{i}", attacked=0.1 * i, ms=float(i)) for i in range(1, 6)]
 FRONT = ["c5", "c4", "c3", "c2", "c1"]
-CURVED = replace(SIX[2], score=replace(SIX[2].score, risk_coverage=((0.0, 0.7), (0.02, 0.6), (0.05, 0.4))))
+CURVED = replace(
+    SIX[2], candidate="curved", score=replace(SIX[2].score, risk_coverage=((0.0, 0.7), (0.02, 0.6), (0.05, 0.4)))
+)
 SIX.append(candidate("wrong", attacked=0.9, ms=9.0, clean=0.5))
 
 
@@ -112,7 +115,10 @@ def folder_of(folder: Path, key: str) -> Path:
 
 
 def inspect(run: Path, *flags: str) -> str:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", *flags, "--json", str(run)]
+    """Return what `wandb leet inspect` prints; the command itself takes half a second to begin."""
+    (log,) = run.glob("*.wandb")
+    command = [get_core_path(), "leet", "inspect", "--no-observability", *flags, "--json"]
+    command += ["--run-file", str(log), str(run.parent)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
@@ -215,7 +221,7 @@ def test_the_searchs_run_sums_up_the_search(searched: Path) -> None:
     run = held(searched, "search")
     assert run["name"] == "shown" and run["config"]["min_clean_accuracy"] == 0.8
     summary = run["summary"]
-    counts = {"trials/finished": 1, "trials/pruned": 1, "trials/failed": 1, "candidates": 6}
+    counts = {"trials/finished": 1, "trials/pruned": 1, "trials/failed": 1, "candidates": 7}
     assert counts.items() <= summary.items()
     assert summary["best/candidate"] == "c5" and summary["undefended/attacked_accuracy"] == 0.01
     files = folder_of(searched, "search") / "files"
@@ -278,7 +284,8 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
     assert (about["entity"], about["project"], about["job_type"]) == ("lab", "purifiers", "export")
     logged = records(run_folder, "artifact")
     assert {artifact["name"] for artifact in logged} == {"puvae-digits-A"}
-    assert [artifact["aliases"] for artifact in logged] == [[second.name], [first.name, "best", "smoke"]]
+    aliases = [set(artifact["aliases"]) - {"latest"} for artifact in logged]
+    assert aliases == [{second.name}, {first.name, "best", "smoke"}]
     assert [entry["path"] for entry in logged[0]["manifest"]["contents"]] == ["card.md", "evidence.json"]
     assert all(Path(entry["local_path"]).exists() for entry in logged[0]["manifest"]["contents"])
     assert json.loads(logged[0]["metadata"]) == {"attacked_accuracy": 0.5}
@@ -353,6 +360,25 @@ def test_the_end_of_a_search_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPa
     assert timed(tracker.close) < 2
     tracker.close()
     assert len(said) == 1 and "goes on without it" in said[0]
+
+
+def test_a_search_outlives_the_death_of_wandbs_own_process(tmp_path: Path) -> None:
+    said: list[str] = []
+    tracker = Tracker("offline", tmp_path, said.append)
+    told(tracker)
+    while not list((tmp_path / "wandb").glob("*-t-*/files/media/table/*")):
+        time.sleep(0.05)
+    process = wandb_setup.singleton().assert_service()._proc
+    assert process is not None
+    process._process.kill()
+    tracker.trial_started("u", PARAMS)
+    tracker.trial_ended("u", "failed", [], None, "CUDA out of memory")
+    tracker.search_ended("finished", SIX)
+    tracker.close()
+    assert tracker.mode == "offline" and len(said) == 1 and "logs offline" in said[0]
+    assert held(tmp_path, "u")["exit_code"] == 1
+    latest = max((tmp_path / "wandb").glob("offline-run-*-search-*"))
+    assert json.loads(inspect(latest, "--summary"))["summary"]["trials/finished"] == 1
 
 
 def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> None:
