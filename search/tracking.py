@@ -113,7 +113,9 @@ class Tracker(Listener):
             table = partial(panels.show_table, "candidates", self._study, tuple(candidates))
             self._logbook.write(trial, table)
         if picture is not None:
-            self._logbook.write(trial, partial(panels.show_picture, picture))
+            shown = [trial, *([SEARCH] if best in self._best else [])]
+            for run in shown:
+                self._logbook.write(run, partial(panels.show_picture, picture))
         self._logbook.write(trial, partial(panels.sum_up, outcome))
         self._logbook.finish(trial, EXIT[state])
         self._logbook.write(SEARCH, partial(panels.log, self._progress(best)))

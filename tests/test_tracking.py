@@ -231,6 +231,7 @@ def test_the_searchs_run_sums_up_the_search(searched: Path) -> None:
     assert dict(zip(column["candidate"], column["feasible"], strict=True))["wrong"] is False
     assert [name for name, best in zip(column["candidate"], column["pareto"], strict=True) if best] == FRONT
     assert (files / summary["pareto"]["path"]).exists()
+    assert summary["picture"]["caption"] == "defended, attacked: 7 rejected"  # of the best trial
     curve = json.loads((files / summary["risk_coverage"]["path"]).read_text())["data"][0]
     assert curve["x"] == [0.0, 0.02, 0.05] and curve["y"] == [0.7, 0.6, 0.4]
 
@@ -376,9 +377,10 @@ def test_a_search_outlives_the_death_of_wandbs_own_process(tmp_path: Path) -> No
     tracker.search_ended("finished", SIX)
     tracker.close()
     assert tracker.mode == "offline" and len(said) == 1 and "logs offline" in said[0]
-    assert held(tmp_path, "u")["exit_code"] == 1
-    latest = max((tmp_path / "wandb").glob("offline-run-*-search-*"))
-    assert json.loads(inspect(latest, "--summary"))["summary"]["trials/finished"] == 1
+    logs = {key: list((tmp_path / "wandb").glob(f"offline-run-*-{key}-*/*.wandb")) for key in ("u", "search")}
+    latest = [max(found, key=lambda log: log.stat().st_mtime_ns).parent for found in logs.values()]
+    trial, search = (json.loads(inspect(run, "--summary")) for run in latest)
+    assert trial["exit_code"] == 1 and search["summary"]["trials/finished"] == 1
 
 
 def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> None:
