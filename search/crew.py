@@ -47,13 +47,17 @@ def crew(study: Study, *, debug: bool, concurrent: int | None, console: Console)
     Raises:
         InputError: the cluster does not hold what the study asks for a trial.
     """
-    if debug:
-        yield lambda title, pieces: _in_process(study, title, pieces, console)
-        return
-    from search import tuner  # Ray takes a second to import
+    try:
+        if debug:
+            yield lambda title, pieces: _in_process(study, title, pieces, console)
+            return
+        from search import tuner  # Ray takes a second to import
 
-    with tuner.joined(study) as berth:
-        yield lambda title, pieces: _under_ray(study, berth, title, pieces, console, concurrent)
+        with tuner.joined(study) as berth:
+            yield lambda title, pieces: _under_ray(study, berth, title, pieces, console, concurrent)
+    except KeyboardInterrupt:
+        console.print("interrupted; what is finished is kept: the same command goes on", highlight=False)
+        raise
 
 
 class Board:

@@ -142,11 +142,13 @@ def _audited(one: Mapping[str, Any]) -> str:
             counts[alarm] = counts.get(alarm, 0) + 1
     seeds = len(one["alarms_on_test"])
     again = "; ".join(f"ALARM in {n} of {seeds} seeds: {alarm}" for alarm, n in counts.items()) or "no alarm"
+    validation, tested = (one["optimism"][1][f"{split}_images"] for split in ("validation", "test"))
     exported = "; ".join(f"ALARM {alarm}" for alarm in one["alarms_on_test_as_exported"]) or "no alarm"
+    before = "".join(f"; ALARM {alarm}" for alarm in one["alarms"])
     return (
-        f"{one['export']}: {one['gates_passed']} of {one['gates']} gates passed before the export, on validation images"
-        f"{''.join(f'; ALARM {alarm}' for alarm in one['alarms'])}. Audited again on test images: as it was exported, "
-        f"{exported}; retrained, {again}."
+        f"{one['export']}: {one['gates_passed']} of {one['gates']} gates passed before the export, on {validation} "
+        f"validation images{before}. Audited again on {tested} test images: as it was exported, {exported}; retrained, "
+        f"{again}."
     )
 
 

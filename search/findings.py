@@ -100,6 +100,11 @@ class Findings:
         return len(ranking.feasible(self.study, self.candidates))
 
     @cached_property
+    def rejects(self) -> bool:
+        """Whether some candidate rejected an image."""
+        return any(c.score.clean_rejection or c.score.attacked_rejection for c in self.candidates)
+
+    @cached_property
     def devices(self) -> list[str]:
         """Where latencies were measured."""
         return ranking.devices(self.candidates)

@@ -43,10 +43,14 @@ INTERRUPTED = 255
 
 @dataclass
 class Page:
-    """A run, and what it was told."""
+    """A run, and what it was told.
+
+    Args:
+        whole: it was not begun by an earlier session, so that all of it is told here.
+    """
 
     about: dict[str, Any]
-    resumes: bool | None = None
+    whole: bool | None = None
     writes: list[Write] = field(default_factory=list)
     exit_code: int | None = None
     run: wandb.Run | None = None
@@ -158,9 +162,10 @@ class Logbook:
             self._pages.pop(key, None)
 
     def _start(self, key: str, page: Page) -> None:
-        if page.resumes is None:
-            page.resumes = wandb_run.begun(self._folder, page.about["group"], key)
-        page.run = wandb_run.start(self._folder, key, self._mode, page.about, resumes=page.resumes)
+        replaces = page.whole is True  # it is written again
+        if page.whole is None:
+            page.whole = not wandb_run.begun(self._folder, page.about["group"], key)
+        page.run = wandb_run.start(self._folder, key, self._mode, page.about, replaces=replaces)
 
     def _attempt(self, page: Page, write: Write) -> None:
         try:

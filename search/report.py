@@ -61,7 +61,6 @@ def render(findings: Findings) -> str:
         threat=threat_in_words(findings),
         measures=measures(findings),
         charts=charts(findings),
-        rejects=any(c.score.clean_rejection or c.score.attacked_rejection for c in findings.candidates),
         lines=LINES,
         dots=DOTS,
         curves=CURVES,
@@ -114,14 +113,17 @@ def measures(findings: Findings) -> Iterator[tuple[str, str, list[str]]]:
     """Yield measure, condition, and the values of the best candidate and of the undefended classifier."""
     batch = "p50, batch of 128" + (f", {findings.device}" if findings.device else "")
     asked = [("Black-box accuracy", findings.named("black-box"), lambda s: percent(s.black_box_accuracy))]
-    rows: list[tuple[str, str, Callable[[Score], str]]] = [
+    rejection: list[tuple[str, str, Callable[[Score], str]]] = [
         ("Attacked images accepted and wrong", findings.named(), lambda s: percent(s.attacked_error)),
         ("Attacked images rejected", findings.named(), lambda s: percent(s.attacked_rejection)),
+        ("Clean images rejected", "no attack", lambda s: percent(s.clean_rejection)),
+    ]
+    rows: list[tuple[str, str, Callable[[Score], str]]] = [
+        *(rejection if findings.rejects else []),
         ("Oblivious accuracy", findings.named("oblivious"), lambda s: percent(s.oblivious_accuracy)),
         *(asked if findings.study.threat == "black-box" else []),
         ("White-box accuracy", findings.named("white-box"), lambda s: percent(s.white_box_accuracy)),
         ("Clean accuracy", "no attack", lambda s: percent(s.clean_accuracy)),
-        ("Clean images rejected", "no attack", lambda s: percent(s.clean_rejection)),
         ("Purification latency", batch, lambda s: milliseconds(s.latency_ms_p50)),
     ]
     for measure, condition, of in rows:

@@ -68,13 +68,13 @@ def upload(folder: Path) -> str:
     return f"wandb sync {folder / 'wandb'}"
 
 
-def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, resumes: bool) -> wandb.Run:
+def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, replaces: bool) -> wandb.Run:
     """Open a run; the caller bounds the time.
 
     Args:
         key: names the run within its search.
         about: what wandb.init takes: name, group, job type, tags, config.
-        resumes: go on in the run of an earlier session; else whatever the server has of it is replaced.
+        replaces: whatever a server has of the run gives way; else it goes on.
 
     Raises:
         ConnectionError: online is asked for without a key.
@@ -86,7 +86,7 @@ def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, resumes:
         id=identity(folder, about["group"], key),
         dir=str(folder),
         mode=mode,
-        resume="allow" if resumes else None,
+        resume=None if replaces else "allow",
         reinit="create_new",
         settings=_settings(),
         **about,

@@ -121,8 +121,10 @@ def judged(exported: Path) -> Found:
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(patch)
         for _ in range(2):
+            console = Console(file=io.StringIO())
             with pytest.raises(KeyboardInterrupt):
-                final([exported], seeds=2, images=IMAGES, debug=True, console=QUIET)
+                final([exported], seeds=2, images=IMAGES, debug=True, console=console)
+            assert "the same command goes on" in cast(io.StringIO, console.file).getvalue()
         return final([exported], seeds=2, images=IMAGES, debug=True, console=QUIET), counted
 
 

@@ -1,88 +1,49 @@
-"""Offline runs are written by the real wandb and read back by `wandb leet inspect`."""
+"""What W&B shows of a search: offline runs are written by the real wandb and read back by its own reader."""
 
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import wandb
-from wandb.sdk import wandb_setup
-from wandb.util import get_core_path
 
-from attacks.threat import ThreatModel
-from search import logbook, wandb_run
 from search.panels import pareto_chart, risk_chart
 from search.pictures import png
 from search.record import Record
 from search.run import run
-from search.score import Candidate, Score
-from search.study import Study
+from search.store import fingerprint
 from search.tracking import Tracker, log_exports
-from search.wandb_run import Mode
 from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import Pretence
-
-KEY = "0123456789abcdef" * 2 + "planted1"
-SECRET = "planted-secret-in-the-environment"
-HOST = "planted-host-name"
-PARAMS = Params({"latent": 128}, {"draws": 6})
-STUDY = Study.model_validate({"name": "shown", "seed": 3, "min_clean_accuracy": 0.8})
-
-
-def candidate(name: str, attacked: float, ms: float, clean: float = 0.9, alarms: tuple[str, ...] = ()) -> Candidate:
-    score = Score(
-        threat=ThreatModel("Linf", 0.3, "white-box"),
-        attacked_accuracy=attacked,
-        attacked_error=1 - attacked,
-        attacked_rejection=0.0,
-        oblivious_accuracy=0.75,
-        white_box_accuracy=attacked,
-        clean_accuracy=clean,
-        clean_rejection=0.0,
-        latency_ms_p50=ms,
-        latency_ms_p95=2 * ms,
-        images=100,
-        attacks={"white-box/bpda": attacked},
-        alarms=alarms,
-    )
-    return Candidate(candidate=name, fit="f", defense="puvae", task="mnist/A", params=PARAMS, score=score)
-
-
-BARE = candidate("undefended", 0.01, 0.0)
-SIX = [candidate(f"c{i}", attacked=0.1 * i, ms=float(i)) for i in range(1, 6)]
-FRONT = ["c5", "c4", "c3", "c2", "c1"]
-CURVED = replace(
-    SIX[2], candidate="curved", score=replace(SIX[2].score, risk_coverage=((0.0, 0.7), (0.02, 0.6), (0.05, 0.4)))
+from tests.wandb_log import (
+    BARE,
+    CURVED,
+    FRONT,
+    HOST,
+    KEY,
+    PARAMS,
+    SECRET,
+    SIX,
+    STUDY,
+    candidate,
+    folder_of,
+    held,
+    machine,
+    points,
+    records,
+    summaries,
+    told,
 )
-SIX.append(candidate("wrong", attacked=0.9, ms=9.0, clean=0.5))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A machine with secrets in its environment and no stored key."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("WANDB_MODE", raising=False)
-        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ERROR_REPORTING", "WANDB_SILENT"):
-            patch.setenv(name, "true" if name == "WANDB_SILENT" else "false")
-        patch.setenv("HOME", str(home))
-        patch.setenv("NETRC", str(home / "netrc"))
-        patch.setenv("WANDB_API_KEY", KEY)
-        patch.setenv("A_SECRET", SECRET)
-        patch.setattr(socket, "gethostname", lambda: HOST)
-        wandb.teardown()
+def _machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with machine(tmp_path_factory.mktemp("home")):
         yield
-        wandb.teardown()
 
 
 @pytest.fixture(scope="module")
@@ -107,56 +68,6 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tracker.close()
     assert said == []
     return folder
-
-
-def folder_of(folder: Path, key: str) -> Path:
-    (found,) = (folder / "wandb").glob(f"offline-run-*-{key}-????????")
-    return found
-
-
-def inspect(run: Path, *flags: str) -> str:
-    """Return what `wandb leet inspect` prints; the command itself takes half a second to begin."""
-    (log,) = run.glob("*.wandb")
-    command = [get_core_path(), "leet", "inspect", "--no-observability", *flags, "--json"]
-    command += ["--run-file", str(log), str(run.parent)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-
-
-def held(folder: Path, key: str) -> dict[str, Any]:
-    """Return what the run of a trial, or of the search, holds."""
-    return json.loads(inspect(folder_of(folder, key), "--summary"))
-
-
-def records(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Return the records of one kind, in order."""
-    found = map(json.loads, inspect(run).splitlines())
-    return [record[kind] for record in found if record["type"] == kind]
-
-
-def points(run: Path, name: str) -> list[tuple[int, float]]:
-    """Return (epoch, value) of every point of a metric."""
-    items = [history["item"] for history in records(run, "history")]
-    return [(item["epoch"], item[name]) for item in items if name in item]
-
-
-def summaries(run: Path) -> dict[str, tuple[str, str]]:
-    """Return against what each metric is drawn, and which of its values the summary keeps."""
-    found = {metric["name"]: metric for metric in records(run, "metric") if "summary" in metric}
-    return {name: (metric["step_metric"], *metric["summary"]) for name, metric in found.items()}
-
-
-def timed(call: Callable[..., None], *args: Any) -> float:
-    start = time.perf_counter()
-    call(*args)
-    return time.perf_counter() - start
-
-
-def told(tracker: Tracker) -> list[float]:
-    """Tell of a whole search but its end; return how long each call took."""
-    calls: list[tuple[Any, ...]] = [(tracker.search_started, STUDY, BARE), (tracker.trial_started, "t", PARAMS)]
-    calls += [(tracker.epoch_ended, "t", epoch, {"cheap": 0.5}) for epoch in range(1, 20)]
-    calls += [(tracker.trial_ended, "t", "finished", SIX, None, "")]
-    return [timed(*call) for call in calls]
 
 
 def test_a_trials_run_holds_its_setting(searched: Path) -> None:
@@ -264,6 +175,10 @@ def test_a_search_keeps_its_identities_when_it_is_resumed(tmp_path: Path) -> Non
     assert once.name.split("-t-")[1][:8] == again.name.split("-t-")[1][:8] != other.name.split("-t-")[1][:8]
 
 
+def worth(params: Params) -> float:
+    return int(fingerprint(**params.flat()), 16) % 97 / 97
+
+
 @pytest.mark.slow
 def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -272,7 +187,7 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
     monkeypatch.setenv("WANDB_PROJECT", "purifiers")
     wandb.teardown()
     study = digits_study(tmp_path, trials=4, wandb="offline")
-    run(study, [], debug=True, work=Pretence(lambda params: hash(str(params)) % 97 / 97).work())
+    run(study, [], debug=True, work=Pretence(worth).work())
     first, second = (tmp_path / "out" / c.candidate for c in Record(study).feasible()[1:3])
     for folder in (second, first):
         folder.mkdir(parents=True)
@@ -291,105 +206,3 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
     assert all(Path(entry["local_path"]).exists() for entry in logged[0]["manifest"]["contents"])
     assert json.loads(logged[0]["metadata"]) == {"attacked_accuracy": 0.5}
     assert said == [f"logged offline; upload it with: wandb sync {study.folder / 'wandb'}"]
-
-
-def test_disabled_writes_and_says_nothing(tmp_path: Path) -> None:
-    said: list[str] = []
-    tracker = Tracker("disabled", tmp_path / "runs", said.append)
-    told(tracker)
-    tracker.search_ended("finished", SIX)
-    assert said == [] and list(tmp_path.iterdir()) == []
-
-
-def test_wandb_is_online_only_where_a_key_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def found() -> Mode:
-        wandb.teardown()
-        return wandb_run.found_mode()
-
-    assert found() == "online"
-    monkeypatch.delenv("WANDB_API_KEY")
-    assert found() == "offline"
-    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    (tmp_path / "netrc").chmod(0o600)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert found() == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert found() == "disabled"
-
-
-@pytest.fixture(params=["raises", "hangs"])
-def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A wandb that does not start; yields the reason that the user is told."""
-    released = threading.Event()
-
-    def init(**_: Any) -> None:
-        if request.param == "raises":
-            raise wandb.Error("the server is on fire")
-        released.wait()
-
-    monkeypatch.setattr(wandb, "init", init)
-    yield "on fire" if request.param == "raises" else "no answer within 0.3 s"
-    released.set()
-    for thread in threading.enumerate():
-        if thread.name in ("wandb", "within"):
-            thread.join(10)
-
-
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_a_wandb_that_does_not_start_slows_nothing_and_is_told_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dead: str, mode: Mode
-) -> None:
-    monkeypatch.setattr(wandb_run, "PATIENCE_S", 0.3)
-    said: list[str] = []
-    tracker = Tracker(mode, tmp_path, said.append)
-    assert max(told(tracker)) < 0.5
-    assert timed(tracker.search_ended, "finished", SIX) < 0.5
-    assert timed(tracker.close) < 5
-    assert len(said) == 1 and dead in said[0] and "goes on without it" in said[0]
-    assert tracker.mode == "disabled"
-
-
-@pytest.mark.parametrize("dead", ["hangs"], indirect=True)
-@pytest.mark.usefixtures("dead")
-def test_the_end_of_a_search_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(logbook, "FLUSH_S", 0.2)
-    monkeypatch.setattr(wandb_run, "PATIENCE_S", 0.5)
-    said: list[str] = []
-    tracker = Tracker("offline", tmp_path, said.append)
-    told(tracker)
-    tracker.search_ended("interrupted", SIX)
-    assert timed(tracker.close) < 2
-    tracker.close()
-    assert len(said) == 1 and "goes on without it" in said[0]
-
-
-def test_a_search_outlives_the_death_of_wandbs_own_process(tmp_path: Path) -> None:
-    said: list[str] = []
-    tracker = Tracker("offline", tmp_path, said.append)
-    told(tracker)
-    while not list((tmp_path / "wandb").glob("*-t-*/files/media/table/*")):
-        time.sleep(0.05)
-    process = wandb_setup.singleton().assert_service()._proc
-    assert process is not None
-    process._process.kill()
-    tracker.trial_started("u", PARAMS)
-    tracker.trial_ended("u", "failed", [], None, "CUDA out of memory")
-    tracker.search_ended("finished", SIX)
-    tracker.close()
-    assert tracker.mode == "offline" and len(said) == 1 and "logs offline" in said[0]
-    logs = {key: list((tmp_path / "wandb").glob(f"offline-run-*-{key}-*/*.wandb")) for key in ("u", "search")}
-    latest = [max(found, key=lambda log: log.stat().st_mtime_ns).parent for found in logs.values()]
-    trial, search = (json.loads(inspect(run, "--summary")) for run in latest)
-    assert trial["exit_code"] == 1 and search["summary"]["trials/finished"] == 1
-
-
-def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> None:
-    said: list[str] = []
-    tracker = Tracker("offline", tmp_path, said.append)
-    told(tracker)
-    tracker.trial_started("u", PARAMS)
-    tracker.trial_ended("u", "finished", SIX, tmp_path / "missing.png", "")
-    tracker.search_ended("finished", SIX)
-    tracker.close()
-    assert len(said) == 1 and "logs offline" in said[0]
-    assert held(tmp_path, "u")["summary"]["state"] == "finished"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-import wandb
 
 from search import wandb_run
 from search.record import Record
@@ -20,26 +19,19 @@ from search.study import Study
 from search.tracking import Tracker
 from tests.conftest import digits_study
 from tests.engine import Pretence
-from tests.test_tracking import BARE, KEY, PARAMS, SIX, STUDY, folder_of, held, points, timed
+from tests.wandb_log import BARE, KEY, PARAMS, SIX, STUDY, folder_of, held, machine, points, timed
 from tests.wandb_server import Server, Trouble, serving
 
 EPOCHS = 6
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server, and an account on it."""
-    with serving(Server()) as server:
-        monkeypatch.delenv("WANDB_MODE", raising=False)
-        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ERROR_REPORTING", "WANDB_SILENT"):
-            monkeypatch.setenv(name, "true" if name == "WANDB_SILENT" else "false")
-        monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setattr(wandb_run, "PATIENCE_S", 3.0)
-        wandb.teardown()
+    with serving(Server()) as server, machine(tmp_path_factory.mktemp("home")) as patch:
+        patch.setenv("WANDB_BASE_URL", server.url)
+        patch.setattr(wandb_run, "PATIENCE_S", 3.0)
         yield server
-        assert timed(wandb.teardown) < 3  # as the program's end does
 
 
 def tell(tracker: Tracker, first: int = 1) -> None:
