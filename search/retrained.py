@@ -94,13 +94,15 @@ class Case:
     def trainings(self) -> Iterator[tuple[str, Study, Params]]:
         """Yield what is trained of each seed: the defense, and the adversarially trained classifier beside it.
 
-        The latter learns to withstand PGD at the export's own eps (in L2 the task's), for as many epochs as the
-        defense, or the classifier where that has more.
+        The latter, from the undefended one's weights (from fresh ones the loss stays at chance for long at large eps),
+        learns to withstand PGD at the export's own eps (in L2 the task's), for as many epochs as the defense, or the
+        classifier where that has more.
         """
         yield self.name, self.study, self.params
         eps = self.threat.eps if self.threat.norm == "Linf" else self.plan.task.eps
         knobs = {
             "attack": "pgd",
+            "start": "pretrained",
             "eps": eps,
             "pgd_steps": STEPS,
             "pgd_step_size": max(1e-4, 2.5 * eps / STEPS),
