@@ -45,6 +45,8 @@ def search(
     from search.forecast import said
     from search.study import make, read
 
+    if as_json and not dry_run:
+        raise InputError("--json must stand beside --dry-run; of a search that runs, `status NAME --json` tells")
     values = f.given(given)
     study = read(config, values) if config else make(values)
     if print_config:

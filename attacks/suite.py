@@ -192,9 +192,8 @@ CW_L2 = Attack(
 CW_100 = replace(
     CW_L2,
     name="cw-100",
-    source="Carlini and Wagner 2017; 100 iterations, else CleverHans' defaults, as PuVAE",
+    source="Carlini and Wagner 2017; 100 iterations, c and rate of CleverHans' tutorial, as PuVAE (docs/decisions.md)",
     steps=100,
-    settings=(("c", 0.01), ("lr", 0.005), ("binary_search_steps", 5)),
     targeted=True,
 )
 CW_100_FAST = replace(

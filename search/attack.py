@@ -67,7 +67,7 @@ def attack(
         InputError: the folder is no export, or a word stands for nothing.
     """
     attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=LOOKS)
-    target = load(folder)
+    target = load(folder).unchecked()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     known = json.loads((folder / "evidence.json").read_text())
     threat = _threat(ThreatModel(**config["threat"]), knowledge, norm, eps)

@@ -75,7 +75,10 @@ def opened(name: str, storage: str, *, whole: bool = True) -> Study:
                 _bring(mirror, whole=whole)  # a driver of this machine has what there is
         except OSError as error:
             raise InputError(f"a storage must answer, but {error}") from None
-    return read(remote.local(storage) / name / "study.yaml", {"storage": storage})
+    path = remote.local(storage) / name / "study.yaml"
+    if (study := read(path, {"storage": storage})).name != name:  # else another search would be read, or go on
+        raise InputError(f"a search must lie in a folder of its name, but {path} is of {study.name!r}")
+    return study
 
 
 def driver(study: Study) -> str | None:

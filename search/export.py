@@ -43,6 +43,10 @@ class Exported(Defended):
         """Return a bool for each image: False rejects it."""
         return super().accept(self._checked(x_NCHW))
 
+    def unchecked(self) -> Defended:
+        """Return the same model without the refusals: attacks such as NES ask for images beyond [0, 1]."""
+        return Defended(self.defense, self.classifier).eval()
+
     def _checked(self, x_NCHW: Tensor) -> Tensor:
         shape, dtype = self.defense.shape, next(self.classifier.parameters()).dtype
         law = (

@@ -19,7 +19,6 @@ from rich.console import Console
 
 import attacks.robustness
 from attacks.threat import ThreatModel
-from defenses.base import Defended
 from search import export, final_page, final_table, tasks
 from search.crew import Crew, Piece, Tell, crew
 from search.final_page import page
@@ -125,13 +124,12 @@ def judge_export(study: object, case: Case, images: int, tell: Tell) -> Judged:
     """Do to the export itself, on the test split, what its search and audit did on validation images."""
     hearing = _hearing([case], case.study.seed, images, tell, steps=1)
     device = hearing.x_NCHW.device
-    plain = Defended(case.target.defense, case.target.classifier)  # an export refuses what attacks ask beyond [0, 1]
     contender = Contender(
         export=case.name,
         name=f"{case.study.defense} as it was exported",
         identity=case.identity,
         classifier="",
-        target=plain.to(device),
+        target=case.target.unchecked().to(device),
         threat=replace(case.threat, knowledge="white-box"),
         outsider=case.outsider(device),
         substitute=case.plan.substitute,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import typer
 
 from search import flags as f
@@ -11,6 +14,7 @@ from spaces.space import choose
 app = typer.Typer()
 data = typer.Typer(cls=Group, no_args_is_help=True, help="Fetch, check and list the data sets.")
 LOOK = "Look up"
+LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 
 
 @command(app, LOOK, "list spaces", "list tables --json", name="list")
@@ -44,7 +48,7 @@ def completion(shell: f.Shell = "bash") -> None:
     In ~/.bashrc: eval "$(PATH/.venv/bin/python PATH/launch.py completion)"
     """
     choose("the shell", shell, ["bash"])
-    typer.echo(BASH, nl=False)
+    typer.echo(BASH.replace("LAUNCH", shlex.quote(str(LAUNCH))), nl=False)
 
 
 @command(data, "Commands", "data fetch mnist cifar10", name="fetch")

@@ -57,7 +57,7 @@ class Record:
 
     def _open(self) -> optuna.Study:
         if not begun(self.study):
-            raise InputError(f"a search that has begun is needed, but {self.study.name} has no {journal(self.study)}")
+            raise InputError(f"a search that has begun is needed, but {journal(self.study)} holds none yet")
         return optuna.load_study(study_name=self.study.name, storage=storage(self.study))
 
     def ended(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import platform
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def render(findings: Findings) -> str:
         cost=cost(findings),
         dataset=task(study.task).dataset,
         again=findings.best and provenance.again(study, findings.best.params),
-        elsewhere="" if study.storage == Study().storage else f" --storage {study.storage}",
+        elsewhere="" if study.storage == Study().storage else f" --storage {shlex.quote(study.storage)}",
         origins=list(origins(study)),
         config=config,
         study_yaml="data:text/yaml;base64," + base64.b64encode(config.encode()).decode(),

@@ -21,6 +21,7 @@ from defenses.base import Defended, Metrics
 from search import tasks
 from search.architectures import ARCHITECTURES
 from search.crew import Tell
+from search.export import Exported
 from search.fits import ADVERSARIAL, silent
 from search.store import Store, fingerprint
 from search.study import HELD_OUT, Plan, Study
@@ -73,7 +74,7 @@ class Case:
     study: Study
     params: Params
     threat: ThreatModel
-    target: Defended
+    target: Exported
     evidence: Mapping[str, Any]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
-from search import courier, report, run, tasks
+from search import courier, report, run, tasks, wandb_run
 from search.agreement import agreement
 from search.datasets import DATASETS
 from search.events import State
@@ -184,7 +185,7 @@ def _conclude(study: Study, state: State, console: Console, tracker: Tracker) ->
             )
         said = {"candidates": str(study.folder / "candidates.csv"), "report    ": str(write_report(study))}
         if tracker.mode != "disabled":
-            said["W&B       "] = f"wandb leet {study.folder / 'wandb'}"
+            said["W&B       "] = wandb_run.leet(study.folder)
         if tracker.upload:
             said["upload    "] = tracker.upload
         for what, path in said.items():
@@ -197,7 +198,7 @@ def _conclude(study: Study, state: State, console: Console, tracker: Tracker) ->
 
 def _resume(study: Study) -> str:
     """Return the command that goes on with a search."""
-    elsewhere = "" if study.storage == Study().storage else f" --storage {study.storage}"
+    elsewhere = "" if study.storage == Study().storage else f" --storage {shlex.quote(study.storage)}"
     return f"python launch.py resume {study.name}{elsewhere}"
 
 

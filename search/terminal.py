@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from io import TextIOWrapper
 from typing import Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,15 +21,24 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 from spaces.space import InputError
 
 BASH = """\
-# Completes `python launch.py`; files for every other use of Python.
+# Completes `python launch.py` of this copy of Crucible alone, for it is run; other scripts are completed as before.
 _crucible() {
-    local at=0 IFS=$'\\n'
+    local at=0
     [[ ${COMP_WORDS[0]##*/} == python* ]] && at=1
-    [[ ${COMP_WORDS[at]##*/} == launch.py && COMP_CWORD -gt at ]] || return
+    if ! [[ COMP_CWORD -gt at && ${COMP_WORDS[at]} -ef LAUNCH ]]; then
+        [[ $1 == *python* && $_crucible_else ]] && "$_crucible_else" "$@"
+        return
+    fi
+    local IFS=$'\\n'
     COMPREPLY=($(COMP_WORDS="${COMP_WORDS[*]:at}" COMP_CWORD=$((COMP_CWORD - at)) _CRUCIBLE_COMPLETE=complete_bash \\
         "${COMP_WORDS[@]:0:at+1}" 2>/dev/null))
 }
-complete -o bashdefault -o default -F _crucible python python3 .venv/bin/python launch.py ./launch.py
+for _crucible_loads in _comp_load _completion_loader; do  # of the package bash-completion
+    declare -F $_crucible_loads >/dev/null && { $_crucible_loads python >/dev/null 2>&1; break; }
+done
+[[ $(complete -p python 2>/dev/null) =~ \\ -F\\ ([^ ]+) && ${BASH_REMATCH[1]} != _crucible ]] &&
+    _crucible_else=${BASH_REMATCH[1]}
+complete -o bashdefault -o default -F _crucible python python3 launch.py
 """
 
 
@@ -102,18 +113,30 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return made
 
 
+def _told(error: typer.TyperException) -> str:
+    """Return what is wrong with the words of a command, in a line with what was given or is missing."""
+    if near := getattr(error, "possibilities", None):  # of a flag, the nearest first
+        return f"{error.message}; did you mean {near[0]!r}?"
+    told = error.format_message()
+    if isinstance(error.__cause__, ValidationError):
+        return f"{told.replace('Input should', 'must')}, but is {error.__cause__.errors()[0]['input']!r}"
+    if not error.message and (missing := getattr(error, "param", None)):
+        return f"{told.rstrip('.')}: {missing.help}"
+    return told
+
+
 def run(app: typer.Typer) -> int:
     """Run the command line and return its exit code: 0 well, 2 bad input in one line, 1 the work failed, 130
     interrupted."""
     completion_init()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has a dash or an infinity sign
     try:
         result = app(standalone_mode=False, prog_name="python launch.py", complete_var="_CRUCIBLE_COMPLETE")
     except typer.TyperException as error:
-        near = getattr(error, "possibilities", None)  # of a flag, the nearest first
-        hint = f"{error.message}; did you mean {near[0]!r}?" if near else error.format_message()
-        if not hint:
+        if not (reason := _told(error)):
             return 0  # no command was given, so the help was shown
-        print(f"error: {hint}", file=sys.stderr)
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     except InputError as error:
         # What a worker raised comes from Ray with its traceback in its text.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import uuid
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,12 @@ def hush(folder: Path) -> None:
 
 def upload(folder: Path) -> str:
     """Return the command that uploads what a search logged offline."""
-    return f"wandb sync {folder / 'wandb'}"
+    return f"wandb sync {shlex.quote(str(folder / 'wandb'))}"
+
+
+def leet(folder: Path) -> str:
+    """Return the command that shows what a search logged; leet would tell W&B of its use otherwise."""
+    return f"WANDB_ERROR_REPORTING=false wandb leet {shlex.quote(str(folder / 'wandb'))}"
 
 
 def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, replaces: bool) -> wandb.Run:

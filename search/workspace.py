@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import wandb
-import wandb_workspaces.workspaces as ws
 from wandb.sdk import wandb_setup
-from wandb_workspaces.reports.v2 import interface as wr
 
 from search import wandb_run
 from search.patience import within
 from search.study import Plan, Study
 from spaces.space import InputError
+
+try:
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.reports.v2 import interface as wr
+except ImportError as error:
+    raise InputError(f"a workspace needs the packages of requirements.lock, but {error}: run `make setup`") from None
 
 REACH_S = 10.0
 """How long a server may take to answer at all."""
@@ -110,12 +115,20 @@ def _saved(study: Study) -> str:
 def _uploaded(study: Study) -> None:
     """Refuse a search of which no run is on a server: wandb marks those that were uploaded later."""
     folder = study.folder / "wandb"
-    if any(folder.glob("run-*")) or any(folder.glob("offline-run-*/*.synced")):
+    offline = [run for run in folder.glob("offline-run-*") if not any(run.glob("*.synced"))]
+    # A run that was written again offline, as its server had failed, may have left a part here that never arrived.
+    kept = {_identity(run) for run in offline}
+    if any(folder.glob("offline-run-*/*.synced")) or any(_identity(run) not in kept for run in folder.glob("run-*")):
         return
     remedy = "search again under another name with --wandb online, which trains nothing that the store holds"
-    if any(folder.glob("offline-run-*")):
+    if offline:
         remedy = f"upload them with: {wandb_run.upload(study.folder)}"
     raise InputError(f"a workspace shows runs that are on a W&B server, but those of {study.name} are not: {remedy}")
+
+
+def _identity(run: Path) -> str:
+    """Return a run's identity, which ends the name of its folder: [offline-]run-TIME-IDENTITY."""
+    return run.name.partition("run-")[2].partition("-")[2]
 
 
 def _reached(server: str) -> None:

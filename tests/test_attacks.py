@@ -344,7 +344,7 @@ PAPERS: list[tuple[str, float, str, dict[str, Any]]] = [
     ("puvae", 0.3, "fgsm-targeted", {"eps": 0.3, "alpha": 0.3, "steps": 1, "random_start": False}),
     ("puvae", 0.3, "ifgsm-targeted", {"eps": 0.3, "alpha": 0.03, "steps": 10, "random_start": False}),
     ("puvae", 0.3, "rand-fgsm-targeted", {"eps": 0.3, "alpha": 0.05}),
-    ("puvae", 0.3, "cw-100", {"steps": 100, "c": 0.01, "lr": 0.005, "binary_search_steps": 5}),
+    ("puvae", 0.3, "cw-100", {"steps": 100, "c": 10, "lr": 0.2}),
     ("puvae-cifar", 0.06, "fgsm-targeted", {"eps": 0.06, "alpha": 0.06, "steps": 1}),
     ("puvae-cifar", 0.06, "ifgsm-targeted-cifar", {"eps": 0.06, "alpha": 0.03, "steps": 10}),
     ("puvae-cifar", 0.06, "rand-fgsm-cifar", {"eps": 0.06, "alpha": 0.005}),

@@ -116,9 +116,12 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["search", "--trails", "1"], "No such option: --trails; did you mean '--trials'?"),
     (["serch"], "No such command 'serch'. Did you mean 'search'?"),
     (["data", "fecth"], "No such command 'fecth'. Did you mean 'fetch'?"),
-    (["export"], "Missing argument 'NAME'"),
+    (["export"], "Missing argument 'NAME': a search"),
+    (["list"], "Missing argument 'KIND': defenses, attacks, "),
+    (["search", "--json"], "--json must stand beside --dry-run"),
     (["export", "first"], "an export needs one of --pareto, --top and --candidate"),
-    (["export", "first", "--top", "0"], "Invalid value for '--top'"),
+    (["export", "first", "--top", "0"], "for '--top': must be greater than or equal to 1, but is '0'"),
+    (["dashboard", "first", "--port", "x"], "unable to parse string as an integer, but is 'x'"),
     (["final", "/tmp/there-is-none"], "an export must be a folder with whole files, but /tmp/there-is-none"),
     (["reproduce", "puvea/3"], "did you mean 'puvae/3'?"),
     (["completion", "zhs"], "the shell must be one of bash, but is 'zhs'"),
@@ -381,11 +384,15 @@ def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> N
     (tmp_path / "runs" / "night" / "study.yaml").touch()
     tries = ["st", "search --meth", "search --method n", "search --defense gmvae --space paper_", "status ni", "data f"]
     tries += ["attack x --threat ob", "list ta"]
-    lines = [f"source <({sys.executable} {ROOT / 'launch.py'} completion)"]
+    (tmp_path / "launch.py").touch()  # somebody else's: it may do anything when it is run
+    lines = ["_theirs() { COMPREPLY=(theirs); }; complete -F _theirs python"]
+    lines += 2 * [f"source <({sys.executable} {ROOT / 'launch.py'} completion)"]
     for tried in tries:
         lines.append(f"COMP_WORDS=({sys.executable} {ROOT / 'launch.py'} {tried})")
         lines.append('COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _crucible; echo "${COMPREPLY[*]}"')
-    lines.append('COMPREPLY=(); COMP_WORDS=(python other.py s); COMP_CWORD=2; _crucible; echo "none${COMPREPLY[*]}"')
+    for other in ("python other.py s", "python launch.py s", "launch.py s"):
+        lines.append(f"COMPREPLY=(); COMP_WORDS=({other}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))")
+        lines.append('_crucible "${COMP_WORDS[0]}"; echo "not ours: ${COMPREPLY[*]}"')
     lines.append("complete -p python")
     shown = subprocess.run(
         ["bash", "--norc", "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -400,7 +407,9 @@ def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> N
             "fetch",
             "oblivious",
             "tasks tables",
-            "none",
+            "not ours: theirs",
+            "not ours: theirs",
+            "not ours: ",
         ),
         "complete -o bashdefault -o default -F _crucible python",
     ], shown.stderr
@@ -428,6 +437,16 @@ def test_colours_are_for_terminals_that_want_them() -> None:
     assert colour.search(on_a_terminal("--help"))
     assert not colour.search(on_a_terminal("--help", NO_COLOR="1"))
     assert "\x1b" not in launch("--help").stdout
+
+
+def test_a_terminal_that_lacks_a_character_is_no_error() -> None:
+    code = (
+        "import typer; from search.terminal import console, run; app = typer.Typer();"
+        "app.command()(lambda: console.print('18\\u00a0s')); run(app)"
+    )
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    heard = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert heard.stdout == "18?s\n", heard.stderr
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

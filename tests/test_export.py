@@ -26,6 +26,7 @@ from torch.nn import functional as F
 import defenses
 import launch
 from attacks.audit import Audit, audit
+from attacks.suite import NES_30, SUITES, Suite
 from defenses.base import Defended
 from defenses.puvae import PuVAE
 from search import evidence, provenance, tasks, winners
@@ -455,6 +456,12 @@ def test_an_export_is_attacked_by_any_suite(
     assert json.loads(kept.with_name(kept.name + ".json").read_text()) == table
     assert "white-box, Linf eps 0.1" in kept.with_name(kept.name + ".md").read_text()
     load(folder)  # which the tables have not changed
+
+
+def test_an_attack_that_asks_beyond_the_pixels_range_is_answered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimated = Suite(name="estimated", oblivious=(), white_box=(NES_30,), draws=1)
+    monkeypatch.setitem(SUITES, "estimated", estimated)
+    assert set(attack(folder, "estimated", images=2)["trail"]) == {"white-box/nes-30"}
 
 
 def test_a_black_box_attacker_asks_the_whole_pipeline_and_is_weaker(folder: Path) -> None:

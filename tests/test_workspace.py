@@ -87,7 +87,8 @@ def panels(given: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def test_a_workspace_shows_what_the_search_logged(lab: Lab, tmp_path: Path) -> None:
     study = digits_study(tmp_path, trials=2, refine=0)
-    assert logged(study) == []
+    (line,) = logged(study)
+    assert line.startswith(f"W&B {lab.url}")
     url = view(study)
     (made,) = lab.views
     assert re.fullmatch(rf"{lab.url}/lab/crucible\?nw=\w+", url)
@@ -148,6 +149,12 @@ def test_a_run_that_was_uploaded_later_counts(lab: Lab, tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "run-smoke-t001-0000.wandb.synced").touch()
     assert view(study).startswith(lab.url)
+
+
+def test_what_a_server_that_failed_left_behind_does_not_count(online: Study) -> None:
+    (online.folder / "wandb" / "offline-run-20260101_000100-smoke-t001-0000").mkdir()
+    with pytest.raises(InputError, match=r"those of smoke are not: upload them with: wandb sync \S+/smoke/wandb$"):
+        view(online)
 
 
 @pytest.fixture
