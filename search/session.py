@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import tempfile
@@ -203,12 +204,15 @@ def _resume(study: Study) -> str:
 
 
 def _runs(study: Study) -> bool:
-    """Say whether a driver runs this search now."""
+    """Say whether a driver runs this search now; a storage that may only be read tells it too."""
     try:
-        with store_of(study).lock("searches", study.name).acquire(timeout=0):
-            return courier.driver(study) is not None
-    except Timeout:
+        with open(store_of(study).lock("searches", study.name).lock_file) as held:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
         return True
+    return courier.driver(study) is not None
 
 
 def _new(study: Study) -> None:

@@ -145,9 +145,10 @@ def run(app: typer.Typer) -> int:
     except OSError as error:
         from search.place import trouble
 
-        if (reason := trouble(error)) is None:
+        reason = trouble(error)
+        if reason is None and not isinstance(error, PermissionError):
             raise
-        print(f"error: {reason}", file=sys.stderr)
+        print(f"error: {reason or f'{error.filename}: {error.strerror}'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
