@@ -169,7 +169,9 @@ class Cells:
                 target = self.target(bench, params, setting)
                 verdict = searched(bench, target, setting) if search else struck(bench, target, setting, rounds)
                 figures = {name: getattr(verdict, name) for name in ("accuracy", "error", "rejection")}
-                spent = {"seconds": round(time.monotonic() - begin, 1), "ran": self._ran(bench, params, setting)}
+                asked = {"black_box_rounds": rounds} if rounds else {}
+                ran = {**self._ran(bench, params, setting), **asked}
+                spent = {"seconds": round(time.monotonic() - begin, 1), "ran": ran}
                 bench.store.put("cells", key, {}, {**figures, "images": verdict.right.shape[1], **spent})
             return bench.store.about("cells", key)
 

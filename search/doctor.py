@@ -193,8 +193,8 @@ def _cluster(address: str, storage: str, data_dir: str | None) -> list[Finding]:
     from search.cluster import joined, spoken  # Ray takes a second to import
 
     study = Study(task="digits/A", address=address, storage=storage, data_dir=data_dir)
-    study.root.mkdir(parents=True, exist_ok=True)
     try:
+        study.root.mkdir(parents=True, exist_ok=True)
         with joined(study):
             return [Finding("cluster", True, node) for node in spoken()]
     except (InputError, OSError) as error:

@@ -132,6 +132,7 @@ def _model(bench: Bench, candidate: Candidate) -> dict[str, Any]:
     """Return what is needed to build the model again, and what it is in words."""
     plan = bench.plan
     about, source = described(plan.defense)
+    built = bench.build(candidate.params)
     return {
         "defense": bench.study.defense,
         "about": about,
@@ -140,7 +141,8 @@ def _model(bench: Bench, candidate: Candidate) -> dict[str, Any]:
         "shape": asdict(plan.task.shape),
         "classifier": plan.protected,
         "trained_with": plan.task.classifier,
-        "parameters": {"defense": _size(bench.build(candidate.params)), "classifier": _size(bench.target.network)},
+        "consulted": list(bench.consulted(built)),
+        "parameters": {"defense": _size(built), "classifier": _size(bench.target.network)},
         "train": dict(candidate.params.train),
         "inference": dict(candidate.params.inference),
     }

@@ -26,7 +26,7 @@ from search.fits import TrialError
 from search.hearing import Hearing, Judged, blocks
 from search.looks import looks, opened
 from search.retrained import FIRST_SEED, Case, Contender, contenders, train
-from search.store import fingerprint, write_atomic
+from search.store import fingerprint
 from search.study import make
 from search.texts import texts
 from search.trial import store_of
@@ -87,9 +87,9 @@ def final(
         found = _judged(work, cases, asked)
     table = final_table.table(cases, asked, taken, found)
     for case in cases:
-        _write(case.folder / "final", final_table.only(table, case.name))
+        final_page.write(case.folder / "final", final_table.only(table, case.name))
     if len(cases) > 1:
-        _write(Path(commonpath([case.folder.parent for case in cases])) / "final", table)
+        final_page.write(_joint(cases), table)
     return table
 
 
@@ -235,12 +235,12 @@ def _prepared(cases: Sequence[Case]) -> None:
         store_of(cases[0].study).make()
         for case in cases:
             (case.folder / "final").mkdir(exist_ok=True)
+        if len(cases) > 1:
+            _joint(cases).mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"a final run writes into {error.filename}, but that cannot be: {error.strerror}") from None
 
 
-def _write(folder: Path, table: Mapping[str, Any]) -> None:
-    """Write a table in all its forms."""
-    folder.mkdir(exist_ok=True)
-    for name, text in final_page.forms(table).items():
-        write_atomic(folder / name, text.encode())
+def _joint(cases: Sequence[Case]) -> Path:
+    """Return the folder of the table that several exports have in common."""
+    return Path(commonpath([case.folder.parent for case in cases])) / "final"

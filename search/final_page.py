@@ -6,11 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from attacks.threat import ThreatModel
 from search.final_table import COLUMNS, INTERVAL
 from search.hearing import AUTOATTACK, FULL
+from search.store import write_atomic
 
 Row = Mapping[str, Any]
 
@@ -23,6 +25,13 @@ def forms(table: Mapping[str, Any]) -> dict[str, str]:
         "FINAL.tex": latex(table),
         "FINAL.json": json.dumps(table, indent=1) + "\n",
     }
+
+
+def write(folder: Path, table: Mapping[str, Any]) -> None:
+    """Write a table in all its forms."""
+    folder.mkdir(exist_ok=True)
+    for name, text in forms(table).items():
+        write_atomic(folder / name, text.encode())
 
 
 def as_csv(table: Mapping[str, Any]) -> str:
@@ -107,6 +116,11 @@ def _warnings(table: Mapping[str, Any]) -> list[str]:
                 f"> **Look {len(one['looks'])} at the test split** by {one['export']}: it was opened before "
                 f"({before}). What was learnt then may have shaped what is judged now."
             )
+        if one["opened_beside"]:
+            lines.append(
+                f"> The test split was opened for {len(one['opened_beside'])} more of {one['export']}'s folder too "
+                f"({', '.join(one['opened_beside'])}): the best of several is optimistic."
+            )
     return ["\n>\n".join(lines)] if lines else []
 
 
@@ -152,7 +166,10 @@ def _audited(one: Mapping[str, Any]) -> str:
     )
 
 
-SPECIAL = str.maketrans({c: f"\\{c}" for c in "_%&#${}"} | {"–": "--", "±": r"$\pm$", "~": r"\textasciitilde{}"})
+SPECIAL = str.maketrans(
+    {c: f"\\{c}" for c in "_%&#${}"}
+    | {"\\": r"\textbackslash{}", "^": r"\^{}", "–": "--", "±": r"$\pm$", "~": r"\textasciitilde{}"}
+)
 
 
 def latex(table: Mapping[str, Any]) -> str:
@@ -162,7 +179,8 @@ def latex(table: Mapping[str, Any]) -> str:
         " & ".join(cell.translate(SPECIAL) for cell in (f"{model} {export}".strip(), *_cells(rows, "±", "–"))) + r" \\"
         for (export, model), rows in _models(table).items()
     ]
-    said = [f"Test split of {table['dataset']}, {len(table['trained'])} seeds; {INTERVAL}.", *_warnings(table)]
+    seeds = len(table["trained"])
+    said = [f"Test split of {table['dataset']}, {seeds} seeds; AutoAttack is white-box. {INTERVAL}.", *_warnings(table)]
     comments = [f"% {line}" for text in said for line in text.splitlines()]
     body = [
         "\\begin{tabular}{l" + "r" * (len(COLUMNS) + 1) + "}",

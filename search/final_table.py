@@ -10,6 +10,7 @@ from typing import Any
 from attacks.interval import wilson
 from attacks.robustness import Verdict
 from search.hearing import AUTOATTACK, FULL, Judged
+from search.looks import opened_beside
 from search.retrained import Case
 
 LATENCIES = ("ms_p50", "ms_p95", "single_ms_p50")
@@ -124,6 +125,7 @@ def _export(case: Case, looks: Sequence[Mapping[str, Any]], found: Mapping[str, 
         "alarms_on_test": [list(judged.about["alarms"]) for judged in compared],
         "alarms_on_test_as_exported": list(own.about["alarms"]),
         "looks": list(looks),
+        "opened_beside": opened_beside(case.folder),
         "optimism": [
             _optimism(case, what, validation, own.verdicts[what], [judged.verdicts[what] for judged in compared])
             for what, validation in (

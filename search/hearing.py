@@ -222,7 +222,8 @@ class Hearing:
         """
         images = min(case.evidence["images"], len(self.y_N))
         suites = [repr(case.plan.suite), repr(SUITES["audit"])]
-        key = self.key(contender, compared=suites, images=images, knowledge=case.threat.knowledge)
+        shaping = {"images": images, "knowledge": case.threat.knowledge, "aimed": dict(aimed.inference)}
+        key = self.key(contender, compared=suites, **shaping)
         return self.once(key, lambda: self._compared(case, contender, aimed, images), contender.name)
 
     def _compared(self, case: Case, contender: Contender, aimed: Params, images: int) -> Judged:

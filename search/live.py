@@ -112,7 +112,7 @@ class Display(Listener):
     def _say(self, line: str, *, piped: bool = False) -> None:
         """Print a line; one that is `piped` only where there is no live table that shows the same."""
         if not (piped and self._live):
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _refresh(self) -> None:
         if self._live is not None:

@@ -34,3 +34,8 @@ def opened(folder: Path, asked: Mapping[str, Any]) -> list[Look]:
         found[-1] = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **found[-1]}
         write_atomic(folder / OPENED, json.dumps(found, indent=1).encode())
     return found
+
+
+def opened_beside(folder: Path) -> list[str]:
+    """Return the other exports in the folder of an export for which the test split was opened."""
+    return sorted(path.parents[1].name for path in folder.parent.glob(f"*/{OPENED}") if path.parents[1] != folder)

@@ -70,8 +70,9 @@ class Portion:
         return (
             f"a fraction of {self.fraction:g}: {images} of the training images, {root} of the epochs (at least "
             f"{SHORTEST}; of a long training {LONGEST} count) in batches of {root} of their size, {root} of "
-            f"Defense-GAN's steps and of its restarts, {100 * self.fraction:g} % of the images that are attacked "
-            f"(at least {LEAST_IMAGES}). It shows the way and proves nothing"
+            f"Defense-GAN's steps, of its restarts, of those of GMVAE's reclassification and of a black-box attacker's "
+            f"rounds, {100 * self.fraction:g} % of the images that are attacked (at least {LEAST_IMAGES}). It shows "
+            "the way and proves nothing"
         )
 
 

@@ -80,24 +80,23 @@ def busy(trials: Iterable[FrozenTrial], now: datetime) -> float:
 
 
 def board(states: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table of searches for people."""
-    table = Table("search", "task", *COUNTED, "of", "candidates", "time", "a minute", "left", "best", box=None)
+    """Return a table of searches for people, which can be read at 80 columns too."""
+    table = Table("search", "task", "trainings", "candidates", "time", "left", "best", box=None)
+    for column in table.columns:
+        column.overflow = "fold"
     for state in states:
-        best, pace = state["best"], state["trainings_per_minute"]
-        said = (
-            f"{100 * best['attacked_accuracy']:.1f} % attacked ({best['threat']}, {best['norm']} eps {best['eps']:g}), "
-            f"{best['candidate']}"
-            if best
-            else "-"
-        )
+        best, others = state["best"], [f"{state[key]} {key}" for key in COUNTED[1:] if state[key]]
         table.add_row(
             state["name"],
             state["task"],
-            *(str(state[key]) for key in (*COUNTED, "trials", "candidates")),
+            ", ".join([f"{state['finished']} of {state['trials']} finished", *others]),
+            str(state["candidates"]),
             duration(state["seconds"]),
-            "–" if pace is None else f"{pace:.1f}",
             duration(state["seconds_left"]),
-            said,
+            f"{100 * best['attacked_accuracy']:.1f}\u00a0% ({best['threat']}, {best['norm']} eps\u00a0"
+            f"{best['eps']:g}), {best['candidate']}"
+            if best
+            else "–",
         )
     return table
 
@@ -107,7 +106,9 @@ def details(state: Mapping[str, Any]) -> list[str]:
     constraints = ", ".join(f"{one['words']}: {one['within']}" for one in state["constraints"])
     last = state["rank_correlation"]["ranks"][-1]
     rho = "unknown" if last["rho"] is None else f"{last['rho']:.2f}"
+    pace = state["trainings_per_minute"]
     return [
+        *([f"pace: {pace:.1f} trainings a minute"] if pace else []),
         f"stopping: {state['stopping']}; cheap against final scores of {last['trainings']} trainings: rho {rho}",
         f"constraints: {state['feasible']} of {state['candidates']} candidates keep to all ({constraints})",
         *([f"warning: {state['rank_correlation']['warning']}"] if state["rank_correlation"]["warning"] else []),

@@ -41,8 +41,10 @@ def checked(storage: str) -> str:
     """Return a storage as every worker finds it: an absolute folder, or a URI that this machine can speak to.
 
     Raises:
-        ValueError: no implementation of the URI's protocol is installed.
+        ValueError: it is nothing, or no implementation of the URI's protocol is installed.
     """
+    if not storage:
+        raise ValueError("must be a folder or a URI")  # a script's empty variable is not meant to be this folder
     if not is_uri(storage):
         return str(Path(storage).expanduser().resolve())
     protocol, path = split_protocol(storage)

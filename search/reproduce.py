@@ -161,7 +161,9 @@ def _named(setting: Setting) -> str:
     """Return a cell's threat model by its true name."""
     if setting.attack is None:
         return "no attack"
-    return str(threat(setting)) if setting.eps is not None else f"{setting.knowledge}, least L2, bounded by no eps"
+    asks = ", by a substitute that asks the bare classifier" if setting.oracle == "bare" else ""
+    named = str(threat(setting)) if setting.eps is not None else f"{setting.knowledge}, least L2, bounded by no eps"
+    return named + asks
 
 
 def _order(table: Table) -> list[int]:
@@ -231,7 +233,7 @@ def _summed(summary: Summary, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "ours": value,
         "cells": len(ours),
         "of": len(alike),
-        "distance": None if value is None else value - summary.value,
+        "distance": value - summary.value if value is not None and len(ours) == len(alike) else None,
     }
 
 

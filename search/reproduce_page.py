@@ -149,7 +149,8 @@ def html(found: Mapping[str, Any], out: Path) -> str:
         legend=_legend(found),
         notes=notes(found),
         pictures=pictures,
-        fraction="" if found["fraction"] == 1 else f" --fraction {found['fraction']:g}",
+        flags=("" if found["fraction"] == 1 else f" --fraction {found['fraction']:g}")
+        + (f" --seed {found['seed']}" if found["seed"] else ""),
     )
 
 
@@ -198,9 +199,11 @@ def _summary(one: Mapping[str, Any]) -> str:
     where, note = _where(one), f" ({one['note']})" if one["note"] else ""
     if one["ours"] is None:
         return f"{one['kind']} of {where}: the paper's {one['printed']}{note}; none of ours ran."
-    ours, distance = f"{100 * one['ours']:.1f}", f"{100 * one['distance']:+.1f}".replace("-", "−")
-    among = f"{one['cells']} of {one['of']} cells"
-    return f"{one['kind']} of {where}: ours {ours} over {among}, the paper's {one['printed']}{note}, {distance}."
+    ours = f"{100 * one['ours']:.1f} over {one['cells']} of {one['of']} cells"
+    apart = "of all cells, so they do not compare"
+    if one["distance"] is not None:
+        apart = f"{100 * one['distance']:+.1f}".replace("-", "−")
+    return f"{one['kind']} of {where}: ours {ours}, the paper's {one['printed']}{note}, {apart}."
 
 
 def _row(cells: Sequence[str]) -> str:

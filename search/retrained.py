@@ -183,7 +183,7 @@ def contenders(cases: Sequence[Case], seed: int) -> list[Contender]:
             where, own = f"{protected}, {threat.norm} eps {threat.eps:g}", name == case.name
             made = Contender(
                 export=name if own else "",
-                name=case.study.defense if own else f"{name} ({where})",
+                name=f"{case.study.defense if own else name} ({where})",
                 identity=fingerprint(fit=key, setting=dict(params.inference)),
                 classifier=bench.identity(protected),
                 target=Defended(defense, bench.target.network).eval().requires_grad_(False),

@@ -36,8 +36,6 @@ class Setting:
         knowledge: what the attacker truly sees, whatever the paper calls it.
         substitute: the architecture of the black-box attacker's own network.
         oracle: whom that attacker asks for classes: the defended classifier, or the bare one.
-        epochs: of the defense's training; None: its own.
-        train_images: that it is trained on; None: all.
         images: of the test split that the number is of; None: all.
         limit_s: the defense may take so many seconds for a batch of 128, and descends as far as it gets in them.
         measure: accuracy under attack (`attacked`) or on `clean` images; share of the images, attacked where there is
@@ -57,8 +55,6 @@ class Setting:
     knowledge: Knowledge = "oblivious"
     substitute: str | None = None
     oracle: Literal["defended", "bare"] = "defended"
-    epochs: int | None = None
-    train_images: int | None = None
     images: int | None = None
     limit_s: float | None = None
     measure: Measure = "attacked"

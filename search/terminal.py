@@ -72,7 +72,8 @@ class Group(_Plain, TyperGroup):
     """A group of them."""
 
 
-console = Screen(width=None if sys.stdout.isatty() else 1000)  # what is piped is never cut
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False}  # what failed says why in words of its own, "[/x]" too
+console = Screen(width=None if sys.stdout and sys.stdout.isatty() else 1000, **PLAIN)  # what is piped is never cut
 
 
 def command(app: typer.Typer, panel: str, *examples: str, name: str | None = None) -> Callable[..., Any]:
@@ -93,7 +94,7 @@ def progress(as_json: bool) -> Iterator[Console]:
         yield console
         return
     with redirect_stdout(sys.stderr):
-        yield Console(stderr=True)
+        yield Console(stderr=True, **PLAIN)
 
 
 def show(found: Any, as_json: bool, page: Callable[[Any], Any] | None = None) -> None:
@@ -108,8 +109,10 @@ def show(found: Any, as_json: bool, page: Callable[[Any], Any] | None = None) ->
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     made = Table(*(rows[0] if rows else ("nothing",)), box=None, pad_edge=False)
+    for column in made.columns:
+        column.overflow = "fold"  # a path that is cut is none
     for row in rows:
-        made.add_row(*(escape(str(value)) for value in row.values()))
+        made.add_row(*map(str, row.values()))
     return made
 
 
@@ -145,10 +148,10 @@ def run(app: typer.Typer) -> int:
     except OSError as error:
         from search.place import trouble
 
-        reason = trouble(error)
-        if reason is None and not isinstance(error, PermissionError):
+        denied = f"{error.filename}: {error.strerror}" if isinstance(error, PermissionError) else None
+        if (failure := trouble(error) or denied) is None:
             raise
-        print(f"error: {reason or f'{error.filename}: {error.strerror}'}", file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

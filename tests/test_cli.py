@@ -126,6 +126,8 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["reproduce", "puvea/3"], "did you mean 'puvae/3'?"),
     (["completion", "zhs"], "the shell must be one of bash, but is 'zhs'"),
     (["status", "nothing", "--storage", "/tmp/there-is-none"], "a search must exist, but there is none in"),
+    (["status", "--storage", ""], "storage must be a folder or a URI, but is ''"),
+    (["search", "--storage", ""], "storage must be a folder or a URI, but is ''"),
     (["list", "defences"], "did you mean 'defenses'?"),
     (["data", "fetch", "mnits"], "did you mean 'mnist'?"),
     (["search", "--address", "127.0.0.1:1", *SMOKE], "address must be a running Ray cluster, but 127.0.0.1:1"),
@@ -219,6 +221,14 @@ def test_a_name_that_exists_says_resume(tmp_path: Path) -> None:
     (tmp_path / "smoke" / "study.yaml").touch()
     heard = said("search", "--name", "smoke", "--storage", str(tmp_path), *SMOKE)
     assert heard.code == 2 and "go on with `python launch.py resume smoke --storage" in heard.err
+
+
+def test_a_search_whose_folder_was_renamed_is_not_taken_for_another(tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "study.yaml").write_text("name: night\n")
+    heard = said("status", "moved", "--storage", str(tmp_path))
+    assert (heard.code, heard.out) == (2, "")
+    assert heard.err.endswith(f"must lie in a folder of its name, but {tmp_path}/moved/study.yaml is of 'night'\n")
 
 
 def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -209,6 +209,7 @@ def test_the_card_reads_as_a_model_card(folder: Path) -> None:
     for word in (said["data_sha256"], "CC BY 4.0", "undefended", "IEEE Access", said["device"], torch.__version__):
         assert word in page
     assert "None" not in page and "{{" not in page
+    assert said["model"]["consulted"] == ["B"] and "trained with the classifier `B`, and protects `A`" in page
 
 
 def test_a_card_says_what_a_black_box_attacker_asked_and_who_was_refused(folder: Path) -> None:

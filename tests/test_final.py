@@ -202,7 +202,7 @@ def test_the_figures_come_back_by_hand_on_the_test_split(judged: Found, exported
         clean.append(float(kept[0].float().mean()))
         fooled.append(float((kept[0] & kept[1]).float().mean()))
     assert the(judged[0], "magnet", "clean", "")["each"] == pytest.approx(clean)
-    (trail,) = (one["accuracy_after"] for one in judged[0]["trails"] if one["model"] == "magnet")
+    (trail,) = (one["accuracy_after"] for one in judged[0]["trails"] if one["model"] == "magnet (A, Linf eps 0.1)")
     assert trail["full/oblivious/fgsm"] == pytest.approx(mean(fooled))
 
 
@@ -271,6 +271,8 @@ def test_another_look_is_noted_and_the_page_says_so(judged: Found, exported: Pat
     table = final([other, twin], seeds=1, images=IMAGES, storage=storage, debug=True, console=console)
     assert [one["export"] for one in table["exports"]] == [judged[0]["exports"][0]["export"], "twin"]
     assert [len(one["looks"]) for one in table["exports"]] == [2, 1]
+    assert [one["opened_beside"] for one in table["exports"]] == [["twin"], ["other"]]
+    assert "opened for 1 more of twin's folder too (other)" in (twin / "final" / "FINAL.md").read_text()
     assert sum(row["figure"] == "accuracy" for row in table["rows"]) == (2 + 2) * 5
     assert "**Look 2 at the test split**" in page(table) and "look 2 at the test split" in screen.getvalue()
     assert "**Look 2" not in (twin / "final" / "FINAL.md").read_text()
@@ -290,6 +292,7 @@ def test_the_files_are_markdown_csv_latex_and_json(judged: Found, exported: Path
     body = [line for line in files["FINAL.tex"].splitlines() if not line.startswith("%")]
     cells = [line.removesuffix(r" \\").split(" & ") for line in body if " & " in line]
     assert {len(line) for line in cells} == {7} and len(cells) == 4
+    assert all("Linf eps 0.1" in line[0] for line in cells[1:]), "each row names its threat model"
     assert body[0].startswith(r"\begin{tabular}{lrrrrrr}") and body[-1] == r"\end{tabular}"
     for line in body:
         bare = re.sub(r"\\[\\%_&#${}]", "", line)
@@ -379,3 +382,13 @@ def test_bad_input_ends_before_anything_is_trained(
         final(**given, debug=True, console=QUIET)
     assert law in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "store").exists() and not (copy / "final").exists()
+
+
+def test_a_common_folder_that_cannot_be_written_is_named_before_anything_is_trained(
+    exported: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "final").write_text("in the way")
+    twin = shutil.copytree(exported, tmp_path / "twin", ignore=shutil.ignore_patterns("final"))
+    case = finals._case(twin, {"storage": str(tmp_path / "store"), "data_dir": None, "address": None})
+    with pytest.raises(InputError, match="a final run writes into .*final, but that cannot be: File exists"):
+        finals._prepared([case, case])

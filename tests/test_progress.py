@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import closing
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from launch import main
 from search import ranking
-from search.live import leaderboard, refusals
+from search.live import Display, leaderboard, refusals
 from search.progress import busy
 from search.record import Record
 from search.run import run
@@ -112,9 +113,13 @@ def test_time_in_which_nothing_ran_is_not_counted() -> None:
     assert busy([], begin) == 0
 
 
+REASON = "ValueError: on purpose, [/x] and [1, 2]"
+"""Words that a terminal might take for markup."""
+
+
 def one_fails(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
     time.sleep(0.1)
-    return {"failed": "ValueError: on purpose"} if proposal.name == "t002" else execute(study, proposal, report)
+    return {"failed": REASON} if proposal.name == "t002" else execute(study, proposal, report)
 
 
 def test_status_says_pace_rule_constraints_correlation_and_faults(
@@ -131,7 +136,7 @@ def test_status_says_pace_rule_constraints_correlation_and_faults(
     found = json.loads(status("--json"))
     assert (found["finished"], found["failed"], found["runs"], found["best"]) == (6, 1, False, None)
     assert (found["stopping"], found["refinements"], found["restarts"]) == ("median", 0, 0)
-    assert found["failures"] == {"t002": "ValueError: on purpose"}
+    assert found["failures"] == {"t002": REASON}
     assert found["feasible"] == 0 and found["constraints"][0]["constraint"] == "max_latency_ms"
     assert found["constraints"][0]["within"] == 0 and found["constraints"][0]["alone"] == 6
     last = found["rank_correlation"]["ranks"][-1]
@@ -139,9 +144,17 @@ def test_status_says_pace_rule_constraints_correlation_and_faults(
     assert found["seconds"] > 0 and found["seconds_left"] is None
     assert found["trainings_per_minute"] == pytest.approx(7 / found["seconds"] * 60, rel=0.2)
     words = status()
+    assert "6 of 7 finished, 1 failed" in words and " trainings a minute" in words
     assert "stopping: median; cheap against final scores of 6 trainings: rho 1.00" in words
     assert "constraints: 0 of 6 candidates keep to all (purification latency of at most 1 ms: 0" in words
-    assert "t002 failed: ValueError: on purpose" in words
+    assert f"t002 failed: {REASON}" in words
+
+
+def test_what_failed_is_told_in_its_own_words(study: Study) -> None:
+    console = Console(width=300)
+    with console.capture() as shown, closing(Display(console, study, [], 1, 0)) as display:
+        display.trial_ended("t002", "failed", [], None, REASON)
+    assert shown.get() == f"t002 failed: {REASON}\n"
 
 
 def test_what_is_left_is_told_while_a_search_runs(tmp_path: Path) -> None:

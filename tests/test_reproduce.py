@@ -25,7 +25,8 @@ from search.cells import UNTAUGHT, Cells, Ours
 from search.pace import Pace
 from search.papers import Cell, Summary, Table
 from search.portion import Portion
-from search.reproduce import beside, page, reproduce
+from search.reproduce import _named, _summed, beside, page, reproduce
+from search.reproduce_page import _summary
 from search.setting import Setting
 from search.strike import NotRun
 from search.study import make
@@ -149,6 +150,14 @@ def test_a_summary_is_of_the_cells_that_ran(finished: tuple[dict[str, Any], str]
     assert (one["cells"], one["of"]) == (1, 1)
 
 
+def test_a_paper_s_average_is_compared_where_all_of_its_cells_ran_alone() -> None:
+    rows = [{"labels": {"attack": name}, "ours": ours} for name, ours in (("FGSM", 0.5), ("CW", None))]
+    one = _summed(Summary("average", {}, 0.4, "40.0"), rows)
+    assert (one["ours"], one["cells"], one["of"], one["distance"]) == (0.5, 1, 2, None)
+    assert "ours 50.0 over 1 of 2 cells, the paper's 40.0, of all cells" in _summary(one)
+    assert _summed(Summary("average", {"attack": "FGSM"}, 0.4, "40.0"), rows)["distance"] == pytest.approx(0.1)
+
+
 def test_what_was_rejected_is_searched_and_counted_alone(finished: tuple[dict[str, Any], str]) -> None:
     rejected, searched = cell(finished[0], "GMVAE"), cell(finished[0], "Searched")
     assert searched["images"] == round(rejected["ours"] * rejected["images"]) > 0
@@ -240,6 +249,8 @@ def test_a_black_box_attacker_asks_whom_its_oracle_is(storage: Path, monkeypatch
         setting: dict[str, Any] = {**ATTACK, **trained_on, "knowledge": "black-box", "substitute": "A"}
         cells.run(Setting(task="digits/A", **setting))
     assert [isinstance(one, Defended) for one in asked] == [False, True]
+    bare = Setting(**{**setting, "task": "digits/A", "oracle": "bare"})
+    assert _named(bare) == "black-box, Linf eps 0.2, by a substitute that asks the bare classifier"
 
 
 def test_one_fit_serves_all_classifiers_where_the_training_looks_at_none(storage: Path) -> None:
