@@ -32,7 +32,7 @@ def search(study: Study, *, debug: bool = False, console: Console | None = None)
         RuntimeError: no trial left a candidate.
         KeyboardInterrupt: it was interrupted; what had ended is kept.
     """
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     checked(study)
     if study.name not in courier.names(study.storage):
         code = session.begin(study, console, debug=debug)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -67,19 +68,30 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield study.folder
 
 
+@pytest.fixture
+def leet(searched: Path) -> Iterator[Callable[[str], Terminal]]:
+    """Open `wandb leet` with words behind it in a terminal of its own."""
+    with contextlib.ExitStack() as open_ones:
+
+        def start(words: str) -> Terminal:
+            terminal = Terminal(f"{WANDB} leet {words}", searched.parent)
+            open_ones.callback(terminal.close)
+            return terminal
+
+        yield start
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(TMUX is None, reason="no terminal can be had: apt-get install tmux")
-def test_leet_shows_the_runs_of_a_search_with_their_charts(searched: Path) -> None:
-    terminal = Terminal(f"{WANDB} leet {searched.name}/wandb", searched.parent)
-    try:
-        screen = terminal.shows("Runs [3 items]", "Run Overview", "-smoke-t001-", "-smoke-t002-", "-smoke-search-")
-        assert screen.count("offline-run-") == 3
-        terminal.keys("f", "t001", "Enter")  # whose runs began in the same second stand in any order
-        terminal.shows("Name: t001", "cheap", "loss", "[x: epoch]")
-        terminal.shows("attacked_accuracy", "train.lambda_rc", "threat", "white-box")
-        terminal.keys("3")
-        terminal.shows("Media", "picture")
-        terminal.keys("q")
-        terminal.ends()
-    finally:
-        terminal.close()
+def test_leet_shows_the_runs_of_a_search_with_their_charts(searched: Path, leet: Callable[[str], Terminal]) -> None:
+    runs = leet(f"{searched.name}/wandb")
+    screen = runs.shows("Runs [3 items]", "Run Overview", "-smoke-t001-", "-smoke-t002-", "-smoke-search-")
+    assert screen.count("offline-run-") == 3
+    runs.keys("q")
+    runs.ends()
+    trial = next(searched.glob("wandb/offline-run-*-t001-*"))
+    one = leet(f"run {trial.relative_to(searched.parent)}")  # in a list, runs of one second stand in any order
+    one.shows("Name: t001", "cheap", "loss", "[x: epoch]")
+    one.shows("attacked_accuracy", "train.lambda_rc", "threat", "white-box")
+    one.keys("3")
+    one.shows("Media", "picture")
