@@ -52,7 +52,8 @@ def search(
     if print_config:
         typer.echo(study.to_yaml(), nl=False)
     elif dry_run:
-        found = session.rehearse(study)
+        with progress(as_json) as screen:
+            found = session.rehearse(study, screen)
         show(vars(found), as_json, lambda _: said(found))
     else:
         end(session.begin(study, console, debug=debug))
@@ -170,7 +171,8 @@ def attack(
     from search import attack, listings
 
     how: dict[str, Any] = {"norm": norm, "eps": eps, "images": images, "substitute": substitute, "seed": seed}
-    with progress(as_json):
+    with progress(as_json) as screen:
+        how["console"] = screen
         found = attack.attack(listings.export(export), suite, knowledge=threat, data_dir=data_dir, **how)
     show(found, as_json, attack.page)
 

@@ -6,7 +6,11 @@ In a notebook, from the repository's root: `from search import Study, search, ca
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+# Threads that spin while they wait make runs beside each other many times slower. OpenMP reads it when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 HOMES = {"Study": "study", "search": "notebook", "candidates": "notebook", "front": "notebook", "load": "export"}
 """The modules of what the package offers: none is imported before it is asked for, as loading needs few of them."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 from torch import nn
 
 from attacks.interval import wilson
@@ -29,6 +30,7 @@ from search.architectures import ARCHITECTURES
 from search.export import load
 from search.fields import as_written
 from search.latency import Lane
+from search.live import working
 from search.store import write_atomic
 from search.study import HELD_OUT
 from search.tasks import task as find_task
@@ -51,6 +53,7 @@ def attack(
     substitute: str | None = None,
     data_dir: str | None = None,
     seed: int = 1,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Run a suite on an export and on the classifier that it defends, and write what was found into the export.
 
@@ -59,6 +62,7 @@ def attack(
         images: of the validation split; else as many as the search attacked.
         substitute: the architecture of the black-box attacker's network; else the study's.
         seed: another one than the search's gives other random starts and targets.
+        console: where it is said what goes on; else nowhere.
 
     Returns:
         The table, as JSON; it lies in FOLDER/attacks too.
@@ -88,15 +92,15 @@ def attack(
     x_NCHW, y_N = x_NCHW[:wanted], y_N[:wanted]
     blind = threat.knowledge == "black-box"
     lane = Lane(device)  # a search may be measuring here
-    with lane.working():
-        oblivious = {} if blind else craft_oblivious(attacks, bare(target), x_NCHW, y_N, threat, seed)
 
     def struck(model: nn.Module) -> Robustness:
         asked = outsider.craft(attacks, model, x_NCHW, y_N, threat, seed) if blind else (None, 0)
         made = observe(attacks, model, x_NCHW, y_N, threat, oblivious=oblivious, black_box=asked[0], seed=seed)
         return replace(made, queries=asked[1]).judge()
 
-    with lane.working():
+    said = f"attacking {known['candidate']}, then the bare classifier: suite {suite}, {wanted} images, {threat}"
+    with working(console or Console(quiet=True), said), lane.working():
+        oblivious = {} if blind else craft_oblivious(attacks, bare(target), x_NCHW, y_N, threat, seed)
         found, undefended = struck(target), struck(bare(target))
     table = {
         "export": known["candidate"],

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from attacks.interval import wilson
@@ -19,6 +28,16 @@ from search.events import Listener, State
 from search.score import Candidate
 from search.study import Study
 from spaces.space import Params, Scalar
+
+
+@contextmanager
+def working(console: Console, doing: str) -> Iterator[None]:
+    """Say what takes minutes and, on a terminal, for how long it has been going on."""
+    console.print(doing, highlight=False, soft_wrap=True)
+    columns = (SpinnerColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task("")
+        yield
 
 
 @dataclass

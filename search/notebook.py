@@ -32,7 +32,7 @@ def search(study: Study, *, debug: bool = False, console: Console | None = None)
         RuntimeError: no trial left a candidate.
         KeyboardInterrupt: it was interrupted; what had ended is kept.
     """
-    console = console or Console(markup=False, emoji=False)
+    console = console or _console()
     checked(study)
     if study.name not in courier.names(study.storage):
         code = session.begin(study, console, debug=debug)
@@ -44,6 +44,12 @@ def search(study: Study, *, debug: bool = False, console: Console | None = None)
     if code != 0:
         raise RuntimeError(f"no trial of {study.name} left a candidate: launch.py status {study.name} says why")
     return candidates(study)
+
+
+def _console() -> Console:
+    """Return a console on standard output; what is piped is never cut."""
+    console = Console(markup=False, emoji=False)
+    return console if console.is_terminal or console.is_jupyter else Console(markup=False, emoji=False, width=1000)
 
 
 def candidates(study: Study | str, storage: str = "runs") -> pd.DataFrame:

@@ -24,7 +24,7 @@ from search.events import State
 from search.findings import find
 from search.forecast import Forecast, forecast, slots_here
 from search.ledger import Ledger
-from search.live import Display, leaderboard, percent, refusals
+from search.live import Display, leaderboard, percent, refusals, working
 from search.place import StorageError, trouble
 from search.progress import progress
 from search.record import ENDED, Record, begun, state_of
@@ -53,18 +53,19 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
     return _run(study, console, debug=debug, new=True)
 
 
-def rehearse(study: Study) -> Forecast:
-    """Return what a new search would run and take; nothing is trained or written.
+def rehearse(study: Study, console: Console) -> Forecast:
+    """Return what a new search would run and take; nothing is kept.
 
     Raises:
         InputError: the name is taken, or nothing holds a trial.
     """
     _new(study)
-    if study.address is None:
-        return forecast(study, slots_here(study))
-    from search.cluster import capacity  # Ray takes a second to import
+    with working(console, f"timing a step of {study.defense} on {study.label}"):
+        if study.address is None:
+            return forecast(study, slots_here(study))
+        from search.cluster import capacity  # Ray takes a second to import
 
-    return forecast(study, capacity(study))
+        return forecast(study, capacity(study))
 
 
 def proceed(study: Study, console: Console, *, debug: bool) -> int:
@@ -138,6 +139,8 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
             if new:
                 _new(study)  # another driver may have begun, and ended, since
             known, ended = _held(study)
+            if not new:
+                say(f"{sum(ended.values())} of {study.trials} trainings have ended, {len(known)} candidates are kept")
             ledger = Ledger(study.folder / "candidates.csv", known)
             tracker = Tracker(study.wandb, study.folder, say, known, ended)
             display = Display(console, study, list(plan.space.searched()), plan.epochs, ended.total())

@@ -21,7 +21,7 @@ from search import courier, ranking
 from search.card import card
 from search.evidence import evidence
 from search.export import SEAL, opened, seal
-from search.live import percent
+from search.live import percent, working
 from search.record import Record
 from search.score import Candidate
 from search.store import Store, folder_atomic, to_bytes, write_atomic
@@ -92,11 +92,9 @@ def export_all(
             )
         try:
             if not folder.exists():
-                console.print(
-                    f"auditing {candidate.candidate} by heavier attacks than it was chosen by", highlight=False
-                )
                 store = store_of(study)
-                made.append(export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms))
+                with working(console, f"auditing {candidate.candidate} by heavier attacks than it was chosen by"):
+                    made.append(export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms))
             found = json.loads(opened(folder)["evidence.json"])
             courier.deliver(study, *folder.iterdir())
             console.print(f"{_audited(found)}\nexported {folder}", highlight=False, soft_wrap=True)
