@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+
 from attacks.interval import wilson
 from search.findings import Findings
 from search.importance import CHANCE
 from search.score import Candidate
 from search.stopping import rungs
-from search.wording import spoken_value
+from search.wording import spoken_device, spoken_value
 from spaces.space import Scalar
 
 SWEPT = 5
@@ -31,10 +33,12 @@ def charts(findings: Findings) -> dict[str, Any]:
     devices = sorted({c.score.device for c in findings.candidates})
     bare, latency = findings.undefended, latencies(findings)
     best = findings.fit(findings.best) if findings.best else None
+    domains = findings.study.plan().space.flat()
     return {
         "threat": findings.named(),
         "knobs": list(findings.searched),
-        "devices": devices,
+        "ranges": [_range(domains.get(knob)) for knob in findings.searched],
+        "devices": [spoken_device(device) for device in devices],
         "budget": findings.study.max_latency_ms,
         "rejection": _points(findings.study.max_clean_rejection),
         "best": findings.best and findings.best.candidate,
@@ -102,8 +106,8 @@ def latencies(findings: Findings) -> list[dict[str, Any]]:
     few = len({(device, setting) for device, setting, *_ in found}) <= SETTINGS
     return [
         {
-            "lane": ", ".join(filter(None, (setting if few else "", device))),
-            "device": device,
+            "lane": ", ".join(filter(None, (setting if few else "", spoken_device(device)))),
+            "device": spoken_device(device),
             "setting": setting,
             "p50": _number(p50),
             "p95": _number(p95),
@@ -123,6 +127,13 @@ def _latency_knobs(findings: Findings) -> list[str]:
 def _setting(candidate: Candidate, knobs: Sequence[str]) -> str:
     values: Mapping[str, Scalar] = candidate.params.flat()
     return ", ".join(f"{knob} {spoken_value(values.get(knob))}" for knob in knobs)
+
+
+def _range(domain: BaseDistribution | None) -> str | None:
+    """Return the scale of a knob that is a range, and nothing of a choice."""
+    if not isinstance(domain, FloatDistribution | IntDistribution):
+        return None
+    return "log" if domain.log else "linear"
 
 
 def _number(value: float) -> float | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from attacks.threat import Knowledge
 from search import courier, progress, ranking
 from search.agreement import Agreement, agreement
+from search.export import opened
 from search.faults import Fault, gathered
 from search.importance import Importances, importances
 from search.latency import Latency
@@ -20,8 +23,8 @@ from search.ranking import Kept
 from search.record import ENDED, Record, state_of
 from search.score import Candidate
 from search.study import Study
-from search.wording import milliseconds, percent, spoken_eps
-from spaces.space import Params
+from search.wording import milliseconds, percent, spoken_device, spoken_eps
+from spaces.space import InputError, Params
 
 APART = 0.1
 """How far the second latency of a member of the front may lie from the first, a fraction, before it is remarked."""
@@ -68,6 +71,7 @@ class Findings:
         again: the latency of the front's candidates when it was timed again at the end.
         refinements: further inference settings that were tried on the best fits at the end.
         busy: seconds in which at least one trial ran.
+        audits: the evidence of each export, by its candidate.
     """
 
     study: Study
@@ -83,6 +87,7 @@ class Findings:
     again: Mapping[str, Latency] = field(default_factory=dict)
     refinements: Sequence[TrialRecord] = ()
     busy: float = 0.0
+    audits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def ranked(self) -> list[Candidate]:
@@ -121,6 +126,11 @@ class Findings:
         scored = self.undefended or next(iter(self.candidates), None)
         return scored.score.threat.eps if scored else self.study.eps
 
+    @property
+    def ended(self) -> int:
+        """How many trainings are over, as `status` counts them."""
+        return sum(map(self.count, ENDED))
+
     def count(self, state: str) -> int:
         return sum(trial.state == state for trial in self.trials)
 
@@ -158,7 +168,7 @@ class Findings:
         if again is None or first <= 0:
             return ""
         if again.device != candidate.score.device:
-            return f"on another device: {again.device}"
+            return f"on another device: {spoken_device(again.device)}"
         moved = again.ms_p50 / first - 1
         if abs(moved) <= APART:
             return ""
@@ -193,7 +203,22 @@ def find(study: Study) -> Findings:
         trials=[_told(record, trial, "trial") for trial in record.trials()],
         refinements=[_told(record, trial, "refines") for trial in record.refinements()],
         busy=progress.busy((t for t in record.trials() if state_of(t) in ENDED), datetime.now()),
+        audits=audits(study, candidates),
     )
+
+
+def audits(study: Study, candidates: Sequence[Candidate]) -> dict[str, Mapping[str, Any]]:
+    """Return the evidence of exports by candidate; one changed since, or of another search, is left out."""
+    found = dict[str, Mapping[str, Any]]()
+    for c in candidates:
+        try:
+            known = json.loads(opened(study.folder / "export" / c.candidate)["evidence.json"])
+        except InputError:
+            continue
+        ours = {"search": study.name, "candidate": c.candidate, "fit": c.fit, "threat": asdict(c.score.threat)}
+        if ours.items() <= known.items():
+            found[c.candidate] = known
+    return found
 
 
 def _told(record: Record, trial: FrozenTrial, kind: str) -> TrialRecord:

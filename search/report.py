@@ -27,7 +27,7 @@ from search.score import Score
 from search.store import write_atomic
 from search.study import Study
 from search.tasks import task
-from search.wording import duration, milliseconds, percent, spoken_eps, spoken_value
+from search.wording import duration, milliseconds, percent, spoken_device, spoken_eps, spoken_value
 
 TOP = 10
 """Rows of the leaderboard."""
@@ -89,7 +89,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters.update(percent=percent, ms=milliseconds, duration=duration, value=spoken_value)
+    env.filters.update(percent=percent, ms=milliseconds, duration=duration, value=spoken_value, device=spoken_device)
     return env.get_template("page.html.j2")
 
 
@@ -112,7 +112,7 @@ def threat_in_words(findings: Findings) -> str:
 
 def measures(findings: Findings) -> Iterator[tuple[str, str, list[str]]]:
     """Yield measure, condition, and the values of the best candidate and of the undefended classifier."""
-    batch = "p50, batch of 128" + (f", {findings.device}" if findings.device else "")
+    batch = "p50, batch of 128" + (f", {spoken_device(findings.device)}" if findings.device else "")
     asked = [("Black-box accuracy", findings.named("black-box"), lambda s: percent(s.black_box_accuracy))]
     rejection: list[tuple[str, str, Callable[[Score], str]]] = [
         ("Attacked images accepted and wrong", findings.named(), lambda s: percent(s.attacked_error)),

@@ -28,6 +28,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes}\u00a0min" if minutes < 60 else f"{minutes // 60}\u00a0h {minutes % 60:02d}\u00a0min"
 
 
+def spoken_device(device: str) -> str:
+    """Return a device as it was measured on, its threads in the right number."""
+    return device.replace(" 1 thread(s)", " 1 thread").replace("thread(s)", "threads")
+
+
 def spoken_value(value: Scalar | None) -> str:
     if value is None:
         return "–"

@@ -13,6 +13,7 @@ import yaml
 from search.cost import cost
 from search.report import render
 from search.study import Study
+from search.wording import spoken_device
 from tests.findings import findings_of, nothing_yet, several_devices
 from tests.page import Page
 
@@ -100,3 +101,29 @@ def test_words_stand_out_from_every_ground_in_both_schemes() -> None:
         for ink, ground in itertools.product(("ink", "muted", "accent", "warm"), ("paper", "sheet", "wash")):
             dark, light = sorted((luminance(colours[ink]), luminance(colours[ground])))
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground)
+
+
+def test_ended_trainings_are_counted_as_status_counts_them() -> None:
+    findings = findings_of()
+    going = replace(findings, trials=[*findings.trials, replace(findings.trials[0], trial="t099", state="running")])
+    assert f"{len(findings.trials)} of 40 trainings ended" in Page(render(going)).words
+
+
+def test_a_range_has_a_scale_and_a_choice_has_none() -> None:
+    assert Page(render(findings_of())).data["ranges"] == ["log", "log", "log", None, None]
+
+
+def test_what_the_audit_left_of_the_best_stands_beneath_the_headline() -> None:
+    findings = findings_of(threat="oblivious")
+    assert findings.best is not None
+    known = {f"{name}_accuracy": 0.0 for name in ("attacked", "white_box", "clean")}
+    known |= {"attacked_accuracy": 0.198} | {
+        f"{name}_accuracy_interval": (0.1, 0.3) for name in ("attacked", "white_box")
+    }
+    words = Page(render(replace(findings, audits={findings.best.candidate: {**known, "alarms": []}}))).words
+    assert "heavier attacks left 19.8 %" in words and "An attacker who knows the defense left 0.0 %" in words
+
+
+def test_threads_are_in_the_right_number() -> None:
+    assert spoken_device("EPYC, 1 thread(s)") == "EPYC, 1 thread"
+    assert spoken_device("EPYC, 11 thread(s)") == "EPYC, 11 threads"
