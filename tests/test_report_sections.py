@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import itertools
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import yaml
 
 from search.cost import cost
+from search.export import FILES, SEAL, seal
+from search.findings import audits
 from search.report import render
 from search.study import Study
 from search.wording import spoken_device
@@ -116,12 +120,33 @@ def test_a_range_has_a_scale_and_a_choice_has_none() -> None:
 def test_what_the_audit_left_of_the_best_stands_beneath_the_headline() -> None:
     findings = findings_of(threat="oblivious")
     assert findings.best is not None
-    known = {f"{name}_accuracy": 0.0 for name in ("attacked", "white_box", "clean")}
-    known |= {"attacked_accuracy": 0.198} | {
-        f"{name}_accuracy_interval": (0.1, 0.3) for name in ("attacked", "white_box")
+    known = {
+        "attacked_accuracy": 0.198,
+        "attacked_accuracy_interval": (0.148, 0.258),
+        "white_box_accuracy": 0.0,
+        "white_box_accuracy_interval": (0.0, 0.019),
+        "clean_accuracy": 0.9,
+        "alarms": [],
     }
-    words = Page(render(replace(findings, audits={findings.best.candidate: {**known, "alarms": []}}))).words
+    words = Page(render(replace(findings, audits={findings.best.candidate: known}))).words
     assert "heavier attacks left 19.8 %" in words and "An attacker who knows the defense left 0.0 %" in words
+
+
+def test_an_export_that_was_changed_or_is_of_another_search_is_left_out(tmp_path: Path) -> None:
+    findings = findings_of()
+    one, other, third = findings.candidates[:3]
+    study = findings.study.model_copy(update={"storage": str(tmp_path)})
+    for candidate, search in ((one, study.name), (other, study.name), (third, "another")):
+        known = {"search": search, "candidate": candidate.candidate, "fit": candidate.fit}
+        told = json.dumps(known | {"threat": asdict(candidate.score.threat)}).encode()
+        files = {name: told if name == "evidence.json" else b"" for name in FILES}
+        folder = study.folder / "export" / candidate.candidate
+        folder.mkdir(parents=True)
+        for name, content in (files | {SEAL: seal(files)}).items():
+            (folder / name).write_bytes(content)
+    assert list(audits(study, findings.candidates)) == [one.candidate, other.candidate]
+    (study.folder / "export" / other.candidate / "card.md").write_text("It withstands everything.")
+    assert list(audits(study, findings.candidates)) == [one.candidate]
 
 
 def test_threads_are_in_the_right_number() -> None:
