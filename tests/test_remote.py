@@ -286,13 +286,16 @@ def test_a_training_goes_on_on_another_machine_and_is_done_once_for_all(
 
 
 class Away(Listener):
-    """Takes the storage away when the first trial ends."""
+    """Takes the storage away when the first trial ends and the study has arrived there."""
 
     def __init__(self, far: Path) -> None:
         self.far = far
 
     def trial_ended(self, trial: str, *rest: object) -> None:
         if trial == "t001":
+            until = time.monotonic() + 60
+            while not list(self.far.glob("*/study.yaml")) and time.monotonic() < until:
+                time.sleep(0.05)
             self.far.rename(self.far.with_name("gone"))
 
 
