@@ -28,12 +28,12 @@ from defenses.base import Shape
 from search import tasks
 from search.architectures import ARCHITECTURES
 from search.export import load
-from search.fields import as_written
 from search.latency import Lane
 from search.live import working
 from search.store import write_atomic
 from search.study import HELD_OUT
 from search.tasks import task as find_task
+from spaces.domain import as_written
 from spaces.space import InputError, choose
 
 FOOLING = 100

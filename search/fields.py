@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from attacks.threat import Knowledge, Norm
 from search import remote
+from spaces.domain import as_written
 from spaces.space import Scalar
 
 Method = Literal["tpe", "nsga2", "gp", "random", "qmc", "grid"]
@@ -109,11 +109,3 @@ class Fields(BaseModel):
     @classmethod
     def _is_a_folder(cls, storage: str) -> str:
         return remote.checked(storage)  # workers have working directories of their own
-
-
-def as_written(eps: object) -> object:
-    """Take 8/255 as it is written in papers."""
-    try:
-        return float(Fraction(eps)) if isinstance(eps, str) else eps
-    except (ValueError, ZeroDivisionError):
-        return eps

@@ -18,7 +18,7 @@ import spaces
 from attacks.threat import Knowledge
 from attacks.threat import Norm as norms
 from search.fields import Fields
-from spaces.space import InputError
+from spaces.space import InputError, SearchSpace
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "What is searched": (
@@ -42,21 +42,34 @@ PANELS: Mapping[str, tuple[str, ...]] = {
 }
 """The groups under which `search --help` shows the fields of a study."""
 NOUNS = {"address": "HOST:PORT", "storage": "PATH", "data_dir": "PATH", "knobs": "NAME=VALUE"}
-KINDS = {"defense": "defenses", "task": "tasks", "protect": "tasks", "space": "spaces", "suite": "attacks"}
-"""What `list` calls the things that a field names."""
+KINDS = {"knobs": "knobs", "warm_start": "searches", "defense": "defenses", "task": "tasks", "protect": "tasks", "space": "spaces", "suite": "attacks"}
+"""The kinds of thing that fields name."""
 
 
 def completed(kind: str) -> Callable[[Context], Sequence[str]]:
-    """Return what completes the name of a kind of thing: one that `list` shows, or exports."""
+    """Return what completes the name of a kind of thing: one that `list` shows, or one of those named here."""
 
     def names(ctx: Context) -> Sequence[str]:
         storage = Path(str(ctx.params.get("storage") or "runs"))
+        defense = ctx.params.get("defense") or Fields().defense
         if kind == "searches":
             return [path.parent.name for path in storage.glob("*/study.yaml")]
         if kind == "exports":
             return [str(path.parent) for path in storage.glob("*/export/*/evidence.json")]
+        if kind == "candidates":
+            search = ctx.params.get("name") or ctx.args[0]  # Click leaves it there while a flag's value is missing
+            rows = (storage / search / "candidates.csv").read_text().splitlines()
+            return [row.partition(",")[0] for row in rows[1:]]
+        if kind == "knobs":
+            import defenses  # imports torch
+
+            return [f"{name}=" for name in SearchSpace.of(defenses.find(defense)).flat()]
+        if kind == "data sets":
+            from search.datasets import DATASETS
+
+            return list(DATASETS)
         if kind == "spaces":
-            return spaces.names(ctx.params.get("defense") or Fields().defense)
+            return spaces.names(defense)
         from search import listings  # imports torch
 
         return list(dict.fromkeys(str(next(iter(row.values()))) for row in listings.rows(kind, str(storage))))
@@ -89,8 +102,8 @@ Export = Annotated[Path, _named("EXPORT", "the folder of an export", "exports")]
 Exports = Annotated[list[Path], _named("EXPORT", "exports, or folders of some", "exports")]
 TableName = Annotated[str, _named("TABLE", "a paper's table (list tables)", "tables")]
 Kind = Annotated[str, _named("KIND", ", ".join(LISTED), words=LISTED)]
-DataSets = Annotated[list[str], _named("DATASET", "data sets")]
-MaybeDataSets = Annotated[list[str] | None, _named("DATASET", "data sets; else all")]
+DataSets = Annotated[list[str], _named("DATASET", "data sets", "data sets")]
+MaybeDataSets = Annotated[list[str] | None, _named("DATASET", "data sets; else all", "data sets")]
 Shell = Annotated[str, _named("SHELL", "bash")]
 
 Config = Annotated[Path | None, _value("PATH", "a study in YAML, the same fields; flags win")]
@@ -107,7 +120,7 @@ Seed = Annotated[int, _value("INTEGER", "of random starts, targets and noise")]
 
 Pareto = Annotated[bool, _switch("--pareto", "the whole Pareto front")]
 Top = Annotated[int | None, _value("INTEGER", "the best K (least attacked error) that pass the audit", min=1)]
-Candidate = Annotated[str | None, _value("NAME", "one candidate, by its name or the beginning of it")]
+Candidate = Annotated[str | None, _value("NAME", "one candidate, by its name or the beginning of it", "candidates")]
 Out = Annotated[Path | None, _value("PATH", "the folder of exports; else STORAGE/NAME/export")]
 Despite = Annotated[bool, _switch("--despite-alarms", "write what the audit refuses")]
 

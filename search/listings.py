@@ -12,6 +12,7 @@ from typing import Any
 
 import defenses
 import spaces
+from spaces.domain import written
 from spaces.space import InputError, SearchSpace, choose, conditions, spoken
 
 Row = dict[str, Any]
@@ -113,7 +114,7 @@ def _attacks() -> list[Row]:
             "attack": attack.name,
             "parameters": attack.spoken(),
             "norm": "least L2" if attack.unbounded else ", ".join(attack.norms),
-            "eps": "the task's" if suite.eps is None else f"{suite.eps:g}",
+            "eps": "the task's" if suite.eps is None else written(suite.eps),
             "for": attack.aims or "any",
             "source": attack.source,
         }

@@ -18,6 +18,7 @@ from rich.table import Table
 from typer._completion_classes import completion_init  # Typer offers no other way to its shells
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
+from spaces.domain import written
 from spaces.space import InputError
 
 BASH = """\
@@ -32,6 +33,7 @@ _crucible() {
     local IFS=$'\\n'
     COMPREPLY=($(COMP_WORDS="${COMP_WORDS[*]:at}" COMP_CWORD=$((COMP_CWORD - at)) _CRUCIBLE_COMPLETE=complete_bash \\
         "${COMP_WORDS[@]:0:at+1}" 2>/dev/null))
+    [[ $COMPREPLY == *= ]] && compopt -o nospace 2>/dev/null  # the value of a knob comes next
 }
 for _crucible_loads in _comp_load _completion_loader; do  # of the package bash-completion
     declare -F $_crucible_loads >/dev/null && { $_crucible_loads python >/dev/null 2>&1; break; }
@@ -108,11 +110,19 @@ def show(found: Any, as_json: bool, page: Callable[[Any], Any] | None = None) ->
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    made = Table(*(rows[0] if rows else ("nothing",)), box=None, pad_edge=False)
-    for column in made.columns:
+    shown = [list(rows[0] if rows else ("nothing",)), *([written(value) for value in row.values()] for row in rows)]
+    made = Table(*shown[0], box=None, pad_edge=False)
+    whole = [max(map(len, cells)) for cells in zip(*shown, strict=True)]
+    words = [max(len(word) for cell in cells for word in cell.split(" ")) for cells in zip(*shown, strict=True)]
+    room = console.width - 2 * len(words)
+    cap = next((cap for cap in range(max(words), 1, -1) if sum(min(cap, word) for word in words) <= room), 1)
+    least = [min(cap, word) for word in words]
+    share = min(1.0, max(0, room - sum(least)) / max(1, sum(whole) - sum(least)))
+    for column, full, word in zip(made.columns, whole, least, strict=True):
         column.overflow = "fold"  # a path that is cut is none
-    for row in rows:
-        made.add_row(*map(str, row.values()))
+        column.width = word + int(share * (full - word))  # nor is a word that is broken easily read
+    for row in shown[1:]:
+        made.add_row(*row)
     return made
 
 

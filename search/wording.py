@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from spaces.domain import written
 from spaces.space import Scalar
 
 
@@ -43,8 +44,4 @@ def spoken_value(value: Scalar | None) -> str:
 
 def spoken_eps(eps: float | None) -> str:
     """Return eps as papers write it: 0.3, but 8/255."""
-    if eps is None:
-        return "of the task"
-    levels = eps * 255
-    in_levels = len(f"{eps:g}") > 5 and abs(levels - round(levels)) < 1e-3
-    return f"{round(levels)}/255" if in_levels else f"{eps:g}"
+    return "of the task" if eps is None else written(eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -88,10 +89,28 @@ def contains(domain: BaseDistribution, value: object) -> bool:
 def spoken(domain: BaseDistribution) -> str:
     """Return the domain in words, for an error or a table."""
     if isinstance(domain, CategoricalDistribution):
-        return "one of " + ", ".join(str(choice) for choice in domain.choices)
+        return "one of " + ", ".join(map(written, domain.choices))
     assert isinstance(domain, FloatDistribution | IntDistribution)
     kind = "a whole number" if isinstance(domain, IntDistribution) else "a number"
     return f"{kind} from {domain.low:g} to {domain.high:g}" + (" (log scale)" if domain.log else "")
+
+
+def written(value: object) -> str:
+    """Return a value as papers write it: 0.3, but 8/255."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    if len(short) > 5 and abs(value * 255 - round(value * 255)) < 1e-3:
+        return f"{round(value * 255)}/255"
+    return short if float(short) == value else str(value)
+
+
+def as_written(text: Any) -> Any:
+    """Return the number that a text such as 8/255 stands for; what is none comes back as it is."""
+    try:
+        return float(Fraction(text)) if isinstance(text, str) else text
+    except (ValueError, ZeroDivisionError):
+        return text
 
 
 def narrowed(name: str, declared: BaseDistribution, wish: Domain) -> BaseDistribution:
@@ -111,7 +130,7 @@ def narrowed(name: str, declared: BaseDistribution, wish: Domain) -> BaseDistrib
     if not values:
         raise InputError(f"{name} must be {spoken(declared)}, but its grid is empty")
     if isinstance(declared, FloatDistribution):
-        values = [_number(value) for value in values]
+        values = [float(value) if type(value) is int else value for value in map(as_written, values)]
     for value in values:
         if not contains(declared, value):
             raise InputError(f"{name} must be {spoken(declared)}, but is {value!r}")
@@ -123,7 +142,7 @@ def _range(name: str, declared: FloatDistribution | IntDistribution, text: str) 
     ends, colon, scale = text.partition(":")
     whole = isinstance(declared, IntDistribution)
     try:
-        low, high = ((int if whole else float)(end) for end in ends.split(".."))
+        low, high = (int(end) if whole else float(as_written(end)) for end in ends.split(".."))
         if scale == ("log" if colon else "") and contains(declared, low) and contains(declared, high):
             kind: Any = type(declared)
             domain: BaseDistribution = kind(low, high, log=bool(colon))
@@ -133,14 +152,6 @@ def _range(name: str, declared: FloatDistribution | IntDistribution, text: str) 
     raise InputError(
         f"{name} must be {spoken(declared)}, or of these a range LOW..HIGH or, above 0, LOW..HIGH:log, but is {text!r}"
     )
-
-
-def _number(value: Any) -> Any:
-    """Return what YAML and the shell mean: 1 is 1.0, and YAML reads 1e-3 as text."""
-    try:
-        return value if isinstance(value, bool) else float(value)
-    except ValueError:
-        return value
 
 
 def _listed(wish: object) -> list[Any]:

@@ -393,7 +393,9 @@ def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> N
     (tmp_path / "runs" / "night").mkdir(parents=True)
     (tmp_path / "runs" / "night" / "study.yaml").touch()
     tries = ["st", "search --meth", "search --method n", "search --defense gmvae --space paper_", "status ni", "data f"]
-    tries += ["attack x --threat ob", "list ta"]
+    tries += ["attack x --threat ob", "list ta", "search --knob lambda_r", "search --warm-start n", "data fetch cel"]
+    tries += ["export night --candidate ab", "reproduce gmvae/"]
+    (tmp_path / "runs" / "night" / "candidates.csv").write_text("candidate,fit\nabc-1,abc\nabc-2,abc\nd-1,d\n")
     (tmp_path / "launch.py").touch()  # somebody else's: it may do anything when it is run
     lines = ["_theirs() { COMPREPLY=(theirs); }; complete -F _theirs python"]
     lines += 2 * [f"source <({sys.executable} {ROOT / 'launch.py'} completion)"]
@@ -417,6 +419,11 @@ def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> N
             "fetch",
             "oblivious",
             "tasks tables",
+            "lambda_rc=",
+            "night",
+            "celeba",
+            "abc-1 abc-2",
+            "gmvae/1 gmvae/2 gmvae/fig3",
             "not ours: theirs",
             "not ours: theirs",
             "not ours: ",

@@ -167,6 +167,7 @@ def test_a_narrow_space_forgets_conditions_that_are_decided() -> None:
     ("knob", "text", "domain"),
     [
         ("lambda_rc", "1e-3..10:log", FloatDistribution(1e-3, 10, log=True)),
+        ("lambda_rc", "1/255..8/255", FloatDistribution(1 / 255, 8 / 255)),
         ("lambda_rc", "1..2", FloatDistribution(1, 2)),
         ("conv_maps", "4..32:log", IntDistribution(4, 32, log=True)),
         ("conv_maps", "4..8", IntDistribution(4, 8)),
