@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ Tell = Callable[[str, float], None]
 """Hears what is being done, and what share of the whole piece is done."""
 PERIOD_S = 3600.0
 """How far back the time left is reckoned from."""
+BEAT_S = 60.0
+"""Where the output is piped, each piece says as often what it does."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,12 @@ def crew(study: Study, *, debug: bool, concurrent: int | None, console: Console)
 
 
 class Board:
-    """How far each piece is: bars on a terminal, a line for each piece that is done where the output is piped."""
+    """How far each piece is: bars on a terminal; lines where the output is piped."""
 
     def __init__(self, title: str, pieces: Sequence[Piece], console: Console) -> None:
         self.title, self.pieces, self.console = title, pieces, console
         self._shares = [0.0] * len(pieces)
+        self._said = [time.monotonic()] * len(pieces)
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         self.progress = Progress(
             *columns,
@@ -84,12 +88,17 @@ class Board:
         line = f"  {self.pieces[place].label}: {doing}"
         self.progress.update(self._bars[place], description=line, completed=share, visible=share < 1)
         self.progress.update(self._whole, completed=sum(self._shares))
+        if not self.console.is_terminal and time.monotonic() - self._said[place] >= BEAT_S:
+            self._say(f"{line.strip()}, {100 * share:.0f} %")
+            self._said[place] = time.monotonic()
 
     def done(self, place: int) -> None:
         self.hear(place, "done", 1.0)
         ended = sum(share >= 1 for share in self._shares)
-        line = f"{self.title}: {self.pieces[place].label} is done, {ended} of {len(self.pieces)}"
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self._say(f"{self.pieces[place].label} is done, {ended} of {len(self.pieces)}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(f"{self.title}: {line}", highlight=False, soft_wrap=True)
 
 
 def _in_process(study: Study, title: str, pieces: Sequence[Piece], console: Console) -> list[Any]:

@@ -42,7 +42,8 @@ PANELS: Mapping[str, tuple[str, ...]] = {
 }
 """The groups under which `search --help` shows the fields of a study."""
 NOUNS = {"address": "HOST:PORT", "storage": "PATH", "data_dir": "PATH", "knobs": "NAME=VALUE"}
-KINDS = {"knobs": "knobs", "warm_start": "searches", "defense": "defenses", "task": "tasks", "protect": "tasks", "space": "spaces", "suite": "attacks"}
+KINDS = {"defense": "defenses", "task": "tasks", "protect": "tasks", "space": "spaces", "suite": "attacks"}
+KINDS |= {"knobs": "knobs", "warm_start": "searches"}
 """The kinds of thing that fields name."""
 
 

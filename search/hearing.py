@@ -158,6 +158,8 @@ class Hearing:
                     made = make()
                 about = {"model": name, "seed": self.seed, "trail": dict(made.trail), "about": dict(made.about)}
                 entry = self.store.put("finals", key, {"verdicts.safetensors": made.tensors()}, about)
+            else:
+                self._tell(f"{name}, kept from an earlier run", self._ended / self.steps)
             self._ended += 1
             return Judged.of(load_file(entry / "verdicts.safetensors"), self.store.about("finals", key))
 

@@ -32,6 +32,7 @@ from attacks.robustness import evaluate
 from attacks.substitute import train_substitute
 from attacks.suite import APGD_CE, FGSM, PGD_5, SELECTIVE_10, SUITES, Suite
 from defenses.base import Defended
+from search import crew as crews
 from search import final as finals
 from search import hearing, tasks
 from search.cache import ensure
@@ -299,7 +300,9 @@ def test_the_files_are_markdown_csv_latex_and_json(judged: Found, exported: Path
         assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0 and "%" not in bare
 
 
-def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(judged: Found, exported: Path) -> None:
+def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
+    judged: Found, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = list[str]()
     (case,) = cases_of(exported)
     contender = contenders([case], 1000)[1]
@@ -321,6 +324,12 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(judged: Found, expor
     with crew(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
         work("training", [Piece("seed 1000", speaks, ())])
     assert pipe.getvalue() == "training: seed 1000 is done, 1 of 1\n"
+    monkeypatch.setattr(crews, "BEAT_S", 0.0)
+    with crew(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
+        work("training", [Piece("seed 1000", speaks, ())])
+    assert pipe.getvalue().startswith("training: seed 1000: puvae: epoch 1/2, 50 %\n")
+    heard.judge([contender])
+    assert said[-1].endswith("kept from an earlier run")
 
 
 def speaks(study: Study, tell: Tell) -> None:
