@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from search.signals import terminable
 from search.study import Study
 
 Tell = Callable[[str, float], None]
@@ -52,11 +53,12 @@ def crew(study: Study, *, debug: bool, concurrent: int | None, console: Console)
     """
     try:
         if debug:
-            yield lambda title, pieces: _in_process(study, title, pieces, console)
+            with terminable():
+                yield lambda title, pieces: _in_process(study, title, pieces, console)
             return
         from search import tuner  # Ray takes a second to import
 
-        with tuner.joined(study) as berth:
+        with tuner.joined(study) as berth, terminable():
             yield lambda title, pieces: _under_ray(study, berth, title, pieces, console, concurrent)
     except KeyboardInterrupt:
         console.print("interrupted; what is finished is kept: the same command goes on", highlight=False)

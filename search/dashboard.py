@@ -33,6 +33,7 @@ from search.place import StorageError
 from search.ranking import front
 from search.record import Record, journal
 from search.score import Candidate
+from search.signals import terminable
 from search.study import Study
 from spaces.space import InputError
 
@@ -74,7 +75,7 @@ def serve(study: Study, port: int | None, console: Console, *, open_browser: boo
         console.print(f"{study.name}: {url} (read-only; Ctrl-C ends it)", highlight=False, soft_wrap=True)
         if open_browser:
             webbrowser.open(url)
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), terminable():
             site.serve_forever()
     return 0
 

@@ -37,7 +37,11 @@ def working(console: Console, doing: str) -> Iterator[None]:
     columns = (SpinnerColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task("")
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            console.print(f"interrupted while {doing}", highlight=False, soft_wrap=True)
+            raise
 
 
 @dataclass

@@ -28,6 +28,7 @@ from search.place import trouble
 from search.portion import Portion
 from search.reproduce_page import html, markdown, page, said
 from search.setting import Setting
+from search.signals import terminable
 from search.store import write_atomic
 from search.strike import NotRun, threat
 from search.study import make
@@ -91,7 +92,7 @@ def beside(
     out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     order = _order(table)
-    with pace.running():
+    with pace.running(), terminable():
         pace.expect(cells, [table.cells[i].setting for i in order])
         try:
             for i in order:

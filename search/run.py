@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from defenses.base import Metrics
@@ -16,6 +13,7 @@ from search.events import Listener, State
 from search.latency import Latency
 from search.score import Candidate
 from search.searcher import Proposer
+from search.signals import terminable
 from search.study import Study
 from search.trial import store_of
 from search.work import REAL, Work
@@ -38,32 +36,19 @@ def run(study: Study, listeners: Sequence[Listener], *, debug: bool = False, wor
     """
     if debug:
         conductor = open_conductor(study, listeners)
-        with _terminable():
+        with terminable():
             state = _in_process(conductor, work)
     else:
         from search import tuner  # Ray takes a second to import
 
         with tuner.joined(study) as berth:
             conductor = open_conductor(study, listeners)
-            with _terminable():
+            with terminable():
                 state = tuner.run(conductor, berth, work)
     conductor.end("failed" if conductor.trouble else state)
     if conductor.trouble is not None:
         raise conductor.trouble
     return state
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Take SIGTERM, a batch system's or a cluster's notice to leave, as Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def open_conductor(study: Study, listeners: Sequence[Listener]) -> Conductor:

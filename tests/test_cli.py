@@ -21,11 +21,13 @@ from typing import Any
 import pytest
 import typer
 from ray.exceptions import RayTaskError
+from rich.console import Console
 
 import launch as command_line
 from launch import main
 from search.fields import Fields
 from search.flags import LISTED, PANELS
+from search.live import working
 from search.study import read
 from spaces.space import InputError
 
@@ -470,3 +472,10 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     line = f"{sys.executable} {ROOT / 'launch.py'} search --help | head -1; exit ${{PIPESTATUS[0]}}"
     gone = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in gone.stderr
+
+
+def test_what_is_interrupted_says_so() -> None:
+    screen = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), working(Console(file=screen), "attacking"):
+        raise KeyboardInterrupt
+    assert screen.getvalue() == "attacking\ninterrupted while attacking\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -189,7 +190,10 @@ def test_a_search_that_runs_elsewhere_is_fetched_again(
     assert journal(here).read_bytes() != away.read_bytes()  # a driver of this machine may be writing it
 
 
-def test_ctrl_c_ends_it_well_and_a_port_of_its_own_is_found_where_8080_is_taken(searched: Study) -> None:
+@pytest.mark.parametrize("notice", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_it_well_and_a_port_of_its_own_is_found_where_8080_is_taken(
+    notice: signal.Signals, searched: Study, tmp_path: Path
+) -> None:
     command = [sys.executable, "launch.py", "dashboard", searched.name, "--storage", str(searched.root)]
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -198,14 +202,16 @@ def test_ctrl_c_ends_it_well_and_a_port_of_its_own_is_found_where_8080_is_taken(
             taken.listen()
         except OSError:
             pass  # somebody else has it: as well
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        env = {**os.environ, "TMPDIR": str(tmp_path)}
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
         assert process.stdout is not None
         said = process.stdout.readline()
         [port] = re.findall(r"^smoke: http://127\.0\.0\.1:(\d+)/dashboard/studies/0 \(read-only", said)
         assert port != "8080" and asked(f"http://127.0.0.1:{port}/api/meta")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(notice)
         rest, _ = process.communicate(timeout=20)
-    assert process.returncode == 0 and rest == ""
+    assert process.returncode == 0 and rest == "" and not list(tmp_path.glob("crucible-*"))
 
 
 @pytest.mark.parametrize("port", [None, 70000, -1])
