@@ -43,6 +43,11 @@ class Finding:
     found: str
     remedy: str = ""
 
+    @property
+    def optional(self) -> bool:
+        """Whether it is absent, and not needed."""
+        return self.well and bool(self.remedy)
+
 
 def examine(storage: str, data_dir: str | None, address: str | None = None) -> list[Finding]:
     """Return the findings on this machine, and on the cluster at an address."""

@@ -31,13 +31,16 @@ def doctor(
 ) -> None:
     """Say what this machine and the cluster can do, and what is missing.
 
-    Each missing piece is named with its remedy; exit code 1 where one is.
+    Each missing piece is named with its remedy, and exit code 1; `-` marks
+    what is absent and not needed.
     """
     from search.doctor import examine
 
     with progress(as_json):
         findings = examine(storage, data_dir, address)
-    show([vars(finding) for finding in findings], as_json)
+    said = {True: "yes", False: "NO"}
+    rows = [vars(one) if as_json else vars(one) | {"well": "-" if one.optional else said[one.well]} for one in findings]
+    show(rows, as_json)
     end(int(any(not finding.well for finding in findings)))
 
 

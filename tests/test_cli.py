@@ -266,7 +266,8 @@ def test_the_doctor_names_each_piece() -> None:
     found = {row["what"]: row for row in json.loads(said("doctor", "--json").out)}
     assert {"python", "torch", "ray", "device", "shared memory", "storage", "mnist", "W&B"} <= set(found)
     assert found["ray"]["found"] == "2.60.0"
-    assert "python launch.py data fetch mnist" in said("doctor", "--data-dir", "/tmp/no-data-here").out
+    shown = said("doctor", "--data-dir", "/tmp/no-data-here").out
+    assert "python launch.py data fetch mnist" in shown and re.search(r"^mnist +- +absent", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize("words", ["data list", "data check digits", "data fetch digits", "status", "search --dry-run"])
