@@ -81,12 +81,14 @@ class Pace:
 
     def done(self, line: str, seconds: float) -> None:
         """Hear what a cell came to, and what it took when it was first made."""
-        if (passed := time.monotonic() - self._begun - self._trained) > 0.05:
+        took = time.monotonic() - self._begun
+        if (passed := took - self._trained) > 0.05:
             self._attacks.append(passed)
         if self._left:
             self._fits.pop(self._left.pop(0), None)
         self._bar.advance(self._task)
-        self._say(f"{self._now}: {line} ({duration(seconds)})")
+        kept = "kept; it took " if took < seconds / 2 else ""
+        self._say(f"{self._now}: {line} ({kept}{duration(seconds)})")
         self._show()
 
     def left(self) -> float:
