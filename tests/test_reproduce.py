@@ -131,7 +131,8 @@ def test_a_second_run_trains_and_attacks_nothing(
     monkeypatch.setattr(Bench, "fit", lambda *given: pytest.fail("a fit was asked for"))
     monkeypatch.setattr(Bench, "adversarial", lambda *given: pytest.fail("an attack was run"))
     whole = tiny()
-    again, printed = run(storage, replace(whole, cells=tuple(c for c in whole.cells if c.labels[1] != "Broken")), "again")
+    sound = tuple(c for c in whole.cells if c.labels[1] != "Broken")
+    again, printed = run(storage, replace(whole, cells=sound), "again")
     for row in again["cells"]:
         assert row == cell(finished[0], row["labels"]["defense"])
     assert "(kept; it took " in printed and "(kept" not in finished[1]
