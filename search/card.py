@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from attacks.threat import ThreatModel
+from search.wording import spoken_device
 
 KNOWS = {
     "white-box": "sees the classifier and the defense, differentiates through both (or through stand-ins, BPDA) and "
@@ -54,5 +55,6 @@ def _template() -> jinja2.Template:
         keep_trailing_newline=True,
     )
     env.filters["percent"] = lambda share: "not measured" if share is None else f"{100 * share:.1f} %"
+    env.filters["device"] = spoken_device
     env.filters["range"] = lambda ends: " to ".join(f"{100 * end:.1f}" for end in ends)
     return env.get_template("card.md.j2")

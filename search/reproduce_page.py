@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from search.wording import duration
+from search.wording import duration, spoken_device
 
 Row = Mapping[str, Any]
 LEGEND = ("within 2 points", "within 5", "within 10", "more")
@@ -79,7 +79,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Source: {found['citation']}, {found['source']}.",
         f"Threat model: {found['threat']}." + (f" Attacks: {threats}." if threats else ""),
-        f"This run: {found['meaning']}. Seed {found['seed']}, {found['device']}.",
+        f"This run: {found['meaning']}. Seed {found['seed']}, {spoken_device(found['device'])}.",
         f"{ran} of {len(found['cells'])} cells ran{state}, in {duration(found['seconds'])} this time.",
         SPLIT,
     ]
