@@ -168,13 +168,17 @@ def _named(setting: Setting) -> str:
 
 
 def _order(table: Table) -> list[int]:
-    """Return the cells' places: bare classifiers first, then those of one training together, as the table has them."""
-    groups: dict[tuple[bool, str, str, str, str], list[int]] = {}
+    """Return the cells' places: bare classifiers first, then those of one training together, as the table has them.
+
+    Ratios come last, first of them what the others are multiples of.
+    """
+    groups: dict[tuple[float, bool, str, str, str, str], list[int]] = {}
     for i, cell in enumerate(table.cells):
         s = cell.setting
         bare, knobs = s.defense == "none", str(sorted(s.knobs.items()))
-        groups.setdefault((not bare, s.defense, s.task, s.protect or "", knobs), []).append(i)
-    return [i for group in sorted(groups, key=lambda group: group[0]) for i in groups[group]]
+        far = 1 + abs((cell.value or 0.0) - 1) if s.measure == "ratio" else 0.0
+        groups.setdefault((far, not bare, s.defense, s.task, s.protect or "", knobs), []).append(i)
+    return [i for group in sorted(groups, key=lambda group: group[:2]) for i in groups[group]]
 
 
 def _ours(cells: Cells, setting: Setting) -> dict[str, Any]:

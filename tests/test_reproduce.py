@@ -21,11 +21,12 @@ from attacks.suite import FGSM_TARGETED
 from attacks.threat import ThreatModel
 from attacks.view import View
 from defenses.base import Batches, Defended, Shape
+from search import papers
 from search.cells import UNTAUGHT, Cells, Ours
 from search.pace import Pace
 from search.papers import Cell, Summary, Table
 from search.portion import Portion
-from search.reproduce import _named, _summed, beside, page, reproduce
+from search.reproduce import _named, _order, _summed, beside, page, reproduce
 from search.reproduce_page import _summary
 from search.setting import Setting
 from search.strike import NotRun
@@ -144,6 +145,12 @@ def test_a_cell_that_fails_says_why_and_ends_nothing(finished: tuple[dict[str, A
     assert cell(found, "Broken")["not_run"].startswith("InputError: latent must be 0 or at least")
     assert [row["labels"]["defense"] for row in found["cells"] if row["ours"] is None] == ["Broken"]
     assert "A · Broken: not run: InputError: latent must be 0" in printed
+
+
+def test_ratios_are_found_after_all_times_and_after_what_they_are_ratios_of() -> None:
+    times = papers.table("puvae/7")
+    order = [times.cells[i].labels for i in _order(times)]
+    assert [figure for figure, _ in order] == 3 * ["Time (seconds)"] + 3 * ["Ratio"] and order[3][1] == "PuVAE"
 
 
 def test_a_summary_is_of_the_cells_that_ran(finished: tuple[dict[str, Any], str]) -> None:
