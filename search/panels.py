@@ -99,7 +99,7 @@ def sum_up(outcome: Mapping[str, Any], run: wandb.Run) -> None:
 
 
 def log_export(study: Study, folder: Path, aliases: Sequence[str], run: wandb.Run) -> None:
-    """Log an export as a version of the artifact of its defense and task."""
+    """Log an export as a version of the artifact of its defense and task, and what its audit found."""
     evidence = json.loads((folder / "evidence.json").read_text())
     told = {name: value for name, value in evidence.items() if isinstance(value, str | int | float | bool)}
     name = re.sub(r"[^\w.-]+", "-", f"{study.defense}-{study.label}")
@@ -108,3 +108,5 @@ def log_export(study: Study, folder: Path, aliases: Sequence[str], run: wandb.Ru
         if path.is_file():
             artifact.add_file(str(path), skip_cache=True)
     run.log_artifact(artifact, aliases=list(aliases))
+    figures = ("accuracy", "error", "rejection", "_of_the_search", "ms_p50")
+    run.log({f"audited/{name}": value for name, value in told.items() if name.endswith(figures)})

@@ -205,4 +205,6 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
     assert [entry["path"] for entry in logged[0]["manifest"]["contents"]] == ["card.md", "evidence.json"]
     assert all(Path(entry["local_path"]).exists() for entry in logged[0]["manifest"]["contents"])
     assert json.loads(logged[0]["metadata"]) == {"attacked_accuracy": 0.5}
+    found = [history["item"]["audited/attacked_accuracy"] for history in records(run_folder, "history")]
+    assert found == [0.5, 0.5]
     assert said == [f"logged offline; upload it with: wandb sync {study.folder / 'wandb'}"]
