@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from attacks.interval import wilson
 from attacks.robustness import Outsider, Robustness, Verdict, craft_oblivious, observe
@@ -24,7 +24,6 @@ from attacks.suite import MIXTURE, SUITES, Suite, reproducible
 from attacks.threat import ThreatModel
 from attacks.tidy import Draws
 from attacks.view import View, bare, openings, stochastic
-from defenses.base import Shape
 from search import tasks
 from search.architectures import ARCHITECTURES
 from search.export import load
@@ -32,6 +31,7 @@ from search.latency import Lane
 from search.live import working
 from search.store import write_atomic
 from search.study import HELD_OUT
+from search.tasks import Task
 from search.tasks import task as find_task
 from spaces.domain import as_written
 from spaces.space import InputError, choose
@@ -70,6 +70,71 @@ def attack(
     Raises:
         InputError: the folder is no export, or a word stands for nothing.
     """
+    bout = _bout(folder, suite, knowledge, norm, eps, images, substitute, data_dir, seed)
+    said = f"attacking {bout.known['candidate']}, then the bare classifier: suite {suite}, {bout.images} images"
+    start, lane = time.monotonic(), Lane(bout.x_NCHW.device)  # a search may be measuring here
+    with working(console or Console(quiet=True), f"{said}, {bout.threat}"), lane.working():
+        oblivious = bout.oblivious()
+        found, undefended = bout.struck(bout.target, oblivious), bout.struck(bare(bout.target), oblivious)
+    table = _table(bout, found, undefended, time.monotonic() - start)
+    threat = bout.threat
+    name = f"{suite}-{threat.knowledge}-{threat.norm}-{threat.eps:g}-images-{bout.images}-seed-{seed}"
+    (folder / "attacks").mkdir(exist_ok=True)
+    write_atomic(folder / "attacks" / f"{name}.json", json.dumps(table, indent=1).encode())
+    write_atomic(folder / "attacks" / f"{name}.md", page(table).encode())
+    return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bout:
+    """An export, and what attacks it on which images.
+
+    Args:
+        known: its evidence.json.
+    """
+
+    target: nn.Module
+    known: Mapping[str, Any]
+    task: Task
+    attacks: Suite
+    threat: ThreatModel
+    x_NCHW: Tensor
+    y_N: Tensor
+    outsider: Outsider
+    seed: int
+
+    @property
+    def images(self) -> int:
+        return len(self.y_N)
+
+    @property
+    def blind(self) -> bool:
+        return self.threat.knowledge == "black-box"
+
+    def oblivious(self) -> dict[str, Tensor]:
+        """Return the images that are made against the bare classifier, by attack."""
+        images = (self.x_NCHW, self.y_N)
+        return {} if self.blind else craft_oblivious(self.attacks, bare(self.target), *images, self.threat, self.seed)
+
+    def struck(self, model: nn.Module, oblivious: Mapping[str, Tensor]) -> Robustness:
+        images, threat = (self.x_NCHW, self.y_N), self.threat
+        asked = self.outsider.craft(self.attacks, model, *images, threat, self.seed) if self.blind else (None, 0)
+        made = observe(self.attacks, model, *images, threat, oblivious=oblivious, black_box=asked[0], seed=self.seed)
+        return replace(made, queries=asked[1]).judge()
+
+
+def _bout(
+    folder: Path,
+    suite: str,
+    knowledge: str | None,
+    norm: str | None,
+    eps: float | str | None,
+    images: int | None,
+    substitute: str | None,
+    data_dir: str | None,
+    seed: int,
+) -> _Bout:
+    """Return what `attack` asks for; see there."""
     attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=LOOKS)
     target = load(folder).unchecked()
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -82,51 +147,46 @@ def attack(
     x_NCHW, y_N = (t.to(device) for t in tasks.load(task.dataset, "validation", data_dir, None))
     partner = find_task(f"{task.dataset}/{config['classifier']}").partner
     own = find_task(f"{task.dataset}/{substitute or config['study'].get('substitute') or partner}").classifier
-    outsider = Outsider(x_NCHW[-HELD_OUT:], lambda: ARCHITECTURES[own].build(task.shape))
     free = len(y_N) - (HELD_OUT if threat.knowledge == "black-box" else 0)
     wanted = min(known["images"], free) if images is None else images
     if not 1 <= wanted <= free:
         raise InputError(f"images must be from 1 to {free} of {task.dataset}'s validation split, but is {wanted}")
-    target, start = target.to(device), time.monotonic()
+    return _Bout(
+        target=target.to(device),
+        known=known,
+        task=task,
+        attacks=attacks,
+        threat=threat,
+        x_NCHW=x_NCHW[:wanted],
+        y_N=y_N[:wanted],
+        outsider=Outsider(x_NCHW[-HELD_OUT:], lambda: ARCHITECTURES[own].build(task.shape)),
+        seed=seed,
+    )
 
-    x_NCHW, y_N = x_NCHW[:wanted], y_N[:wanted]
-    blind = threat.knowledge == "black-box"
-    lane = Lane(device)  # a search may be measuring here
 
-    def struck(model: nn.Module) -> Robustness:
-        asked = outsider.craft(attacks, model, x_NCHW, y_N, threat, seed) if blind else (None, 0)
-        made = observe(attacks, model, x_NCHW, y_N, threat, oblivious=oblivious, black_box=asked[0], seed=seed)
-        return replace(made, queries=asked[1]).judge()
-
-    said = f"attacking {known['candidate']}, then the bare classifier: suite {suite}, {wanted} images, {threat}"
-    with working(console or Console(quiet=True), said), lane.working():
-        oblivious = {} if blind else craft_oblivious(attacks, bare(target), x_NCHW, y_N, threat, seed)
-        found, undefended = struck(target), struck(bare(target))
-    table = {
-        "export": known["candidate"],
-        "alarms": known["alarms"],
-        "suite": suite,
-        "threat": asdict(threat),
-        "images": wanted,
+def _table(bout: _Bout, found: Robustness, undefended: Robustness, seconds: float) -> dict[str, Any]:
+    """Return what is written, as JSON."""
+    attacks, noisy = bout.attacks, stochastic(bout.target)
+    return {
+        "export": bout.known["candidate"],
+        "alarms": bout.known["alarms"],
+        "suite": attacks.name,
+        "threat": asdict(bout.threat),
+        "images": bout.images,
         "split": "validation",
-        "draws": LOOKS if stochastic(target) else 1,
-        "draws_in_a_gradient": attacks.draws if stochastic(target) else 1,
-        "seed": seed,
-        "seconds": round(time.monotonic() - start, 1),
-        "clean": _figures(found.clean, wanted),
-        "attacked": _figures(found.attacked, wanted),
-        "undefended": _figures(undefended.attacked, wanted),
+        "draws": LOOKS if noisy else 1,
+        "draws_in_a_gradient": attacks.draws if noisy else 1,
+        "seed": bout.seed,
+        "seconds": round(seconds, 1),
+        "clean": _figures(found.clean, bout.images),
+        "attacked": _figures(found.attacked, bout.images),
+        "undefended": _figures(undefended.attacked, bout.images),
         "black_box_queries": found.queries,
-        "fooling_images_accepted": _fooled(target, task.shape, seed, device) if MIXTURE in attacks.white_box else None,
+        "fooling_images_accepted": _fooled(bout),
         "trail": dict(found.trail),
         "undefended_trail": dict(undefended.trail),
-        "budgets": _budgets(attacks, threat),
+        "budgets": _budgets(attacks, bout.threat),
     }
-    name = f"{suite}-{threat.knowledge}-{threat.norm}-{threat.eps:g}-images-{wanted}-seed-{seed}"
-    (folder / "attacks").mkdir(exist_ok=True)
-    write_atomic(folder / "attacks" / f"{name}.json", json.dumps(table, indent=1).encode())
-    write_atomic(folder / "attacks" / f"{name}.md", page(table).encode())
-    return table
 
 
 def page(table: Mapping[str, Any]) -> str:
@@ -166,14 +226,15 @@ def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: floa
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
-def _fooled(target: nn.Module, shape: Shape, seed: int, device: torch.device) -> float | None:
-    """Return how many of 100 fooling images are accepted, a fraction; None where the defense has no mixture."""
-    if "mixture" not in openings(target):
+def _fooled(bout: _Bout) -> float | None:
+    """Return how many of 100 fooling images are accepted, a fraction; None where nothing aims at the mixture."""
+    target = bout.target
+    if MIXTURE not in bout.attacks.white_box or "mixture" not in openings(target):
         return None
-    ids = torch.arange(FOOLING, device=device)
-    chw = (shape.channels, shape.height, shape.width)
-    images_NCHW = fool(View(target), ids % shape.classes, chw, Draws(seed, ids))
-    with torch.no_grad(), reproducible(target, seed):
+    ids = torch.arange(FOOLING, device=bout.x_NCHW.device)
+    _, channels, height, width = bout.x_NCHW.shape
+    images_NCHW = fool(View(target), ids % bout.task.shape.classes, (channels, height, width), Draws(bout.seed, ids))
+    with torch.no_grad(), reproducible(target, bout.seed):
         return float(target.accept(images_NCHW).double().mean())  # type: ignore[operator]
 
 
