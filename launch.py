@@ -140,7 +140,7 @@ def export(
     from search import courier, winners
 
     if sum((pareto, top is not None, candidate is not None)) != 1:
-        raise InputError("an export needs one of --pareto, --top and --candidate")
+        raise InputError("an export needs one of --pareto, --top and --candidate, and no second")
     study = courier.opened(name, storage)
     chosen, wanted = winners.pick(study, pareto=pareto, top=top, candidate=candidate)
     out = out or study.folder / "export"
@@ -185,6 +185,8 @@ def final(
     storage: f.FinalStorage = None,
     address: f.Address = None,
     concurrent: f.Concurrent = None,
+    gpus_per_trial: f.Gpus = None,
+    cpus_per_trial: f.Cpus = None,
     data_dir: f.DataDir = None,
     debug: f.Debug = False,
     as_json: f.Json = False,
@@ -198,6 +200,7 @@ def final(
     from search import final, listings
 
     where: dict[str, Any] = {"storage": storage, "address": address, "concurrent": concurrent, "data_dir": data_dir}
+    where |= {"gpus_per_trial": gpus_per_trial, "cpus_per_trial": cpus_per_trial}
     with progress(as_json) as screen:
         found = final.final(listings.exports(exports), seeds=seeds, images=images, debug=debug, console=screen, **where)
     show(found, as_json, final.page)

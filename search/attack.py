@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -21,7 +21,7 @@ from attacks.interval import wilson
 from attacks.robustness import Outsider, Robustness, Verdict, craft_oblivious, observe
 from attacks.selective import fool
 from attacks.suite import MIXTURE, SUITES, Suite, reproducible
-from attacks.threat import ThreatModel
+from attacks.threat import Norm, ThreatModel
 from attacks.tidy import Draws
 from attacks.view import View, bare, openings, stochastic
 from search import tasks
@@ -71,6 +71,7 @@ def attack(
         InputError: the folder is no export, or a word stands for nothing.
     """
     bout = _bout(folder, suite, knowledge, norm, eps, images, substitute, data_dir, seed)
+    (folder / "attacks").mkdir(exist_ok=True)  # before hours are spent
     said = f"attacking {bout.known['candidate']}, then the bare classifier: suite {suite}, {bout.images} images"
     start, lane = time.monotonic(), Lane(bout.x_NCHW.device)  # a search may be measuring here
     with working(console or Console(quiet=True), f"{said}, {bout.threat}"), lane.working():
@@ -78,8 +79,8 @@ def attack(
         found, undefended = bout.struck(bout.target, oblivious), bout.struck(bare(bout.target), oblivious)
     table = _table(bout, found, undefended, time.monotonic() - start)
     threat = bout.threat
-    name = f"{suite}-{threat.knowledge}-{threat.norm}-{threat.eps:g}-images-{bout.images}-seed-{seed}"
-    (folder / "attacks").mkdir(exist_ok=True)
+    by = f"-by-{bout.substitute}" if bout.blind else ""
+    name = f"{suite}-{threat.knowledge}{by}-{threat.norm}-{threat.eps:g}-images-{bout.images}-seed-{seed}"
     write_atomic(folder / "attacks" / f"{name}.json", json.dumps(table, indent=1).encode())
     write_atomic(folder / "attacks" / f"{name}.md", page(table).encode())
     return table
@@ -91,6 +92,7 @@ class _Bout:
 
     Args:
         known: its evidence.json.
+        substitute: the architecture of the black-box attacker's network.
     """
 
     target: nn.Module
@@ -101,6 +103,7 @@ class _Bout:
     x_NCHW: Tensor
     y_N: Tensor
     outsider: Outsider
+    substitute: str
     seed: int
 
     @property
@@ -144,6 +147,7 @@ def _bout(
         raise InputError(f"the suite {suite} has no attack in {threat.norm}")
     task = find_task(config["task"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tasks.expect(task.dataset, data_dir, known["data_sha256"])
     x_NCHW, y_N = (t.to(device) for t in tasks.load(task.dataset, "validation", data_dir, None))
     partner = find_task(f"{task.dataset}/{config['classifier']}").partner
     own = find_task(f"{task.dataset}/{substitute or config['study'].get('substitute') or partner}").classifier
@@ -160,6 +164,7 @@ def _bout(
         x_NCHW=x_NCHW[:wanted],
         y_N=y_N[:wanted],
         outsider=Outsider(x_NCHW[-HELD_OUT:], lambda: ARCHITECTURES[own].build(task.shape)),
+        substitute=own,
         seed=seed,
     )
 
@@ -182,6 +187,7 @@ def _table(bout: _Bout, found: Robustness, undefended: Robustness, seconds: floa
         "attacked": _figures(found.attacked, bout.images),
         "undefended": _figures(undefended.attacked, bout.images),
         "black_box_queries": found.queries,
+        "substitute": bout.substitute if bout.blind else None,
         "fooling_images_accepted": _fooled(bout),
         "trail": dict(found.trail),
         "undefended_trail": dict(undefended.trail),
@@ -199,7 +205,8 @@ def page(table: Mapping[str, Any]) -> str:
         for name, left in table["trail"].items()
     )
     worst = f", worst {_percent(attacked['worst'])}" if table["draws"] > 1 else ""
-    asked = f" The black-box attacker asked {table['black_box_queries']} times." if table["black_box_queries"] else ""
+    asked = f" The black-box attacker trained a {table['substitute']} on {table['black_box_queries']} answers."
+    asked = asked if table["substitute"] else ""
     accepted = table["fooling_images_accepted"]
     fooling = "" if accepted is None else f"{_percent(accepted)} of {FOOLING} fooling images (Eq. 11) are accepted.\n\n"
     return f"""# {table["export"]} under the suite {table["suite"]}
@@ -218,6 +225,7 @@ undefended {_percent(table["undefended"]["accuracy"])}. Mean of {table["draws"]}
 
 
 def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: float | str | None) -> ThreatModel:
+    norm = norm if norm is None else choose("the norm", norm, get_args(Norm))
     if eps is None and norm not in (None, own.norm):
         raise InputError(f"eps must be given where the norm is not the export's, {own.norm}, but is not")
     if isinstance(bound := as_written(eps), str):

@@ -124,6 +124,7 @@ def _under_ray(
     remote: Any = ray.remote(num_cpus=berth.cpu, num_gpus=berth.gpu, max_retries=RESTARTS)(at_work)
     queue, board = Queue(actor_options={"num_cpus": 0}), Board(title, pieces, console)
     left, running, found = list(enumerate(pieces)), dict[Any, int](), dict[int, Any]()
+    failed: Exception | None = None
     with board.progress:
         while left or running:
             while left and len(running) < (concurrent or len(pieces)):
@@ -133,9 +134,16 @@ def _under_ray(
             for said in queue.get_nowait_batch(queue.qsize()):
                 board.hear(*said)
             for one in ready:
-                found[running[one]] = ray.get(one)
-                board.done(running.pop(one))
+                place = running.pop(one)
+                try:
+                    found[place] = ray.get(one)
+                except Exception as error:  # the others keep what they are at
+                    failed, left = failed or error, []
+                    continue
+                board.done(place)
     queue.shutdown()
+    if failed is not None:
+        raise failed
     return [found[place] for place in range(len(pieces))]
 
 

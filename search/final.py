@@ -19,7 +19,7 @@ from rich.console import Console
 
 import attacks.robustness
 from attacks.threat import ThreatModel
-from search import export, final_page, final_table, tasks
+from search import architectures, export, final_page, final_table, tasks
 from search.crew import Crew, Piece, Tell, crew
 from search.final_page import page
 from search.fits import TrialError
@@ -44,6 +44,8 @@ def final(
     storage: str | None = None,
     address: str | None = None,
     concurrent: int | None = None,
+    gpus_per_trial: float | None = None,
+    cpus_per_trial: float | None = None,
     debug: bool = False,
     console: Console,
 ) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def final(
         images: test images that are attacked; else all.
         storage: where fits are kept; else that in which the first export lies, else `runs`.
         concurrent: seeds at once; else what the cluster holds.
+        gpus_per_trial, cpus_per_trial: of each seed; else as in the first export's search.
         debug: work in this process, without Ray.
 
     Returns:
@@ -67,10 +70,15 @@ def final(
     """
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, but is {seeds}")
+    if concurrent is not None and concurrent < 1:
+        raise InputError(f"concurrent must be at least 1, but is {concurrent}")
     if not exports:
         raise InputError("a final run needs at least one export, but is given none")
     home = storage or _storage(exports[0])
-    cases = [_case(folder, {"storage": home, "data_dir": data_dir, "address": address}) for folder in exports]
+    asks = {"gpus_per_trial": gpus_per_trial, "cpus_per_trial": cpus_per_trial}
+    moves: dict[str, Any] = {"storage": home, "data_dir": data_dir, "address": address}
+    moves |= {name: share for name, share in asks.items() if share is not None}
+    cases = [_case(folder, moves) for folder in exports]
     asked = _settings(cases, seeds, images)
     study, chosen = cases[0].study, asked["seeds"]
     _prepared(cases)
@@ -175,17 +183,13 @@ def _case(folder: Path, moves: Mapping[str, Any]) -> Case:
     config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
     study = make({**config["study"], **moves, "warm_start": None})
     dataset = study.plan().task.dataset
-    tasks.fetch(dataset, study.data_dir)
-    if (found := tasks.checksum(dataset, study.data_dir)) != known["data_sha256"]:
-        raise InputError(
-            f"the data must be those of the export, with the SHA-256 {known['data_sha256']}, but those of {dataset} "
-            f"have {found}"
-        )
+    tasks.expect(dataset, study.data_dir, known["data_sha256"])
     params, threat = Params(config["train"], config["inference"]), ThreatModel(**config["threat"])
+    shaping = texts(type(target.defense).__module__, architectures.__name__)
     weights = [hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if name.endswith(".safetensors")]
     return Case(
         folder=folder.resolve(),
-        identity=fingerprint(weights=weights, setting=config["inference"]),
+        identity=fingerprint(source=shaping, weights=weights, train=config["train"], setting=config["inference"]),
         study=study,
         params=params,
         threat=threat,

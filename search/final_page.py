@@ -13,6 +13,7 @@ from attacks.threat import ThreatModel
 from search.final_table import COLUMNS, INTERVAL
 from search.hearing import AUTOATTACK, FULL
 from search.store import write_atomic
+from search.wording import spoken_device
 
 Row = Mapping[str, Any]
 
@@ -36,10 +37,17 @@ def write(folder: Path, table: Mapping[str, Any]) -> None:
 
 def as_csv(table: Mapping[str, Any]) -> str:
     """Return one row a figure, accuracies as fractions, with what makes a run smaller and the looks beside each."""
-    beside = {"split": "test", "look": max(len(one["looks"]) for one in table["exports"]), "smaller": table["smaller"]}
     alarms = {one["export"]: "; ".join(one["alarms"]) for one in table["exports"]}
+    looks = {one["export"]: len(one["looks"]) for one in table["exports"]}
     rows = [
-        {**row, "each": " ".join(f"{x:.6g}" for x in row["each"]), **beside, "alarms": alarms.get(row["export"], "")}
+        {
+            **row,
+            "each": " ".join(f"{x:.6g}" for x in row["each"]),
+            "split": "test",
+            "look": looks.get(row["export"], max(looks.values())),  # a baseline's is that of whom it stands beside
+            "smaller": table["smaller"],
+            "alarms": alarms.get(row["export"], ""),
+        }
         for row in table["rows"]
     ]
     text = io.StringIO()
@@ -58,7 +66,8 @@ def _models(table: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Row]]:
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in table["rows"]:
         accuracy = row["figure"] == "accuracy"
-        what = "/".join(filter(None, (row["suite"], row["knowledge"]))) if accuracy else row["figure"]
+        parts = (row["suite"], row["knowledge"]) if accuracy else (row["figure"], row["device"])
+        what = "/".join(filter(None, parts))
         found.setdefault((row["export"], row["model"]), {})[what] = row
     return found
 
@@ -69,8 +78,9 @@ def _cells(rows: Mapping[str, Row], plus_minus: str, dash: str) -> list[str]:
         row = rows[what]
         spread = "" if row["deviation"] is None else f" {plus_minus} {_percent(row['deviation'])}"
         cells.append(f"{_percent(row['mean'])}{spread} [{_percent(row['low'])}{dash}{_percent(row['high'])}]")
-    timed = rows.get("latency_ms_p50")
-    return [*cells, dash if timed is None else f"{timed['mean']:.3g}"]
+    timed = [row for row in rows.values() if row["figure"] == "latency_ms_p50"]
+    devices = [f" ({spoken_device(row['device'])})" if len(timed) > 1 else "" for row in timed]
+    return [*cells, ", ".join(f"{row['mean']:.3g}{on}" for row, on in zip(timed, devices, strict=True)) or dash]
 
 
 def page(table: Mapping[str, Any]) -> str:

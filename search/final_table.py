@@ -98,9 +98,11 @@ def _rows(seeds: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> list[
                 "rejection": mean(v.rejection for v in verdicts),
             }
         )
-    for name in LATENCIES if first["latency"] else ():
-        times = spread([seed["latency"][name] for seed in seeds])
-        rows.append({**named, "figure": f"latency_{name}", **times, "device": first["latency"]["device"]})
+    timed = [seed["latency"] for seed in seeds if seed["latency"]]
+    for device in dict.fromkeys(each["device"] for each in timed):  # seeds may have been judged on unlike nodes
+        for name in LATENCIES:
+            times = spread([each[name] for each in timed if each["device"] == device])
+            rows.append({**named, "figure": f"latency_{name}", **times, "device": device})
     return rows
 
 

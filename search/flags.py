@@ -137,7 +137,9 @@ Substitute = Annotated[str | None, _value("NAME", "the black-box attacker's arch
 Seeds = Annotated[int, _value("INTEGER", "trainings, each with a fresh seed")]
 TestImages = Annotated[int | None, _value("INTEGER", "test images that are attacked; else all")]
 FinalStorage = Annotated[str | None, _value("PATH", "where fits are kept; else the export's search's")]
-Concurrent = Annotated[int | None, _value("INTEGER", "trainings at once; else what the cluster holds")]
+Concurrent = Annotated[int | None, _value("INTEGER", "trainings at once; else what the cluster holds", min=1)]
+Gpus = Annotated[float | None, _value("FLOAT", "of each training; else the search's", min=0)]
+Cpus = Annotated[float | None, _value("FLOAT", "of each training; else the search's", min=0)]
 Fraction = Annotated[float, _value("FLOAT", "of the paper's size; a smaller run says so beside its numbers")]
 Pages = Annotated[Path | None, _value("PATH", "the folder of the pages; else in the storage")]
 

@@ -139,7 +139,7 @@ class Hearing:
     def key(self, contender: Contender, **more: object) -> str:
         """Return the fingerprint of all that shapes a verdict."""
         return fingerprint(
-            source=texts(attacks.robustness.__name__, __name__),
+            source=texts(attacks.robustness.__name__, __name__, Exam.__module__, worse.__module__),
             split="test",
             model=contender.identity,
             classifier=contender.classifier,
@@ -166,7 +166,7 @@ class Hearing:
     def timed(self, contender: Contender) -> Latency:
         """Return the latency of a contender's defense, measured once on each kind of device when all was quiet."""
         device = self.x_NCHW.device
-        key = self.key(contender, timed=device_name(device))
+        key = self.key(contender, timed=device_name(device), by=texts(Lane.__module__))
         with self.store.lock("finals", key):
             if self.store.get("finals", key) is None:
                 found = measure(cast(Defended, contender.target).defense, self.lane, device)

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from search.store import write_atomic
 
 OPENED = "final/opened.json"
@@ -29,10 +31,11 @@ def looks(folder: Path, asked: Mapping[str, Any]) -> list[Look]:
 
 def opened(folder: Path, asked: Mapping[str, Any]) -> list[Look]:
     """Note that the test split is opened for an export, unless it was for the same, and return the looks so far."""
-    found = looks(folder, asked)
-    if "when" not in found[-1]:
-        found[-1] = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **found[-1]}
-        write_atomic(folder / OPENED, json.dumps(found, indent=1).encode())
+    with FileLock(f"{folder / OPENED}.lock"):  # another run may be at the same export
+        found = looks(folder, asked)
+        if "when" not in found[-1]:
+            found[-1] = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **found[-1]}
+            write_atomic(folder / OPENED, json.dumps(found, indent=1).encode())
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from rich.console import Console
@@ -14,7 +14,6 @@ from search.cells import Cells
 from search.setting import Setting
 from search.step import Step
 from search.wording import duration
-from spaces.space import InputError
 
 
 class Pace:
@@ -53,13 +52,16 @@ class Pace:
         threads = torch.get_num_threads()
         for setting in settings:
             key = ""
-            with suppress(RuntimeError, InputError):  # what cannot be built or trained says so when its turn comes
+            try:
                 key = cells.missing(setting)
                 if key and key not in self._fits:
                     self._bar.update(self._task, description=f"timing a step of {setting.defense}")
                     self._fits[key] = _forecast(cells, setting)
+            except Exception:  # whatever a defense raises: it says so when its turn comes
+                pass
+            finally:
+                torch.set_num_threads(threads)  # a step is timed on a trial's share of the cores
             self._left.append(key)
-        torch.set_num_threads(threads)  # a step is timed on a trial's share of the cores
         self._show()
 
     def cell(self, words: str) -> None:

@@ -32,6 +32,8 @@ from search.signals import terminable
 from search.store import write_atomic
 from search.strike import NotRun, threat
 from search.study import make
+from search.trial import store_of
+from spaces.space import InputError
 
 __all__ = ["beside", "page", "reproduce"]
 
@@ -63,11 +65,13 @@ def reproduce(
         The table, as JSON.
 
     Raises:
-        InputError: there is no such table, or the fraction is not in (0, 1].
+        InputError: there is no such table, the fraction is not in (0, 1], the seed is none, or the storage or `out`
+            cannot be written.
     """
     table, portion = papers.table(name), Portion(fraction)
     part, other = "" if portion.whole else f"-fraction-{fraction:g}", f"-seed-{seed}" if seed else ""
-    out = out or make({"storage": storage}).root / "tables" / f"{name.replace('/', '-')}{part}{other}"
+    study = make({"storage": storage, "seed": seed})
+    out = out or study.root / "tables" / f"{name.replace('/', '-')}{part}{other}"
     return beside(table, portion, storage=storage, data_dir=data_dir, out=out, seed=seed, console=console)
 
 
@@ -89,12 +93,16 @@ def beside(
         pace.epoch(what, epoch, epochs)
 
     cells = Cells(storage, data_dir, portion, seed, heard)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        store_of(make({"storage": storage})).make()
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"a table is written into {error.filename}, but that cannot be: {error.strerror}") from None
     begin = time.monotonic()
     order = _order(table)
     with pace.running(), terminable():
-        pace.expect(cells, [table.cells[i].setting for i in order])
         try:
+            pace.expect(cells, [table.cells[i].setting for i in order])
             for i in order:
                 row, setting = found["cells"][i], table.cells[i].setting
                 pace.cell(" · ".join(table.cells[i].labels))

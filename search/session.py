@@ -57,15 +57,19 @@ def rehearse(study: Study, console: Console) -> Forecast:
     """Return what a new search would run and take; nothing is kept.
 
     Raises:
-        InputError: the name is taken, or nothing holds a trial.
+        InputError: the name is taken, nothing is found for a warm start, or nothing holds a trial.
     """
     _new(study)
-    with working(console, f"timing a step of {study.defense} on {study.label}"):
-        if study.address is None:
-            return forecast(study, slots_here(study))
+    if study.warm_start is not None:
+        console.print(warmth(study, study.warm_start).said, highlight=False, soft_wrap=True)
+    if study.address is None:
+        slots = slots_here(study)
+    else:
         from search.cluster import capacity  # Ray takes a second to import
 
-        return forecast(study, capacity(study))
+        slots = capacity(study)
+    with working(console, f"timing a step of {study.defense} on {study.label}"):
+        return forecast(study, slots)
 
 
 def proceed(study: Study, console: Console, *, debug: bool) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attacks.robustness import STEP, Verdict, look, observe
 from attacks.substitute import train_substitute
-from attacks.suite import Suite
+from attacks.suite import BATCH, Suite
 from attacks.threat import ThreatModel
 from attacks.view import View, limits
 from defenses.base import Defended
@@ -73,7 +73,7 @@ def searched(bench: Bench, target: nn.Module, setting: Setting) -> Verdict:
         if setting.attack is not None:
             x_NCHW = ATTACKS[setting.attack].craft(View(target), x_NCHW, y_N, threat(setting), seed)
         with torch.no_grad():
-            rejected_N = ~defense.accept(x_NCHW)
+            rejected_N = ~torch.cat([defense.accept(part) for part in x_NCHW.split(BATCH)])
         defense.at(searching)
         if not rejected_N.any():
             raise NotRun("no image was rejected, so none was searched")

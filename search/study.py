@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,6 +229,11 @@ def _refused(error: ValidationError) -> tuple[str, str]:
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return name, _unknown(name)
+    if first["type"] == "literal_error":
+        try:
+            choose(name, str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+        except InputError as error:
+            return name, str(error)
     law = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     given = remote.masked(first["input"])
     return name, f"{name} {law}, but is {given!r}"

@@ -134,6 +134,19 @@ def fetch(dataset: str, data_dir: str | Path | None = None, progress: Progress =
     ensure(dataset, data_dir, progress, thorough=True)
 
 
+def expect(dataset: str, data_dir: str | Path | None, digest: str) -> None:
+    """Fetch a data set where it is missing, and refuse any but those that an export was made with.
+
+    Raises:
+        InputError: the decoded data have another SHA-256, or cannot be had.
+    """
+    fetch(dataset, data_dir)
+    if (found := checksum(dataset, data_dir)) != digest:
+        raise InputError(
+            f"the data must be those of the export, with the SHA-256 {digest}, but those of {dataset} have {found}"
+        )
+
+
 @dataclass(frozen=True)
 class Status:
     """What `check` found; `detail` is one line for people."""

@@ -114,9 +114,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     made = Table(*shown[0], box=None, pad_edge=False)
     whole = [max(map(len, cells)) for cells in zip(*shown, strict=True)]
     words = [max(len(word) for cell in cells for word in cell.split(" ")) for cells in zip(*shown, strict=True)]
-    room = console.width - 2 * len(words)
-    cap = next((cap for cap in range(max(words), 1, -1) if sum(min(cap, word) for word in words) <= room), 1)
-    least = [min(cap, word) for word in words]
+    prose = [any(" " in cell for cell in cells) for cells in zip(*shown[1:], strict=True)] or [False]
+    least, room = list(words), console.width - 2 * len(words)
+    for breaks in (prose, [True] * len(words)):  # words of prose before names, which people copy
+        while sum(least) > room and any(may := [w > 8 and b for w, b in zip(least, breaks, strict=True)]):
+            least[max((w, i) for i, w in enumerate(least) if may[i])[1]] -= 1
     share = min(1.0, max(0, room - sum(least)) / max(1, sum(whole) - sum(least)))
     for column, full, word in zip(made.columns, whole, least, strict=True):
         column.overflow = "fold"  # a path that is cut is none

@@ -57,7 +57,7 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
         if len(begun) != 1:
             raise InputError(
                 f"a candidate must be one of the {len(known)} in {study.folder / 'candidates.csv'}, or the beginning "
-                f"of one alone, but {candidate!r} begins {len(begun)}"
+                f"of one alone, but {candidate!r} begins {len(begun) or 'none'}"
             )
         return [known[begun[0]]], 1
     chosen = ranking.front(study, known.values()) if pareto else record.feasible()

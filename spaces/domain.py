@@ -99,17 +99,19 @@ def written(value: object) -> str:
     """Return a value as papers write it: 0.3, but 8/255."""
     if not isinstance(value, float):
         return str(value)
-    short = f"{value:g}"
-    if len(short) > 5 and abs(value * 255 - round(value * 255)) < 1e-3:
-        return f"{round(value * 255)}/255"
+    short, levels = f"{value:g}", value * 255
+    if len(short) > 5 and math.isclose(levels, round(levels), rel_tol=1e-6):
+        return f"{round(levels)}/255"
     return short if float(short) == value else str(value)
 
 
 def as_written(text: Any) -> Any:
     """Return the number that a text such as 8/255 stands for; what is none comes back as it is."""
+    if not isinstance(text, str):
+        return text
     try:
-        return float(Fraction(text)) if isinstance(text, str) else text
-    except (ValueError, ZeroDivisionError):
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
         return text
 
 

@@ -83,9 +83,12 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["search", "--task", "minst/A"], "did you mean 'mnist'?"),
     (["search", "--task", "mnist/Q"], "must be one of A, B, C, D, defensegan-A, "),
     (["search", "--space", "papers"], "the space of puvae must be one of paper, wide, default, smoke"),
-    (["search", "--method", "annealing"], "method must be 'tpe', 'nsga2', 'gp', 'random', 'qmc' or 'grid'"),
+    (
+        ["search", "--method", "annealing"],
+        "method must be one of tpe, nsga2, gp, random, qmc, grid, but is 'ann",
+    ),
     (["search", "--suite", "quik"], "did you mean 'quick'?"),
-    (["search", "--threat", "blackbox"], "threat must be 'oblivious', 'black-box' or 'white-box', but is 'blackbox'"),
+    (["search", "--threat", "blackbox"], "threat must be one of oblivious, black-box, white-box, but is 'blackbox'"),
     (["search", "--knob", "lamda_rc=1"], "did you mean 'lambda_rc'?"),
     (["search", "--knob", "lambda_rc"], "--knob must be NAME=VALUE"),
     (["search", "--knob", "conv_maps=0"], "conv_maps must be a whole number from 1 to 256, but is 0"),
@@ -93,7 +96,7 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["search", "--method", "grid"], "a grid needs finite domains, but lambda_rc is a number from 0.1 to 10"),
     (["search", "--eps", "-0.1"], "eps must be greater than or equal to 0, but is -0.1"),
     (["search", "--eps", "1.5"], "eps must be from 0 to 1 in Linf, in pixel units of [0, 1], but is 1.5"),
-    (["search", "--norm", "L1"], "norm must be 'Linf' or 'L2', but is 'L1'"),
+    (["search", "--norm", "L1"], "norm must be one of Linf, L2, but is 'L1'"),
     (["search", "--norm", "L2"], "eps must be given in L2"),
     (["search", "--threat", "black-box", "--eval-images", "6000"], "eval_images must leave a black-box attacker 150"),
     (["search", "--substitute", "Z"], "must be one of A, B, C, D, "),
@@ -121,6 +124,8 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["export"], "Missing argument 'NAME': a search"),
     (["list"], "Missing argument 'KIND': defenses, attacks, "),
     (["search", "--json"], "--json must stand beside --dry-run"),
+    (["search", "--threat", "white_box"], "but is 'white_box'; did you mean 'white-box'?"),
+    (["search", "--dry-run", "--warm-start", "nope", *SMOKE], "but is 'nope'"),
     (["export", "first"], "an export needs one of --pareto, --top and --candidate"),
     (["export", "first", "--top", "0"], "for '--top': must be greater than or equal to 1, but is '0'"),
     (["dashboard", "first", "--port", "x"], "unable to parse string as an integer, but is 'x'"),
@@ -457,6 +462,13 @@ def test_colours_are_for_terminals_that_want_them() -> None:
     assert colour.search(on_a_terminal("--help"))
     assert not colour.search(on_a_terminal("--help", NO_COLOR="1"))
     assert "\x1b" not in launch("--help").stdout
+
+
+@pytest.mark.parametrize("columns", [70, 100])
+def test_a_table_fits_the_terminal_and_breaks_no_name(columns: int) -> None:
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal("list", "defenses", COLUMNS=str(columns)))
+    assert max(map(len, shown.splitlines())) <= columns
+    assert columns < 100 or {"attack_statistics", "adversarial_training"} <= set(shown.split())
 
 
 def test_a_terminal_that_lacks_a_character_is_no_error() -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -204,6 +205,8 @@ def test_ctrl_c_ends_it_well_and_a_port_of_its_own_is_found_where_8080_is_taken(
             pass  # somebody else has it: as well
         env = {**os.environ, "TMPDIR": str(tmp_path)}
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        if notice == signal.SIGTERM:  # as a script starts what it puts an `&` behind
+            pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
         process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
         assert process.stdout is not None
         said = process.stdout.readline()

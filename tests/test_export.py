@@ -30,7 +30,7 @@ from attacks.suite import NES_30, SUITES, Suite
 from defenses.base import Defended
 from defenses.puvae import PuVAE
 from search import evidence, provenance, tasks, winners
-from search.attack import attack
+from search.attack import attack, page
 from search.card import card
 from search.courier import opened
 from search.datasets import DATASETS
@@ -41,6 +41,7 @@ from search.score import Candidate
 from search.study import Study
 from search.trial import store_of
 from search.winners import AlarmError, export, export_all, pick
+from search.wording import spoken_device
 from spaces.space import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT
@@ -206,7 +207,14 @@ def test_the_card_reads_as_a_model_card(folder: Path) -> None:
     ]
     low, high = said["attacked_accuracy_interval"]
     assert f"{100 * low:.1f} to {100 * high:.1f}" in page and "white-box, Linf eps 0.1" in page
-    for word in (said["data_sha256"], "CC BY 4.0", "undefended", "IEEE Access", said["device"], torch.__version__):
+    for word in (
+        said["data_sha256"],
+        "CC BY 4.0",
+        "undefended",
+        "IEEE Access",
+        spoken_device(said["device"]),
+        torch.__version__,
+    ):
         assert word in page
     assert "None" not in page and "{{" not in page
     assert said["model"]["consulted"] == ["B"] and "trained with the classifier `B`, and protects `A`" in page
@@ -468,6 +476,9 @@ def test_an_attack_that_asks_beyond_the_pixels_range_is_answered(folder: Path, m
 def test_a_black_box_attacker_asks_the_whole_pipeline_and_is_weaker(folder: Path) -> None:
     table = attack(folder, "quick", knowledge="black-box")
     assert table["black_box_queries"] == 150 * 2**6
+    by = table["substitute"]
+    assert f"trained a {by} on 9600 answers" in page(table)
+    assert (folder / "attacks" / f"quick-black-box-by-{by}-Linf-0.1-images-30-seed-1.json").exists()
     assert table["images"] == 30  # of 180; the attacker starts from the others
     assert set(table["trail"]) == {"black-box/ifgsm-targeted"}
     white = json.loads((folder / "attacks" / "quick-white-box-Linf-0.1-images-40-seed-1.json").read_text())

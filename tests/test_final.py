@@ -10,6 +10,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from search import hearing, tasks
 from search.cache import ensure
 from search.crew import Piece, Tell, crew
 from search.export import FILES, SEAL, seal
-from search.final import final, page, train_seed
+from search.final import final, judge_export, page, train_seed
 from search.final_page import forms
 from search.fits import TrialError
 from search.hearing import Hearing
@@ -276,6 +277,9 @@ def test_another_look_is_noted_and_the_page_says_so(judged: Found, exported: Pat
     assert "opened for 1 more of twin's folder too (other)" in (twin / "final" / "FINAL.md").read_text()
     assert sum(row["figure"] == "accuracy" for row in table["rows"]) == (2 + 2) * 5
     assert "**Look 2 at the test split**" in page(table) and "look 2 at the test split" in screen.getvalue()
+    rows = csv.DictReader(io.StringIO((tmp_path / "final" / "FINAL.csv").read_text()))
+    looks = {(row["export"], row["look"]) for row in rows}
+    assert looks == {(judged[0]["exports"][0]["export"], "2"), ("twin", "1"), ("", "2")}
     assert "**Look 2" not in (twin / "final" / "FINAL.md").read_text()
     assert "2 exports stand side by side" in (tmp_path / "final" / "FINAL.md").read_text()
     assert all(row["deviation"] is None for row in table["rows"]), "one seed has none"
@@ -343,7 +347,36 @@ def test_workers_of_ray_do_the_same(judged: Found, exported: Path) -> None:
     with crew(cases[0].study, debug=False, concurrent=1, console=console) as work:
         pieces = [Piece(f"seed {seed}", train_seed, (cases, seed)) for seed in SEEDS]
         assert work("training", pieces) == ["", ""]
+        (found,) = work("on the test split", [Piece("export", judge_export, (cases[0], IMAGES))])
+        mark = cases[0].folder / "final" / "mark"
+        with pytest.raises(ValueError, match="this one fails"):
+            work("failing", [Piece("one", fails, ()), Piece("two", marks, (mark,)), Piece("three", fails, ())])
     assert "seed 1001 is done, 2 of 2" in screen.getvalue()
+    optimism = judged[0]["exports"][0]["optimism"][0]
+    assert found.verdicts["search"].accuracy == pytest.approx(optimism["test"])
+    assert not mark.exists(), "after a failure nothing new is begun"
+
+
+def fails(study: Study, tell: Tell) -> None:
+    raise ValueError("this one fails")
+
+
+def marks(study: Study, mark: Path, tell: Tell) -> None:
+    mark.touch()
+
+
+def test_who_asks_a_final_run_to_end_is_heard_as_ctrl_c(exported: Path) -> None:
+    (case,), screen = cases_of(exported), io.StringIO()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        crew(case.study, debug=True, concurrent=None, console=Console(file=screen)) as work,
+    ):
+        work("training", [Piece("seed 1000", asked_to_end, ())])
+    assert "the same command goes on" in screen.getvalue()
+
+
+def asked_to_end(study: Study, tell: Tell) -> None:
+    signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_seed_that_diverges_costs_the_others_nothing(

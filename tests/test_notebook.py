@@ -121,7 +121,10 @@ def test_a_search_that_leaves_nothing_says_where_to_look(study: Study, working: 
     [
         ({"trials": 0}, "trials must be greater than or equal to 1, but is 0"),
         ({"defens": "puvae"}, "but is 'defens'; did you mean 'defense'?"),
-        ({"method": "tpee"}, "method must be 'tpe', 'nsga2', 'gp', 'random', 'qmc' or 'grid', but is 'tpee'"),
+        (
+            {"method": "tpee"},
+            "must be one of tpe, nsga2, gp, random, qmc, grid, but is 'tpee'; did you mean 'tpe'?",
+        ),
         ({"eps": "much"}, "eps must be a valid number"),
         ({"name": "a/b"}, "name must be letters, digits"),
     ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,10 +197,13 @@ def test_colours_are_for_terminals(finished: tuple[dict[str, Any], str]) -> None
         assert "(the paper says" in console.file.getvalue()
 
 
-def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("notice", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_what_it_has(
+    notice: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run_two(self: Cells, setting: Setting) -> Ours:
         if setting.defense != "none":
-            raise KeyboardInterrupt
+            signal.raise_signal(notice)
         return Ours(value=0.47, images=100, seconds=1.0, ran={})
 
     monkeypatch.setattr(Cells, "run", run_two)
@@ -210,6 +215,22 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path, monkeypatch: pytes
     assert [row["ours"] for row in kept["cells"]] == [0.47, 0.47, None, None, None, None]
     assert [row["band"] for row in kept["cells"]] == [1, 1, None, None, None, None]
     assert "the same command goes on from here" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wish", "law"),
+    [
+        ({"seed": -1}, "seed must be greater than or equal to 0, but is -1"),
+        ({"out": Path(__file__)}, f"a table is written into {__file__}, but that cannot be: "),
+        ({"storage": __file__}, f"a table is written into {__file__}"),
+    ],
+)
+def test_what_cannot_be_written_or_seeded_is_refused_before_anything_runs(
+    wish: dict[str, Any], law: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=re.escape(law)):
+        reproduce("puvae/7", **{"storage": str(tmp_path / "runs"), "console": Console(quiet=True), **wish})
+    assert not (tmp_path / "runs" / "tables").exists()
 
 
 def test_times_are_compared_as_multiples_of_the_fastest(storage: Path) -> None:

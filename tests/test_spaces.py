@@ -12,6 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 import defenses
 import spaces
 from defenses.puvae import PuVAE
+from spaces.domain import as_written, written
 from spaces.space import Domain, InputError, SearchSpace, contains, draw, finite
 
 WHOLE = SearchSpace.of(PuVAE)
@@ -179,7 +180,8 @@ def test_a_range_may_be_given_as_text(knob: str, text: str, domain: FloatDistrib
 
 
 @pytest.mark.parametrize(
-    "text", ["10..1", "0..1:log", "a..b", "1..2:lin", "1..1e9", "1..2..3", "..2", "nan..1", "1..inf"]
+    "text",
+    ["10..1", "0..1:log", "a..b", "1..2:lin", "1..1e9", "1..2..3", "..2", "nan..1", "1..inf", "1..1e400", "1..1/0"],
 )
 def test_a_range_outside_the_law_is_refused_in_one_line(text: str) -> None:
     words = rf"lambda_rc must be a number from 0.0001 to 10000 .*LOW..HIGH:log, but is '{re.escape(text)}'$"
@@ -189,3 +191,11 @@ def test_a_range_outside_the_law_is_refused_in_one_line(text: str) -> None:
         WHOLE.narrow({"conv_maps": "2.5..4"})
     with pytest.raises(InputError, match="label_injection must be one of dense, planes, but is '1..2'"):
         WHOLE.narrow({"label_injection": "1..2"})
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(8 / 255, "8/255"), (0.33333, "0.33333"), (1.5e-6, "1.5e-06"), (0.3, "0.3"), (16, "16")],
+)
+def test_a_value_is_written_as_papers_write_it_and_read_back(value: float, words: str) -> None:
+    assert written(value) == words and as_written(words) == pytest.approx(value, rel=1e-9)
