@@ -205,8 +205,9 @@ def test_ctrl_c_ends_it_well_and_a_port_of_its_own_is_found_where_8080_is_taken(
             pass  # somebody else has it: as well
         env = {**os.environ, "TMPDIR": str(tmp_path)}
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        if notice == signal.SIGTERM:  # as a script starts what it puts an `&` behind
-            pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        # A script ignores Ctrl-C for what it puts an `&` behind: there SIGTERM alone can end it.
+        ctrl_c = signal.SIG_DFL if notice == signal.SIGINT else signal.SIG_IGN
+        pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, ctrl_c)
         process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
         assert process.stdout is not None
         said = process.stdout.readline()

@@ -208,8 +208,12 @@ def test_an_interrupted_run_keeps_what_it_has(
 
     monkeypatch.setattr(Cells, "run", run_two)
     monkeypatch.setattr(Cells, "missing", lambda self, setting: "")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, tiny())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where Ctrl-C is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, tiny())
+    finally:
+        signal.signal(signal.SIGINT, before)
     kept = json.loads((tmp_path / "out" / "table.json").read_text())
     assert kept["state"] == "interrupted"
     assert [row["ours"] for row in kept["cells"]] == [0.47, 0.47, None, None, None, None]
