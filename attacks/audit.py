@@ -64,7 +64,7 @@ class Audit:
 
     @property
     def alarms(self) -> tuple[str, ...]:
-        return tuple(f"{gate.name}: {gate.law}" for gate in self.gates if not gate.passed)
+        return tuple(gate.alarm for gate in self.gates if not gate.passed)
 
 
 def audit(

@@ -48,6 +48,10 @@ class Gate:
     limit: float
     passed: bool
 
+    @property
+    def alarm(self) -> str:
+        return f"{self.name}: it does not hold that {self.law}"
+
 
 def at_most(check: int, name: str, law: str, figure: float, limit: float) -> Gate:
     """Return the gate that passes where the figure keeps to the limit; NaN does not."""

@@ -42,7 +42,7 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
     budgets = _budgets(bench, score.threat)
     gates = _gates(bench, candidate, found, again, _named(attacks, budgets, score.threat))
     return {
-        "alarms": [*(f"{gate.name}: {gate.law}" for gate in gates if not gate.passed), *score.alarms],
+        "alarms": [*(gate.alarm for gate in gates if not gate.passed), *score.alarms],
         "candidate": candidate.candidate,
         "search": study.name,
         "model": _model(bench, candidate),

@@ -13,7 +13,7 @@ from attacks.threat import ThreatModel
 from search.final_table import COLUMNS, INTERVAL
 from search.hearing import AUTOATTACK, FULL
 from search.store import write_atomic
-from search.wording import spoken_device
+from search.wording import counted, spoken_device
 
 Row = Mapping[str, Any]
 
@@ -95,7 +95,8 @@ def page(table: Mapping[str, Any]) -> str:
     parts = [
         f"# Final run on the test split of {table['dataset']}",
         *_warnings(table),
-        f"{len(table['trained'])} trainings (seeds {', '.join(map(str, table['trained']))}) on {table['trained_on']}; "
+        f"{counted(len(table['trained']), 'training')}, seeded {', '.join(map(str, table['trained']))}, on "
+        f"{table['trained_on']}; "
         f"{table['images']} test images attacked. Chosen under: {'; '.join(threats)}. `oblivious`, `black-box` and "
         f"`white-box` are the suite `{FULL}` at the same norm and eps, `AutoAttack` is the suite `{AUTOATTACK}` alone, "
         f"white-box. Figures: {INTERVAL}.",

@@ -12,6 +12,7 @@ from attacks.robustness import Verdict
 from search.hearing import AUTOATTACK, FULL, Judged
 from search.looks import opened_beside
 from search.retrained import Case
+from search.wording import counted
 
 LATENCIES = ("ms_p50", "ms_p95", "single_ms_p50")
 COLUMNS = {
@@ -31,8 +32,8 @@ INTERVAL = (
 def announced(case: Case, asked: Mapping[str, Any], look: int) -> str:
     """Return what is said before anything is trained; `look` is how often, with this time, the split is opened."""
     return (
-        f"{case.name}: {case.study.defense} on {case.study.label}, {len(asked['seeds'])} trainings on train + "
-        f"validation, judged on {asked['images']} of {asked['of']} test images"
+        f"{case.name}: {case.study.defense} on {case.study.label}, {counted(len(asked['seeds']), 'training')} on "
+        f"train + validation, judged on {asked['images']} of {asked['of']} test images"
         f"{f'; for it this is look {look} at the test split' if look > 1 else ''}"
     )
 

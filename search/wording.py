@@ -29,6 +29,10 @@ def duration(seconds: float | None) -> str:
     return f"{minutes}\u00a0min" if minutes < 60 else f"{minutes // 60}\u00a0h {minutes % 60:02d}\u00a0min"
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
 def spoken_device(device: str) -> str:
     """Return a device as it was measured on, its threads in the right number."""
     return device.replace(" 1 thread(s)", " 1 thread").replace("thread(s)", "threads")

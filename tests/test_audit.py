@@ -133,6 +133,8 @@ def slide(x_NCHW: Tensor) -> Tensor:
 def test_an_honest_classifier_raises_no_alarm(threat: ThreatModel, held_out: Digits, classifier: nn.Module) -> None:
     found = audit(classifier, *held_out, threat, seed=1)
     assert found.alarms == () and found.baselines == {}
+    gate = found.gates[0]
+    assert gate.alarm == f"{gate.name}: it does not hold that {gate.law}"
     assert "baseline" not in {gate.name for gate in found.gates}
     assert (found.robustness.attacked.accuracy < 0.8) is (threat.eps > 0)
 

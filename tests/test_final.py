@@ -237,7 +237,7 @@ def test_the_page_says_what_the_numbers_are(judged: Found) -> None:
     said = page(table)
     one = table["exports"][0]
     assert f"{IMAGES} of 360 test images were attacked" in said
-    assert "seeds 1000, 1001) on 150 training and all 180 validation images" in said
+    assert "2 trainings, seeded 1000, 1001, on 150 training and all 180 validation images" in said
     assert "trained on 150 training and all 180 validation images, of 1437 that there are" in said
     assert "Linf eps 0.1" in said and "not times the seeds" in said and "Look" not in said
     assert all(f"> **ALARM** {one['export']}: {alarm}" in said for alarm in one["alarms"])
