@@ -485,6 +485,12 @@ def test_a_black_box_attacker_asks_the_whole_pipeline_and_is_weaker(folder: Path
     assert white["attacked"]["accuracy"] < table["attacked"]["accuracy"] <= table["clean"]["accuracy"] + 0.05
 
 
+def test_an_attack_on_other_data_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.tasks.checksum", lambda *given: "another")
+    with pytest.raises(InputError, match="^the data must be those of the export.* digits have another$"):
+        attack(folder, "quick")
+
+
 @pytest.mark.parametrize(
     ("wish", "words"),
     [

@@ -14,6 +14,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,23 +30,25 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.nn import functional as F
 
-from attacks.robustness import evaluate
+from attacks.robustness import Verdict, evaluate
 from attacks.substitute import train_substitute
 from attacks.suite import APGD_CE, FGSM, PGD_5, SELECTIVE_10, SUITES, Suite
+from attacks.threat import ThreatModel
 from defenses.base import Defended
 from search import crew as crews
 from search import final as finals
-from search import hearing, tasks
+from search import hearing, looks, tasks
 from search.cache import ensure
 from search.crew import Piece, Tell, crew
 from search.export import FILES, SEAL, seal
 from search.final import final, judge_export, page, train_seed
 from search.final_page import forms
+from search.final_table import COLUMNS, _rows
 from search.fits import TrialError
-from search.hearing import Hearing
+from search.hearing import Hearing, Judged
 from search.latency import Lane
 from search.retrained import Case, Retrained, contenders
-from search.store import Store
+from search.store import Store, write_atomic
 from search.study import Study
 from search.trial import Bench, run_trial, silent, store_of
 from search.winners import export
@@ -355,6 +358,12 @@ def test_workers_of_ray_do_the_same(judged: Found, exported: Path) -> None:
     optimism = judged[0]["exports"][0]["optimism"][0]
     assert found.verdicts["search"].accuracy == pytest.approx(optimism["test"])
     assert not mark.exists(), "after a failure nothing new is begun"
+    with (
+        crew(cases[0].study, debug=False, concurrent=2, console=QUIET) as work,
+        pytest.raises(ValueError, match="this one fails"),
+    ):
+        work("failing", [Piece("one", fails, ()), Piece("two", marks, (mark,))])
+    assert mark.exists(), "what was under way has ended"
 
 
 def fails(study: Study, tell: Tell) -> None:
@@ -362,7 +371,39 @@ def fails(study: Study, tell: Tell) -> None:
 
 
 def marks(study: Study, mark: Path, tell: Tell) -> None:
+    time.sleep(2)
     mark.touch()
+
+
+def test_times_of_unlike_devices_are_no_mean() -> None:
+    verdict = Verdict(torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool))
+    found = Judged(dict.fromkeys(COLUMNS, verdict), {}, {})
+    seeds = [
+        {
+            "export": "e",
+            "model": "m",
+            "threat": ThreatModel("Linf", 0.1, "white-box"),
+            "found": found,
+            "latency": {"ms_p50": ms, "ms_p95": ms, "single_ms_p50": ms, "device": device},
+        }
+        for ms, device in ((7.0, "A100"), (9.0, "A100"), (40.0, "T4"))
+    ]
+    rows = [row for row in _rows(seeds, {"images": 4}) if row["figure"] == "latency_ms_p50"]
+    assert [(row["device"], row["mean"]) for row in rows] == [("A100", 8.0), ("T4", 40.0)]
+
+
+def test_two_runs_at_one_export_lose_no_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "final").mkdir()
+
+    def slowly(path: Path, data: bytes) -> None:
+        time.sleep(0.3)
+        write_atomic(path, data)
+
+    monkeypatch.setattr(looks, "write_atomic", slowly)
+    asked = [{name: seed for name in looks.SAME} for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(partial(looks.opened, tmp_path), asked))
+    assert len(json.loads((tmp_path / looks.OPENED).read_text())) == 3
 
 
 def test_who_asks_a_final_run_to_end_is_heard_as_ctrl_c(exported: Path) -> None:
@@ -397,6 +438,7 @@ def test_a_seed_that_diverges_costs_the_others_nothing(
     ("asked", "law"),
     [
         ({"seeds": 0}, "seeds must be at least 1, but is 0"),
+        ({"concurrent": 0}, "concurrent must be at least 1, but is 0"),
         ({"images": 0}, "images must be from 1 to 360 of digits's test split, but is 0"),
         ({"images": 361}, "images must be from 1 to 360 of digits's test split, but is 361"),
         ({"exports": []}, "at least one export"),
