@@ -11,7 +11,7 @@ import typer
 from search import flags as f
 from search import lookup
 from search.terminal import Group, command, console, end, progress, run, show
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 searching, reviewing, exporting, proving = (

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from attacks.best import Best, lead, where, wide
 from attacks.threat import Norm
 from attacks.tidy import Draws, Tidy, lengths, project, slope, steepest
-from spaces.space import choose
+from spaces.exceptions import choose
 
 Loss = Literal["ce", "dlr", "targeted"]
 

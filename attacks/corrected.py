@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attacks.best import where
 from attacks.threat import Norm
 from attacks.tidy import Tidy, lengths, project, slope, steepest
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 CROSSING = 1e-4
 """How far beyond the linearised boundary each of DeepFool's steps goes, L2, in pixel units of [0, 1]."""

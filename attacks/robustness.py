@@ -18,7 +18,7 @@ from attacks.substitute import train_substitute
 from attacks.suite import BATCH, Attack, Suite, reproducible
 from attacks.threat import ThreatModel
 from attacks.view import Gradient, Guarded, View, bare, gradients, limits, openings, stochastic
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 STEP = 0.1
 """Of the Jacobian augmentation. Papernot et al. 2017 and CleverHans alternate its sign; minus, across the substitute's

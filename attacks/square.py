@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attacks.best import Best, lead
 from attacks.threat import Norm
 from attacks.tidy import Draws, Tidy, lengths, project
-from spaces.space import choose
+from spaces.exceptions import choose
 
 HALVINGS = 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000
 """After which queries Square halves the share of the pixels in its window; not rescaled to the queries that it has."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attacks.tidy import evaluating, seeded, slope
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 QUERY_BATCH = 256
 TRAIN_BATCH = 128

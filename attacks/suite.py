@@ -24,7 +24,7 @@ from attacks.tailored import ChoicePGD, LatentPGD
 from attacks.threat import Norm, ThreatModel
 from attacks.tidy import Draws, evaluating, lengths, seeded
 from attacks.view import Opening, rows
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 BATCH = 256
 ROWS = 2560

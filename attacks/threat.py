@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from spaces.space import InputError, choose
+from spaces.exceptions import InputError, choose
 
 Norm = Literal["Linf", "L2"]
 Knowledge = Literal["oblivious", "black-box", "white-box"]

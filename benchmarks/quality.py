@@ -34,7 +34,8 @@ from search.study import Study, make
 from search.trial import Bench
 from search.work import REAL, Proposal, Report, Work
 from spaces import puvae
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 
 T = TypeVar("T")
 POINT = 0.01

@@ -16,7 +16,7 @@ from attacks.threat import ThreatModel
 from search.events import Listener
 from search.latency import Latency
 from search.score import Candidate, Score
-from search.store import fingerprint
+from search.storage.fingerprint import fingerprint
 from search.study import Study, make
 from search.work import Proposal, Report, Work
 from spaces.puvae import SIGMA_EPS

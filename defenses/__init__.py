@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 from defenses.base import Defense
-from spaces.space import choose
+from spaces.exceptions import choose
 
 
 def names() -> list[str]:

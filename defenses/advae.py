@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from attacks.suite import reproducible
 from attacks.tidy import evaluating
 from defenses.base import Batches, Defended, Defense, Knobs, Metrics
-from spaces.space import InputError, knob
+from spaces.exceptions import InputError
+from spaces.space import knob
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 512
 """Share of the training images that is held out (section 4.1), and how many of them are attacked after an epoch."""

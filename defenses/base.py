@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks.view import Gradient, Opening
-from spaces.space import Params, Scalar
+from spaces.domain import Scalar
+from spaces.space import Params
 
 Metrics = dict[str, float]
 Tensors = dict[str, Tensor]

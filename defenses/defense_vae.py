@@ -25,7 +25,8 @@ from attacks.corrected import CW, DeepFool, RandFGSM
 from attacks.suite import BATCH, reproducible
 from attacks.view import Gradient
 from defenses.base import Batches, Defense, Knobs, Metrics, Tensors
-from spaces.space import Condition, InputError, knob
+from spaces.exceptions import InputError
+from spaces.space import Condition, knob
 
 EPS = {"paper": (0.25, 0.3, 0.35, 0.4), "code": (0.2, 0.25, 0.3, 0.35)}
 """Of FGSM and of RAND+FGSM, in pixel units of [0, 1]. Source: section 4.1, and the code."""

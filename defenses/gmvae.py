@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from attacks.view import Opening
 from defenses.base import Batches, Defense, Knobs, Metrics
-from spaces.space import InputError, knob
+from spaces.exceptions import InputError
+from spaces.space import knob
 
 THREE_SIGMA = 0.9973
 """Share of a normal variable within three sigma: the chi-square quantile beyond which section 3.4 rejects."""

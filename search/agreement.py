@@ -14,7 +14,7 @@ from search.record import Record, state_of
 from search.score import Candidate
 from search.stopping import grace, rungs
 from search.study import Study
-from spaces.space import Scalar
+from spaces.domain import Scalar
 
 LEAST = 4
 """Trainings below which nothing is said."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.base import Shape
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 PAPER_SIZE = 20
 """Smaller images (digits) would vanish in convolutions whose table names no padding: there it is half the kernel."""

@@ -13,15 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spaces.space import InputError
+from search.exceptions import AlteredFile
 
 BROKEN_ARCHIVE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 BROKEN_PICTURE = (OSError, SyntaxError, ValueError)
 """What Pillow raises."""
-
-
-class AlteredFile(InputError):
-    """A file is not the official one: altered or cut short."""
 
 
 def read(folder: Path, name: str, expected: str) -> bytes:

@@ -29,12 +29,12 @@ from search.architectures import ARCHITECTURES
 from search.export import load
 from search.latency import Lane
 from search.live import working
-from search.store import write_atomic
+from search.storage.atomic import write_atomic
 from search.study import HELD_OUT
 from search.tasks import Task
 from search.tasks import task as find_task
 from spaces.domain import as_written
-from spaces.space import InputError, choose
+from spaces.exceptions import InputError, choose
 
 FOOLING = 100
 """Fooling images, spread over the classes as targets. Source: GMVAE, section 4."""

@@ -18,16 +18,13 @@ from filelock import FileLock
 from search.archives import digest
 from search.datasets import DATASETS, DataSet
 from search.decoding import PARTS, Pixels
+from search.exceptions import NoSpace
 from search.origin import gather
 from search.sources import FULL, Progress
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 HOME = "~/.cache/crucible"
 LEDGER = "decoded.json"
-
-
-class NoSpace(InputError):
-    """The disk of the data folder is full."""
 
 
 def silent(what: str, done: int, total: int) -> None:

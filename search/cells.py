@@ -16,15 +16,16 @@ from torch import nn
 import defenses
 from defenses.base import Defended, Defense, Metrics
 from search import tasks
+from search.exceptions import TrialError
 from search.portion import Portion, counted
 from search.setting import ATTACKS, Setting
-from search.store import fingerprint
+from search.storage.fingerprint import code_digests, fingerprint
 from search.strike import NotRun, searched, struck, threat
 from search.study import HELD_OUT, Study, make
 from search.tasks import TASKS
-from search.texts import texts
-from search.trial import Bench, TrialError, store_of
-from spaces.space import InputError, Params, SearchSpace
+from search.trial import Bench, store_of
+from spaces.exceptions import InputError
+from spaces.space import Params, SearchSpace
 
 Report = Callable[[str, int, int, Metrics], None]
 """Told of each epoch: what is trained, the epoch, how many there are, and its metrics."""
@@ -152,7 +153,7 @@ class Cells:
         rounds = self.portion.root(ROUNDS) if setting.knowledge == "black-box" else 0
         search = setting.measure == "reclassified"
         key = fingerprint(
-            source=texts(struck.__module__),
+            source=code_digests(struck.__module__),
             fit="" if setting.defense == "none" else bench.fingerprint(params),
             setting=dict(params.inference),
             classifier=bench.identity(bench.plan.protected),

@@ -16,7 +16,7 @@ from search.importance import CHANCE
 from search.score import Candidate
 from search.stopping import rungs
 from search.wording import spoken_device, spoken_value
-from spaces.space import Scalar
+from spaces.domain import Scalar
 
 SWEPT = 5
 """Fits whose risk-coverage curves are drawn."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +14,8 @@ from defenses.base import Batches
 from search import architectures
 from search.architectures import ARCHITECTURES
 from search.latency import Lane
-from search.store import Store, fingerprint, to_bytes
+from search.storage.fingerprint import code_digests, fingerprint
+from search.storage.store import Store, to_bytes
 from search.study import Study
 from search.tasks import Task, checksum
 
@@ -32,7 +31,7 @@ class Classifier:
 def identity(study: Study, task: Task, architecture: str) -> str:
     """Return the fingerprint of a classifier: everything that shapes it."""
     return fingerprint(
-        source=[inspect.getsource(module) for module in (architectures, sys.modules[__name__])],
+        source=code_digests(architectures.__name__, __name__),
         architecture=architecture,
         data=checksum(task.dataset, study.data_dir),
         images=study.train_images,

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from search import cache
 from search.study import Study
 from search.tasks import task
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = [str(ROOT / package) for package in ("spaces", "attacks", "defenses", "search")]

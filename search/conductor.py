@@ -11,12 +11,13 @@ from optuna.trial import TrialState
 
 from defenses.base import Metrics
 from search.events import Listener, State
+from search.exceptions import StorageError
 from search.latency import Latency
-from search.place import StorageError, trouble
 from search.ranking import front
 from search.score import Candidate
 from search.searcher import Proposer
 from search.stopping import rule_of
+from search.storage.outage import trouble
 from search.study import Study
 from search.trial import store_of
 from search.work import Proposal

@@ -14,14 +14,16 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from search import remote
 from search.events import Listener, State
-from search.remote import Mirror, Unreachable
+from search.exceptions import Unreachable
 from search.score import Candidate
-from search.store import Store, write_atomic
+from search.storage.atomic import write_atomic
+from search.storage.mirror import Mirror, mirror_of
+from search.storage.store import Store
+from search.storage.uri import check_storage, local_folder, mask_credentials
 from search.study import Study, read
 from search.trial import store_of
-from spaces.space import InputError, choose
+from spaces.exceptions import InputError, choose
 
 JOURNAL = "study.journal"
 DRIVER = "driver.json"
@@ -41,15 +43,15 @@ def names(storage: str) -> list[str]:
         InputError: the storage is a URI that does not answer.
     """
     try:
-        storage = remote.checked(storage)
-        elsewhere = remote.mirror(storage)
+        storage = check_storage(storage)
+        elsewhere = mirror_of(storage)
         if elsewhere is not None:
             return elsewhere.holding("*/study.yaml")
         return sorted(path.parent.name for path in Path(storage).glob("*/study.yaml"))
     except Unreachable as error:
         raise InputError(f"a storage must answer, but {error}") from None
     except ValueError as error:
-        raise InputError(f"storage {error}, but is {remote.masked(storage)!r}") from None
+        raise InputError(f"storage {error}, but is {mask_credentials(storage)!r}") from None
     except OSError:
         return []
 
@@ -67,15 +69,15 @@ def opened(name: str, storage: str, *, whole: bool = True) -> Study:
     if not known:
         raise InputError(f"a search must exist, but there is none in {storage}; begin one with `search`")
     choose("the search", name, known)
-    storage = remote.checked(storage)
-    mirror = remote.mirror(storage, name)
+    storage = check_storage(storage)
+    mirror = mirror_of(storage, name)
     if mirror is not None:
         try:
-            with suppress(Timeout), Store(remote.local(storage) / ".store").lock("searches", name).acquire(timeout=0):
+            with suppress(Timeout), Store(local_folder(storage) / ".store").lock("searches", name).acquire(timeout=0):
                 _bring(mirror, whole=whole)  # a driver of this machine has what there is
         except OSError as error:
             raise InputError(f"a storage must answer, but {error}") from None
-    path = remote.local(storage) / name / "study.yaml"
+    path = local_folder(storage) / name / "study.yaml"
     if (study := read(path, {"storage": storage})).name != name:  # else another search would be read, or go on
         raise InputError(f"a search must lie in a folder of its name, but {path} is of {study.name!r}")
     return study
@@ -161,8 +163,8 @@ class Courier(Listener):
         if not (self.study.folder / "study.yaml").exists():
             return  # it was refused
         (self.study.folder / DRIVER).unlink(missing_ok=True)
-        for mirror in filter(None, (self.mirror, store_of(self.study).mirror)):
-            mirror.retry()
+        for each in filter(None, (self.mirror, store_of(self.study).mirror)):
+            each.retry()
         if not self._send():
             self._say(
                 f"{self.study.storage} does not answer: what it lacks is kept in {self.study.root}, and sent when the "

@@ -28,14 +28,14 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from search.courier import JOURNAL
+from search.exceptions import StorageError
 from search.journal import Journal
-from search.place import StorageError
 from search.ranking import front
 from search.record import Record, journal
 from search.score import Candidate
 from search.signals import terminable
 from search.study import Study
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 HOST = "127.0.0.1"
 PORT = 8080

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from search.archives import BROKEN_PICTURE, AlteredFile, line, read
+from search.archives import BROKEN_PICTURE, line, read
+from search.exceptions import AlteredFile
 from search.origin import Origin
 
 Pixels = NDArray[np.uint8]

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
-from search import remote, tasks
+from search import tasks
 from search.cache import data_folder
 from search.datasets import DATASETS
+from search.storage.mirror import mirror_of
+from search.storage.uri import check_storage, local_folder
 from search.study import Study
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 GIB = 2**30
 LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"
@@ -143,8 +145,8 @@ def _files() -> Finding:
 def _storage(storage: str) -> list[Finding]:
     """Look at the disk that a search writes to and, where the storage is a URI, whether it answers."""
     try:
-        storage = remote.checked(storage)
-        mirror, disk = remote.mirror(storage), _disk("storage", remote.local(storage), "choose another --storage")
+        storage = check_storage(storage)
+        mirror, disk = mirror_of(storage), _disk("storage", local_folder(storage), "choose another --storage")
         if mirror is not None:
             mirror.reach()
     except ValueError as error:

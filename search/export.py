@@ -19,7 +19,7 @@ with dispensed():
     import defenses
     from defenses.base import Defended, Shape
     from search.architectures import ARCHITECTURES
-    from spaces.space import InputError
+    from spaces.exceptions import InputError
 
 FILES = ("card.md", "classifier.safetensors", "config.yaml", "evidence.json", "pictures.png", "weights.safetensors")
 SEAL = "SHA256SUMS"

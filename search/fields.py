@@ -9,9 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from attacks.threat import Knowledge, Norm
-from search import remote
-from spaces.domain import as_written
-from spaces.space import Scalar
+from search.storage.uri import check_storage
+from spaces.domain import Scalar, as_written
 
 Method = Literal["tpe", "nsga2", "gp", "random", "qmc", "grid"]
 KnobWish = Scalar | list[Scalar]
@@ -108,4 +107,4 @@ class Fields(BaseModel):
     @field_validator("storage")
     @classmethod
     def _is_a_folder(cls, storage: str) -> str:
-        return remote.checked(storage)  # workers have working directories of their own
+        return check_storage(storage)  # workers have working directories of their own

@@ -21,16 +21,16 @@ import attacks.robustness
 from attacks.threat import ThreatModel
 from search import architectures, export, final_page, final_table, tasks
 from search.crew import Crew, Piece, Tell, crew
+from search.exceptions import TrialError
 from search.final_page import page
-from search.fits import TrialError
 from search.hearing import Hearing, Judged, blocks
 from search.looks import looks, opened
 from search.retrained import FIRST_SEED, Case, Contender, contenders, train
-from search.store import fingerprint
+from search.storage.fingerprint import code_digests, fingerprint
 from search.study import make
-from search.texts import texts
 from search.trial import store_of
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 
 __all__ = ["final", "page"]
 
@@ -185,7 +185,7 @@ def _case(folder: Path, moves: Mapping[str, Any]) -> Case:
     dataset = study.plan().task.dataset
     tasks.expect(dataset, study.data_dir, known["data_sha256"])
     params, threat = Params(config["train"], config["inference"]), ThreatModel(**config["threat"])
-    shaping = texts(type(target.defense).__module__, architectures.__name__)
+    shaping = code_digests(type(target.defense).__module__, architectures.__name__)
     weights = [hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if name.endswith(".safetensors")]
     return Case(
         folder=folder.resolve(),
@@ -225,7 +225,7 @@ def _settings(cases: Sequence[Case], seeds: int, images: int | None) -> dict[str
         "train": sizes.train,
         "validation": sizes.validation,
         "seeds": list(islice(fresh, seeds)),
-        "code": fingerprint(source=texts(attacks.robustness.__name__)),
+        "code": fingerprint(source=code_digests(attacks.robustness.__name__)),
     }
 
 

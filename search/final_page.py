@@ -12,7 +12,7 @@ from typing import Any
 from attacks.threat import ThreatModel
 from search.final_table import COLUMNS, INTERVAL
 from search.hearing import AUTOATTACK, FULL
-from search.store import write_atomic
+from search.storage.atomic import write_atomic
 from search.wording import counted, spoken_device
 
 Row = Mapping[str, Any]

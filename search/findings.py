@@ -24,7 +24,8 @@ from search.record import ENDED, Record, state_of
 from search.score import Candidate
 from search.study import Study
 from search.wording import milliseconds, percent, spoken_device, spoken_eps
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 
 APART = 0.1
 """How far the second latency of a member of the front may lie from the first, a fraction, before it is remarked."""

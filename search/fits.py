@@ -20,10 +20,12 @@ from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
 from search import tasks
 from search.classifiers import Classifier
 from search.exam import Exam
+from search.exceptions import TrialError
 from search.materials import Materials
-from search.store import fingerprint, to_bytes
-from search.texts import texts
-from spaces.space import InputError, Params
+from search.storage.fingerprint import code_digests, fingerprint
+from search.storage.store import to_bytes
+from spaces.exceptions import InputError
+from spaces.space import Params
 
 Report = Callable[[int, Metrics], None]
 """Told of each epoch, counted from 1; it may raise to stop the trial, whose progress stays in the store."""
@@ -33,10 +35,6 @@ ADVERSARIAL = "adversarial_training"
 
 def silent(epoch: int, metrics: Metrics) -> None:
     """Report to nobody."""
-
-
-class TrialError(RuntimeError):
-    """A trial cannot be finished, and trying again will not help."""
 
 
 class Fits(Materials):
@@ -68,7 +66,7 @@ class Fits(Materials):
     def rungs(self) -> str:
         """Return the fingerprint of what scores an epoch: rung scores compare only where it is the same."""
         return fingerprint(
-            source=texts(Exam.__module__),
+            source=code_digests(Exam.__module__),
             threat=str(self.plan.threat),
             attacks=str(attacks.suite.SUITES["quick"]),
             images=min(self.study.cheap_images, self.plan.eval_images),
@@ -85,7 +83,7 @@ class Fits(Materials):
     def _fingerprint(self, defense: Defense) -> str:
         adopted = [self.plan.task.classifier] if type(defense).adopt is not Defense.adopt else []
         return fingerprint(
-            source=texts(type(defense).__module__),
+            source=code_digests(type(defense).__module__),
             defense=type(defense).__qualname__,
             knobs=dict(defense.params.train),
             data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
@@ -167,7 +165,7 @@ class Fits(Materials):
         """Return tensors that depend on the training images and the consulted classifiers, made once for all fits."""
         key = fingerprint(
             words=words,
-            source=texts(self.plan.defense.__module__),
+            source=code_digests(self.plan.defense.__module__),
             data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
             images=self.trained.train_images,
             classifiers=[classifier.fingerprint for classifier in consulted],

@@ -18,7 +18,8 @@ import spaces
 from attacks.threat import Knowledge
 from attacks.threat import Norm as norms
 from search.fields import Fields
-from spaces.space import InputError, SearchSpace
+from spaces.exceptions import InputError
+from spaces.space import SearchSpace
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "What is searched": (
@@ -181,10 +182,10 @@ def _flag(name: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _knobs(texts: Sequence[str]) -> dict[str, Any]:
+def _knobs(code_digests: Sequence[str]) -> dict[str, Any]:
     """Return NAME=VALUE and NAME=V1,V2 as a study's knobs."""
     found = {}
-    for text in texts:
+    for text in code_digests:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise InputError(f"--knob must be NAME=VALUE or NAME=V1,V2, but is {text!r}")

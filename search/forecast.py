@@ -10,10 +10,11 @@ import torch
 
 from search.refinement import refinable
 from search.step import Step
-from search.store import to_bytes
+from search.storage.store import to_bytes
 from search.study import Study
 from search.trial import Bench, store_of
-from spaces.space import InputError, spoken
+from spaces.domain import spoken
+from spaces.exceptions import InputError
 
 MOST = 1000
 """Trainings of a space that are looked up in the store."""

@@ -24,7 +24,7 @@ from defenses.puvae import PuVAE
 from search.cells import Cells
 from search.papers import Table
 from search.setting import ATTACKS
-from search.store import write_atomic
+from search.storage.atomic import write_atomic
 from search.strike import threat
 
 Draw = Callable[[Mapping[str, Any], Table, Cells, Path], list[Path]]

@@ -26,9 +26,10 @@ from search.evidence import worse
 from search.exam import Exam
 from search.latency import Lane, Latency, device_name, measure
 from search.retrained import Case, Contender
-from search.store import Store, fingerprint
-from search.texts import texts
-from spaces.space import InputError, Params
+from search.storage.fingerprint import code_digests, fingerprint
+from search.storage.store import Store
+from spaces.exceptions import InputError
+from spaces.space import Params
 
 BLOCK = 500
 """Test images that are judged together: what a run that dies has to do again."""
@@ -139,7 +140,7 @@ class Hearing:
     def key(self, contender: Contender, **more: object) -> str:
         """Return the fingerprint of all that shapes a verdict."""
         return fingerprint(
-            source=texts(attacks.robustness.__name__, __name__, Exam.__module__, worse.__module__),
+            source=code_digests(attacks.robustness.__name__, __name__, Exam.__module__, worse.__module__),
             split="test",
             model=contender.identity,
             classifier=contender.classifier,
@@ -166,7 +167,7 @@ class Hearing:
     def timed(self, contender: Contender) -> Latency:
         """Return the latency of a contender's defense, measured once on each kind of device when all was quiet."""
         device = self.x_NCHW.device
-        key = self.key(contender, timed=device_name(device), by=texts(Lane.__module__))
+        key = self.key(contender, timed=device_name(device), by=code_digests(Lane.__module__))
         with self.store.lock("finals", key):
             if self.store.get("finals", key) is None:
                 found = measure(cast(Defended, contender.target).defense, self.lane, device)

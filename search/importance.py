@@ -19,7 +19,7 @@ from optuna.importance import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.record import Record
-from spaces.space import Scalar
+from spaces.domain import Scalar
 
 LEAST = 8
 """Candidates below which nothing is said."""

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation
 
-from search.place import StorageError, trouble
-from search.store import Store
-from spaces.space import InputError
+from search.exceptions import StorageError
+from search.storage.outage import trouble
+from search.storage.store import Store
+from spaces.exceptions import InputError
 
 T = TypeVar("T")
 

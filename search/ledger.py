@@ -9,7 +9,7 @@ from pathlib import Path
 
 from search.events import Listener, State
 from search.score import Candidate
-from search.store import write_atomic
+from search.storage.atomic import write_atomic
 from search.study import Study
 
 

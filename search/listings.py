@@ -12,8 +12,9 @@ from typing import Any
 
 import defenses
 import spaces
-from spaces.domain import written
-from spaces.space import InputError, SearchSpace, choose, conditions, spoken
+from spaces.domain import spoken, written
+from spaces.exceptions import InputError, choose
+from spaces.space import SearchSpace, conditions
 
 Row = dict[str, Any]
 

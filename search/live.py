@@ -27,7 +27,8 @@ from search import ranking
 from search.events import Listener, State
 from search.score import Candidate
 from search.study import Study
-from spaces.space import Params, Scalar
+from spaces.domain import Scalar
+from spaces.space import Params
 
 
 @contextmanager

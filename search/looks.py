@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from search.store import write_atomic
+from search.storage.atomic import write_atomic
 
 OPENED = "final/opened.json"
 SAME = ("dataset", "images", "of", "seeds", "code")

@@ -9,7 +9,7 @@ import typer
 
 from search import flags as f
 from search.terminal import BASH, Group, command, end, progress, show
-from spaces.space import choose
+from spaces.exceptions import choose
 
 app = typer.Typer()
 data = typer.Typer(cls=Group, no_args_is_help=True, help="Fetch, check and list the data sets.")

@@ -24,9 +24,9 @@ from search.architectures import ARCHITECTURES
 from search.classifiers import Classifier
 from search.exam import Exam
 from search.latency import Lane
-from search.store import Store, fingerprint
+from search.storage.fingerprint import code_digests, fingerprint
+from search.storage.store import Store
 from search.study import HELD_OUT, Study
-from search.texts import texts
 
 
 class Materials:
@@ -115,7 +115,7 @@ class Materials:
             x_NCHW: the first images of the validation split, with their labels.
         """
         key = fingerprint(
-            source=texts(attacks.suite.__name__),
+            source=code_digests(attacks.suite.__name__),
             attack=str(attack),
             norm=threat.norm,
             eps=threat.eps,

@@ -13,7 +13,7 @@ from search import courier, ranking, session
 from search.record import Record
 from search.score import Candidate
 from search.study import Study, checked
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm")
 FREE = {"trials", "address", "concurrent", "gpus_per_trial", "cpus_per_trial", "trial_timeout", "wandb", "data_dir"}

@@ -8,13 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from search.archives import AlteredFile, read, unpack
+from search.archives import read, unpack
+from search.exceptions import AlteredFile, NoSource
 from search.sources import Folder, Progress, Source, Unavailable
-from spaces.space import InputError
-
-
-class NoSource(InputError):
-    """None of the sources gives the data set."""
 
 
 @dataclass(frozen=True, kw_only=True)

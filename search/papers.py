@@ -19,7 +19,7 @@ import yaml
 
 from attacks.threat import Knowledge
 from search.setting import Setting, setting
-from spaces.space import InputError, choose
+from spaces.exceptions import InputError, choose
 
 FOLDER = Path(__file__).parent / "tables"
 Kind = Literal["average", "largest"]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from optuna.distributions import IntDistribution
 
 from defenses.base import Defense
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 
 LONGEST, SHORTEST = 40, 4
 """Epochs of a training that a fraction is taken of, at most: Defense-GAN's 926 would outlast all others; and that it

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from search.study import Study
-from spaces.space import Params, Scalar
+from spaces.domain import Scalar
+from spaces.space import Params
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("spaces", "attacks", "defenses", "search", "launch.py")

@@ -18,7 +18,8 @@ from search.ranking import OBJECTIVES
 from search.score import Candidate
 from search.study import Study
 from search.trial import store_of
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)

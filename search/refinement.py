@@ -13,7 +13,8 @@ from search.ranking import OBJECTIVES, feasible, ranked
 from search.samplers import asked, lesson
 from search.score import Candidate
 from search.study import Study
-from spaces.space import GRID_LIMIT, Params, Scalar, SearchSpace
+from spaces.domain import Scalar
+from spaces.space import GRID_LIMIT, Params, SearchSpace
 
 FITS = 3
 """How many fits are refined."""

@@ -24,7 +24,7 @@ from search.datasets import DATASETS
 from search.findings import Findings, TrialRecord
 from search.importance import CHANCE
 from search.score import Score
-from search.store import write_atomic
+from search.storage.atomic import write_atomic
 from search.study import Study
 from search.tasks import task
 from search.wording import duration, milliseconds, percent, spoken_device, spoken_eps, spoken_value

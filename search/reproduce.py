@@ -24,16 +24,16 @@ from search.gallery import PICTURES
 from search.latency import device_name
 from search.pace import Pace
 from search.papers import Summary, Table
-from search.place import trouble
 from search.portion import Portion
 from search.reproduce_page import html, markdown, page, said
 from search.setting import Setting
 from search.signals import terminable
-from search.store import write_atomic
+from search.storage.atomic import write_atomic
+from search.storage.outage import trouble
 from search.strike import NotRun, threat
 from search.study import make
 from search.trial import store_of
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 __all__ = ["beside", "page", "reproduce"]
 

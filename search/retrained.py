@@ -23,7 +23,8 @@ from search.architectures import ARCHITECTURES
 from search.crew import Tell
 from search.export import Exported
 from search.fits import ADVERSARIAL, silent
-from search.store import Store, fingerprint
+from search.storage.fingerprint import fingerprint
+from search.storage.store import Store
 from search.study import HELD_OUT, Plan, Study
 from search.trial import Bench, store_of
 from spaces.space import Params

@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from search.ranking import OBJECTIVES, constraints
 from search.score import Candidate
 from search.study import Study
-from spaces.space import GRID_LIMIT, Params, Scalar, SearchSpace, contains, finite, only
+from spaces.domain import Scalar, contains, finite, only
+from spaces.space import GRID_LIMIT, Params, SearchSpace
 
 SHOWN_TPE, SHOWN_GP = 2000, 100
 """Finished candidates that a sampler learns from, half of them again where a search thins them out. Asking costs TPE

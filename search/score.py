@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from attacks.threat import ThreatModel
-from spaces.space import Params, Scalar
+from spaces.domain import Scalar
+from spaces.space import Params
 
 
 @dataclass(frozen=True, kw_only=True)

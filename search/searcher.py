@@ -21,7 +21,8 @@ from search.study import Study
 from search.trial import store_of
 from search.warm import warmth
 from search.work import Proposal
-from spaces.space import Params, Scalar, SearchSpace, contains
+from spaces.domain import Scalar, contains
+from spaces.space import Params, SearchSpace
 
 RETRIES = 20
 """How often a sampler may propose a training that is done before one is drawn for it, in a space that is too large to

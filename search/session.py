@@ -21,19 +21,20 @@ from search import courier, report, run, tasks, wandb_run
 from search.agreement import agreement
 from search.datasets import DATASETS
 from search.events import State
+from search.exceptions import StorageError
 from search.findings import find
 from search.forecast import Forecast, forecast, slots_here
 from search.ledger import Ledger
 from search.live import Display, leaderboard, percent, refusals, working
-from search.place import StorageError, trouble
 from search.progress import progress
 from search.record import ENDED, Record, begun, state_of
 from search.score import Candidate
+from search.storage.outage import trouble
 from search.study import Study
 from search.tracking import Tracker
 from search.trial import store_of
 from search.warm import warmth
-from spaces.space import InputError, choose
+from spaces.exceptions import InputError, choose
 
 IFGSM = "oblivious/ifgsm-targeted"
 

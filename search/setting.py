@@ -15,7 +15,9 @@ from attacks.threat import Knowledge, Norm, ThreatModel
 from search.architectures import ARCHITECTURES
 from search.datasets import DATASETS
 from search.tasks import TASKS, check
-from spaces.space import InputError, Scalar, SearchSpace, choose
+from spaces.domain import Scalar
+from spaces.exceptions import InputError, choose
+from spaces.space import SearchSpace
 
 ATTACKS: Mapping[str, Attack] = {a.name: a for a in vars(attacks.suite).values() if isinstance(a, Attack)}
 """Every attack of attacks/suite.py by its name."""

@@ -19,7 +19,8 @@ from typing import Protocol
 
 import numpy as np
 
-from search.archives import AlteredFile, digest, line, unpack
+from search.archives import digest, line, unpack
+from search.exceptions import AlteredFile
 
 Progress = Callable[[str, int, int], None]
 """Hears what is being done, the bytes done, and the bytes in all (0 where unknown)."""

@@ -17,12 +17,16 @@ import spaces
 from attacks.suite import SUITES, Suite
 from attacks.threat import ThreatModel
 from defenses.base import Defense
-from search import remote, tasks
+from search import tasks
 from search.fields import Fields
-from search.store import write_atomic
+from search.storage.atomic import write_atomic
+from search.storage.mirror import Mirror, mirror_of
+from search.storage.uri import local_folder, mask_credentials
 from search.tasks import Task
 from search.tasks import task as find_task
-from spaces.space import InputError, SearchSpace, choose, extremes, finite
+from spaces.domain import extremes, finite
+from spaces.exceptions import InputError, choose
+from spaces.space import SearchSpace
 
 HELD_OUT = 150
 """Validation images that a black-box attacker starts from. Source: Papernot et al. 2017, section 5.1."""
@@ -44,7 +48,7 @@ class Study(Fields):
     @property
     def root(self) -> Path:
         """The folder in which this node works: the storage, or the one that stands for a URI here."""
-        return remote.local(self.storage)
+        return local_folder(self.storage)
 
     @property
     def folder(self) -> Path:
@@ -52,9 +56,9 @@ class Study(Fields):
         return self.root / self.name
 
     @property
-    def mirror(self) -> remote.Mirror | None:
+    def mirror(self) -> Mirror | None:
         """The search's folder at the storage's URI, if that is one."""
-        return remote.mirror(self.storage, self.name)
+        return mirror_of(self.storage, self.name)
 
     @property
     def label(self) -> str:
@@ -235,7 +239,7 @@ def _refused(error: ValidationError) -> tuple[str, str]:
         except InputError as error:
             return name, str(error)
     law = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    given = remote.masked(first["input"])
+    given = mask_credentials(first["input"])
     return name, f"{name} {law}, but is {given!r}"
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from defenses.base import Shape
 from search.architectures import ARCHITECTURES, PARTNERS, least
-from search.archives import AlteredFile
 from search.cache import caches, ensure, fault, read_ledger, roots, silent
 from search.datasets import DATASETS, DataSet
 from search.decoding import PARTS, Part
+from search.exceptions import AlteredFile
 from search.sources import Progress
-from spaces.space import InputError, choose
+from spaces.exceptions import InputError, choose
 
 SPLITS = ("train", "validation")
 

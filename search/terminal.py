@@ -19,7 +19,7 @@ from typer._completion_classes import completion_init  # Typer offers no other w
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from spaces.domain import written
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 BASH = """\
 # Completes `python launch.py` of this copy of Crucible alone, for it is run; other scripts are completed as before.
@@ -158,7 +158,7 @@ def run(app: typer.Typer) -> int:
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        from search.place import trouble
+        from search.storage.outage import trouble
 
         denied = f"{error.filename}: {error.strerror}" if isinstance(error, PermissionError) else None
         if (failure := trouble(error) or denied) is None:

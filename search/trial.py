@@ -19,15 +19,18 @@ import attacks.suite
 from attacks.coverage import Point, pick, risk_coverage
 from defenses.base import Defended, Defense
 from search.exam import Probed
-from search.fits import Fits, Report, TrialError, silent
+from search.exceptions import TrialError
+from search.fits import Fits, Report, silent
 from search.latency import Latency, device_name, measure
 from search.pictures import drawn, png
-from search.remote import Mirror, mirror
 from search.score import Candidate
-from search.store import Store, fingerprint, write_atomic
+from search.storage.atomic import write_atomic
+from search.storage.fingerprint import code_digests, fingerprint
+from search.storage.mirror import Mirror, mirror_of
+from search.storage.store import Store
 from search.study import HELD_OUT, Study
-from search.texts import texts
-from spaces.space import GRID_LIMIT, Params, Scalar
+from spaces.domain import Scalar
+from spaces.space import GRID_LIMIT, Params
 
 __all__ = ["Bench", "Report", "TrialError", "baseline", "png", "run_trial", "silent", "store_of"]
 
@@ -37,7 +40,7 @@ SAMPLE = 5
 
 def store_of(study: Study) -> Store:
     """Return the store that all searches of the study's storage share; no search can take its name."""
-    return Store(study.root / ".store", mirror(study.storage, ".store"))
+    return Store(study.root / ".store", mirror_of(study.storage, ".store"))
 
 
 def run_trial(study: Study, params: Params, store: Store, report: Report, *, alone: bool = False) -> list[Candidate]:
@@ -147,7 +150,7 @@ class Bench(Fits):
         """Return the fingerprint of one exam: everything that shapes what a target says in it."""
         threat = self.plan.threat
         return fingerprint(
-            source=texts(Probed.__module__),
+            source=code_digests(Probed.__module__),
             fit=fit,
             setting=dict(defense.params.inference) if defense else {},
             classifier=self.identity(self.plan.protected),
@@ -180,7 +183,7 @@ class Bench(Fits):
         """Return the latency, measured once for each setting of the knobs that can change it and each device."""
         knobs = {**_latency_knobs(defense.train_knobs), **_latency_knobs(defense.inference_knobs)}
         key = fingerprint(
-            source=texts(type(defense).__module__, measure.__module__),
+            source=code_digests(type(defense).__module__, measure.__module__),
             defense=type(defense).__qualname__,
             knobs=knobs,
             shape=str(defense.shape),

@@ -35,7 +35,8 @@ from search.score import Candidate
 from search.study import Study
 from search.watch import Watch
 from search.work import Proposal, Work
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 
 __all__ = ["joined", "run"]
 

@@ -16,7 +16,7 @@ from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
 from search.patience import within
-from search.store import write_atomic
+from search.storage.atomic import write_atomic
 
 Mode = Literal["online", "offline", "disabled"]
 

@@ -13,7 +13,9 @@ from search.ranking import feasible
 from search.record import Record
 from search.score import Candidate
 from search.study import Plan, Study
-from spaces.space import InputError, Params, choose, contains
+from spaces.domain import contains
+from spaces.exceptions import InputError, choose
+from spaces.space import Params
 
 FIRST = 5
 """How many settings of another search are tried first."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from search.store import fingerprint
+from search.storage.fingerprint import fingerprint
 from search.study import Study
 from search.work import Proposal
 

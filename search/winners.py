@@ -20,15 +20,17 @@ from defenses.base import Defended, Defense
 from search import courier, ranking
 from search.card import card
 from search.evidence import evidence
+from search.exceptions import AlarmError
 from search.export import SEAL, opened, seal
 from search.live import percent, working
 from search.record import Record
 from search.score import Candidate
-from search.store import Store, folder_atomic, to_bytes, write_atomic
+from search.storage.atomic import folder_atomic, write_atomic
+from search.storage.store import Store, to_bytes
 from search.study import Study
 from search.tracking import log_exports
 from search.trial import Bench, silent, store_of
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 TRIES = 2
 """How many candidates more than asked for an export audits when the audit refuses some."""
@@ -38,10 +40,6 @@ FIGURES = (
     *("clean_accuracy", "clean_rejection", "latency_ms_p50"),
 )
 """What is said of an export, by the names of its evidence."""
-
-
-class AlarmError(RuntimeError):
-    """A candidate did not pass its audit."""
 
 
 def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) -> tuple[list[Candidate], int]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from spaces.domain import written
-from spaces.space import Scalar
+from spaces.domain import Scalar, written
 
 
 def percent(fraction: float | None) -> str:

@@ -12,11 +12,12 @@ import torch
 
 from defenses.base import Metrics
 from search import trial
+from search.exceptions import StorageError
 from search.latency import Latency
-from search.place import StorageError, trouble
 from search.ranking import feasible, ranked
 from search.score import Candidate
-from search.store import Store
+from search.storage.outage import trouble
+from search.storage.store import Store
 from search.study import Study
 from search.trial import Bench, store_of
 from spaces.space import Params

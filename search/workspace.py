@@ -12,7 +12,7 @@ from wandb.sdk import wandb_setup
 from search import wandb_run
 from search.patience import within
 from search.study import Plan, Study
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 try:
     import wandb_workspaces.workspaces as ws

@@ -7,7 +7,8 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from spaces.space import Domain, Scalar, choose
+from spaces.domain import Domain, Scalar
+from spaces.exceptions import choose
 
 
 def names(defense: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from spaces.space import Domain
+from spaces.domain import Domain
 
 LAMBDAS = (0.0, 0.2, 0.5, 1.0, 1.5, 5.0)
 """The grid of the authors' code; the paper reports 0 on MNIST and 1 on CIFAR-10."""

@@ -2,7 +2,7 @@
 
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from spaces.space import Domain
+from spaces.domain import Domain
 
 PAPER: dict[str, Domain] = {
     "spread": 128**-0.5,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -16,22 +15,11 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from spaces.exceptions import InputError
+
 Scalar = bool | int | float | str
 Domain = BaseDistribution | Sequence[Scalar] | Scalar
 """What a named space may say of a knob: a range (LOW..HIGH or LOW..HIGH:log as text), a grid, or one value."""
-
-
-class InputError(ValueError):
-    """Bad input: one line with the law, the value and the legal choices. The command line exits with 2."""
-
-
-def choose(what: str, value: str, legal: Sequence[str]) -> str:
-    """Return `value` if it is legal; else raise an InputError that names the choices and the nearest one."""
-    if value in legal:
-        return value
-    near = difflib.get_close_matches(value, legal, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"{what} must be one of {', '.join(legal)}, but is {value!r}{hint}")
 
 
 def finite(domain: BaseDistribution) -> tuple[Scalar, ...] | None:

@@ -2,7 +2,7 @@
 
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from spaces.space import Domain
+from spaces.domain import Domain
 
 NEVER = 1e9
 """A threshold that never rejects."""

@@ -1,6 +1,6 @@
 """Named spaces of the identity: there is nothing to search, so each is its one setting."""
 
-from spaces.space import Domain
+from spaces.domain import Domain
 
 PAPER: dict[str, Domain] = {}
 """The row `no defense` of every paper's tables."""

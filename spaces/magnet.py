@@ -2,7 +2,7 @@
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from spaces.space import Domain
+from spaces.domain import Domain
 
 LIMITS = (0.95, 0.99, 0.995, 0.999, 0.9995, 1e6)
 """1 - false-positive rate of a detector; the last never rejects."""

@@ -2,7 +2,7 @@
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from spaces.space import Domain
+from spaces.domain import Domain
 
 LAMBDAS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 SIGMA_EPS = (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)

@@ -10,26 +10,8 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from spaces.domain import Domain, InputError, Scalar, choose, contains, draw, extremes, finite, narrowed, only, spoken
-
-__all__ = [
-    "GRID_LIMIT",
-    "Condition",
-    "Domain",
-    "InputError",
-    "Params",
-    "Scalar",
-    "SearchSpace",
-    "choose",
-    "conditions",
-    "contains",
-    "draw",
-    "extremes",
-    "finite",
-    "knob",
-    "only",
-    "spoken",
-]
+from spaces.domain import Domain, Scalar, contains, draw, finite, narrowed, only, spoken
+from spaces.exceptions import InputError, choose
 
 Condition = Mapping[str, Sequence[Scalar]]
 """When a knob matters: other knob -> the values at one of which that must be."""

@@ -11,7 +11,7 @@ from PIL import Image
 from attacks.threat import ThreatModel
 from search.latency import Latency
 from search.score import Candidate, Score
-from search.store import fingerprint
+from search.storage.fingerprint import fingerprint
 from search.study import Study
 from search.work import Proposal, Report, Work
 from spaces.space import GRID_LIMIT, Params

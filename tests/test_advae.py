@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from attacks.tidy import evaluating
 from defenses.advae import AdvAE, UNet
 from defenses.base import Batches, Defended, Shape
-from spaces.space import InputError, Scalar
+from spaces.domain import Scalar
+from spaces.exceptions import InputError
 
 MNIST, CIFAR, DIGITS = Shape(1, 28, 28, 10), Shape(3, 32, 32, 10), Shape(1, 8, 8, 10)
 COIL, ODD = Shape(3, 128, 128, 100), Shape(2, 9, 13, 4)

@@ -19,7 +19,7 @@ from attacks.suite import FGSM, MIM_10, RAND_FGSM, SUITES
 from attacks.threat import ThreatModel
 from search.study import HELD_OUT, make
 from search.tasks import sizes
-from spaces.space import InputError
+from spaces.exceptions import InputError
 from tests.guards import Guard, Smooth
 
 WHITE = ThreatModel("Linf", 0.1, "white-box")

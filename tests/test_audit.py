@@ -20,7 +20,7 @@ from attacks.robustness import observe
 from attacks.suite import PGD_40, SUITES
 from attacks.threat import ThreatModel
 from defenses.base import Defended, Defense
-from spaces.space import InputError
+from spaces.exceptions import InputError
 from tests.zoo import DIGITS, Detached, HugeNoise, NoOp, Rounding, SilentNoise
 
 WHITE = ThreatModel("Linf", 0.1, "white-box")

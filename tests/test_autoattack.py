@@ -16,7 +16,7 @@ from attacks.autoattack import APGD, FAB, Loss, _checkpoints, to_plane
 from attacks.square import Square, _eta
 from attacks.threat import Norm
 from attacks.tidy import Draws, Tidy
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 Digits = tuple[Tensor, Tensor]
 NORMS: tuple[Norm, ...] = get_args(Norm)

@@ -12,7 +12,8 @@ from benchmarks.quality import Spent, Table, Training, grid_of, header, row, spe
 from search.run import run
 from search.score import Candidate
 from search.study import Study
-from spaces.space import InputError, Params, SearchSpace
+from spaces.exceptions import InputError
+from spaces.space import Params, SearchSpace
 from tests.engine import scored
 
 FOUND = 13

@@ -12,7 +12,7 @@ from search import cache, cluster
 from search.cluster import Berth, at_work
 from search.study import Study
 from search.tasks import fetch
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 
 def test_a_client_is_refused_with_what_to_do(study: Study) -> None:

@@ -12,7 +12,7 @@ from search.classifiers import obtain, train
 from search.datasets import DATASETS
 from search.tasks import TASKS, task
 from search.trial import store_of
-from spaces.space import InputError
+from spaces.exceptions import InputError
 from tests.conftest import digits_study
 
 MNIST = Shape(1, 28, 28, 10)

@@ -29,7 +29,7 @@ from search.fields import Fields
 from search.flags import LISTED, PANELS
 from search.live import working
 from search.study import read
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ("--task", "digits/A", "--space", "smoke", "--wandb", "disabled")

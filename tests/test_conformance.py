@@ -28,8 +28,10 @@ from attacks.view import View
 from defenses.adversarial_training import AdversarialTraining
 from defenses.base import Batches, Defended, Defense, Knobs, Metrics, Shape, Tensors, halved
 from defenses.identity import Identity
-from search.store import to_bytes
-from spaces.space import Domain, InputError, Params, Scalar, SearchSpace, contains, extremes, knob
+from search.storage.store import to_bytes
+from spaces.domain import Domain, Scalar, contains, extremes
+from spaces.exceptions import InputError
+from spaces.space import Params, SearchSpace, knob
 
 SEED, EPOCHS, IMAGES = 7, 3, 240
 DIGITS = Shape(1, 8, 8, 10)

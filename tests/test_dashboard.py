@@ -29,13 +29,14 @@ from rich.console import Console
 from search import dashboard, ranking
 from search.courier import JOURNAL
 from search.dashboard import Followed, Shown, server
-from search.place import StorageError
+from search.exceptions import StorageError
 from search.record import Record, journal
 from search.run import run
 from search.score import Candidate
 from search.searcher import Proposer
 from search.study import Study
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import scored
 

@@ -21,13 +21,12 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from search import cache
-from search.archives import AlteredFile
 from search.datasets import DATASETS, DataSet
 from search.decoding import CROP, Pixels
-from search.origin import NoSource
+from search.exceptions import AlteredFile, NoSource
 from search.sources import Official
 from search.tasks import check, checksum, fetch, load, open_test, sizes
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 SHARED = Path(os.environ.get("CRUCIBLE_TEST_DATA", "/nowhere"))
 

@@ -13,7 +13,8 @@ import defenses.defense_gan
 import spaces
 from defenses.base import Batches, Shape
 from defenses.defense_gan import DefenseGAN
-from spaces.space import Scalar, SearchSpace
+from spaces.domain import Scalar
+from spaces.space import SearchSpace
 
 MNIST, CIFAR, DIGITS = Shape(1, 28, 28, 10), Shape(3, 32, 32, 10), Shape(1, 8, 8, 10)
 COIL, ODD = Shape(3, 128, 128, 100), Shape(2, 9, 13, 4)

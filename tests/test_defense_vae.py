@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import spaces
 from defenses.base import Batches, Shape, Tensors, halved
 from defenses.defense_vae import ALPHA, EDGE, DefenseVAE, Phase, Train, versions
-from spaces.space import InputError, Scalar, SearchSpace
+from spaces.domain import Scalar
+from spaces.exceptions import InputError
+from spaces.space import SearchSpace
 
 MNIST, CIFAR, DIGITS = Shape(1, 28, 28, 10), Shape(3, 32, 32, 10), Shape(1, 8, 8, 10)
 COIL, ODD = Shape(3, 128, 128, 100), Shape(2, 9, 13, 4)

@@ -34,15 +34,16 @@ from search.attack import attack, page
 from search.card import card
 from search.courier import opened
 from search.datasets import DATASETS
+from search.exceptions import AlarmError
 from search.export import FILES, SEAL, load
 from search.record import Record
 from search.run import run
 from search.score import Candidate
 from search.study import Study
 from search.trial import store_of
-from search.winners import AlarmError, export, export_all, pick
+from search.winners import export, export_all, pick
 from search.wording import spoken_device
-from spaces.space import InputError
+from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT
 

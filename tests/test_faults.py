@@ -39,16 +39,17 @@ from optuna.trial import TrialState
 
 from benchmarks import simulated
 from benchmarks.ordeal import below, fits, ordeal, rows, wait_for, workers
-from search import place
+from search.exceptions import StorageError
 from search.ledger import Ledger
-from search.place import StorageError, trouble
 from search.record import Record, begun, journal, state_of
 from search.run import open_conductor, run
 from search.searcher import Proposer
-from search.store import Store
+from search.storage import outage
+from search.storage.outage import trouble
+from search.storage.store import Store
 from search.study import Study, read
 from search.work import Proposal, Report, Work
-from spaces.space import InputError
+from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT, launch
 
@@ -160,7 +161,7 @@ def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path: Path, monkeyp
 def test_a_store_that_went_away_is_waited_for_and_never_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(outage, "PATIENCE_S", 1.0)
     mount, away = tmp_path / "mount", tmp_path / "away"
     store = Store(mount / ".store")
     store.put("fits", "k", {"a": b"1"}, {})

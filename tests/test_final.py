@@ -40,19 +40,21 @@ from search import final as finals
 from search import hearing, looks, tasks
 from search.cache import ensure
 from search.crew import Piece, Tell, crew
+from search.exceptions import TrialError
 from search.export import FILES, SEAL, seal
 from search.final import final, judge_export, page, train_seed
 from search.final_page import forms
 from search.final_table import COLUMNS, _rows
-from search.fits import TrialError
 from search.hearing import Hearing, Judged
 from search.latency import Lane
 from search.retrained import Case, Retrained, contenders
-from search.store import Store, write_atomic
+from search.storage.atomic import write_atomic
+from search.storage.store import Store
 from search.study import Study
 from search.trial import Bench, run_trial, silent, store_of
 from search.winners import export
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 from tests.conftest import digits_study
 
 pytestmark = pytest.mark.slow

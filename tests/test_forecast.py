@@ -13,7 +13,7 @@ from search import step
 from search.forecast import forecast, slots_here
 from search.step import Step
 from search.trial import run_trial, silent, store_of
-from spaces.space import InputError
+from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_trial import brief, setting
 

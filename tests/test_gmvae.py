@@ -15,7 +15,9 @@ import defenses.gmvae
 import spaces
 from defenses.base import Batches, Shape
 from defenses.gmvae import GMVAE, LOGIT_SCALE, RIDGE
-from spaces.space import GRID_LIMIT, InputError, SearchSpace, extremes
+from spaces.domain import extremes
+from spaces.exceptions import InputError
+from spaces.space import GRID_LIMIT, SearchSpace
 
 MNIST, CIFAR, DIGITS = Shape(1, 28, 28, 10), Shape(3, 32, 32, 10), Shape(1, 8, 8, 10)
 COIL, ODD = Shape(3, 128, 128, 100), Shape(2, 9, 13, 4)

@@ -15,7 +15,7 @@ from attacks.suite import IFGSM
 from attacks.threat import ThreatModel
 from defenses.base import Batches, Shape, Tensors, halved
 from defenses.hgd import HGD
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 MNIST, CIFAR, DIGITS = Shape(1, 28, 28, 10), Shape(3, 32, 32, 10), Shape(1, 8, 8, 10)
 COIL, ODD = Shape(3, 128, 128, 100), Shape(2, 9, 13, 4)

@@ -16,7 +16,8 @@ import search
 from search import run
 from search.record import Record
 from search.study import Study
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import Pretence
 from tests.test_cli import ROOT

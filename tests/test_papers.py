@@ -13,7 +13,8 @@ from search import papers
 from search.datasets import DATASETS
 from search.papers import read, rows, table, tables
 from search.setting import ATTACKS
-from spaces.space import InputError, SearchSpace
+from spaces.exceptions import InputError
+from spaces.space import SearchSpace
 
 ASKED = {
     "puvae": "3 4 5 7 8 fig7 fig9",

@@ -23,18 +23,22 @@ from rich.console import Console
 from benchmarks.ordeal import wait_for
 from defenses.base import Metrics
 from defenses.puvae import PuVAE
-from search import courier, remote, session
+from search import courier, session
 from search.events import Listener
+from search.exceptions import Unreachable
 from search.ledger import Ledger
 from search.record import Record, begun
-from search.remote import Mirror, Unreachable
 from search.run import Stopped, run
 from search.searcher import Proposer
-from search.store import Store, write_atomic
+from search.storage import mirror as mirror_module
+from search.storage.atomic import write_atomic
+from search.storage.mirror import Mirror
+from search.storage.store import Store
+from search.storage.uri import local_folder
 from search.study import Study, make
 from search.trial import png, run_trial, store_of
 from search.work import Proposal, Report
-from spaces.space import InputError
+from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT
 from tests.test_stopping import PRETENDED
@@ -45,7 +49,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "REST", 0.0)
+    monkeypatch.setattr(mirror_module, "REST", 0.0)
     monkeypatch.setattr(courier, "PAUSE_S", 0.01)
 
 
@@ -176,7 +180,7 @@ def test_a_file_arrives_in_full_or_not_at_all(tmp_path: Path, monkeypatch: pytes
 def test_a_storage_that_does_not_answer_is_left_alone_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "REST", 1e6)
+    monkeypatch.setattr(mirror_module, "REST", 1e6)
     mirror = Mirror(f"file://{tmp_path}/far", "", tmp_path)
     with pytest.raises(Unreachable, match="it is gone"):
         mirror.read("x")
@@ -196,7 +200,7 @@ def far_study(tmp_path: Path, **fields: object) -> Study:
 def on(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Go to a machine, and return the folder in which it works."""
     monkeypatch.setenv("CRUCIBLE_CACHE", str(tmp_path / machine))
-    return remote.local(f"file://{tmp_path}/far")
+    return local_folder(f"file://{tmp_path}/far")
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from search.latency import Latency
 from search.report import interval, render, write
 from search.study import Study
 from search.wording import duration, spoken_eps, spoken_value
-from spaces.space import Scalar
+from spaces.domain import Scalar
 from tests.findings import (
     CASES,
     findings_of,

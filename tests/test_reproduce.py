@@ -34,7 +34,8 @@ from search.setting import Setting
 from search.strike import NotRun
 from search.study import make
 from search.trial import Bench, store_of
-from spaces.space import InputError, SearchSpace
+from spaces.exceptions import InputError
+from spaces.space import SearchSpace
 
 ATTACK: dict[str, Any] = {"attack": "fgsm-targeted", "eps": 0.2}
 TINY: dict[str, Any] = {"conv_maps": 2, "decoder_maps": 4, "dense": 16, "latent": 4, "epochs": 4, "batch_size": 64}

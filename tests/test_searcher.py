@@ -20,7 +20,8 @@ from search.score import Candidate
 from search.searcher import Proposer
 from search.study import Study
 from search.trial import store_of
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import Pretence, scored
 

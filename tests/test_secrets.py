@@ -14,7 +14,7 @@ from rich.console import Console
 from search import courier, session, winners
 from search.record import Record
 from search.study import make
-from spaces.space import InputError
+from spaces.exceptions import InputError
 from tests.conftest import digits_study
 
 pytestmark = pytest.mark.slow

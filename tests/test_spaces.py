@@ -12,8 +12,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 import defenses
 import spaces
 from defenses.puvae import PuVAE
-from spaces.domain import as_written, written
-from spaces.space import Domain, InputError, SearchSpace, contains, draw, finite
+from spaces.domain import Domain, as_written, contains, draw, finite, written
+from spaces.exceptions import InputError
+from spaces.space import SearchSpace
 
 WHOLE = SearchSpace.of(PuVAE)
 

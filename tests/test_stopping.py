@@ -20,7 +20,7 @@ from search.record import Record, state_of
 from search.run import open_conductor, run
 from search.searcher import Proposer
 from search.stopping import Halving, Median, rule_of
-from search.store import fingerprint
+from search.storage.fingerprint import fingerprint
 from search.study import Study
 from search.work import Proposal, Report, Work
 from spaces.space import Params

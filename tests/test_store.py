@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from search.store import Store, fingerprint, folder_atomic, to_bytes, write_atomic
+from search.storage.atomic import folder_atomic, write_atomic
+from search.storage.fingerprint import fingerprint
+from search.storage.store import Store, to_bytes
 
 FILES = {"a.bin": b"one", "b.bin": b"two"}
 

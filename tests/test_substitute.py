@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attacks.corrected import PGD
 from attacks.substitute import Substitute, augmented, train_substitute
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 Digits = tuple[Tensor, Tensor]
 

@@ -17,7 +17,7 @@ from attacks.view import View
 from defenses.base import Batches, Defended, Shape
 from defenses.defense_gan import DefenseGAN
 from defenses.puvae import PuVAE
-from spaces.space import Scalar
+from spaces.domain import Scalar
 from tests.test_corrected import Score, fooled, l2, one_by_one
 
 Digits = tuple[Tensor, Tensor]

@@ -18,14 +18,15 @@ import torch
 from PIL import Image
 
 from search import cache as cache_module
-from search.archives import AlteredFile, digest, rebuild_cifar
-from search.cache import NoSpace, data_folder
+from search.archives import digest, rebuild_cifar
+from search.cache import data_folder
 from search.datasets import DATASETS
 from search.decoding import Pixels
-from search.origin import NoSource, Origin
+from search.exceptions import AlteredFile, NoSource, NoSpace
+from search.origin import Origin
 from search.sources import Npm
 from search.tasks import check, checksum, fetch, load, task
-from spaces.space import InputError
+from spaces.exceptions import InputError
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from search.panels import pareto_chart, risk_chart
 from search.pictures import png
 from search.record import Record
 from search.run import run
-from search.store import fingerprint
+from search.storage.fingerprint import fingerprint
 from search.tracking import Tracker, log_exports
 from spaces.space import Params
 from tests.conftest import digits_study

@@ -17,11 +17,12 @@ from defenses.base import Batches, Metrics
 from defenses.puvae import PuVAE
 from search import exam, latency, trial
 from search.exam import Exam
+from search.exceptions import TrialError
 from search.pictures import caption
 from search.score import Candidate
+from search.storage.fingerprint import code_digests
 from search.study import Study
-from search.texts import texts
-from search.trial import Bench, TrialError, baseline, png, run_trial, store_of
+from search.trial import Bench, baseline, png, run_trial, store_of
 from spaces.space import Params
 from tests.conftest import digits_study
 
@@ -166,9 +167,9 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
     assert len({first, *(key(**fields) for fields in variants)}) == 1 + len(variants)  # type: ignore[arg-type]
     for same in ({"name": "other"}, {"trials": 9}, {"cheap_images": 5}, {"max_clean_rejection": 0.2}, {"patience": 1}):
         assert key(**same) == first
-    source = Path(attacks.suite.__file__).read_text()
-    assert source in texts(exam.__name__)
-    monkeypatch.setattr(trial, "texts", lambda *modules: [text for text in texts(*modules) if text != source])
+    suite = code_digests(attacks.suite.__name__)
+    assert set(suite) <= set(code_digests(exam.__name__))
+    monkeypatch.setattr(trial, "code_digests", lambda *modules: sorted({*code_digests(*modules)} - {suite[0]}))
     assert key() != first
 
 

@@ -16,7 +16,8 @@ from search.run import open_conductor, run
 from search.searcher import Proposer
 from search.study import Study
 from search.warm import warmth
-from spaces.space import InputError, Params
+from spaces.exceptions import InputError
+from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import Pretence
 

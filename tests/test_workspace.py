@@ -16,7 +16,7 @@ from search.run import run
 from search.study import Study
 from search.tracking import Tracker
 from search.workspace import view
-from spaces.space import InputError
+from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.engine import Trained
 from tests.wandb_server import Server, serving

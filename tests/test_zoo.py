@@ -15,13 +15,14 @@ from attacks.probes import quick_gates
 from attacks.threat import ThreatModel
 from defenses.base import Defended
 from search import tasks
+from search.exceptions import AlarmError
 from search.record import Record
 from search.run import run
 from search.score import Candidate
 from search.study import Study
 from search.trial import store_of
-from search.winners import AlarmError, export, pick
-from spaces.space import InputError
+from search.winners import export, pick
+from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.zoo import HONEST, LABELS, ZOO
 

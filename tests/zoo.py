@@ -21,7 +21,8 @@ from defenses.adversarial_training import AdversarialTraining
 from defenses.base import Batches, Defended, Defense, Knobs, Metrics, Shape
 from defenses.defense_gan import DefenseGAN
 from defenses.identity import Identity
-from spaces.space import Scalar, knob
+from spaces.domain import Scalar
+from spaces.space import knob
 
 DIGITS = Shape(1, 8, 8, 10)
 STORED = 1000

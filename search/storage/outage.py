@@ -17,19 +17,20 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from filelock import FileLock
 
+from search.exceptions import StorageError
+
 P = ParamSpec("P")
 T = TypeVar("T")
-Where = TypeVar("Where", bound="Place")
+Where = TypeVar("Where", bound="WaitedFolder")
 
 PATIENCE_S = float(os.environ.get("CRUCIBLE_STORAGE_PATIENCE_S", "600"))
 """How long a storage that is away is waited for."""
 MARKER = "here"
+"""The file that says that the folder is there."""
 MEANING = b"The store of Crucible's searches is here. While this file is missing, they wait for its return.\n"
+_SEEN: set[Path] = set()
+"""The folders that this process knows to exist, whichever object saw them: one that is missing is away, not new."""
 BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
-
-
-class StorageError(OSError):
-    """The storage cannot be read or written, whatever it is asked for: no trial is to blame."""
 
 
 def trouble(error: BaseException | None) -> str | None:
@@ -44,37 +45,36 @@ def trouble(error: BaseException | None) -> str | None:
     return None
 
 
-class Place:
+class WaitedFolder:
     """A folder that is waited for while it is away.
 
     Args:
         root: the folder; made with the first entry, or by `make`.
     """
 
-    _seen: set[Path] = set()
-    """The stores that this process knows to exist: one that is missing is away, not new."""
+    marker_text = MEANING
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
 
     def make(self) -> Self:
         """Make the store where it is new; where it was seen before it must return by itself."""
-        if self.root not in self._seen:
+        if self.root not in _SEEN:
             self.root.mkdir(parents=True, exist_ok=True)
             if not self._here:
-                (self.root / MARKER).write_bytes(MEANING)
-            self._seen.add(self.root)
+                (self.root / MARKER).write_bytes(self.marker_text)
+            _SEEN.add(self.root)
         return self
 
     def expected(self) -> Self:
         """Take it as one that exists, whether it is here or away: a worker makes none."""
-        self._seen.add(self.root)
+        _SEEN.add(self.root)
         return self
 
     @property
     def away(self) -> bool:
         """Whether the store exists but is not here."""
-        return self.root in self._seen and not self._here
+        return self.root in _SEEN and not self._here
 
     @property
     def _here(self) -> bool:
@@ -119,5 +119,5 @@ class WaitingLock(FileLock):
     """A lock of a store. One that is waited for makes its folder anew each time, so it may not while that is away."""
 
     def _acquire(self) -> None:
-        Place(Path(self.lock_file).parent.parent).wait()
+        WaitedFolder(Path(self.lock_file).parent.parent).wait()
         super()._acquire()

@@ -6,11 +6,9 @@ Object stores know neither locks nor renames, and nothing here asks for them: an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,66 +17,20 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import split_protocol, url_to_fs
-from fsspec.registry import get_filesystem_class, known_implementations
+from fsspec.core import url_to_fs
 
-HOME = "~/.cache/crucible"
+from search.exceptions import Unreachable
+from search.storage.uri import is_uri, local_folder
+
 REST = 10.0
 """How many times as long as it took to fail a storage is then left alone."""
 PART = ".part-"
 """Marks a file that is half sent, or was when its sender died."""
 
 
-class Unreachable(OSError):
-    """The storage does not answer, or refuses."""
-
-
-def is_uri(storage: str) -> bool:
-    return "://" in storage
-
-
-def checked(storage: str) -> str:
-    """Return a storage as every worker finds it: an absolute folder, or a URI that this machine can speak to.
-
-    Raises:
-        ValueError: it is nothing, or no implementation of the URI's protocol is installed.
-    """
-    if not storage:
-        raise ValueError("must be a folder or a URI")  # a script's empty variable is not meant to be this folder
-    if not is_uri(storage):
-        return str(Path(storage).expanduser().resolve())
-    protocol, path = split_protocol(storage)
-    if re.match(r"[^/@]*:[^/@]*@", path):
-        raise ValueError("must be a folder or a URI without a password, which would stand in study.yaml")
-    try:
-        kind = get_filesystem_class(str(protocol))  # None of "://x", which fsspec takes for a file
-    except ImportError:
-        package = known_implementations[protocol]["class"].partition(".")[0]
-        remedy = "its packages" if package == "fsspec" else package
-        raise ValueError(f"must be a folder or a URI of an installed file system: pip install {remedy}") from None
-    except ValueError:
-        raise ValueError("must be a folder or a URI that fsspec knows, as s3://, gs://, abfs:// or file://") from None
-    if getattr(kind, "local_file", False):
-        return f"file://{Path(path).expanduser().resolve()}"
-    return storage.rstrip("/")
-
-
-def masked(given: object) -> object:
-    """Return what was given as a storage, as it may be shown: without a password."""
-    return re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", given) if isinstance(given, str) else given
-
-
-def local(storage: str) -> Path:
-    """Return the folder in which this node works: the storage itself, or the one that stands for a URI here."""
-    if not is_uri(storage):
-        return Path(storage)
-    home = Path(os.environ.get("CRUCIBLE_CACHE") or HOME).expanduser().absolute()
-    return home / "storage" / hashlib.sha256(storage.encode()).hexdigest()[:12]
-
-
-def mirror(storage: str, part: str = "") -> Mirror | None:
+def mirror_of(storage: str, part: str = "") -> Mirror | None:
     """Return the process's mirror of one folder of a storage; None where the storage itself is a folder."""
-    return _mirror(storage, part, local(storage)) if is_uri(storage) else None
+    return _mirror(storage, part, local_folder(storage)) if is_uri(storage) else None
 
 
 class Mirror:

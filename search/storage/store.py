@@ -12,10 +12,9 @@ import io
 import json
 import os
 import shutil
-import uuid
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,13 +23,15 @@ from filelock import FileLock
 from safetensors.torch import save
 from torch import nn
 
-from search.place import Place, WaitingLock, patiently
-from search.remote import Mirror, Unreachable
+from search.exceptions import Unreachable
+from search.storage.atomic import folder_atomic, write_atomic
+from search.storage.mirror import Mirror
+from search.storage.outage import MARKER, MEANING, WaitedFolder, WaitingLock, patiently
 
-
-def fingerprint(**parts: object) -> str:
-    """Return 16 hex digits that change when any part does. Parts must be JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+FINGERPRINTS = b"Fingerprints are of syntax trees.\n"
+"""Marks a store whose keys are made as now; until 2026-11 they were made of source texts."""
+Content = tuple[Mapping[str, bytes], Mapping[str, object]]
+"""An entry's files by name, and what shaped it, for people; JSON."""
 
 
 def to_bytes(module: nn.Module) -> bytes:
@@ -38,33 +39,7 @@ def to_bytes(module: nn.Module) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()})
 
 
-def write_atomic(path: Path, content: bytes) -> Path:
-    """Write a file that is there in full or not at all, into a folder that exists."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-@contextmanager
-def folder_atomic(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into that takes the name `folder` at the end, and is gone if anything fails."""
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-class Store(Place):
+class Store(WaitedFolder):
     """A folder of entries that all searches of one storage share.
 
     Args:
@@ -72,12 +47,22 @@ class Store(Place):
         mirror: where entries last, if that is elsewhere.
     """
 
+    marker_text = MEANING + FINGERPRINTS
+
     def __init__(self, root: Path, mirror: Mirror | None = None) -> None:
         super().__init__(root)
         self.mirror = mirror
 
     def __repr__(self) -> str:
         return f"Store({self.root})"
+
+    def outdated_fits(self) -> int:
+        """Return how many fits an earlier version keyed in its own way; 0 from the second time on, as it is noted."""
+        marker = self.root / MARKER
+        if not marker.exists() or FINGERPRINTS in marker.read_bytes():
+            return 0
+        write_atomic(marker, self.marker_text)
+        return len(self.held("fits"))
 
     def expected(self) -> Self:
         """Take the store as one that exists; but where entries last elsewhere, each node has a folder of its own."""
@@ -140,6 +125,23 @@ class Store(Place):
             with suppress(OSError):
                 keys.update(self.mirror.holding(f"{kind}/*/entry.json"))
         return keys
+
+    def cached(
+        self, kind: str, key: str, make: Callable[[], Content], waiting: AbstractContextManager[object] | None = None
+    ) -> Path:
+        """Return an entry's folder; what is not there is made first, by one process while the others wait.
+
+        Args:
+            make: returns what `put` writes; called only where the entry is not there.
+            waiting: entered while the entry's lock is waited for.
+        """
+        lock = self.lock(kind, key)
+        with waiting or nullcontext():
+            lock.acquire()
+        try:
+            return self.get(kind, key) or self.put(kind, key, *make())
+        finally:
+            lock.release()
 
     @patiently
     def put(self, kind: str, key: str, files: Mapping[str, bytes], about: Mapping[str, object]) -> Path:

@@ -1,0 +1,142 @@
+"""Fingerprints: the key of a stored thing, which changes when anything that shaped it changes."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+from functools import cache
+
+OURS = ("spaces", "attacks", "defenses", "search")
+FOLLOWED = ("attacks", "defenses")
+"""The packages whose modules count as a part of whatever imports them."""
+
+
+def fingerprint(**parts: object) -> str:
+    """Return 16 hex digits that change when any part does. Parts must be JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def code_digests(*modules: str) -> list[str]:
+    """Return a digest of what each of the modules does, and of what they import from `FOLLOWED`, in sorted order.
+
+    Comments, docstrings, layout, annotations of arguments and variables, and the way in which something is imported
+    leave a digest as it is, and so do a module's name and place. Any other change of its statements alters it.
+    """
+    digests, pending = dict[str, str](), list(modules)
+    while pending:
+        name = pending.pop()
+        if name not in digests:
+            tree = ast.parse(inspect.getsource(importlib.import_module(name)))
+            imports = _Imports(tree)
+            canonical = repr(_canonical(_Meaning(imports).visit(tree)))
+            digests[name] = hashlib.sha256(canonical.encode()).hexdigest()
+            pending += [each for each in imports.ours if each.partition(".")[0] in FOLLOWED]
+    return sorted(digests.values())
+
+
+class _Imports(ast.NodeVisitor):
+    """What the names of a module's imports stand for.
+
+    Attributes:
+        ours: modules of our own packages.
+        names: what to write in place of a name: of ours what it is called where it is defined, of others the whole
+            path.
+        paths: the dotted paths that stand for modules of ours.
+    """
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.ours: set[str] = set()
+        self.names: dict[str, str] = {}
+        self.paths: set[str] = set()
+        self.visit(tree)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            if alias.name.partition(".")[0] in OURS:
+                self._module(alias.name, alias.asname or alias.name)
+            elif alias.asname:
+                self.names[alias.asname] = alias.name
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        source = node.module or ""
+        for alias in node.names:
+            name, local = f"{source}.{alias.name}", alias.asname or alias.name
+            if source.partition(".")[0] not in OURS:
+                self.names[local] = name
+            elif _is_module(name):
+                self._module(name, local)
+            else:
+                self.ours.add(source)
+                self.names[local] = alias.name
+
+    def _module(self, name: str, path: str) -> None:
+        self.ours.add(name)
+        self.paths.add(path)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # what stands before the last dot is no package
+        return False
+
+
+class _Meaning(ast.NodeTransformer):
+    """Takes out of a syntax tree what does not act, and writes imported names out."""
+
+    def __init__(self, imports: _Imports) -> None:
+        self.imports = imports
+
+    def _gone(self, node: ast.AST) -> None:
+        return None
+
+    visit_Import = visit_ImportFrom = visit_Pass = _gone
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            return None  # a docstring, of an attribute too
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        # The annotations of a class's own fields act: a dataclass is made of them.
+        fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+        for field in fields:
+            field.simple = 2
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        if node.simple == 2:
+            return self.generic_visit(node)
+        return node.value and self.visit(ast.Assign([node.target], node.value))
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        node.id = self.imports.names.get(node.id, node.id)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if ast.unparse(node.value) in self.imports.paths:
+            return ast.Name(node.attr, node.ctx)
+        return self.generic_visit(node)
+
+
+def _canonical(node: object) -> object:
+    """Return a syntax tree as tuples, without what differs between versions of Python or says nothing."""
+    if isinstance(node, ast.AST):
+        parts = [(name, value) for name, value in ast.iter_fields(node) if name not in ("ctx", "kind", "type_comment")]
+        return type(node).__name__, *((name, _canonical(value)) for name, value in parts if value not in (None, []))
+    return [_canonical(each) for each in node] if isinstance(node, list) else node
