@@ -31,7 +31,7 @@ from attacks.robustness import craft_oblivious, look, observe, strikes
 from attacks.suite import SUITES, Suite, reproducible
 from attacks.threat import ThreatModel
 from attacks.view import View
-from search import tasks
+from search.data import splits
 from search.study import make
 from search.trial import Bench, store_of
 
@@ -195,7 +195,7 @@ def main() -> None:
     )
     bench = Bench(study, store_of(study))
     task, network = bench.plan.task, bench.target.network
-    x_NCHW, y_N = (t.to(bench.device) for t in tasks.load(task.dataset, "validation", limit=args.images))
+    x_NCHW, y_N = (t.to(bench.device) for t in splits.load(task.dataset, "validation", limit=args.images))
     rows = []
     for eps in args.eps or (task.eps, task.eps / 3):
         threat = ThreatModel("Linf", eps, "white-box")

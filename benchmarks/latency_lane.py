@@ -32,7 +32,7 @@ from attacks.suite import SUITES
 from attacks.threat import ThreatModel
 from defenses.base import Batches, Defended, Shape
 from defenses.puvae import PuVAE
-from search.architectures import ARCHITECTURES
+from search.classifiers.architectures import ARCHITECTURES
 from search.latency import Lane, device_name, measure
 
 SHAPE = Shape(1, 28, 28, 10)

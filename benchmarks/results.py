@@ -27,9 +27,9 @@ from attacks.robustness import Observation, Verdict, observe
 from attacks.suite import CW_L2, FGSM, IFGSM, PGD_40, Attack, Suite
 from defenses.base import Defended
 from defenses.defense_gan import DefenseGAN
+from search.classifiers.task import find_task
 from search.latency import Lane, device_name, measure
 from search.study import make
-from search.tasks import task as find_task
 from search.trial import Bench, store_of
 from spaces.space import SearchSpace
 

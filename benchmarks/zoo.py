@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from attacks.audit import audit
 from attacks.threat import ThreatModel
-from search import tasks
-from search.classifiers import train
+from search.classifiers.training import train
+from search.data import splits
 from tests.zoo import HONEST, LABELS, ZOO, Member
 
 
@@ -72,8 +72,8 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=1400)
     parser.add_argument("--images", type=int, default=100)
     args = parser.parse_args()
-    training = tasks.load(args.dataset, "train", None, args.train_images)
-    x_NCHW, y_N = tasks.load(args.dataset, "validation", None, args.images)
+    training = splits.load(args.dataset, "train", None, args.train_images)
+    x_NCHW, y_N = splits.load(args.dataset, "validation", None, args.images)
     network = classifier(*training)
     print("| defense | clean | stock PGD | stock AutoAttack | ours | alarms |")
     print("| --- | --- | --- | --- | --- | --- |")

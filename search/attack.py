@@ -24,15 +24,14 @@ from attacks.suite import MIXTURE, SUITES, Suite, reproducible
 from attacks.threat import Norm, ThreatModel
 from attacks.tidy import Draws
 from attacks.view import View, bare, openings, stochastic
-from search import tasks
-from search.architectures import ARCHITECTURES
+from search.classifiers.architectures import ARCHITECTURES
+from search.classifiers.task import Task, find_task
+from search.data import splits
 from search.export import load
 from search.latency import Lane
 from search.live import working
 from search.storage.atomic import write_atomic
 from search.study import HELD_OUT
-from search.tasks import Task
-from search.tasks import task as find_task
 from spaces.domain import as_written
 from spaces.exceptions import InputError, choose
 
@@ -147,8 +146,8 @@ def _bout(
         raise InputError(f"the suite {suite} has no attack in {threat.norm}")
     task = find_task(config["task"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tasks.expect(task.dataset, data_dir, known["data_sha256"])
-    x_NCHW, y_N = (t.to(device) for t in tasks.load(task.dataset, "validation", data_dir, None))
+    splits.expect(task.dataset, data_dir, known["data_sha256"])
+    x_NCHW, y_N = (t.to(device) for t in splits.load(task.dataset, "validation", data_dir, None))
     partner = find_task(f"{task.dataset}/{config['classifier']}").partner
     own = find_task(f"{task.dataset}/{substitute or config['study'].get('substitute') or partner}").classifier
     free = len(y_N) - (HELD_OUT if threat.knowledge == "black-box" else 0)

@@ -15,14 +15,14 @@ from torch import nn
 
 import defenses
 from defenses.base import Defended, Defense, Metrics
-from search import tasks
+from search.classifiers.task import TASKS
+from search.data import splits
 from search.exceptions import TrialError
 from search.portion import Portion, counted
 from search.setting import ATTACKS, Setting
 from search.storage.fingerprint import code_digests, fingerprint
 from search.strike import NotRun, searched, struck, threat
 from search.study import HELD_OUT, Study, make
-from search.tasks import TASKS
 from search.trial import Bench, store_of
 from spaces.exceptions import InputError
 from spaces.space import Params, SearchSpace
@@ -117,7 +117,7 @@ class Cells:
         dataset = task.partition("/")[0]
         if setting.defense in UNTAUGHT:
             task, protect = next(name for name in TASKS if name.startswith(f"{dataset}/")), protect or task
-        params, sizes = self.params(setting), tasks.sizes(dataset, self.data_dir)
+        params, sizes = self.params(setting), splits.sizes(dataset, self.data_dir)
         free = sizes.validation - (HELD_OUT if setting.knowledge == "black-box" else 0)
         images = self.portion.training_images(sizes.train)
         # A training's rungs take few steps of whatever descends: they stop nothing here, and fits do not depend on it.
@@ -196,7 +196,7 @@ class Cells:
 
     def _ran(self, bench: Bench, params: Params, setting: Setting) -> dict[str, Any]:
         """Return what this run was, beside the paper's."""
-        whole = tasks.sizes(bench.plan.task.dataset, self.data_dir).train
+        whole = splits.sizes(bench.plan.task.dataset, self.data_dir).train
         cut = {n: v for n, v in params.inference.items() if v != _wanted(setting).inference[n]}
         trained = {n: params.train[n] for n in ("epochs", "batch_size") if n in params.train}
         images = {"training_images": bench.study.train_images or whole}

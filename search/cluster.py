@@ -18,9 +18,9 @@ from fsspec.core import url_to_fs
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search import cache
+from search.classifiers.task import find_task
+from search.data import cache
 from search.study import Study
-from search.tasks import task
 from spaces.exceptions import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ def ready(study: Study, berth: Berth) -> None:
     if 0 < berth.gpu < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction((1 - CONTEXTS) * berth.gpu)  # Ray's fractions are bookkeeping only
     if (data := berth.data) is not None:
-        cache.adopt(task(study.task).dataset, study.data_dir, lambda: ray.get(data))
+        cache.adopt(find_task(study.task).dataset, study.data_dir, lambda: ray.get(data))
 
 
 def spoken() -> list[str]:
@@ -110,7 +110,7 @@ def _join(study: Study) -> Berth:
     berth, fitting = _asked(study)
     if address is None:
         return berth
-    berth = replace(berth, data=ray.put(cache.pack(task(study.task).dataset, study.data_dir)))
+    berth = replace(berth, data=ray.put(cache.pack(find_task(study.task).dataset, study.data_dir)))
     _look_over(study, berth, fitting)
     return berth
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from search import tasks
-from search.cache import data_folder
-from search.datasets import DATASETS
+from search.data import splits
+from search.data.cache import data_folder
+from search.data.datasets import DATASETS
 from search.storage.mirror import mirror_of
 from search.storage.uri import check_storage, local_folder
 from search.study import Study
@@ -176,7 +176,7 @@ def _disk(what: str, folder: Path, remedy: str) -> Finding:
 def _data(data_dir: str | None) -> list[Finding]:
     findings = []
     for dataset in DATASETS:
-        status = tasks.check(dataset, data_dir)
+        status = splits.check(dataset, data_dir)
         found, remedy = status.detail, "" if status.state == "ready" else f"python launch.py data fetch {dataset}"
         if status.state == "absent":
             found, _, remedy = status.detail.partition(": ")

@@ -19,8 +19,8 @@ from attacks.robustness import Robustness, Verdict
 from attacks.suite import SUITES
 from attacks.threat import ThreatModel
 from defenses.base import Defense
-from search import tasks
-from search.datasets import DATASETS
+from search.data import splits
+from search.data.datasets import DATASETS
 from search.provenance import again as command
 from search.provenance import code, libraries
 from search.score import Candidate
@@ -164,8 +164,8 @@ def _data(bench: Bench) -> dict[str, Any]:
     return {
         "data": dataset,
         "data_licence": DATASETS[dataset].licence,
-        "data_sha256": tasks.checksum(dataset, bench.study.data_dir),
-        "split": "validation: kept from the training set by the task's fixed rule (search/datasets.py), never test",
+        "data_sha256": splits.checksum(dataset, bench.study.data_dir),
+        "split": "validation: kept from the training set by the task's fixed rule (search/data/datasets.py), never test",
         "train_images": bench.study.train_images or "all",
     }
 

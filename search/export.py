@@ -18,7 +18,7 @@ from search.absent import dispensed
 with dispensed():
     import defenses
     from defenses.base import Defended, Shape
-    from search.architectures import ARCHITECTURES
+    from search.classifiers.architectures import ARCHITECTURES
     from spaces.exceptions import InputError
 
 FILES = ("card.md", "classifier.safetensors", "config.yaml", "evidence.json", "pictures.png", "weights.safetensors")

@@ -19,8 +19,10 @@ from rich.console import Console
 
 import attacks.robustness
 from attacks.threat import ThreatModel
-from search import architectures, export, final_page, final_table, tasks
+from search import export, final_page, final_table
+from search.classifiers import architectures
 from search.crew import Crew, Piece, Tell, crew
+from search.data import splits
 from search.exceptions import TrialError
 from search.final_page import page
 from search.hearing import Hearing, Judged, blocks
@@ -148,7 +150,7 @@ def judge_export(study: object, case: Case, images: int, tell: Tell) -> Judged:
 def _hearing(cases: Sequence[Case], seed: int, images: int, tell: Tell, steps: int) -> Hearing:
     case = cases[0]
     bench = case.bench(case.study, seed)
-    x_NCHW, y_N = tasks.open_test(case.plan.task.dataset, case.study.data_dir, images)
+    x_NCHW, y_N = splits.open_test(case.plan.task.dataset, case.study.data_dir, images)
     return Hearing(x_NCHW.to(bench.device), y_N.to(bench.device), seed, bench.store, bench.lane, tell, steps)
 
 
@@ -183,7 +185,7 @@ def _case(folder: Path, moves: Mapping[str, Any]) -> Case:
     config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
     study = make({**config["study"], **moves, "warm_start": None})
     dataset = study.plan().task.dataset
-    tasks.expect(dataset, study.data_dir, known["data_sha256"])
+    splits.expect(dataset, study.data_dir, known["data_sha256"])
     params, threat = Params(config["train"], config["inference"]), ThreatModel(**config["threat"])
     shaping = code_digests(type(target.defense).__module__, architectures.__name__)
     weights = [hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if name.endswith(".safetensors")]
@@ -213,7 +215,7 @@ def _settings(cases: Sequence[Case], seeds: int, images: int | None) -> dict[str
             )
     if len({case.name for case in cases}) < len(cases):
         raise InputError(f"exports that are judged together must be different, but are {[c.name for c in cases]}")
-    sizes = tasks.sizes(first, cases[0].study.data_dir)
+    sizes = splits.sizes(first, cases[0].study.data_dir)
     if images is not None and not 1 <= images <= sizes.test:
         raise InputError(f"images must be from 1 to {sizes.test} of {first}'s test split, but is {images}")
     used = {case.study.seed + k for case in cases for k in (0, 1)}  # an audit's is its search's and one

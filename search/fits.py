@@ -17,8 +17,8 @@ import attacks.suite
 import attacks.tidy
 import defenses
 from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
-from search import tasks
-from search.classifiers import Classifier
+from search.classifiers.training import Classifier
+from search.data import splits
 from search.exam import Exam
 from search.exceptions import TrialError
 from search.materials import Materials
@@ -86,7 +86,7 @@ class Fits(Materials):
             source=code_digests(type(defense).__module__),
             defense=type(defense).__qualname__,
             knobs=dict(defense.params.train),
-            data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
+            data=splits.checksum(self.plan.task.dataset, self.study.data_dir),
             images=self.trained.train_images,
             classifiers=[self.identity(architecture) for architecture in (*adopted, *self.consulted(defense))],
             seed=self.study.seed,
@@ -166,7 +166,7 @@ class Fits(Materials):
         key = fingerprint(
             words=words,
             source=code_digests(self.plan.defense.__module__),
-            data=tasks.checksum(self.plan.task.dataset, self.study.data_dir),
+            data=splits.checksum(self.plan.task.dataset, self.study.data_dir),
             images=self.trained.train_images,
             classifiers=[classifier.fingerprint for classifier in consulted],
             seed=self.study.seed,

@@ -67,7 +67,7 @@ def completed(kind: str) -> Callable[[Context], Sequence[str]]:
 
             return [f"{name}=" for name in SearchSpace.of(defenses.find(defense)).flat()]
         if kind == "data sets":
-            from search.datasets import DATASETS
+            from search.data.datasets import DATASETS
 
             return list(DATASETS)
         if kind == "spaces":

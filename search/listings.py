@@ -12,6 +12,7 @@ from typing import Any
 
 import defenses
 import spaces
+from search.classifiers.task import TASKS, find_task
 from spaces.domain import spoken, written
 from spaces.exceptions import InputError, choose
 from spaces.space import SearchSpace, conditions
@@ -147,9 +148,8 @@ def _searched(space: SearchSpace) -> Iterable[str]:
 
 
 def _tasks() -> list[Row]:
-    from search import tasks
 
-    found = [tasks.task(name) for name in tasks.TASKS]
+    found = [find_task(name) for name in TASKS]
     return [{"task": task.name, **vars(task.shape), "eps": task.eps} for task in found]
 
 

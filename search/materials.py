@@ -19,9 +19,10 @@ from attacks.suite import Attack
 from attacks.threat import ThreatModel
 from attacks.view import View
 from defenses.base import Defense
-from search import classifiers, tasks
-from search.architectures import ARCHITECTURES
-from search.classifiers import Classifier
+from search.classifiers import training
+from search.classifiers.architectures import ARCHITECTURES
+from search.classifiers.training import Classifier
+from search.data import splits
 from search.exam import Exam
 from search.latency import Lane
 from search.storage.fingerprint import code_digests, fingerprint
@@ -60,14 +61,14 @@ class Materials:
     def classifier(self, architecture: str) -> Classifier:
         if architecture not in self._classifiers:
             task, store = self.plan.task, self.store
-            found = classifiers.obtain(self.trained, task, architecture, store, lambda: self.training, self.device)
+            found = training.obtain(self.trained, task, architecture, store, lambda: self.training, self.device)
             self._classifiers[architecture] = found
         return self._classifiers[architecture]
 
     def identity(self, architecture: str) -> str:
         """Return the fingerprint of a classifier, which need not be trained yet."""
         if architecture not in self._identities:
-            self._identities[architecture] = classifiers.identity(self.trained, self.plan.task, architecture)
+            self._identities[architecture] = training.identity(self.trained, self.plan.task, architecture)
         return self._identities[architecture]
 
     def consulted(self, defense: Defense) -> tuple[str, ...]:
@@ -100,7 +101,7 @@ class Materials:
         return ARCHITECTURES[self.plan.substitute].build(self.plan.task.shape)
 
     def _load(self, split: Literal["train", "validation"], limit: int | None) -> tuple[Tensor, Tensor]:
-        x_NCHW, y_N = tasks.load(self.plan.task.dataset, split, self.study.data_dir, limit)
+        x_NCHW, y_N = splits.load(self.plan.task.dataset, split, self.study.data_dir, limit)
         return x_NCHW.to(self.device), y_N.to(self.device)
 
     def _oblivious(self, x_NCHW: Tensor, y_N: Tensor) -> Mapping[str, Tensor]:

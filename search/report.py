@@ -17,16 +17,16 @@ from plotly.offline import get_plotlyjs
 
 from attacks.interval import wilson
 from search import provenance
-from search.cache import caches, read_ledger
 from search.charts import charts
+from search.classifiers.task import find_task
 from search.cost import cost
-from search.datasets import DATASETS
+from search.data.cache import caches, read_ledger
+from search.data.datasets import DATASETS
 from search.findings import Findings, TrialRecord
 from search.importance import CHANCE
 from search.score import Score
 from search.storage.atomic import write_atomic
 from search.study import Study
-from search.tasks import task
 from search.wording import duration, milliseconds, percent, spoken_device, spoken_eps, spoken_value
 
 TOP = 10
@@ -70,7 +70,7 @@ def render(findings: Findings) -> str:
         faults=findings.faults,
         alarms=findings.alarms,
         cost=cost(findings),
-        dataset=task(study.task).dataset,
+        dataset=find_task(study.task).dataset,
         again=findings.best and provenance.again(study, findings.best.params),
         elsewhere="" if study.storage == Study().storage else f" --storage {shlex.quote(study.storage)}",
         origins=list(origins(study)),
@@ -138,14 +138,14 @@ def origins(study: Study) -> Iterator[tuple[str, str]]:
     yield "Crucible", f"{commit}SHA-256 of its sources {code['sha256']}"
     yield "Python", platform.python_version()
     yield from ((name, installed[name]) for name in LIBRARIES if name in installed)
-    data = task(study.task).dataset
+    data = find_task(study.task).dataset
     yield f"{data}, training and validation images", f"SHA-256 {checksum}" if (checksum := _checksum(study)) else "–"
     yield f"licence of {data}", DATASETS[data].licence
 
 
 def _checksum(study: Study) -> str:
     """Return the SHA-256 of the decoded data; nothing where they are not on this machine."""
-    for decoded in caches(task(study.task).dataset, study.data_dir):
+    for decoded in caches(find_task(study.task).dataset, study.data_dir):
         try:
             return str(read_ledger(decoded)["checksum"])
         except (OSError, ValueError, KeyError):

@@ -18,9 +18,9 @@ import defenses
 from attacks.robustness import Outsider
 from attacks.threat import ThreatModel
 from defenses.base import Defended, Metrics
-from search import tasks
-from search.architectures import ARCHITECTURES
+from search.classifiers.architectures import ARCHITECTURES
 from search.crew import Tell
+from search.data import splits
 from search.export import Exported
 from search.fits import ADVERSARIAL, silent
 from search.storage.fingerprint import fingerprint
@@ -52,8 +52,8 @@ class Retrained(Bench):
 def _whole(dataset: str, data_dir: str | None, limit: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return what all trainings of a process share."""
     (x_NCHW, y_N), (more_NCHW, more_N) = (
-        tasks.load(dataset, "train", data_dir, limit),
-        tasks.load(dataset, "validation", data_dir),
+        splits.load(dataset, "train", data_dir, limit),
+        splits.load(dataset, "validation", data_dir),
     )
     return torch.cat([x_NCHW, more_NCHW]).to(device), torch.cat([y_N, more_N]).to(device)
 
@@ -89,7 +89,7 @@ class Case:
 
     def outsider(self, device: torch.device) -> Outsider:
         """Return the black-box attacker: it begins with the last validation images, as in a search."""
-        x_NCHW, _ = tasks.load(self.plan.task.dataset, "validation", self.study.data_dir)
+        x_NCHW, _ = splits.load(self.plan.task.dataset, "validation", self.study.data_dir)
         build = ARCHITECTURES[self.plan.substitute].build
         return Outsider(x_NCHW[-HELD_OUT:].to(device), lambda: build(self.plan.task.shape).to(device))
 
@@ -124,7 +124,7 @@ class Case:
 
     def bench(self, study: Study, seed: int) -> Retrained:
         """Return the bench of one seed; its rungs are scored on images that black-box attackers do not begin with."""
-        free = tasks.sizes(self.plan.task.dataset, study.data_dir).validation - HELD_OUT
+        free = splits.sizes(self.plan.task.dataset, study.data_dir).validation - HELD_OUT
         rungs = {"suite": "quick", "eval_images": min(study.cheap_images, free)}
         whole = study.model_copy(update={"seed": seed, "eps": self.threat.eps, "norm": self.threat.norm, **rungs})
         return Retrained(whole, store_of(whole).expected())

@@ -17,9 +17,10 @@ from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
-from search import courier, report, run, tasks, wandb_run
+from search import courier, report, run, wandb_run
 from search.agreement import agreement
-from search.datasets import DATASETS
+from search.data import splits
+from search.data.datasets import DATASETS
 from search.events import State
 from search.exceptions import StorageError
 from search.findings import find
@@ -108,14 +109,14 @@ def fetch(datasets: Sequence[str], data_dir: str | None, console: Console) -> No
             def show(what: str, done: int, total: int, bar: TaskID = bar) -> None:
                 progress.update(bar, description=what, completed=done, total=total or None)
 
-            tasks.fetch(dataset, data_dir, show)
+            splits.fetch(dataset, data_dir, show)
             progress.remove_task(bar)
-            console.print(f"{dataset}: {tasks.check(dataset, data_dir).detail}", highlight=False, soft_wrap=True)
+            console.print(f"{dataset}: {splits.check(dataset, data_dir).detail}", highlight=False, soft_wrap=True)
 
 
 def check(datasets: Sequence[str], data_dir: str | None) -> list[dict[str, Any]]:
     """Return the state of data sets; of all where none is named."""
-    return [vars(tasks.check(dataset, data_dir)) for dataset in datasets or DATASETS]
+    return [vars(splits.check(dataset, data_dir)) for dataset in datasets or DATASETS]
 
 
 def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
@@ -124,7 +125,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
     _writable(study)
     if other := courier.driver(study):
         raise InputError(f"a search must run once at a time, but {study.name!r} runs on {other}, or did a minute ago")
-    tasks.fetch(plan.task.dataset, study.data_dir)  # and check them, before anything is trained
+    splits.fetch(plan.task.dataset, study.data_dir)  # and check them, before anything is trained
     if study.train_images is not None:
         console.print(
             f"a run of {study.train_images} training images and {plan.eval_images} attacked validation images "

@@ -12,9 +12,10 @@ import attacks.suite
 import defenses
 from attacks.suite import Attack
 from attacks.threat import Knowledge, Norm, ThreatModel
-from search.architectures import ARCHITECTURES
-from search.datasets import DATASETS
-from search.tasks import TASKS, check
+from search.classifiers.architectures import ARCHITECTURES
+from search.classifiers.task import TASKS
+from search.data.datasets import DATASETS
+from search.data.splits import check
 from spaces.domain import Scalar
 from spaces.exceptions import InputError, choose
 from spaces.space import SearchSpace

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from attacks.robustness import Outsider
 from defenses.base import Batches, Defended, Defense, Tensors, halved
-from search import classifiers, tasks
-from search.architectures import ARCHITECTURES
+from search.classifiers import training
+from search.classifiers.architectures import ARCHITECTURES
+from search.data import splits
 from search.exam import Exam
 from search.latency import REPEATS, WARM_UP, device_name
 from search.study import HELD_OUT
@@ -53,7 +54,7 @@ class Step:
             self.defense.adopt(self._network(self.plan.task.classifier))
         self.defense.to(bench.device)
         self.epochs = int(self.defense.train_knobs.epochs)
-        self.images = self.study.train_images or tasks.sizes(self.plan.task.dataset, self.study.data_dir).train
+        self.images = self.study.train_images or splits.sizes(self.plan.task.dataset, self.study.data_dir).train
         self.target = self._network(self.plan.protected)
 
     def training(self) -> Training:
@@ -115,8 +116,8 @@ class Step:
         """Return the seconds of one classifier's training."""
         x_NCHW, y_N = self._random(min(self.images, STEPS * 128))
         network = ARCHITECTURES[self.plan.protected].build(self.plan.task.shape).to(self.bench.device)
-        classifiers.train(network, x_NCHW[:128], y_N[:128], 1, 0)
-        short_s = self._timed(lambda: classifiers.train(network, x_NCHW, y_N, 1, 0))
+        training.train(network, x_NCHW[:128], y_N[:128], 1, 0)
+        short_s = self._timed(lambda: training.train(network, x_NCHW, y_N, 1, 0))
         return short_s * self.images / len(y_N) * self.study.classifier_epochs
 
     def _network(self, architecture: str) -> nn.Module:

@@ -18,8 +18,8 @@ from attacks.suite import BATCH, Suite
 from attacks.threat import ThreatModel
 from attacks.view import View, limits
 from defenses.base import Defended
-from search import tasks
-from search.architectures import ARCHITECTURES
+from search.classifiers.architectures import ARCHITECTURES
+from search.data import splits
 from search.setting import ATTACKS, Setting
 from search.study import HELD_OUT
 from search.trial import Bench
@@ -85,7 +85,7 @@ def _outside(bench: Bench, target: nn.Module, setting: Setting, rounds: int) -> 
     """Return the images that an attack makes of a substitute, trained on what its oracle answers."""
     assert setting.attack is not None
     x_NCHW, y_N, seed = bench.exam.x_NCHW, bench.exam.y_N, bench.study.seed
-    own_NCHW, _ = tasks.load(bench.plan.task.dataset, "validation", bench.study.data_dir)
+    own_NCHW, _ = splits.load(bench.plan.task.dataset, "validation", bench.study.data_dir)
     architecture = ARCHITECTURES[setting.substitute or bench.plan.protected]
     substitute = train_substitute(
         bench.target.network if setting.oracle == "bare" else target,

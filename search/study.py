@@ -17,13 +17,12 @@ import spaces
 from attacks.suite import SUITES, Suite
 from attacks.threat import ThreatModel
 from defenses.base import Defense
-from search import tasks
+from search.classifiers.task import Task, find_task
+from search.data import splits
 from search.fields import Fields
 from search.storage.atomic import write_atomic
 from search.storage.mirror import Mirror, mirror_of
 from search.storage.uri import local_folder, mask_credentials
-from search.tasks import Task
-from search.tasks import task as find_task
 from spaces.domain import extremes, finite
 from spaces.exceptions import InputError, choose
 from spaces.space import SearchSpace
@@ -84,7 +83,7 @@ class Study(Fields):
         if self.method == "grid":
             next(space.grid())
         suite = SUITES[choose("the suite", self.suite, list(SUITES))]
-        sizes = tasks.sizes(task.dataset, self.data_dir)
+        sizes = splits.sizes(task.dataset, self.data_dir)
         for name, most in (("train_images", sizes.train), ("eval_images", sizes.validation)):
             asked = getattr(self, name)
             if asked is not None and asked > most:

@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from search.classifiers import train
+from search.classifiers.training import train
 from search.study import Study, make
 
 

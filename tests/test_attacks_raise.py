@@ -17,8 +17,8 @@ from attacks.robustness import Outsider, evaluate, observe
 from attacks.square import Square
 from attacks.suite import FGSM, MIM_10, RAND_FGSM, SUITES
 from attacks.threat import ThreatModel
+from search.data.splits import sizes
 from search.study import HELD_OUT, make
-from search.tasks import sizes
 from spaces.exceptions import InputError
 from tests.guards import Guard, Smooth
 

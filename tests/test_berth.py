@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from search import cache, cluster
+from search import cluster
 from search.cluster import Berth, at_work
+from search.data import cache
+from search.data.splits import fetch
 from search.study import Study
-from search.tasks import fetch
 from spaces.exceptions import InputError
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from defenses.base import Shape
-from search.architectures import ARCHITECTURES, PARTNERS, Stack, least
-from search.classifiers import obtain, train
-from search.datasets import DATASETS
-from search.tasks import TASKS, task
+from search.classifiers.architectures import ARCHITECTURES, PARTNERS, Stack, least
+from search.classifiers.task import TASKS, find_task
+from search.classifiers.training import obtain, train
+from search.data.datasets import DATASETS
 from search.trial import store_of
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
@@ -141,7 +141,7 @@ def test_a_residual_unit_adds_what_its_convolutions_make_of_the_activated_image(
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_classifier_gives_a_logit_for_each_class_of_a_data_set(name: str) -> None:
-    one = task(name)
+    one = find_task(name)
     with torch.device("meta"):
         network = ARCHITECTURES[one.classifier].build(one.shape)
         logits_NK = network(torch.zeros(3, one.shape.channels, one.shape.height, one.shape.width))
@@ -202,7 +202,9 @@ def test_resnet29_learns_the_digits_and_is_stored_frozen_in_eval_mode(
     def found() -> nn.Module:
         device = torch.device("cpu")
         training = x_NCHW[:1257], y_N[:1257]
-        return obtain(study, task("digits/resnet29"), "resnet29", store_of(study), lambda: training, device).network
+        return obtain(
+            study, find_task("digits/resnet29"), "resnet29", store_of(study), lambda: training, device
+        ).network
 
     network = found()
     before = [tensor.clone() for tensor in network.state_dict().values()]

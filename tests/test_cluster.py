@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from search import cache
+from search.data import cache
+from search.data.splits import fetch
 from search.study import read
-from search.tasks import fetch
 from tests.test_cli import ROOT
 
 PACKAGES = ("spaces", "attacks", "defenses", "search")

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from search import cache
-from search.datasets import DATASETS, DataSet
-from search.decoding import CROP, Pixels
+from search.data import cache
+from search.data.datasets import DATASETS, DataSet
+from search.data.decoders import CROP, Pixels
+from search.data.downloads import Official
+from search.data.splits import check, checksum, fetch, load, open_test, sizes
 from search.exceptions import AlteredFile, NoSource
-from search.sources import Official
-from search.tasks import check, checksum, fetch, load, open_test, sizes
 from spaces.exceptions import InputError
 
 SHARED = Path(os.environ.get("CRUCIBLE_TEST_DATA", "/nowhere"))

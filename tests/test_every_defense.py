@@ -20,8 +20,8 @@ import spaces
 from defenses.base import Defense
 from launch import main
 from search import export
+from search.data.splits import load
 from search.study import make
-from search.tasks import load
 from tests.test_cli import ROOT
 
 pytestmark = pytest.mark.slow

@@ -29,11 +29,12 @@ from attacks.audit import Audit, audit
 from attacks.suite import NES_30, SUITES, Suite
 from defenses.base import Defended
 from defenses.puvae import PuVAE
-from search import evidence, provenance, tasks, winners
+from search import evidence, provenance, winners
 from search.attack import attack, page
 from search.card import card
 from search.courier import opened
-from search.datasets import DATASETS
+from search.data import splits
+from search.data.datasets import DATASETS
 from search.exceptions import AlarmError
 from search.export import FILES, SEAL, load
 from search.record import Record
@@ -135,7 +136,7 @@ def independent_pgd(model: Defended, x: Tensor, y: Tensor, draws: int = 20) -> T
 def test_an_independent_attacker_finds_the_exported_accuracy(folder: Path) -> None:
     said = json.loads((folder / "evidence.json").read_text())
     assert said["threat"] == {"norm": "Linf", "eps": EPS, "knowledge": "white-box"}
-    x, y = tasks.load("digits", "validation", None, IMAGES)
+    x, y = splits.load("digits", "validation", None, IMAGES)
     found = float(independent_pgd(load(folder), x, y).double().mean())
     print(f"independent PGD {found:.3f}, exported {said['attacked_accuracy']:.3f}")
     assert abs(found - said["attacked_accuracy"]) <= 0.05
@@ -146,7 +147,7 @@ def test_an_independent_attacker_finds_the_exported_accuracy(folder: Path) -> No
 def test_an_export_is_a_plain_module_with_the_searchs_clean_accuracy(folder: Path) -> None:
     model = load(folder)
     assert isinstance(model, nn.Module) and not model.training
-    x, y = tasks.load("digits", "validation", None, IMAGES)
+    x, y = splits.load("digits", "validation", None, IMAGES)
     logits = model(x)
     assert logits.shape == (IMAGES, 10)
     said = json.loads((folder / "evidence.json").read_text())
@@ -487,7 +488,7 @@ def test_a_black_box_attacker_asks_the_whole_pipeline_and_is_weaker(folder: Path
 
 
 def test_an_attack_on_other_data_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("search.tasks.checksum", lambda *given: "another")
+    monkeypatch.setattr("search.data.splits.checksum", lambda *given: "another")
     with pytest.raises(InputError, match="^the data must be those of the export.* digits have another$"):
         attack(folder, "quick")
 

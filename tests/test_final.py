@@ -37,9 +37,10 @@ from attacks.threat import ThreatModel
 from defenses.base import Defended
 from search import crew as crews
 from search import final as finals
-from search import hearing, looks, tasks
-from search.cache import ensure
+from search import hearing, looks
 from search.crew import Piece, Tell, crew
+from search.data import splits
+from search.data.cache import ensure
 from search.exceptions import TrialError
 from search.export import FILES, SEAL, seal
 from search.final import final, judge_export, page, train_seed
@@ -215,14 +216,14 @@ def test_the_figures_come_back_by_hand_on_the_test_split(judged: Found, exported
 
 def test_what_is_trained_has_train_and_validation_and_nothing_else(judged: Found, exported: Path) -> None:
     (case,) = cases_of(exported)
-    sizes = tasks.sizes("digits")
+    sizes = splits.sizes("digits")
     for _, study, _ in case.trainings():
         x_NCHW, y_N = case.bench(study.model_copy(update={"train_images": None}), 1000).training
         assert len(x_NCHW) == len(y_N) == sizes.train + sizes.validation
         for split, part in (("train", slice(sizes.train)), ("validation", slice(sizes.train, None))):
-            wanted_NCHW, wanted_N = tasks.load("digits", split)  # type: ignore[arg-type]
+            wanted_NCHW, wanted_N = splits.load("digits", split)  # type: ignore[arg-type]
             assert torch.equal(x_NCHW[part], wanted_NCHW) and torch.equal(y_N[part], wanted_N)
-    tested = {image.numpy().tobytes() for image in tasks.open_test("digits")[0]}
+    tested = {image.numpy().tobytes() for image in splits.open_test("digits")[0]}
     assert not tested & {image.numpy().tobytes() for image in x_NCHW}
     assert len(case.bench(study, 1000).training[0]) == 150 + sizes.validation
 
@@ -255,7 +256,7 @@ def test_the_page_says_what_the_numbers_are(judged: Found) -> None:
 def test_the_search_is_compared_by_its_own_attacks_on_the_same_weights(judged: Found, exported: Path) -> None:
     """The search's suite is `quick`: PGD of five steps and the targeted iFGSM, run here by the suite itself."""
     (case,) = cases_of(exported)
-    images = tasks.open_test("digits", None, CHOSEN_ON)
+    images = splits.open_test("digits", None, CHOSEN_ON)
     target = Defended(case.target.defense, case.target.classifier)
     found = evaluate(SUITES["quick"], target, *images, case.threat, seed=0).attacked
     each = judged[0]["exports"][0]["optimism"][0]
@@ -316,7 +317,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
     (case,) = cases_of(exported)
     contender = contenders([case], 1000)[1]
     heard = Hearing(
-        *tasks.open_test("digits", None, 3),
+        *splits.open_test("digits", None, 3),
         7,
         store_of(case.study),
         Lane(torch.device("cpu")),
@@ -459,7 +460,7 @@ def test_bad_input_ends_before_anything_is_trained(
     if altered := asked.pop("altered", None):
         (copy / altered).write_bytes((copy / altered).read_bytes() + b" ")
     if asked.pop("data_dir", None):
-        monkeypatch.setattr(tasks, "checksum", lambda *args: "0" * 64)
+        monkeypatch.setattr(splits, "checksum", lambda *args: "0" * 64)
     given: dict[str, Any] = {
         "storage": str(tmp_path / "store"),
         "exports": [copy] * (2 if asked.pop("twice", False) else 1),

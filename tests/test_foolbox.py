@@ -19,8 +19,8 @@ from attacks.autoattack import APGD, FAB
 from attacks.corrected import CW, MIM, PGD, DeepFool
 from attacks.square import Square
 from attacks.threat import Norm
-from search.classifiers import train
-from search.tasks import load
+from search.classifiers.training import train
+from search.data.splits import load
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # Foolbox imports GitPython, which raises where there is no git
 import foolbox

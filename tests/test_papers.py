@@ -10,7 +10,7 @@ import yaml
 
 import defenses
 from search import papers
-from search.datasets import DATASETS
+from search.data.datasets import DATASETS
 from search.papers import read, rows, table, tables
 from search.setting import ATTACKS
 from spaces.exceptions import InputError

@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from search import cache, tasks
-from search.architectures import ARCHITECTURES, PARTNERS
-from search.cache import data_folder
-from search.datasets import DATASETS
-from search.origin import Origin, gather
-from search.sources import Folder, Npm, Official, Progress
-from search.tasks import TASKS, Task, check, checksum, fetch, load, open_test, sizes, task
+from search.classifiers.architectures import ARCHITECTURES, PARTNERS
+from search.classifiers.task import TASKS, Task, find_task
+from search.data import cache, splits
+from search.data.cache import data_folder
+from search.data.datasets import DATASETS
+from search.data.downloads import Folder, Npm, Official, Progress
+from search.data.official_files import Origin, gather
+from search.data.splits import check, checksum, fetch, load, open_test, sizes
 
 COUNTS = {
     "digits": (1_257, 180, 360, (1, 8, 8)),
@@ -117,7 +118,7 @@ def test_checksum_is_the_same_on_every_machine(dataset: str) -> None:
 
 
 def test_limit_takes_the_first_images() -> None:
-    for split in tasks.SPLITS:
+    for split in splits.SPLITS:
         x_NCHW, y_N = load("mnist", split, limit=100)  # type: ignore[arg-type]  # a str, for the loop
         all_NCHW, all_N = load("mnist", split)  # type: ignore[arg-type]
         assert torch.equal(x_NCHW, all_NCHW[:100]) and torch.equal(y_N, all_N[:100])
@@ -125,11 +126,11 @@ def test_limit_takes_the_first_images() -> None:
 
 
 def test_every_task_has_a_name_an_eps_and_a_partner() -> None:
-    assert [task(name).name for name in TASKS] == TASKS
-    assert task("mnist/A") == Task("mnist/A", "mnist", "A", DATASETS["mnist"].shape, 0.3)
-    assert task("cifar10/C").eps == 0.06 and task("cifar10/C").shape.channels == 3
-    assert "".join(task(f"digits/{name}").partner for name in "ABCD") == "BADC"
-    assert all(f"{task(name).dataset}/{task(name).partner}" in TASKS for name in TASKS)
+    assert [find_task(name).name for name in TASKS] == TASKS
+    assert find_task("mnist/A") == Task("mnist/A", "mnist", "A", DATASETS["mnist"].shape, 0.3)
+    assert find_task("cifar10/C").eps == 0.06 and find_task("cifar10/C").shape.channels == 3
+    assert "".join(find_task(f"digits/{name}").partner for name in "ABCD") == "BADC"
+    assert all(f"{find_task(name).dataset}/{find_task(name).partner}" in TASKS for name in TASKS)
     assert list(PARTNERS) == list(ARCHITECTURES) and all(name != partner for name, partner in PARTNERS.items())
 
 
@@ -139,9 +140,9 @@ def test_every_classifier_protects_every_data_set_that_it_fits() -> None:
 
 def test_a_bare_letter_is_puvaes() -> None:
     for letter in "ABCD":
-        assert task(f"mnist/puvae-{letter}") == task(f"mnist/{letter}")
-        assert task(f"mnist/puvae-{letter}").classifier == letter
-        assert task(f"mnist/advae-{letter}").classifier == f"advae-{letter}"
+        assert find_task(f"mnist/puvae-{letter}") == find_task(f"mnist/{letter}")
+        assert find_task(f"mnist/puvae-{letter}").classifier == letter
+        assert find_task(f"mnist/advae-{letter}").classifier == f"advae-{letter}"
 
 
 def test_data_folder_is_the_argument_or_the_environment_or_the_home_cache(monkeypatch: pytest.MonkeyPatch) -> None:

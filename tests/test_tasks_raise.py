@@ -17,15 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-from search import cache as cache_module
-from search.archives import digest, rebuild_cifar
-from search.cache import data_folder
-from search.datasets import DATASETS
-from search.decoding import Pixels
+from search.classifiers.task import find_task
+from search.data import cache as cache_module
+from search.data.archives import digest, rebuild_cifar
+from search.data.cache import data_folder
+from search.data.datasets import DATASETS
+from search.data.decoders import Pixels
+from search.data.downloads import Npm
+from search.data.official_files import Origin
+from search.data.splits import check, checksum, fetch, load
 from search.exceptions import AlteredFile, NoSource, NoSpace
-from search.origin import Origin
-from search.sources import Npm
-from search.tasks import check, checksum, fetch, load, task
 from spaces.exceptions import InputError
 
 
@@ -242,15 +243,18 @@ def test_a_search_cannot_reach_the_test_split() -> None:
 @pytest.mark.parametrize(
     ("act", "words"),
     [
-        (lambda: task("mnits/A"), "a data set must be one of mnist, fashion-mnist, cifar10, svhn, svhn-10k, coil-100"),
-        (lambda: task("mnits/A"), "did you mean 'mnist'?"),
-        (lambda: task("mnist/E"), "must be one of A, B, C, D, defensegan-A, "),
-        (lambda: task("mnist/E"), "advae-D, resnet29, but is 'E'"),
-        (lambda: task("mnist"), "after the slash, must be one of A, B, C, D, "),
-        (lambda: task("mnist/puvae-E"), "but is 'puvae-E'"),
-        (lambda: task("mnist/puvae-resnet29"), "but is 'puvae-resnet29'"),
         (
-            lambda: task("digits/defensegan-B"),
+            lambda: find_task("mnits/A"),
+            "a data set must be one of mnist, fashion-mnist, cifar10, svhn, svhn-10k, coil-100",
+        ),
+        (lambda: find_task("mnits/A"), "did you mean 'mnist'?"),
+        (lambda: find_task("mnist/E"), "must be one of A, B, C, D, defensegan-A, "),
+        (lambda: find_task("mnist/E"), "advae-D, resnet29, but is 'E'"),
+        (lambda: find_task("mnist"), "after the slash, must be one of A, B, C, D, "),
+        (lambda: find_task("mnist/puvae-E"), "but is 'puvae-E'"),
+        (lambda: find_task("mnist/puvae-resnet29"), "but is 'puvae-resnet29'"),
+        (
+            lambda: find_task("digits/defensegan-B"),
             "classifier defensegan-B needs images of at least 24 x 24, but digits has 8 x 8; choose one of A, B, C, D, "
             "defensegan-A, defensegan-C, defensegan-D",
         ),

@@ -14,7 +14,7 @@ from attacks.audit import Audit, audit
 from attacks.probes import quick_gates
 from attacks.threat import ThreatModel
 from defenses.base import Defended
-from search import tasks
+from search.data import splits
 from search.exceptions import AlarmError
 from search.record import Record
 from search.run import run
@@ -91,7 +91,7 @@ def searched(name: str, shelter: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     """Return a finished search of a member as if it were a file among the defenses, and its candidate."""
     find = defenses.find
     monkeypatch.setattr(defenses, "find", lambda wanted: ZOO[wanted].kind if wanted in ZOO else find(wanted))
-    LABELS[:] = [tasks.load("digits", "validation", None, 60)[1]]
+    LABELS[:] = [splits.load("digits", "validation", None, 60)[1]]
     study = digits_study(shelter, name=name.replace(" ", "-"), defense=name, space="default", trials=1, eps=0.1)
     if not study.folder.exists():
         assert run(study, [], debug=True) == "finished"

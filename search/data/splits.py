@@ -1,4 +1,4 @@
-"""Tasks: data sets with a fixed train / validation / test split, and a classifier on each.
+"""The fixed train / validation / test split of each data set.
 
 Shapes: N images, C channels, H x W pixels. Images are uint8 in the cache and float32 in [0, 1] outside.
 """
@@ -13,60 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defenses.base import Shape
-from search.architectures import ARCHITECTURES, PARTNERS, least
-from search.cache import caches, ensure, fault, read_ledger, roots, silent
-from search.datasets import DATASETS, DataSet
-from search.decoding import PARTS, Part
+from search.data.cache import caches, ensure, fault, read_ledger, roots, silent
+from search.data.datasets import DATASETS, DataSet
+from search.data.decoders import PARTS, Part
+from search.data.downloads import Progress
 from search.exceptions import AlteredFile
-from search.sources import Progress
 from spaces.exceptions import InputError, choose
 
 SPLITS = ("train", "validation")
-
-
-@dataclass(frozen=True)
-class Task:
-    """A data set with a classifier on it; `eps` is the usual L-inf budget, in pixel units of [0, 1]."""
-
-    name: str
-    dataset: str
-    classifier: str
-    shape: Shape
-    eps: float
-
-    @property
-    def partner(self) -> str:
-        """The architecture of PuVAE's source classifier."""
-        return PARTNERS[self.classifier]
-
-
-def _fitting(dataset: str) -> list[str]:
-    """Return the architectures that can be built for a data set."""
-    return [name for name, architecture in ARCHITECTURES.items() if architecture.fits(DATASETS[dataset].shape)]
-
-
-TASKS = [f"{dataset}/{classifier}" for dataset in DATASETS for classifier in _fitting(dataset)]
-
-
-def task(name: str) -> Task:
-    """Return the task called `name`, such as mnist/A or mnist/advae-X; an InputError names the legal ones.
-
-    Raises:
-        InputError: an unknown data set or classifier, or images that are too small for the classifier.
-    """
-    dataset, _, classifier = name.partition("/")
-    data = _data_set(dataset)
-    if classifier in ("puvae-A", "puvae-B", "puvae-C", "puvae-D"):
-        classifier = classifier.removeprefix("puvae-")
-    choose(f"the classifier of task {name!r}, after the slash,", classifier, list(ARCHITECTURES))
-    if classifier not in _fitting(dataset):
-        side = least(classifier, data.shape)
-        raise InputError(
-            f"classifier {classifier} needs images of at least {side} x {side}, but {dataset} has "
-            f"{data.shape.height} x {data.shape.width}; choose one of {', '.join(_fitting(dataset))}"
-        )
-    return Task(f"{dataset}/{classifier}", dataset, classifier, data.shape, data.eps)
 
 
 class Sizes(NamedTuple):
@@ -103,7 +57,7 @@ def load(
     if split not in SPLITS:
         raise InputError(
             f"a split must be one of {', '.join(SPLITS)}, but is {split!r}; "
-            "the test split is opened by `launch.py final` alone (search.tasks.open_test)"
+            "the test split is opened by `launch.py final` alone (search/data/splits.py)"
         )
     train = _train(data, ensure(dataset, data_dir))
     return _tensors(dataset, "train", slice(train) if split == "train" else slice(train, None), data_dir, limit)

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from search.archives import read, unpack
+from search.data.archives import read, unpack
+from search.data.downloads import Folder, Progress, Source, Unavailable
 from search.exceptions import AlteredFile, NoSource
-from search.sources import Folder, Progress, Source, Unavailable
 
 
 @dataclass(frozen=True, kw_only=True)

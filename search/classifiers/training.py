@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defenses.base import Batches
-from search import architectures
-from search.architectures import ARCHITECTURES
+from search.classifiers import architectures
+from search.classifiers.architectures import ARCHITECTURES
+from search.classifiers.task import Task
+from search.data.splits import checksum
 from search.latency import Lane
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Store, to_bytes
 from search.study import Study
-from search.tasks import Task, checksum
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from search.archives import digest, line, unpack
+from search.data.archives import digest, line, unpack
 from search.exceptions import AlteredFile
 
 Progress = Callable[[str, int, int], None]

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from search.archives import BROKEN_PICTURE, line, read
+from search.data.archives import BROKEN_PICTURE, line, read
+from search.data.official_files import Origin
 from search.exceptions import AlteredFile
-from search.origin import Origin
 
 Pixels = NDArray[np.uint8]
 Part = Literal["train", "test"]

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from defenses.base import Shape
-from search.archives import rebuild_cifar
-from search.decoding import (
+from search.data.archives import rebuild_cifar
+from search.data.decoders import (
     Decoded,
     Part,
     decode_celeba,
@@ -19,8 +19,8 @@ from search.decoding import (
     decode_svhn,
     decode_svhn_block,
 )
-from search.origin import Origin
-from search.sources import Apt, Folder, Npm, Official, ScikitLearn
+from search.data.downloads import Apt, Folder, Npm, Official, ScikitLearn
+from search.data.official_files import Origin
 
 
 @dataclass(frozen=True, kw_only=True)

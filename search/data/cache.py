@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from search.archives import digest
-from search.datasets import DATASETS, DataSet
-from search.decoding import PARTS, Pixels
+from search.data.archives import digest
+from search.data.datasets import DATASETS, DataSet
+from search.data.decoders import PARTS, Pixels
+from search.data.downloads import FULL, Progress
+from search.data.official_files import gather
 from search.exceptions import NoSpace
-from search.origin import gather
-from search.sources import FULL, Progress
 from spaces.exceptions import InputError
 
 HOME = "~/.cache/crucible"
