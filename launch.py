@@ -43,12 +43,12 @@ def search(
     """
     from search import session
     from search.forecast import said
-    from search.study import make, read
+    from search.study.loading import make_study, read_study
 
     if as_json and not dry_run:
         raise InputError("--json must stand beside --dry-run; of a search that runs, `status NAME --json` tells")
     values = f.given(given)
-    study = read(config, values) if config else make(values)
+    study = read_study(config, values) if config else make_study(values)
     if print_config:
         typer.echo(study.to_yaml(), nl=False)
     elif dry_run:
@@ -65,10 +65,11 @@ def resume(name: f.Name, storage: f.Storage = "runs", address: f.Move = None, de
 
     What is finished stays; what was under way goes on from its last epoch.
     """
-    from search import courier, session
+    from search import session
+    from search.study.catalog import open_search
 
     moves = {} if address is None else {"address": None if address == "local" else address}
-    end(session.proceed(courier.opened(name, storage).model_copy(update=moves), console, debug=debug))
+    end(session.proceed(open_search(name, storage).model_copy(update=moves), console, debug=debug))
 
 
 @searching("status", "status first --json")
@@ -92,9 +93,10 @@ def report(name: f.Name, storage: f.Storage = "runs") -> None:
 
     It needs no network, and may be written while the search runs.
     """
-    from search import courier, session
+    from search import session
+    from search.study.catalog import open_search
 
-    typer.echo(session.write_report(courier.opened(name, storage)))
+    typer.echo(session.write_report(open_search(name, storage)))
 
 
 @reviewing("dashboard first", "dashboard first --port 8081")
@@ -103,10 +105,10 @@ def dashboard(name: f.Name, port: f.Port = None, storage: f.Storage = "runs") ->
 
     Ctrl-C ends it. From elsewhere: ssh -L PORT:127.0.0.1:PORT HOST.
     """
-    from search import courier
     from search.dashboard import serve
+    from search.study.catalog import open_search
 
-    end(serve(courier.opened(name, storage), port, console))
+    end(serve(open_search(name, storage), port, console))
 
 
 @reviewing("wandb-view first", name="wandb-view")
@@ -115,10 +117,10 @@ def wandb_view(name: f.Name, storage: f.Storage = "runs") -> None:
 
     It needs a W&B server that can be reached, and a key (`wandb login`).
     """
-    from search import courier
+    from search.study.catalog import open_search
     from search.workspace import view
 
-    typer.echo(view(courier.opened(name, storage)))
+    typer.echo(view(open_search(name, storage)))
 
 
 @exporting("export first --pareto", "export first --top 1 --json", "export first --candidate 0cd209d5-c6")
@@ -137,11 +139,12 @@ def export(
     The audit attacks harder than the search did, and refuses what raises an
     alarm. An export holds weights, evidence and a card, and no pickle.
     """
-    from search import courier, winners
+    from search import winners
+    from search.study.catalog import open_search
 
     if sum((pareto, top is not None, candidate is not None)) != 1:
         raise InputError("an export needs one of --pareto, --top and --candidate, and no second")
-    study = courier.opened(name, storage)
+    study = open_search(name, storage)
     chosen, wanted = winners.pick(study, pareto=pareto, top=top, candidate=candidate)
     out = out or study.folder / "export"
     with progress(as_json) as screen:

@@ -32,8 +32,8 @@ from attacks.suite import SUITES, Suite, reproducible
 from attacks.threat import ThreatModel
 from attacks.view import View
 from search.data import splits
-from search.study import make
-from search.trial import Bench, store_of
+from search.study.loading import make_study
+from search.trial import Bench
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--storage", default="runs")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    study = make(
+    study = make_study(
         {
             "name": "attacks",
             "defense": "identity",
@@ -193,8 +193,8 @@ def main() -> None:
             "wandb": "disabled",
         }
     )
-    bench = Bench(study, store_of(study))
-    task, network = bench.plan.task, bench.target.network
+    bench = Bench(study, study.store)
+    task, network = bench.resolved.task, bench.target.network
     x_NCHW, y_N = (t.to(bench.device) for t in splits.load(task.dataset, "validation", limit=args.images))
     rows = []
     for eps in args.eps or (task.eps, task.eps / 3):

@@ -24,15 +24,15 @@ from unittest import mock
 
 from defenses.base import Metrics
 from search import exam
-from search.events import Listener, State
-from search.latency import Latency
-from search.ranking import feasible
 from search.record import Record, state_of
 from search.run import run
-from search.score import Candidate
-from search.study import Study, make
+from search.study.callbacks import Callback, State
+from search.study.candidate import Candidate, Latency, Proposal
+from search.study.loading import make_study
+from search.study.ranking import feasible
+from search.study.study import Study
 from search.trial import Bench
-from search.work import REAL, Proposal, Report, Work
+from search.work import REAL, Report, Work
 from spaces import puvae
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -65,7 +65,7 @@ ARMS: dict[str, dict[str, Any]] = {
 def study_of(storage: Path, name: str, **fields: Any) -> Study:
     """Return a search over the paper's values of lambda_rc, lambda_kl, lambda_ce and sigma_eps."""
     knobs = KNOBS | fields.pop("knobs", {})
-    return make(
+    return make_study(
         {"name": name, "space": "paper", "trials": 216, "storage": str(storage), "knobs": knobs} | BASE | fields
     )
 
@@ -154,7 +154,7 @@ class Spent(NamedTuple):
     reached: bool
 
 
-class Meter(Listener):
+class Meter(Callback):
     """Counts trainings and epochs, and ends the search when a candidate within the constraints reaches the goal."""
 
     def __init__(self, study: Study, goal: float) -> None:

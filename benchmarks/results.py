@@ -29,8 +29,8 @@ from defenses.base import Defended
 from defenses.defense_gan import DefenseGAN
 from search.classifiers.task import find_task
 from search.latency import Lane, device_name, measure
-from search.study import make
-from search.trial import Bench, store_of
+from search.study.loading import make_study
+from search.trial import Bench
 from spaces.space import SearchSpace
 
 KNOBS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ def chosen(cw_steps: int) -> tuple[Attack, ...]:
 
 def opened(name: str, args: argparse.Namespace) -> Bench:
     """Return the bench of a study that has one setting."""
-    study = make(
+    study = make_study(
         {
             "name": "results",
             "defense": name,
@@ -73,13 +73,13 @@ def opened(name: str, args: argparse.Namespace) -> Bench:
             "wandb": "disabled",
         }
     )
-    return Bench(study, store_of(study))
+    return Bench(study, study.store)
 
 
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train one defense and attack it; return the row of the table."""
     bench = opened(name, args)
-    params = bench.plan.space.complete({})
+    params = bench.resolved.space.complete({})
     start = time.monotonic()
     key, defense = bench.fit(params, lambda epoch, metrics: print(f"{name} epoch {epoch}: {metrics}", flush=True))
     seconds = time.monotonic() - start
@@ -117,7 +117,7 @@ def _all(found: Observation) -> Verdict:
 def curve(args: argparse.Namespace) -> str:
     """Return Defense-GAN's accuracy under oblivious iFGSM after each number of steps, and what a step costs."""
     bench = opened("defense_gan", args)
-    _, defense = bench.fit(bench.plan.space.complete({}), lambda epoch, metrics: None)
+    _, defense = bench.fit(bench.resolved.space.complete({}), lambda epoch, metrics: None)
     assert isinstance(defense, DefenseGAN)
     made = bench.adversarial(IFGSM, bench.exam.x_NCHW, bench.exam.y_N, bench.exam.threat)
     at = (0, 1, 2, 5, 10, 25, 50, 100, 200)
@@ -126,7 +126,7 @@ def curve(args: argparse.Namespace) -> str:
         "| --- " * (len(at) + 2) + "|",
     ]
     for restarts in (1, 2, 10):
-        defense.at({**bench.plan.space.usual(), "restarts": restarts})
+        defense.at({**bench.resolved.space.usual(), "restarts": restarts})
         torch.manual_seed(0)
         start = time.monotonic()
         projected = defense.trajectory(made[:128], at)

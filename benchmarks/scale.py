@@ -54,7 +54,7 @@ def ours(storage: Path, trials: int, seconds: float, *, method: str = "tpe", deb
     """Run a search as `launch.py search` does, its display piped, and time it."""
     study, pulse = simulated(storage, trials=trials, method=method), Pulse()
     with (storage / "display.txt").open("w") as shown:
-        display = Display(Console(file=shown), study, list(study.plan().space.searched()), EPOCHS, 0)
+        display = Display(Console(file=shown), study, list(study.resolved.space.searched()), EPOCHS, 0)
         tracker = Tracker(study.wandb, study.folder, lambda line: print(line, file=shown))
         listeners = [Ledger(study.folder / "candidates.csv", []), tracker, display, pulse]
         with closing(tracker):
@@ -189,7 +189,7 @@ def main() -> None:
     asked: list[Asked] = []
     if args.only != "proposals":
         plans = [(trials, 1.0) for trials in [min(args.trials)] * (args.repeats - 1) + sorted(args.trials)]
-        runs = [(way, *plan) for plan in plans for way in args.ways]
+        runs = [(way, *resolved) for resolved in plans for way in args.ways]
         for what in runs + ([("random", args.instant, 0.0)] if args.instant else []):
             timed.append(alone(*what))
             if args.json:

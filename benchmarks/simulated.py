@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from attacks.threat import ThreatModel
-from search.events import Listener
-from search.latency import Latency
-from search.score import Candidate, Score
 from search.storage.fingerprint import fingerprint
-from search.study import Study, make
-from search.work import Proposal, Report, Work
+from search.study.callbacks import Callback
+from search.study.candidate import Candidate, Latency, Proposal, Score
+from search.study.loading import make_study
+from search.study.study import Study
+from search.work import Report, Work
 from spaces.puvae import SIGMA_EPS
 from spaces.space import Params
 
@@ -31,7 +31,7 @@ LAMBDAS = ("lambda_rc", "lambda_kl", "lambda_ce")
 
 def simulated(storage: Path, **fields: object) -> Study:
     study = {"name": "scale", "task": "digits/A", "space": "wide", "cpus_per_trial": CPUS, "storage": str(storage)}
-    return make({**study, "stopping": "none", "refine": 0, "wandb": "offline", **fields})
+    return make_study({**study, "stopping": "none", "refine": 0, "wandb": "offline", **fields})
 
 
 def working(seconds: float) -> Work:
@@ -129,7 +129,7 @@ class Timed:
     load: float
 
 
-class Pulse(Listener):
+class Pulse(Callback):
     """Notes the time and the driver's memory whenever a trial ends."""
 
     def __init__(self) -> None:

@@ -12,7 +12,13 @@ from typing import Any
 # Threads that spin while they wait make runs beside each other many times slower. OpenMP reads it when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-HOMES = {"Study": "study", "search": "notebook", "candidates": "notebook", "front": "notebook", "load": "export"}
+HOMES = {
+    "Study": "study.study",
+    "search": "notebook",
+    "candidates": "notebook",
+    "front": "notebook",
+    "load": "export",
+}
 """The modules of what the package offers: none is imported before it is asked for, as loading needs few of them."""
 
 

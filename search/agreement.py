@@ -11,9 +11,9 @@ import numpy as np
 from scipy.stats import ConstantInputWarning, kendalltau, spearmanr
 
 from search.record import Record, state_of
-from search.score import Candidate
 from search.stopping import grace, rungs
-from search.study import Study
+from search.study.candidate import Candidate
+from search.study.study import Study
 from spaces.domain import Scalar
 
 LEAST = 4

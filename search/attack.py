@@ -31,7 +31,6 @@ from search.export import load
 from search.latency import Lane
 from search.live import working
 from search.storage.atomic import write_atomic
-from search.study import HELD_OUT
 from spaces.domain import as_written
 from spaces.exceptions import InputError, choose
 
@@ -150,10 +149,11 @@ def _bout(
     x_NCHW, y_N = (t.to(device) for t in splits.load(task.dataset, "validation", data_dir, None))
     partner = find_task(f"{task.dataset}/{config['classifier']}").partner
     own = find_task(f"{task.dataset}/{substitute or config['study'].get('substitute') or partner}").classifier
-    free = len(y_N) - (HELD_OUT if threat.knowledge == "black-box" else 0)
+    free = splits.sizes(task.dataset, data_dir).attackable(threat.knowledge)
     wanted = min(known["images"], free) if images is None else images
     if not 1 <= wanted <= free:
         raise InputError(f"images must be from 1 to {free} of {task.dataset}'s validation split, but is {wanted}")
+    held_out_NCHW = splits.load_held_out(task.dataset, data_dir)
     return _Bout(
         target=target.to(device),
         known=known,
@@ -162,7 +162,7 @@ def _bout(
         threat=threat,
         x_NCHW=x_NCHW[:wanted],
         y_N=y_N[:wanted],
-        outsider=Outsider(x_NCHW[-HELD_OUT:], lambda: ARCHITECTURES[own].build(task.shape)),
+        outsider=Outsider(held_out_NCHW.to(device), lambda: ARCHITECTURES[own].build(task.shape)),
         substitute=own,
         seed=seed,
     )

@@ -22,8 +22,9 @@ from search.portion import Portion, counted
 from search.setting import ATTACKS, Setting
 from search.storage.fingerprint import code_digests, fingerprint
 from search.strike import NotRun, searched, struck, threat
-from search.study import HELD_OUT, Study, make
-from search.trial import Bench, store_of
+from search.study.loading import make_study
+from search.study.study import Study
+from search.trial import Bench
 from spaces.exceptions import InputError
 from spaces.space import Params, SearchSpace
 
@@ -108,7 +109,7 @@ class Cells:
         study = self.study(setting)
         if self._bench is None or self._bench.study != study:
             self._bench = None  # its images go before the next one's come
-            self._bench = Bench(study, store_of(study))
+            self._bench = Bench(study, study.store)
         return self._bench
 
     def study(self, setting: Setting) -> Study:
@@ -118,11 +119,11 @@ class Cells:
         if setting.defense in UNTAUGHT:
             task, protect = next(name for name in TASKS if name.startswith(f"{dataset}/")), protect or task
         params, sizes = self.params(setting), splits.sizes(dataset, self.data_dir)
-        free = sizes.validation - (HELD_OUT if setting.knowledge == "black-box" else 0)
+        free = sizes.attackable(setting.knowledge)
         images = self.portion.training_images(sizes.train)
         # A training's rungs take few steps of whatever descends: they stop nothing here, and fits do not depend on it.
         rungs = {name: 1 for name in counted(kind)}
-        return make(
+        return make_study(
             {
                 "name": "reproduce",
                 "defense": "identity" if setting.defense == "none" else setting.defense,
@@ -156,12 +157,12 @@ class Cells:
             source=code_digests(struck.__module__),
             fit="" if setting.defense == "none" else bench.fingerprint(params),
             setting=dict(params.inference),
-            classifier=bench.identity(bench.plan.protected),
+            classifier=bench.identity(bench.resolved.protected),
             attack=str(setting.attack and ATTACKS[setting.attack]),
             threat=str(threat(setting)),
             outsider=[setting.substitute, setting.oracle, rounds] if rounds else [],
             searched=search,
-            images=bench.plan.eval_images,
+            images=bench.resolved.eval_images,
             seed=self.seed,
         )
         with bench.store.lock("cells", key):
@@ -196,7 +197,7 @@ class Cells:
 
     def _ran(self, bench: Bench, params: Params, setting: Setting) -> dict[str, Any]:
         """Return what this run was, beside the paper's."""
-        whole = splits.sizes(bench.plan.task.dataset, self.data_dir).train
+        whole = splits.sizes(bench.resolved.task.dataset, self.data_dir).train
         cut = {n: v for n, v in params.inference.items() if v != _wanted(setting).inference[n]}
         trained = {n: params.train[n] for n in ("epochs", "batch_size") if n in params.train}
         images = {"training_images": bench.study.train_images or whole}

@@ -13,8 +13,8 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from attacks.interval import wilson
 from search.findings import Findings
 from search.importance import CHANCE
-from search.score import Candidate
 from search.stopping import rungs
+from search.study.candidate import Candidate
 from search.wording import spoken_device, spoken_value
 from spaces.domain import Scalar
 
@@ -33,7 +33,7 @@ def charts(findings: Findings) -> dict[str, Any]:
     devices = sorted({c.score.device for c in findings.candidates})
     bare, latency = findings.undefended, latencies(findings)
     best = findings.fit(findings.best) if findings.best else None
-    domains = findings.study.plan().space.flat()
+    domains = findings.study.resolved.space.flat()
     return {
         "threat": findings.named(),
         "knobs": list(findings.searched),
@@ -119,7 +119,7 @@ def latencies(findings: Findings) -> list[dict[str, Any]]:
 
 def _latency_knobs(findings: Findings) -> list[str]:
     """Return the searched knobs that can change the latency."""
-    defense = findings.study.plan().defense
+    defense = findings.study.resolved.defense
     declared = (*fields(defense.Train), *fields(defense.Inference))
     return [one.name for one in declared if one.metadata["latency"] and one.name in findings.searched]
 

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from search.classifiers.task import find_task
 from search.data import cache
-from search.study import Study
+from search.study.study import Study
 from spaces.exceptions import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,17 +10,14 @@ from pathlib import Path
 from optuna.trial import TrialState
 
 from defenses.base import Metrics
-from search.events import Listener, State
 from search.exceptions import StorageError
-from search.latency import Latency
-from search.ranking import front
-from search.score import Candidate
 from search.searcher import Proposer
 from search.stopping import rule_of
 from search.storage.outage import trouble
-from search.study import Study
-from search.trial import store_of
-from search.work import Proposal
+from search.study.callbacks import Callback, State
+from search.study.candidate import Candidate, Latency, Proposal
+from search.study.ranking import front
+from search.study.study import Study
 
 RESTARTS = 2
 """How often a trial is handed out again when its worker dies."""
@@ -40,7 +37,7 @@ class Conductor:
         trouble: what is wrong with the storage, once it has failed.
     """
 
-    def __init__(self, study: Study, proposer: Proposer, listeners: Sequence[Listener]) -> None:
+    def __init__(self, study: Study, proposer: Proposer, listeners: Sequence[Callback]) -> None:
         self.study = study
         self.proposer = proposer
         self.listeners = listeners
@@ -144,7 +141,7 @@ class Conductor:
             return
         fit, about = self._stopped[name], self._about(name)
         if self._kept(lambda: self.proposer.stop(name, TrialState.PRUNED, about)):
-            store_of(self.study).drop_progress(fit)
+            self.study.store.drop_progress(fit)
             self._tell(name, "pruned", (), None, "")
         else:
             self._tell(name, "interrupted", (), None, str(self.trouble))
@@ -196,7 +193,7 @@ class Conductor:
     ) -> None:
         self._hear(lambda listener: listener.trial_ended(name, state, candidates, picture, reason))
 
-    def _hear(self, tell: Callable[[Listener], None]) -> None:
+    def _hear(self, tell: Callable[[Callback], None]) -> None:
         """Tell the listeners; one that has no room to write, or nobody to show it to, ends no search."""
         for listener in self.listeners:
             with suppress(OSError):

@@ -61,7 +61,7 @@ class Cost:
 
 
 def cost(findings: Findings) -> Cost:
-    study, epochs = findings.study, findings.study.plan().epochs
+    study, epochs = findings.study, findings.study.resolved.epochs
     kinds = {state: [t for t in findings.trials if t.state == state] for state in STATES}
     kinds["refinements, which train nothing"] = list(findings.refinements)
     pruned = [(_asked(t, epochs), t) for t in kinds["pruned"] if t.curve]

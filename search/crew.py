@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from search.signals import terminable
-from search.study import Study
+from search.study.study import Study
 
 Tell = Callable[[str, float], None]
 """Hears what is being done, and what share of the whole piece is done."""

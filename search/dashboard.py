@@ -27,14 +27,14 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
-from search.courier import JOURNAL
 from search.exceptions import StorageError
 from search.journal import Journal
-from search.ranking import front
 from search.record import Record, journal
-from search.score import Candidate
 from search.signals import terminable
-from search.study import Study
+from search.study.candidate import Candidate
+from search.study.ranking import front
+from search.study.study import Study
+from search.study.sync import JOURNAL
 from spaces.exceptions import InputError
 
 HOST = "127.0.0.1"
@@ -149,7 +149,7 @@ class Shown(JournalStorage):
         self._candidates: dict[int, Candidate] = {}
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        threat = self.study.plan().threat
+        threat = self.study.resolved.threat
         found: list[FrozenStudy] = super().get_all_studies()
         for each in found:
             bare = each.user_attrs.get("undefended")

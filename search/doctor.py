@@ -21,7 +21,7 @@ from search.data.cache import data_folder
 from search.data.datasets import DATASETS
 from search.storage.mirror import mirror_of
 from search.storage.uri import check_storage, local_folder
-from search.study import Study
+from search.study.study import Study
 from spaces.exceptions import InputError
 
 GIB = 2**30

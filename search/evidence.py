@@ -23,7 +23,7 @@ from search.data import splits
 from search.data.datasets import DATASETS
 from search.provenance import again as command
 from search.provenance import code, libraries
-from search.score import Candidate
+from search.study.candidate import Candidate
 from search.trial import Bench
 
 REPRODUCED = 0.02
@@ -49,7 +49,7 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
         "threat": asdict(score.threat),
         **_accuracies(found.robustness, again, score.images),
         "attacked_accuracy_of_the_search": score.attacked_accuracy,
-        "rejects": bench.plan.defense.rejects(),
+        "rejects": bench.resolved.defense.rejects(),
         "latency_ms_p50": score.latency_ms_p50,
         "latency_ms_p95": score.latency_ms_p95,
         "images": score.images,
@@ -97,7 +97,7 @@ def _accuracies(audited: Robustness, again: Robustness, images: int) -> dict[str
 
 def _gates(bench: Bench, candidate: Candidate, found: Audit, again: Robustness, named: Gate) -> tuple[Gate, ...]:
     """Return the audit's gates, and those that ask about the search beside it."""
-    same = float(bench.plan.suite.name == SUITES["audit"].name)
+    same = float(bench.resolved.suite.name == SUITES["audit"].name)
     drift = abs(again.attacked.accuracy - candidate.score.attacked_accuracy)
     law = "the search's attacks run again give the same figure"
     return (
@@ -116,7 +116,7 @@ def _named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any
 
 
 def _budgets(bench: Bench, threat: ThreatModel) -> dict[str, Any]:
-    suites = {"search": bench.plan.suite, "audit": SUITES["audit"].within(threat), "convergence": TWICE}
+    suites = {"search": bench.resolved.suite, "audit": SUITES["audit"].within(threat), "convergence": TWICE}
     return {
         name: {
             "draws": suite.draws,
@@ -130,17 +130,17 @@ def _budgets(bench: Bench, threat: ThreatModel) -> dict[str, Any]:
 
 def _model(bench: Bench, candidate: Candidate) -> dict[str, Any]:
     """Return what is needed to build the model again, and what it is in words."""
-    plan = bench.plan
-    about, source = described(plan.defense)
+    resolved = bench.resolved
+    about, source = described(resolved.defense)
     built = bench.build(candidate.params)
     return {
         "defense": bench.study.defense,
         "about": about,
         "source": source,
         "task": bench.study.task,
-        "shape": asdict(plan.task.shape),
-        "classifier": plan.protected,
-        "trained_with": plan.task.classifier,
+        "shape": asdict(resolved.task.shape),
+        "classifier": resolved.protected,
+        "trained_with": resolved.task.classifier,
         "consulted": list(bench.consulted(built)),
         "parameters": {"defense": _size(built), "classifier": _size(bench.target.network)},
         "train": dict(candidate.params.train),
@@ -160,12 +160,12 @@ def _size(network: nn.Module) -> int:
 
 
 def _data(bench: Bench) -> dict[str, Any]:
-    dataset = bench.plan.task.dataset
+    dataset = bench.resolved.task.dataset
     return {
         "data": dataset,
         "data_licence": DATASETS[dataset].licence,
         "data_sha256": splits.checksum(dataset, bench.study.data_dir),
-        "split": "validation: kept from the training set by the task's fixed rule (search/data/datasets.py), never test",
+        "split": "validation: kept from the training set by a fixed rule (search/data/datasets.py), never test",
         "train_images": bench.study.train_images or "all",
     }
 

@@ -17,8 +17,7 @@ from attacks.probes import Gate, noise_gate, noisy, quick_gates
 from attacks.robustness import Observation, Outsider, Seen, evaluate, observe
 from attacks.suite import SUITES, Suite
 from attacks.threat import Knowledge, ThreatModel
-from search.latency import Latency
-from search.score import Score
+from search.study.candidate import Latency, Score
 
 
 @dataclass(frozen=True)

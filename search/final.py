@@ -29,8 +29,7 @@ from search.hearing import Hearing, Judged, blocks
 from search.looks import looks, opened
 from search.retrained import FIRST_SEED, Case, Contender, contenders, train
 from search.storage.fingerprint import code_digests, fingerprint
-from search.study import make
-from search.trial import store_of
+from search.study.loading import make_study
 from spaces.exceptions import InputError
 from spaces.space import Params
 
@@ -142,7 +141,7 @@ def judge_export(study: object, case: Case, images: int, tell: Tell) -> Judged:
         target=case.target.unchecked().to(device),
         threat=replace(case.threat, knowledge="white-box"),
         outsider=case.outsider(device),
-        substitute=case.plan.substitute,
+        substitute=case.resolved.substitute,
     )
     return _compared(hearing, case, contender)
 
@@ -150,7 +149,7 @@ def judge_export(study: object, case: Case, images: int, tell: Tell) -> Judged:
 def _hearing(cases: Sequence[Case], seed: int, images: int, tell: Tell, steps: int) -> Hearing:
     case = cases[0]
     bench = case.bench(case.study, seed)
-    x_NCHW, y_N = splits.open_test(case.plan.task.dataset, case.study.data_dir, images)
+    x_NCHW, y_N = splits.open_test(case.resolved.task.dataset, case.study.data_dir, images)
     return Hearing(x_NCHW.to(bench.device), y_N.to(bench.device), seed, bench.store, bench.lane, tell, steps)
 
 
@@ -183,8 +182,8 @@ def _case(folder: Path, moves: Mapping[str, Any]) -> Case:
     """
     target, files = export.load(folder), export.opened(folder)
     config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
-    study = make({**config["study"], **moves, "warm_start": None})
-    dataset = study.plan().task.dataset
+    study = make_study({**config["study"], **moves, "warm_start": None})
+    dataset = study.resolved.task.dataset
     splits.expect(dataset, study.data_dir, known["data_sha256"])
     params, threat = Params(config["train"], config["inference"]), ThreatModel(**config["threat"])
     shaping = code_digests(type(target.defense).__module__, architectures.__name__)
@@ -206,12 +205,12 @@ def _settings(cases: Sequence[Case], seeds: int, images: int | None) -> dict[str
     Raises:
         InputError: the exports cannot be judged together, or there are not so many images.
     """
-    first = cases[0].plan.task.dataset
+    first = cases[0].resolved.task.dataset
     for case in cases:
-        if case.plan.task.dataset != first:
+        if case.resolved.task.dataset != first:
             raise InputError(
                 f"exports that are judged together must be on one data set, {first}, but {case.folder} is on "
-                f"{case.plan.task.dataset}"
+                f"{case.resolved.task.dataset}"
             )
     if len({case.name for case in cases}) < len(cases):
         raise InputError(f"exports that are judged together must be different, but are {[c.name for c in cases]}")
@@ -238,7 +237,7 @@ def _prepared(cases: Sequence[Case]) -> None:
         InputError: one cannot be.
     """
     try:
-        store_of(cases[0].study).make()
+        cases[0].study.store.make()
         for case in cases:
             (case.folder / "final").mkdir(exist_ok=True)
         if len(cases) > 1:

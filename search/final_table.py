@@ -145,7 +145,7 @@ def _optimism(case: Case, what: str, validation: float, own: Verdict, retrained:
     low, high = difference(validation, images, own.accuracy, tested)
     return {
         "by": what,
-        "suite": case.plan.suite.name if what == "search" else "audit",
+        "suite": case.resolved.suite.name if what == "search" else "audit",
         "validation": validation,
         "validation_images": images,
         "test": own.accuracy,

@@ -13,16 +13,16 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from attacks.threat import Knowledge
-from search import courier, progress, ranking
+from search import progress
 from search.agreement import Agreement, agreement
 from search.export import opened
 from search.faults import Fault, gathered
 from search.importance import Importances, importances
-from search.latency import Latency
-from search.ranking import Kept
 from search.record import ENDED, Record, state_of
-from search.score import Candidate
-from search.study import Study
+from search.study import ranking, sync
+from search.study.candidate import Candidate, Latency
+from search.study.ranking import Kept
+from search.study.study import Study
 from search.wording import milliseconds, percent, spoken_device, spoken_eps
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -119,7 +119,7 @@ class Findings:
     def images(self) -> int:
         """How many validation images were attacked."""
         scored = (*self.candidates, *filter(None, [self.undefended]))
-        return max((c.score.images for c in scored), default=self.study.plan().eval_images)
+        return max((c.score.images for c in scored), default=self.study.resolved.eval_images)
 
     @property
     def eps(self) -> float | None:
@@ -230,7 +230,7 @@ def _told(record: Record, trial: FrozenTrial, kind: str) -> TrialRecord:
         params=record.setting(trial) if kind == "trial" else Params({}, {}),
         curve=[score for _, score in about.get("curve", [])],
         reason=about.get("reason", ""),
-        picture=courier.picture(record.study, about.get("picture", "")),
+        picture=sync.picture(record.study, about.get("picture", "")),
         seconds=about.get("seconds"),
         restarts=about.get("restarts", 0),
     )

@@ -42,9 +42,9 @@ class Fits(Materials):
 
     def build(self, params: Params) -> Defense:
         torch.manual_seed(self.study.seed)
-        defense = self.plan.defense(params.train, params.inference, self.plan.task.shape)
+        defense = self.resolved.defense(params.train, params.inference, self.resolved.task.shape)
         if type(defense).adopt is not Defense.adopt:
-            defense.adopt(self.classifier(self.plan.task.classifier).network)
+            defense.adopt(self.classifier(self.resolved.task.classifier).network)
         return defense.to(self.device)
 
     def fit(self, params: Params, report: Report) -> tuple[str, Defense]:
@@ -67,26 +67,26 @@ class Fits(Materials):
         """Return the fingerprint of what scores an epoch: rung scores compare only where it is the same."""
         return fingerprint(
             source=code_digests(Exam.__module__),
-            threat=str(self.plan.threat),
+            threat=str(self.resolved.threat),
             attacks=str(attacks.suite.SUITES["quick"]),
-            images=min(self.study.cheap_images, self.plan.eval_images),
-            classifier=self.identity(self.plan.protected),
-            setting=self.plan.space.usual(),
+            images=min(self.study.cheap_images, self.resolved.eval_images),
+            classifier=self.identity(self.resolved.protected),
+            setting=self.resolved.space.usual(),
             seed=self.study.seed,
         )
 
     def fingerprint(self, params: Params) -> str:
         """Return the fit's fingerprint: everything that shapes it."""
         with torch.device("meta"):
-            return self._fingerprint(self.plan.defense(params.train, params.inference, self.plan.task.shape))
+            return self._fingerprint(self.resolved.defense(params.train, params.inference, self.resolved.task.shape))
 
     def _fingerprint(self, defense: Defense) -> str:
-        adopted = [self.plan.task.classifier] if type(defense).adopt is not Defense.adopt else []
+        adopted = [self.resolved.task.classifier] if type(defense).adopt is not Defense.adopt else []
         return fingerprint(
             source=code_digests(type(defense).__module__),
             defense=type(defense).__qualname__,
             knobs=dict(defense.params.train),
-            data=splits.checksum(self.plan.task.dataset, self.study.data_dir),
+            data=splits.checksum(self.resolved.task.dataset, self.study.data_dir),
             images=self.trained.train_images,
             classifiers=[self.identity(architecture) for architecture in (*adopted, *self.consulted(defense))],
             seed=self.study.seed,
@@ -105,10 +105,10 @@ class Fits(Materials):
             alike, key=lambda fit: (fit[1]["rungs"] != self.rungs(), -fit[1]["curve"][-1]["cheap"])
         ):
             try:
-                defense = defenses.find(ADVERSARIAL)(about["knobs"], {}, self.plan.task.shape)
+                defense = defenses.find(ADVERSARIAL)(about["knobs"], {}, self.resolved.task.shape)
             except (TypeError, InputError):
                 continue  # of another version of the defense
-            defense.adopt(self.classifier(self.plan.task.classifier).network)
+            defense.adopt(self.classifier(self.resolved.task.classifier).network)
             entry = self.store.get("fits", key) if self._fingerprint(defense) == key else None
             if entry is not None:
                 defense.load_state_dict(load_file(entry / "weights.safetensors"))
@@ -126,7 +126,7 @@ class Fits(Materials):
         consulted = [self.classifier(architecture) for architecture in self.consulted(defense)]
         target = self.target.network
         # A fit's rungs must not depend on the inference setting at which it happened to be proposed.
-        defense.at(self.plan.space.usual())
+        defense.at(self.resolved.space.usual())
         batches = Batches(
             x_NCHW,
             y_N,
@@ -165,8 +165,8 @@ class Fits(Materials):
         """Return tensors that depend on the training images and the consulted classifiers, made once for all fits."""
         key = fingerprint(
             words=words,
-            source=code_digests(self.plan.defense.__module__),
-            data=splits.checksum(self.plan.task.dataset, self.study.data_dir),
+            source=code_digests(self.resolved.defense.__module__),
+            data=splits.checksum(self.resolved.task.dataset, self.study.data_dir),
             images=self.trained.train_images,
             classifiers=[classifier.fingerprint for classifier in consulted],
             seed=self.study.seed,

@@ -17,7 +17,7 @@ from typer import Argument, Context, Option
 import spaces
 from attacks.threat import Knowledge
 from attacks.threat import Norm as norms
-from search.fields import Fields
+from search.study.fields import Fields
 from spaces.exceptions import InputError
 from spaces.space import SearchSpace
 

@@ -11,8 +11,8 @@ import torch
 from search.refinement import refinable
 from search.step import Step
 from search.storage.store import to_bytes
-from search.study import Study
-from search.trial import Bench, store_of
+from search.study.study import Study
+from search.trial import Bench
 from spaces.domain import spoken
 from spaces.exceptions import InputError
 
@@ -66,8 +66,8 @@ def forecast(study: Study, slots: int) -> Forecast:
     Args:
         slots: how many trials the machine or the cluster holds at once.
     """
-    step = Step(Bench(study, store_of(study)))
-    bench, space, held = step.bench, step.bench.plan.space, step.bench.store.held("fits")
+    step = Step(Bench(study, study.store))
+    bench, space, held = step.bench, step.bench.resolved.space, step.bench.store.held("fits")
     whole = space.trainings()
     trainings = study.trials if whole is None else min(study.trials, whole)
     known: int | None = 0
@@ -76,9 +76,9 @@ def forecast(study: Study, slots: int) -> Forecast:
         known = sum(bench.fingerprint(p) in held for p in space.at(space.usual()).grid()) if looked else None
     settings = bench.settings(step.usual)
     sittings = len({str(bench.aimed(setting).inference) for setting in settings})
-    clocked = [f.name for f in fields(bench.plan.defense.Inference) if f.metadata["latency"]]
+    clocked = [f.name for f in fields(bench.resolved.defense.Inference) if f.metadata["latency"]]
     latencies = len({tuple(setting.inference[name] for name in clocked) for setting in settings})
-    thresholds = [space.inference[name] for name in bench.plan.defense.thresholds()]
+    thresholds = [space.inference[name] for name in bench.resolved.defense.thresholds()]
     picked = sittings if thresholds and not any(domain.single() for domain in thresholds) else 0
     missing = sorted(bench.needed() - _trained(bench))
     refinements = study.refine if refinable(study) else 0
@@ -96,9 +96,9 @@ def forecast(study: Study, slots: int) -> Forecast:
     return Forecast(
         task=study.label,
         defense=study.defense,
-        threat=str(bench.plan.threat),
+        threat=str(bench.resolved.threat),
         suite=study.suite,
-        images=bench.plan.eval_images,
+        images=bench.resolved.eval_images,
         knobs={name: spoken(domain) for name, domain in space.searched().items()},
         trainings=trainings,
         of=whole,

@@ -24,10 +24,11 @@ from defenses.base import Defended
 from search.crew import Tell
 from search.evidence import worse
 from search.exam import Exam
-from search.latency import Lane, Latency, device_name, measure
+from search.latency import Lane, device_name, measure
 from search.retrained import Case, Contender
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Store
+from search.study.candidate import Latency
 from spaces.exceptions import InputError
 from spaces.space import Params
 
@@ -224,7 +225,7 @@ class Hearing:
             aimed: the setting at which the search's attacks aim.
         """
         images = min(case.evidence["images"], len(self.y_N))
-        suites = [repr(case.plan.suite), repr(SUITES["audit"])]
+        suites = [repr(case.resolved.suite), repr(SUITES["audit"])]
         shaping = {"images": images, "knowledge": case.threat.knowledge, "aimed": dict(aimed.inference)}
         key = self.key(contender, compared=suites, **shaping)
         return self.once(key, lambda: self._compared(case, contender, aimed, images), contender.name)
@@ -235,8 +236,8 @@ class Hearing:
         target, outsider = cast(Defended, contender.target), None
         if threat.knowledge == "black-box":
             outsider = contender.outsider
-        blind = craft_oblivious(case.plan.suite, target.classifier, x_NCHW, y_N, threat, self.seed)
-        exam = Exam(case.plan.suite, threat, x_NCHW, y_N, blind, self.seed, outsider)
+        blind = craft_oblivious(case.resolved.suite, target.classifier, x_NCHW, y_N, threat, self.seed)
+        exam = Exam(case.resolved.suite, threat, x_NCHW, y_N, blind, self.seed, outsider)
         limits_S = target.defense.limits()
         target.defense.at(aimed.inference)
         again = exam.observe(target).judge(limits_S)

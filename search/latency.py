@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from defenses.base import Defense
+from search.study.candidate import Latency
 
 REPEATS = 30
 WARM_UP = 3
@@ -33,29 +33,6 @@ DRIFT = 0.2
 TRIES = 3
 LOOK_S = 0.002
 """How often, at most, a process that computes looks whether another wants to measure, in seconds."""
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Purification latency of one setting on one device, in milliseconds.
-
-    Args:
-        ms_p50, ms_p95: of a batch of 128 images.
-        single_ms_p50: of one image.
-        drift: how far the reference kernel moved between before and after, a fraction.
-        device: where it was measured.
-        repeats: how often the batch was timed.
-    """
-
-    ms_p50: float
-    ms_p95: float
-    single_ms_p50: float
-    drift: float
-    device: str
-    repeats: int
-
-    def to_json(self) -> dict[str, float | str]:
-        return asdict(self)
 
 
 class Lane:

@@ -7,13 +7,13 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from search.events import Listener, State
-from search.score import Candidate
 from search.storage.atomic import write_atomic
-from search.study import Study
+from search.study.callbacks import Callback, State
+from search.study.candidate import Candidate
+from search.study.study import Study
 
 
-class Ledger(Listener):
+class Ledger(Callback):
     """Keeps candidates.csv in step with the study.
 
     Args:

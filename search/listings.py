@@ -12,7 +12,6 @@ from typing import Any
 
 import defenses
 import spaces
-from search.classifiers.task import TASKS, find_task
 from spaces.domain import spoken, written
 from spaces.exceptions import InputError, choose
 from spaces.space import SearchSpace, conditions
@@ -39,14 +38,15 @@ def rows(what: str, storage: str) -> list[Row]:
 
 def states(name: str | None, storage: str, warn: Callable[[str], None]) -> list[Row]:
     """Return how far one search is, or each of a storage; of those, one that cannot be read hides no other."""
-    from search import courier, session
+    from search import session
+    from search.study.catalog import open_search, search_names
 
     if name is not None:
-        return [session.status(courier.opened(name, storage, whole=False))]
+        return [session.status(open_search(name, storage, whole=False))]
     found = []
-    for each in courier.names(storage):
+    for each in search_names(storage):
         try:
-            found.append(session.status(courier.opened(each, storage, whole=False)))
+            found.append(session.status(open_search(each, storage, whole=False)))
         except InputError as error:
             warn(f"{each}: {error}")
     return found
@@ -149,6 +149,8 @@ def _searched(space: SearchSpace) -> Iterable[str]:
 
 def _tasks() -> list[Row]:
 
+    from search.classifiers.task import TASKS, find_task
+
     found = [find_task(name) for name in TASKS]
     return [{"task": task.name, **vars(task.shape), "eps": task.eps} for task in found]
 
@@ -160,6 +162,7 @@ def _tables() -> list[Row]:
 
 
 def _searches(storage: str) -> list[Row]:
-    from search import courier
 
-    return [{"search": name} for name in courier.names(storage)]
+    from search.study.catalog import search_names
+
+    return [{"search": name} for name in search_names(storage)]

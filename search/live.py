@@ -23,10 +23,10 @@ from rich.table import Table
 
 from attacks.interval import wilson
 from defenses.base import Metrics
-from search import ranking
-from search.events import Listener, State
-from search.score import Candidate
-from search.study import Study
+from search.study import ranking
+from search.study.callbacks import Callback, State
+from search.study.candidate import Candidate
+from search.study.study import Study
 from spaces.domain import Scalar
 from spaces.space import Params
 
@@ -54,7 +54,7 @@ class _Row:
     since: float = field(default_factory=time.monotonic)
 
 
-class Display(Listener):
+class Display(Callback):
     """A live table on a terminal; a line an event where the output is piped.
 
     Args:

@@ -27,7 +27,7 @@ from search.exam import Exam
 from search.latency import Lane
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Store
-from search.study import HELD_OUT, Study
+from search.study.study import Study
 
 
 class Materials:
@@ -42,7 +42,7 @@ class Materials:
         self.study = study
         self.trained = study
         self.store = store
-        self.plan = study.plan()
+        self.resolved = study.resolved
         uses_gpu = torch.cuda.is_available() and study.gpus_per_trial != 0
         self.device = torch.device("cuda" if uses_gpu else "cpu")
         self.lane = Lane(self.device)
@@ -56,11 +56,11 @@ class Materials:
     @property
     def target(self) -> Classifier:
         """The classifier that is attacked."""
-        return self.classifier(self.plan.protected)
+        return self.classifier(self.resolved.protected)
 
     def classifier(self, architecture: str) -> Classifier:
         if architecture not in self._classifiers:
-            task, store = self.plan.task, self.store
+            task, store = self.resolved.task, self.store
             found = training.obtain(self.trained, task, architecture, store, lambda: self.training, self.device)
             self._classifiers[architecture] = found
         return self._classifiers[architecture]
@@ -68,45 +68,45 @@ class Materials:
     def identity(self, architecture: str) -> str:
         """Return the fingerprint of a classifier, which need not be trained yet."""
         if architecture not in self._identities:
-            self._identities[architecture] = training.identity(self.trained, self.plan.task, architecture)
+            self._identities[architecture] = training.identity(self.trained, self.resolved.task, architecture)
         return self._identities[architecture]
 
     def consulted(self, defense: Defense) -> tuple[str, ...]:
         """Return the architectures that the defense's training may consult: one, or its `bases`."""
-        task = self.plan.task
+        task = self.resolved.task
         return defense.bases() or (task.classifier if defense.consults == "target" else task.partner,)
 
     def needed(self) -> set[str]:
         """Return the architectures whose classifiers the study's usual setting asks for."""
-        space = self.plan.space
+        space = self.resolved.space
         usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
         with torch.device("meta"):
-            defense = self.plan.defense(usual, space.usual(), self.plan.task.shape)
-        adopted = {self.plan.task.classifier} if type(defense).adopt is not Defense.adopt else set()
-        return {self.plan.protected, *self.consulted(defense), *adopted}
+            defense = self.resolved.defense(usual, space.usual(), self.resolved.task.shape)
+        adopted = {self.resolved.task.classifier} if type(defense).adopt is not Defense.adopt else set()
+        return {self.resolved.protected, *self.consulted(defense), *adopted}
 
     @cached_property
     def exam(self) -> Exam:
-        x_NCHW, y_N = self._load("validation", self.plan.eval_images)
-        images, threat = self._oblivious(x_NCHW, y_N), self.plan.threat
+        x_NCHW, y_N = self._load("validation", self.resolved.eval_images)
+        images, threat = self._oblivious(x_NCHW, y_N), self.resolved.threat
         outsider = self._outsider() if threat.knowledge == "black-box" else None
-        return Exam(self.plan.suite, threat, x_NCHW, y_N, images, self.study.seed, outsider)
+        return Exam(self.resolved.suite, threat, x_NCHW, y_N, images, self.study.seed, outsider)
 
     def _outsider(self) -> Outsider:
         """Return the black-box attacker: its images are the last of the validation split, which are not attacked."""
-        x_NCHW, _ = self._load("validation", None)
-        return Outsider(x_NCHW[-HELD_OUT:], lambda: self._substitute().to(self.device))
+        x_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir)
+        return Outsider(x_NCHW.to(self.device), lambda: self._substitute().to(self.device))
 
     def _substitute(self) -> nn.Module:
-        return ARCHITECTURES[self.plan.substitute].build(self.plan.task.shape)
+        return ARCHITECTURES[self.resolved.substitute].build(self.resolved.task.shape)
 
     def _load(self, split: Literal["train", "validation"], limit: int | None) -> tuple[Tensor, Tensor]:
-        x_NCHW, y_N = splits.load(self.plan.task.dataset, split, self.study.data_dir, limit)
+        x_NCHW, y_N = splits.load(self.resolved.task.dataset, split, self.study.data_dir, limit)
         return x_NCHW.to(self.device), y_N.to(self.device)
 
     def _oblivious(self, x_NCHW: Tensor, y_N: Tensor) -> Mapping[str, Tensor]:
         """Return the images that depend on the classifier alone."""
-        suite, threat = self.plan.suite.with_rungs(), self.plan.threat
+        suite, threat = self.resolved.suite.with_rungs(), self.resolved.threat
         return {attack.name: self.adversarial(attack, x_NCHW, y_N, threat) for attack in suite.oblivious}
 
     def adversarial(self, attack: Attack, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel) -> Tensor:
@@ -120,7 +120,7 @@ class Materials:
             attack=str(attack),
             norm=threat.norm,
             eps=threat.eps,
-            classifier=self.identity(self.plan.protected),
+            classifier=self.identity(self.resolved.protected),
             images=len(y_N),
             seed=self.study.seed,
         )

@@ -9,10 +9,13 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from rich.console import Console
 
-from search import courier, ranking, session
+from search import session
 from search.record import Record
-from search.score import Candidate
-from search.study import Study, checked
+from search.study import ranking
+from search.study.candidate import Candidate
+from search.study.catalog import open_search, search_names
+from search.study.loading import check_study
+from search.study.study import Study
 from spaces.exceptions import InputError
 
 TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm")
@@ -33,11 +36,11 @@ def search(study: Study, *, debug: bool = False, console: Console | None = None)
         KeyboardInterrupt: it was interrupted; what had ended is kept.
     """
     console = console or _console()
-    checked(study)
-    if study.name not in courier.names(study.storage):
+    check_study(study)
+    if study.name not in search_names(study.storage):
         code = session.begin(study, console, debug=debug)
     else:
-        _same(study, courier.opened(study.name, study.storage))
+        _same(study, open_search(study.name, study.storage))
         code = session.proceed(study, console, debug=debug)
     if code == 130:
         raise KeyboardInterrupt
@@ -81,7 +84,7 @@ def front(study: Study | str, storage: str = "runs") -> pd.DataFrame:
 
 
 def _opened(study: Study | str, storage: str) -> Study:
-    return courier.opened(study, storage) if isinstance(study, str) else study
+    return open_search(study, storage) if isinstance(study, str) else study
 
 
 def _same(study: Study, begun: Study) -> None:

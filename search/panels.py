@@ -12,9 +12,9 @@ import plotly.graph_objects as go
 import wandb
 
 from search.pictures import caption
-from search.ranking import feasible, front, ranked
-from search.score import Candidate
-from search.study import Study
+from search.study.candidate import Candidate
+from search.study.ranking import feasible, front, ranked
+from search.study.study import Study
 
 Extreme = Literal["max", "min"]
 """Which value of a metric a run's summary keeps."""

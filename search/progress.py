@@ -10,10 +10,10 @@ from typing import Any
 from optuna.trial import FrozenTrial
 from rich.table import Table
 
-from search import ranking
 from search.agreement import agreement
 from search.record import ENDED, Record, state_of
-from search.study import Study
+from search.study import ranking
+from search.study.study import Study
 from search.wording import duration
 
 COUNTED = ("finished", "running", "interrupted", "pruned", "failed")

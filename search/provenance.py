@@ -11,7 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from search.study import Study
+from search.study.study import Study
 from spaces.domain import Scalar
 from spaces.space import Params
 
@@ -58,7 +58,7 @@ def libraries() -> dict[str, str]:
 
 def again(study: Study, params: Params) -> str:
     """Return the command that trains the fit of `params` again and scores it at this one setting."""
-    exam = {"defense": study.defense, "task": study.task, "eps": study.plan().threat.eps}
+    exam = {"defense": study.defense, "task": study.task, "eps": study.resolved.threat.eps}
     usual = Study()
     exam |= {name: getattr(study, name) for name in EXAM if getattr(study, name) != getattr(usual, name)}
     words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in exam.items()]

@@ -11,13 +11,11 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from search import ranking
 from search.journal import Journal
-from search.latency import Latency
-from search.ranking import OBJECTIVES
-from search.score import Candidate
-from search.study import Study
-from search.trial import store_of
+from search.study import ranking
+from search.study.candidate import Candidate, Latency
+from search.study.ranking import OBJECTIVES
+from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
 
@@ -47,7 +45,7 @@ class Record:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.space = study.plan().space
+        self.space = study.resolved.space
         self.searched = self.space.searched()
         self.optuna = self._open()
         if (names := self.optuna.metric_names) != list(OBJECTIVES):
@@ -125,7 +123,7 @@ def storage(study: Study, *, drives: bool = False) -> JournalStorage:
     Args:
         drives: for its driver, which alone may mend it and waits for a storage that is away.
     """
-    return JournalStorage(Journal(journal(study), store_of(study) if drives else None))
+    return JournalStorage(Journal(journal(study), study.store if drives else None))
 
 
 def begun(study: Study) -> bool:

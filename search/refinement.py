@@ -9,10 +9,10 @@ import numpy as np
 import optuna
 from optuna.samplers import GPSampler
 
-from search.ranking import OBJECTIVES, feasible, ranked
 from search.samplers import asked, lesson
-from search.score import Candidate
-from search.study import Study
+from search.study.candidate import Candidate
+from search.study.ranking import OBJECTIVES, feasible, ranked
+from search.study.study import Study
 from spaces.domain import Scalar
 from spaces.space import GRID_LIMIT, Params, SearchSpace
 
@@ -24,9 +24,9 @@ TRIES = 20
 
 def refinable(study: Study) -> bool:
     """Say whether a fit is scored at a part of its inference settings; its thresholds are exact in any case."""
-    plan = study.plan()
-    size = plan.space.at(plan.space.setting(plan.space.usual_of).train).size()
-    moved = set(plan.space.searched()) & set(plan.space.inference) - set(plan.defense.thresholds())
+    resolved = study.resolved
+    size = resolved.space.at(resolved.space.setting(resolved.space.usual_of).train).size()
+    moved = set(resolved.space.searched()) & set(resolved.space.inference) - set(resolved.defense.thresholds())
     return bool(moved) and (size is None or size > GRID_LIMIT)
 
 
@@ -39,7 +39,7 @@ class Refiner:
 
     def __init__(self, study: Study, candidates: Sequence[Candidate], seed: int) -> None:
         self.study = study
-        self.plan = study.plan()
+        self.resolved = study.resolved
         best = dict.fromkeys(c.fit for c in (*feasible(study, candidates), *ranked(candidates)))
         self._fits = {fit: [c for c in candidates if c.fit == fit] for fit in list(best)[:FITS]}
         self._pending: dict[str, Params] = {}
@@ -75,8 +75,8 @@ class Refiner:
 
     def _space(self, train: Mapping[str, Scalar]) -> SearchSpace:
         """Return the settings of a fit, its thresholds at their usual values: the curve picks them."""
-        usual = self.plan.space.usual()
-        return self.plan.space.at({**train, **{name: usual[name] for name in self.plan.defense.thresholds()}})
+        usual = self.resolved.space.usual()
+        return self.resolved.space.at({**train, **{name: usual[name] for name in self.resolved.defense.thresholds()}})
 
     def _promising(self, space: SearchSpace, scored: Sequence[Candidate]) -> Params:
         sampler = GPSampler(seed=int(self._rng.integers(2**32)), n_startup_trials=0)
@@ -88,6 +88,6 @@ class Refiner:
         return asked(study.ask(), space, whole=True)
 
     def _key(self, params: Params) -> str:
-        thresholds = self.plan.defense.thresholds()
+        thresholds = self.resolved.defense.thresholds()
         kept = {name: value for name, value in params.inference.items() if name not in thresholds}
         return json.dumps([dict(params.train), kept], sort_keys=True)

@@ -24,9 +24,9 @@ from search.data.cache import caches, read_ledger
 from search.data.datasets import DATASETS
 from search.findings import Findings, TrialRecord
 from search.importance import CHANCE
-from search.score import Score
 from search.storage.atomic import write_atomic
-from search.study import Study
+from search.study.candidate import Score
+from search.study.study import Study
 from search.wording import duration, milliseconds, percent, spoken_device, spoken_eps, spoken_value
 
 TOP = 10

@@ -31,8 +31,7 @@ from search.signals import terminable
 from search.storage.atomic import write_atomic
 from search.storage.outage import trouble
 from search.strike import NotRun, threat
-from search.study import make
-from search.trial import store_of
+from search.study.loading import make_study
 from spaces.exceptions import InputError
 
 __all__ = ["beside", "page", "reproduce"]
@@ -70,7 +69,7 @@ def reproduce(
     """
     table, portion = papers.table(name), Portion(fraction)
     part, other = "" if portion.whole else f"-fraction-{fraction:g}", f"-seed-{seed}" if seed else ""
-    study = make({"storage": storage, "seed": seed})
+    study = make_study({"storage": storage, "seed": seed})
     out = out or study.root / "tables" / f"{name.replace('/', '-')}{part}{other}"
     return beside(table, portion, storage=storage, data_dir=data_dir, out=out, seed=seed, console=console)
 
@@ -94,7 +93,7 @@ def beside(
 
     cells = Cells(storage, data_dir, portion, seed, heard)
     try:
-        store_of(make({"storage": storage})).make()
+        make_study({"storage": storage}).store.make()
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"a table is written into {error.filename}, but that cannot be: {error.strerror}") from None

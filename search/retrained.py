@@ -25,8 +25,8 @@ from search.export import Exported
 from search.fits import ADVERSARIAL, silent
 from search.storage.fingerprint import fingerprint
 from search.storage.store import Store
-from search.study import HELD_OUT, Plan, Study
-from search.trial import Bench, store_of
+from search.study.study import ResolvedStudy, Study
+from search.trial import Bench
 from spaces.space import Params
 
 FIRST_SEED = 1000
@@ -45,7 +45,7 @@ class Retrained(Bench):
     @cached_property
     def training(self) -> tuple[Tensor, Tensor]:
         """The study's training images and, after them, all of the validation split."""
-        return _whole(self.plan.task.dataset, self.study.data_dir, self.study.train_images, self.device)
+        return _whole(self.resolved.task.dataset, self.study.data_dir, self.study.train_images, self.device)
 
 
 @lru_cache(maxsize=1)
@@ -83,15 +83,15 @@ class Case:
         return str(self.evidence["candidate"])
 
     @cached_property
-    def plan(self) -> Plan:
+    def resolved(self) -> ResolvedStudy:
         """What the search's words stand for."""
-        return self.study.plan()
+        return self.study.resolved
 
     def outsider(self, device: torch.device) -> Outsider:
         """Return the black-box attacker: it begins with the last validation images, as in a search."""
-        x_NCHW, _ = splits.load(self.plan.task.dataset, "validation", self.study.data_dir)
-        build = ARCHITECTURES[self.plan.substitute].build
-        return Outsider(x_NCHW[-HELD_OUT:].to(device), lambda: build(self.plan.task.shape).to(device))
+        x_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir)
+        build = ARCHITECTURES[self.resolved.substitute].build
+        return Outsider(x_NCHW.to(device), lambda: build(self.resolved.task.shape).to(device))
 
     def trainings(self) -> Iterator[tuple[str, Study, Params]]:
         """Yield what is trained of each seed: the defense, and the adversarially trained classifier beside it.
@@ -101,7 +101,7 @@ class Case:
         classifier where that has more.
         """
         yield self.name, self.study, self.params
-        eps = self.threat.eps if self.threat.norm == "Linf" else self.plan.task.eps
+        eps = self.threat.eps if self.threat.norm == "Linf" else self.resolved.task.eps
         knobs = {
             "attack": "pgd",
             "start": "pretrained",
@@ -112,7 +112,7 @@ class Case:
         }
         beside: dict[str, Any] = {
             "defense": ADVERSARIAL,
-            "task": f"{self.plan.task.dataset}/{self.plan.protected}",
+            "task": f"{self.resolved.task.dataset}/{self.resolved.protected}",
             "protect": None,
             "space": "default",
             "knobs": {},
@@ -124,10 +124,10 @@ class Case:
 
     def bench(self, study: Study, seed: int) -> Retrained:
         """Return the bench of one seed; its rungs are scored on images that black-box attackers do not begin with."""
-        free = splits.sizes(self.plan.task.dataset, study.data_dir).validation - HELD_OUT
+        free = splits.sizes(self.resolved.task.dataset, study.data_dir).attackable("black-box")
         rungs = {"suite": "quick", "eval_images": min(study.cheap_images, free)}
         whole = study.model_copy(update={"seed": seed, "eps": self.threat.eps, "norm": self.threat.norm, **rungs})
-        return Retrained(whole, store_of(whole).expected())
+        return Retrained(whole, whole.store.expected())
 
 
 def epochs(params: Params) -> int:
@@ -180,7 +180,7 @@ def contenders(cases: Sequence[Case], seed: int) -> list[Contender]:
         for name, study, params in case.trainings():
             bench = case.bench(study, seed)
             key, defense = bench.fit(params, silent)
-            protected, threat = bench.plan.protected, replace(case.threat, knowledge="white-box")
+            protected, threat = bench.resolved.protected, replace(case.threat, knowledge="white-box")
             where, own = f"{protected}, {threat.norm} eps {threat.eps:g}", name == case.name
             made = Contender(
                 export=name if own else "",
@@ -190,7 +190,7 @@ def contenders(cases: Sequence[Case], seed: int) -> list[Contender]:
                 target=Defended(defense, bench.target.network).eval().requires_grad_(False),
                 threat=threat,
                 outsider=case.outsider(bench.device),
-                substitute=case.plan.substitute,
+                substitute=case.resolved.substitute,
             )
             bare = replace(
                 made,

@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from defenses.base import Metrics
-from search import courier
 from search.conductor import Conductor
-from search.events import Listener, State
-from search.latency import Latency
-from search.score import Candidate
 from search.searcher import Proposer
 from search.signals import terminable
-from search.study import Study
-from search.trial import store_of
+from search.study import sync
+from search.study.callbacks import Callback, State
+from search.study.candidate import Candidate, Latency
+from search.study.study import Study
 from search.work import REAL, Work
 
 
@@ -23,7 +21,7 @@ class Stopped(BaseException):
     """A rung stopped the trial of this process; no defense may swallow it."""
 
 
-def run(study: Study, listeners: Sequence[Listener], *, debug: bool = False, work: Work = REAL) -> State:
+def run(study: Study, listeners: Sequence[Callback], *, debug: bool = False, work: Work = REAL) -> State:
     """Run what is left of a search and return how it ended.
 
     Args:
@@ -51,9 +49,9 @@ def run(study: Study, listeners: Sequence[Listener], *, debug: bool = False, wor
     return state
 
 
-def open_conductor(study: Study, listeners: Sequence[Listener]) -> Conductor:
+def open_conductor(study: Study, listeners: Sequence[Callback]) -> Conductor:
     """Write the study and open its journal; nothing of a search exists before."""
-    store_of(study).make()
+    study.store.make()
     study.write()
     return Conductor(study, Proposer(study), listeners)
 
@@ -62,7 +60,7 @@ def settle(conductor: Conductor, name: str, last: dict[str, Any] | None) -> None
     """Tell the study what a trial's last report says."""
     if last is not None and "candidates" in last:
         candidates = [Candidate.from_json(data) for data in last["candidates"]]
-        conductor.finished(name, candidates, courier.picture(conductor.study, last["picture"]), last["curve"])
+        conductor.finished(name, candidates, sync.picture(conductor.study, last["picture"]), last["curve"])
     elif last is not None and "failed" in last:
         conductor.failed(name, last["failed"])
     elif last is not None and "interrupted" in last:

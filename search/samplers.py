@@ -12,9 +12,9 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search.ranking import OBJECTIVES, constraints
-from search.score import Candidate
-from search.study import Study
+from search.study.candidate import Candidate
+from search.study.ranking import OBJECTIVES, constraints
+from search.study.study import Study
 from spaces.domain import Scalar, contains, finite, only
 from spaces.space import GRID_LIMIT, Params, SearchSpace
 

@@ -12,15 +12,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import spaces
-from search.ranking import OBJECTIVES, constraints
 from search.record import ENDED, INTERRUPTED, Record, state_of, storage
 from search.refinement import Refiner, refinable
 from search.samplers import NEEDS_ALL, asked, generation, lesson, nearest, objectives, sampler
-from search.score import Candidate
-from search.study import Study
-from search.trial import store_of
+from search.study.candidate import Candidate, Proposal
+from search.study.ranking import OBJECTIVES, constraints
+from search.study.study import Study
 from search.warm import warmth
-from search.work import Proposal
 from spaces.domain import Scalar, contains
 from spaces.space import Params, SearchSpace
 
@@ -57,7 +55,7 @@ class Proposer(Record):
         self._refinable = refinable(study)
 
     def _open(self) -> optuna.Study:
-        store_of(self.study).make()
+        self.study.store.make()
         self.study.folder.mkdir(exist_ok=True)
         self._storage = storage(self.study, drives=True)
         study = optuna.create_study(

@@ -17,11 +17,10 @@ from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
-from search import courier, report, run, wandb_run
+from search import report, run, wandb_run
 from search.agreement import agreement
 from search.data import splits
 from search.data.datasets import DATASETS
-from search.events import State
 from search.exceptions import StorageError
 from search.findings import find
 from search.forecast import Forecast, forecast, slots_here
@@ -29,11 +28,13 @@ from search.ledger import Ledger
 from search.live import Display, leaderboard, percent, refusals, working
 from search.progress import progress
 from search.record import ENDED, Record, begun, state_of
-from search.score import Candidate
 from search.storage.outage import trouble
-from search.study import Study
+from search.study import sync
+from search.study.callbacks import State
+from search.study.candidate import Candidate
+from search.study.catalog import search_names
+from search.study.study import Study
 from search.tracking import Tracker
-from search.trial import store_of
 from search.warm import warmth
 from spaces.exceptions import InputError, choose
 
@@ -76,7 +77,7 @@ def rehearse(study: Study, console: Console) -> Forecast:
 
 def proceed(study: Study, console: Console, *, debug: bool) -> int:
     """Go on with a search and return the exit code."""
-    threat = study.plan().threat
+    threat = study.resolved.threat
     for candidate in Record(study).candidates() if begun(study) else ():
         if candidate.score.threat != threat:
             raise InputError(
@@ -94,7 +95,7 @@ def status(study: Study) -> dict[str, Any]:
 def write_report(study: Study) -> Path:
     """Write report.html, into the storage too where that is elsewhere, and return its path."""
     path = report.write(find(study), study.folder / "report.html")
-    courier.deliver(study, path)
+    sync.deliver(study, path)
     return path
 
 
@@ -121,14 +122,14 @@ def check(datasets: Sequence[str], data_dir: str | None) -> list[dict[str, Any]]
 
 def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
     """Run what is left of a search, alone: two drivers on one study would undo each other's work."""
-    plan = study.plan()
+    resolved = study.resolved
     _writable(study)
-    if other := courier.driver(study):
+    if other := sync.driver(study):
         raise InputError(f"a search must run once at a time, but {study.name!r} runs on {other}, or did a minute ago")
-    splits.fetch(plan.task.dataset, study.data_dir)  # and check them, before anything is trained
+    splits.fetch(resolved.task.dataset, study.data_dir)  # and check them, before anything is trained
     if study.train_images is not None:
         console.print(
-            f"a run of {study.train_images} training images and {plan.eval_images} attacked validation images "
+            f"a run of {study.train_images} training images and {resolved.eval_images} attacked validation images "
             "shows the way and proves nothing",
             highlight=False,
         )
@@ -141,7 +142,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
         console.print(line, highlight=False, soft_wrap=True)
 
     try:
-        with store_of(study).lock("searches", study.name).acquire(timeout=0), courier.sending(study, say) as couriers:
+        with study.store.lock("searches", study.name).acquire(timeout=0), sync.sending(study, say) as couriers:
             if new:
                 _new(study)  # another driver may have begun, and ended, since
             known, ended = _held(study)
@@ -149,7 +150,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
                 say(f"{sum(ended.values())} of {study.trials} trainings have ended, {len(known)} candidates are kept")
             ledger = Ledger(study.folder / "candidates.csv", known)
             tracker = Tracker(study.wandb, study.folder, say, known, ended)
-            display = Display(console, study, list(plan.space.searched()), plan.epochs, ended.total())
+            display = Display(console, study, list(resolved.space.searched()), resolved.epochs, ended.total())
             with closing(tracker):  # last: what was found does not wait for a server
                 with closing(display):
                     state = run.run(study, [ledger, tracker, *couriers, display], debug=debug)
@@ -215,17 +216,17 @@ def _resume(study: Study) -> str:
 def _runs(study: Study) -> bool:
     """Say whether a driver runs this search now; a storage that may only be read tells it too."""
     try:
-        with open(store_of(study).lock("searches", study.name).lock_file) as held:
+        with open(study.store.lock("searches", study.name).lock_file) as held:
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         pass
     except BlockingIOError:
         return True
-    return courier.driver(study) is not None
+    return sync.driver(study) is not None
 
 
 def _new(study: Study) -> None:
-    if study.name in courier.names(study.storage):
+    if study.name in search_names(study.storage):
         raise InputError(
             f"a search's name must be new, but {study.name!r} exists in {study.storage}: "
             f"go on with `{_resume(study)}`, or choose another name"

@@ -17,9 +17,9 @@ from defenses.base import Batches, Defended, Defense, Tensors, halved
 from search.classifiers import training
 from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
+from search.data.splits import HELD_OUT
 from search.exam import Exam
 from search.latency import REPEATS, WARM_UP, device_name
-from search.study import HELD_OUT
 from search.trial import Bench
 from spaces.space import Params
 
@@ -43,19 +43,19 @@ class Step:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.plan, self.study = bench.plan, bench.study
+        self.resolved, self.study = bench.resolved, bench.study
         if bench.device.type == "cpu":
             torch.set_num_threads(max(1, int(self.study.cpus_per_trial)))  # as Ray has its workers do
         self.device = device_name(bench.device)
-        space = self.plan.space
+        space = self.resolved.space
         self.usual: Params = space.setting(space.usual_of)
-        self.defense: Defense = self.plan.defense(self.usual.train, self.usual.inference, self.plan.task.shape)
+        self.defense: Defense = self.resolved.defense(self.usual.train, self.usual.inference, self.resolved.task.shape)
         if type(self.defense).adopt is not Defense.adopt:
-            self.defense.adopt(self._network(self.plan.task.classifier))
+            self.defense.adopt(self._network(self.resolved.task.classifier))
         self.defense.to(bench.device)
         self.epochs = int(self.defense.train_knobs.epochs)
-        self.images = self.study.train_images or splits.sizes(self.plan.task.dataset, self.study.data_dir).train
-        self.target = self._network(self.plan.protected)
+        self.images = self.study.train_images or splits.sizes(self.resolved.task.dataset, self.study.data_dir).train
+        self.target = self._network(self.resolved.protected)
 
     def training(self) -> Training:
         """Time the steps of one short epoch."""
@@ -86,23 +86,23 @@ class Step:
     def scoring(self) -> tuple[float, float]:
         """Return the seconds of an exam at one setting, and those of a rung."""
         defended = Defended(self.defense.at(self.usual.inference), self.target).eval().requires_grad_(False)
-        shape, (x_NCHW, _) = self.plan.task.shape, self._random(min(FEW, self.plan.eval_images))
+        shape, (x_NCHW, _) = self.resolved.task.shape, self._random(min(FEW, self.resolved.eval_images))
         with torch.no_grad():
             y_N = defended(x_NCHW).argmax(1)
         # A white-box attack spares what has fallen: of the searches that this was held against all but a quarter.
         y_N = torch.where(torch.arange(len(y_N), device=y_N.device) % 4 == 0, y_N, (y_N + 1) % shape.classes)
-        suite, threat, seed = self.plan.suite, self.plan.threat, self.study.seed
+        suite, threat, seed = self.resolved.suite, self.resolved.threat, self.study.seed
         blind = {attack.name: x_NCHW for attack in suite.with_rungs().oblivious}
         exam = Exam(suite, replace(threat, knowledge="white-box"), x_NCHW, y_N, blind, seed)
         observe_s, whole_s = self._timed(lambda: exam.observe(defended)), self._timed(lambda: exam.probe(defended))
         rung_s = self._timed(lambda: exam.cheap(defended, len(y_N)))
-        rung_s *= min(self.study.cheap_images, self.plan.eval_images) / len(y_N)
+        rung_s *= min(self.study.cheap_images, self.resolved.eval_images) / len(y_N)
         fixed_s = max(0.0, whole_s - observe_s)  # the gates look at so many images whatever the study's number is
         if threat.knowledge == "black-box":
             held_out, _ = self._random(HELD_OUT)
-            outsider = Outsider(held_out, lambda: self._network(self.plan.substitute).train().requires_grad_(True))
+            outsider = Outsider(held_out, lambda: self._network(self.resolved.substitute).train().requires_grad_(True))
             fixed_s += self._timed(lambda: outsider.craft(suite, defended, x_NCHW, y_N, threat, seed))
-        return fixed_s + observe_s * self.plan.eval_images / len(y_N), rung_s
+        return fixed_s + observe_s * self.resolved.eval_images / len(y_N), rung_s
 
     @torch.no_grad()
     def latency(self) -> float:
@@ -115,17 +115,17 @@ class Step:
     def classifier(self) -> float:
         """Return the seconds of one classifier's training."""
         x_NCHW, y_N = self._random(min(self.images, STEPS * 128))
-        network = ARCHITECTURES[self.plan.protected].build(self.plan.task.shape).to(self.bench.device)
+        network = ARCHITECTURES[self.resolved.protected].build(self.resolved.task.shape).to(self.bench.device)
         training.train(network, x_NCHW[:128], y_N[:128], 1, 0)
         short_s = self._timed(lambda: training.train(network, x_NCHW, y_N, 1, 0))
         return short_s * self.images / len(y_N) * self.study.classifier_epochs
 
     def _network(self, architecture: str) -> nn.Module:
-        network = ARCHITECTURES[architecture].build(self.plan.task.shape)
+        network = ARCHITECTURES[architecture].build(self.resolved.task.shape)
         return network.to(self.bench.device).eval().requires_grad_(False)
 
     def _random(self, images: int) -> tuple[Tensor, Tensor]:
-        shape, device = self.plan.task.shape, self.bench.device
+        shape, device = self.resolved.task.shape, self.bench.device
         x_NCHW = torch.rand(images, shape.channels, shape.height, shape.width, device=device)
         return x_NCHW, torch.randint(shape.classes, (images,), device=device)
 

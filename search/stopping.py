@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from search.study import Study
+from search.study.study import Study
 
 
 class Rule(Protocol):
@@ -98,7 +98,7 @@ class Never:
 
 def grace(study: Study) -> int:
     """Return the epochs before a training may be stopped."""
-    return study.grace or max(1, study.plan().epochs // 2)
+    return study.grace or max(1, study.resolved.epochs // 2)
 
 
 def rungs(study: Study) -> list[int]:
@@ -112,10 +112,10 @@ def rule_of(study: Study) -> Rule:
         case "halving":
             return _halving(study)
         case "median":
-            return Median(epochs=study.plan().epochs, grace=grace(study), patience=study.patience)
+            return Median(epochs=study.resolved.epochs, grace=grace(study), patience=study.patience)
         case "none":
             return Never()
 
 
 def _halving(study: Study) -> Halving:
-    return Halving(epochs=study.plan().epochs, grace=grace(study), factor=study.halving, patience=study.patience)
+    return Halving(epochs=study.resolved.epochs, grace=grace(study), factor=study.halving, patience=study.patience)

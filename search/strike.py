@@ -21,7 +21,6 @@ from defenses.base import Defended
 from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
 from search.setting import ATTACKS, Setting
-from search.study import HELD_OUT
 from search.trial import Bench
 
 DRAWS = 2
@@ -85,12 +84,11 @@ def _outside(bench: Bench, target: nn.Module, setting: Setting, rounds: int) -> 
     """Return the images that an attack makes of a substitute, trained on what its oracle answers."""
     assert setting.attack is not None
     x_NCHW, y_N, seed = bench.exam.x_NCHW, bench.exam.y_N, bench.study.seed
-    own_NCHW, _ = splits.load(bench.plan.task.dataset, "validation", bench.study.data_dir)
-    architecture = ARCHITECTURES[setting.substitute or bench.plan.protected]
+    architecture = ARCHITECTURES[setting.substitute or bench.resolved.protected]
     substitute = train_substitute(
         bench.target.network if setting.oracle == "bare" else target,
-        own_NCHW[-HELD_OUT:].to(x_NCHW),
-        lambda: architecture.build(bench.plan.task.shape),
+        splits.load_held_out(bench.resolved.task.dataset, bench.study.data_dir).to(x_NCHW),
+        lambda: architecture.build(bench.resolved.task.shape),
         rounds=rounds,
         step=-STEP,
         seed=seed,

@@ -14,13 +14,13 @@ from typing import Any, get_args
 
 from defenses.base import Metrics
 from search import panels
-from search.events import Listener, State
 from search.logbook import Logbook
 from search.panels import Extreme
-from search.ranking import feasible, ranked
 from search.record import Record
-from search.score import Candidate
-from search.study import Study
+from search.study.callbacks import Callback, State
+from search.study.candidate import Candidate
+from search.study.ranking import feasible, ranked
+from search.study.study import Study
 from search.wandb_run import Mode
 from spaces.space import Params
 
@@ -37,7 +37,7 @@ BY_TRIAL: dict[str, Extreme] = {
 """What the search's run shows of the best candidate of each trial."""
 
 
-class Tracker(Listener):
+class Tracker(Callback):
     """Shows a search in W&B.
 
     Args:

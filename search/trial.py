@@ -18,29 +18,22 @@ from safetensors.torch import load_file
 import attacks.suite
 from attacks.coverage import Point, pick, risk_coverage
 from defenses.base import Defended, Defense
+from search.data.splits import HELD_OUT
 from search.exam import Probed
-from search.exceptions import TrialError
 from search.fits import Fits, Report, silent
-from search.latency import Latency, device_name, measure
-from search.pictures import drawn, png
-from search.score import Candidate
+from search.latency import device_name, measure
+from search.pictures import drawn
 from search.storage.atomic import write_atomic
 from search.storage.fingerprint import code_digests, fingerprint
-from search.storage.mirror import Mirror, mirror_of
+from search.storage.mirror import Mirror
 from search.storage.store import Store
-from search.study import HELD_OUT, Study
+from search.study.candidate import Candidate, Latency
+from search.study.study import Study
 from spaces.domain import Scalar
 from spaces.space import GRID_LIMIT, Params
 
-__all__ = ["Bench", "Report", "TrialError", "baseline", "png", "run_trial", "silent", "store_of"]
-
 SAMPLE = 5
 """Further inference settings at which a fit is scored where the inference space is not finite and small."""
-
-
-def store_of(study: Study) -> Store:
-    """Return the store that all searches of the study's storage share; no search can take its name."""
-    return Store(study.root / ".store", mirror_of(study.storage, ".store"))
 
 
 def run_trial(study: Study, params: Params, store: Store, report: Report, *, alone: bool = False) -> list[Candidate]:
@@ -67,7 +60,7 @@ def baseline(study: Study, store: Store) -> Candidate:
     score = bench.exam.score(probed, probed.found.limits_S, None)
     return Candidate(
         candidate="undefended",
-        fit=bench.identity(bench.plan.protected),
+        fit=bench.identity(bench.resolved.protected),
         defense="none",
         task=study.label,
         params=Params({}, {}),
@@ -85,7 +78,7 @@ class Bench(Fits):
 
     def settings(self, params: Params) -> list[Params]:
         """Return the inference settings at which a fit is scored, the proposed one first."""
-        space = self.plan.space.at(params.train)
+        space = self.resolved.space.at(params.train)
         size = space.size()
         if size is not None and size <= GRID_LIMIT:
             others = list(space.grid())
@@ -148,16 +141,16 @@ class Bench(Fits):
 
     def sitting(self, fit: str, defense: Defense | None) -> str:
         """Return the fingerprint of one exam: everything that shapes what a target says in it."""
-        threat = self.plan.threat
+        threat = self.resolved.threat
         return fingerprint(
             source=code_digests(Probed.__module__),
             fit=fit,
             setting=dict(defense.params.inference) if defense else {},
-            classifier=self.identity(self.plan.protected),
-            suite=repr(self.plan.suite),
+            classifier=self.identity(self.resolved.protected),
+            suite=repr(self.resolved.suite),
             threat=repr(threat),
-            outsider=[self.plan.substitute, HELD_OUT] if threat.knowledge == "black-box" else [],
-            images=self.plan.eval_images,
+            outsider=[self.resolved.substitute, HELD_OUT] if threat.knowledge == "black-box" else [],
+            images=self.resolved.eval_images,
             seed=self.study.seed,
         )
 
@@ -166,14 +159,14 @@ class Bench(Fits):
 
         But what a black-box attacker learns depends on what is rejected.
         """
-        if self.plan.threat.knowledge == "black-box":
+        if self.resolved.threat.knowledge == "black-box":
             return params
-        usual, names = self.plan.space.usual(), self.plan.defense.thresholds()
+        usual, names = self.resolved.space.usual(), self.resolved.defense.thresholds()
         return Params(params.train, {**params.inference, **{name: usual[name] for name in names}})
 
     def _picked(self, params: Params, thresholds: Sequence[str], curve: Sequence[Point]) -> list[Params]:
         """Return the setting with the thresholds that the curve picks; a threshold that the space fixes stays."""
-        if any(self.plan.space.inference[name].single() for name in thresholds):
+        if any(self.resolved.space.inference[name].single() for name in thresholds):
             return []
         point = pick(curve, self.study.max_clean_rejection)
         limits = dict(zip(thresholds, point.limits, strict=True)) if point else {}
@@ -210,7 +203,7 @@ class Bench(Fits):
         _, defense = self.fit(params, silent)
         attack, exam = attacks.suite.IFGSM_TARGETED.name, self.exam
         sample = exam.x_NCHW[:images], exam.oblivious[attack][:images], exam.y_N[:images]
-        under = f"{attack}, {replace(self.plan.threat, knowledge='oblivious')}"
+        under = f"{attack}, {replace(self.resolved.threat, knowledge='oblivious')}"
         target = Defended(defense, self.target.network)
         with torch.no_grad(), attacks.suite.reproducible(defense, self.study.seed), self.lane.working():
             return write_atomic(path, drawn(target, *sample, under))

@@ -29,12 +29,12 @@ from ray.tune.search import Searcher
 from defenses.base import Metrics
 from search.cluster import Berth, at_work, joined, ready, slots
 from search.conductor import RESTARTS, Conductor
-from search.events import State
 from search.run import settle, time_again
-from search.score import Candidate
-from search.study import Study
+from search.study.callbacks import State
+from search.study.candidate import Candidate, Proposal
+from search.study.study import Study
 from search.watch import Watch
-from search.work import Proposal, Work
+from search.work import Work
 from spaces.exceptions import InputError
 from spaces.space import Params
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from search import courier
-from search.ranking import feasible
 from search.record import Record
-from search.score import Candidate
-from search.study import Plan, Study
+from search.study.candidate import Candidate
+from search.study.catalog import open_search, search_names
+from search.study.ranking import feasible
+from search.study.study import ResolvedStudy, Study
 from spaces.domain import contains
 from spaces.exceptions import InputError, choose
 from spaces.space import Params
@@ -44,7 +44,7 @@ def warmth(study: Study, source: str) -> Warmth:
     """
     if (Path(source) / "config.yaml").is_file():
         return _of_export(study, Path(source))
-    known = [name for name in courier.names(study.storage) if name != study.name]
+    known = [name for name in search_names(study.storage) if name != study.name]
     if not known:
         raise InputError(
             f"warm_start must be the folder of an export or a search of {study.storage}, but is {source!r}"
@@ -54,9 +54,9 @@ def warmth(study: Study, source: str) -> Warmth:
 
 
 def _of_search(study: Study, source: str) -> Warmth:
-    other, plan = courier.opened(source, study.storage), study.plan()
+    other, resolved = open_search(source, study.storage), study.resolved
     found = Record(other).candidates()
-    inside = [c for c in found if c.defense == study.defense and _lies_in(plan, c.params)]
+    inside = [c for c in found if c.defense == study.defense and _lies_in(resolved, c.params)]
     # Fits, not candidates: a fit's other inference settings are scored in any case.
     fits: dict[str, Params] = {}
     for candidate in feasible(study, inside):
@@ -78,15 +78,15 @@ def _of_export(study: Study, folder: Path) -> Warmth:
         defense, params = config["defense"], Params(config["train"], config["inference"])
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise InputError(f"warm_start must be an export with a whole config.yaml, but {folder}: {error}") from None
-    inside = defense == study.defense and _lies_in(study.plan(), params)
+    inside = defense == study.defense and _lies_in(study.resolved, params)
     taken = "1 of 1 settings lies in this space and is tried first" if inside else "0 of 1 settings lie in this space"
     return Warmth([params] if inside else [], [], f"warm start from {folder}, an export of {defense}: {taken}")
 
 
-def _lies_in(plan: Plan, params: Params) -> bool:
+def _lies_in(resolved: ResolvedStudy, params: Params) -> bool:
     """Say whether a setting lies in the space; thresholds that are searched may lie anywhere, a curve picks them."""
-    space, values = plan.space, params.flat()
-    picked = {name for name in plan.defense.thresholds() if not space.inference[name].single()}
+    space, values = resolved.space, params.flat()
+    picked = {name for name in resolved.defense.thresholds() if not space.inference[name].single()}
     return values.keys() == space.flat().keys() and all(
         contains(domain, values[name])
         for name, domain in space.flat().items()
@@ -96,7 +96,7 @@ def _lies_in(plan: Plan, params: Params) -> bool:
 
 def _exam(study: Study) -> tuple[object, ...]:
     """Return everything that a candidate's figures depend on beside its setting."""
-    plan = study.plan()
-    substitute = plan.substitute if study.threat == "black-box" else None
+    resolved = study.resolved
+    substitute = resolved.substitute if study.threat == "black-box" else None
     trained = (study.train_images, study.classifier_epochs, study.seed)
-    return (study.defense, study.label, plan.threat, study.suite, plan.eval_images, substitute, *trained)
+    return (study.defense, study.label, resolved.threat, study.suite, resolved.eval_images, substitute, *trained)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from search.storage.fingerprint import fingerprint
-from search.study import Study
-from search.work import Proposal
+from search.study.candidate import Proposal
+from search.study.study import Study
 
 
 class Watch:

@@ -17,19 +17,20 @@ from attacks.robustness import Robustness
 from attacks.suite import AttackError
 from attacks.threat import ThreatModel
 from defenses.base import Defended, Defense
-from search import courier, ranking
 from search.card import card
 from search.evidence import evidence
 from search.exceptions import AlarmError
 from search.export import SEAL, opened, seal
+from search.fits import silent
 from search.live import percent, working
 from search.record import Record
-from search.score import Candidate
 from search.storage.atomic import folder_atomic, write_atomic
 from search.storage.store import Store, to_bytes
-from search.study import Study
+from search.study import ranking, sync
+from search.study.candidate import Candidate
+from search.study.study import Study
 from search.tracking import log_exports
-from search.trial import Bench, silent, store_of
+from search.trial import Bench
 from spaces.exceptions import InputError
 
 TRIES = 2
@@ -90,11 +91,11 @@ def export_all(
             )
         try:
             if not folder.exists():
-                store = store_of(study)
+                store = study.store
                 with working(console, f"auditing {candidate.candidate} by heavier attacks than it was chosen by"):
                     made.append(export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms))
             found = json.loads(opened(folder)["evidence.json"])
-            courier.deliver(study, *folder.iterdir())
+            sync.deliver(study, *folder.iterdir())
             console.print(f"{_audited(found)}\nexported {folder}", highlight=False, soft_wrap=True)
             audited = {name: found[name] for name in ("threat", *FIGURES, "alarms")}
             told.append({"candidate": candidate.candidate, "folder": str(folder), "audited": audited})

@@ -13,31 +13,16 @@ import torch
 from defenses.base import Metrics
 from search import trial
 from search.exceptions import StorageError
-from search.latency import Latency
-from search.ranking import feasible, ranked
-from search.score import Candidate
 from search.storage.outage import trouble
 from search.storage.store import Store
-from search.study import Study
-from search.trial import Bench, store_of
+from search.study.candidate import Candidate, Latency, Proposal
+from search.study.ranking import feasible, ranked
+from search.study.study import Study
+from search.trial import Bench
 from spaces.space import Params
 
 Report = Callable[[str, int, Metrics], None]
 """Hears the fit's fingerprint, the epoch and its metrics; it may raise BaseException to stop the trial."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What a worker is asked for.
-
-    Args:
-        name: t001, t002, ... of a training, r001, r002, ... of a refinement.
-        refines: score a stored fit at this one inference setting, and train nothing.
-    """
-
-    name: str
-    params: Params
-    refines: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
 
     What fails while the storage is away is done again when it has returned: whatever was finished is in the store.
     """
-    store = store_of(study).expected()
+    store = study.store.expected()
     while True:
         try:
             store.wait()
@@ -104,20 +89,20 @@ def _drawn(bench: Bench, params: Params, path: Path) -> str:
 
 
 def _needed(study: Study) -> list[str]:
-    return sorted(Bench.of(study, store_of(study).expected()).needed())
+    return sorted(Bench.of(study, study.store.expected()).needed())
 
 
 def _classifier(study: Study, architecture: str) -> None:
-    Bench.of(study, store_of(study).expected()).classifier(architecture)
+    Bench.of(study, study.store.expected()).classifier(architecture)
 
 
 def _undefended(study: Study) -> Candidate:
-    return trial.baseline(study, store_of(study).expected())
+    return trial.baseline(study, study.store.expected())
 
 
 def _clock(study: Study, candidate: Candidate) -> Latency:
     """Measure the latency of a stored fit's candidate again."""
-    bench = Bench.of(study, store_of(study).expected())
+    bench = Bench.of(study, study.store.expected())
     return bench.clock(candidate.params)
 
 

@@ -11,7 +11,7 @@ from wandb.sdk import wandb_setup
 
 from search import wandb_run
 from search.patience import within
-from search.study import Plan, Study
+from search.study.study import ResolvedStudy, Study
 from spaces.exceptions import InputError
 
 try:
@@ -50,14 +50,14 @@ def view(study: Study) -> str:
 
 def workspace(study: Study, entity: str, project: str) -> ws.Workspace:
     """Return the workspace, not saved yet."""
-    plan = study.plan()
+    resolved = study.resolved
     return ws.Workspace(
         entity=entity,
         project=project,
         name=f"{study.name}: {study.defense} on {study.label}",
         sections=[
-            ws.Section(name="Candidates", is_open=True, panels=_candidates(study, plan)),
-            ws.Section(name="Learning curves", is_open=True, panels=_curves(plan)),
+            ws.Section(name="Candidates", is_open=True, panels=_candidates(study, resolved)),
+            ws.Section(name="Learning curves", is_open=True, panels=_curves(resolved)),
             ws.Section(name="Pictures", is_open=True, panels=[wr.MediaBrowser(media_keys=["picture"], layout=WIDE)]),
         ],
         settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=CURVES),
@@ -69,39 +69,44 @@ def workspace(study: Study, entity: str, project: str) -> ws.Workspace:
     )
 
 
-def _candidates(study: Study, plan: Plan) -> list[wr.PanelTypes]:
+def _candidates(study: Study, resolved: ResolvedStudy) -> list[wr.PanelTypes]:
     """Return what shows the best candidate of each trial, and then all of them."""
     attacked, latency = wr.SummaryMetric("attacked_accuracy"), wr.SummaryMetric("latency_ms_p50")
     axis = wr.ParallelCoordinatesPlotColumn
     knobs = [
         axis(
-            metric=wr.Config(f"{'train' if name in plan.space.train else 'inference'}.{name}"),
+            metric=wr.Config(f"{'train' if name in resolved.space.train else 'inference'}.{name}"),
             display_name=name,
             log=bool(getattr(domain, "log", False)),
         )
-        for name, domain in plan.space.searched().items()
+        for name, domain in resolved.space.searched().items()
     ]
     figures = [axis(metric=latency, display_name="ms"), axis(metric=attacked, display_name="attacked accuracy")]
     return [
         wr.ScatterPlot(
-            title=f"Attacked accuracy ({plan.threat}) against latency, p50 in ms",
+            title=f"Attacked accuracy ({resolved.threat}) against latency, p50 in ms",
             x=latency,
             y=attacked,
             layout=wr.Layout(w=12, h=10),
         ),
         wr.ParameterImportancePlot(with_respect_to="attacked_accuracy", layout=wr.Layout(w=12, h=10)),
-        wr.ParallelCoordinatesPlot(title=f"Knobs ({plan.threat})", columns=[*knobs, *figures], layout=WIDE),
+        wr.ParallelCoordinatesPlot(title=f"Knobs ({resolved.threat})", columns=[*knobs, *figures], layout=WIDE),
         wr.MediaBrowser(title="Pareto front, all candidates", media_keys=["pareto", "risk_coverage"], layout=WIDE),
         wr.WeavePanelSummaryTable(table_name="leaderboard", layout=WIDE),
     ]
 
 
-def _curves(plan: Plan) -> list[wr.PanelTypes]:
+def _curves(resolved: ResolvedStudy) -> list[wr.PanelTypes]:
     return [
         wr.LinePlot(
-            title=f"Quick attacked accuracy ({plan.threat}) by epoch", x="epoch", y=["cheap"], max_runs_to_show=CURVES
+            title=f"Quick attacked accuracy ({resolved.threat}) by epoch",
+            x="epoch",
+            y=["cheap"],
+            max_runs_to_show=CURVES,
         ),
-        wr.LinePlot(title=f"Best attacked accuracy ({plan.threat}) by trial", x="trial", y=["best/attacked_accuracy"]),
+        wr.LinePlot(
+            title=f"Best attacked accuracy ({resolved.threat}) by trial", x="trial", y=["best/attacked_accuracy"]
+        ),
     ]
 
 

@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from search.classifiers.training import train
-from search.study import Study, make
+from search.study.loading import make_study
+from search.study.study import Study
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -85,4 +86,4 @@ def digits_study(storage: Path, **fields: object) -> Study:
         "wandb": "disabled",
         "storage": str(storage),
     }
-    return make(smoke | fields)
+    return make_study(smoke | fields)

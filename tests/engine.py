@@ -9,11 +9,10 @@ import numpy as np
 from PIL import Image
 
 from attacks.threat import ThreatModel
-from search.latency import Latency
-from search.score import Candidate, Score
 from search.storage.fingerprint import fingerprint
-from search.study import Study
-from search.work import Proposal, Report, Work
+from search.study.candidate import Candidate, Latency, Proposal, Score
+from search.study.study import Study
+from search.work import Report, Work
 from spaces.space import GRID_LIMIT, Params
 
 LATENCY = Latency(ms_p50=5.0, ms_p95=6.0, single_ms_p50=1.0, drift=0.0, device="none", repeats=3)
@@ -83,7 +82,7 @@ class Trained(Pretence):
 
 def settings_of(study: Study, params: Params) -> Sequence[Params]:
     """Return the settings at which a fit is scored, as Bench.settings has them."""
-    space = study.plan().space.at(params.train)
+    space = study.resolved.space.at(params.train)
     rng = np.random.default_rng(study.seed)
     whole = (space.size() or GRID_LIMIT + 1) <= GRID_LIMIT
     others = list(space.grid()) if whole else [space.drawn(rng) for _ in range(5)]

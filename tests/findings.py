@@ -14,12 +14,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from attacks.threat import Knowledge, ThreatModel
-from search import ranking
 from search.agreement import Agreement, ranks
 from search.findings import Findings, TrialRecord
 from search.importance import CHANCE, Importances
-from search.score import Candidate, Score
-from search.study import Study
+from search.study import ranking
+from search.study.candidate import Candidate, Score
+from search.study.study import Study
 from spaces.space import Params
 
 SEARCHED = ("lambda_rc", "lambda_kl", "lambda_ce", "conv_maps", "sigma_eps")

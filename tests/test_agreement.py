@@ -10,7 +10,7 @@ import pytest
 
 from search.agreement import Agreement, Rank, agreement, ranks
 from search.searcher import Proposer
-from search.study import Study
+from search.study.study import Study
 from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import scored

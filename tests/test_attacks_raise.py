@@ -17,8 +17,8 @@ from attacks.robustness import Outsider, evaluate, observe
 from attacks.square import Square
 from attacks.suite import FGSM, MIM_10, RAND_FGSM, SUITES
 from attacks.threat import ThreatModel
-from search.data.splits import sizes
-from search.study import HELD_OUT, make
+from search.data.splits import HELD_OUT, sizes
+from search.study.loading import make_study
 from spaces.exceptions import InputError
 from tests.guards import Guard, Smooth
 
@@ -185,14 +185,14 @@ def test_an_outsider_needs_images_of_its_own(digits: Digits, classifier: nn.Modu
     ids=str,
 )
 def test_a_study_with_attacks_that_cannot_be_is_refused(fields: dict[str, Any], words: str) -> None:
-    says(words, lambda: make({**SMOKE, **fields}))
+    says(words, lambda: make_study({**SMOKE, **fields}))
 
 
 def test_a_black_box_study_keeps_150_images_for_the_attacker() -> None:
     assert HELD_OUT == 150 and sizes("digits", None).validation == 180
     for fields, images in (({}, 30), ({"eval_images": 30}, 30), ({"eval_images": 7}, 7)):
-        assert make({**SMOKE, "threat": "black-box", **fields}).plan().eval_images == images
-    assert make({**SMOKE, "threat": "oblivious"}).plan().eval_images == 180
+        assert make_study({**SMOKE, "threat": "black-box", **fields}).resolved.eval_images == images
+    assert make_study({**SMOKE, "threat": "oblivious"}).resolved.eval_images == 180
 
 
 def test_eps_is_the_given_one_else_the_suites_papers_else_the_tasks() -> None:
@@ -203,4 +203,4 @@ def test_eps_is_the_given_one_else_the_suites_papers_else_the_tasks() -> None:
         ({"suite": "puvae-cifar", "eps": "8/255"}, 8 / 255),
         ({"norm": "L2", "eps": 1.5, "suite": "advae-cifar"}, 1.5),
     ):
-        assert make(SMOKE | fields).plan().threat.eps == pytest.approx(eps)
+        assert make_study(SMOKE | fields).resolved.threat.eps == pytest.approx(eps)

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.quality import Spent, Table, Training, grid_of, header, row, spend, study_of
 from search.run import run
-from search.score import Candidate
-from search.study import Study
+from search.study.candidate import Candidate
+from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params, SearchSpace
 from tests.engine import scored
@@ -21,7 +21,7 @@ FOUND = 13
 
 
 def table_of(study: Study, curve: Callable[[int], list[float]]) -> Table:
-    space = study.plan().space
+    space = study.resolved.space
     grid = SearchSpace(space.train, {}, space.defaults).grid()
     trainings = {}
     for i, params in enumerate(grid, start=1):
@@ -46,7 +46,7 @@ def small(tmp_path: Path) -> Study:
 
 
 def test_the_grid_is_the_papers() -> None:
-    assert grid_of(Path("quality"), 1).plan().space.trainings() == 216
+    assert grid_of(Path("quality"), 1).resolved.space.trainings() == 216
 
 
 def test_all_epochs_until_the_goal_count(small: Study) -> None:

@@ -33,7 +33,7 @@ def test_a_simulated_search_goes_through_the_whole_engine(tmp_path: Path) -> Non
 
 
 def test_made_up_scores_are_lawful_and_depend_on_the_knobs_alone(tmp_path: Path) -> None:
-    space = simulated(tmp_path).plan().space
+    space = simulated(tmp_path).resolved.space
     params = space.drawn(np.random.default_rng(0))
     candidates = sweep(params)
     assert candidates[0].params == params and candidates == sweep(params)

@@ -12,7 +12,7 @@ from search import cluster
 from search.cluster import Berth, at_work
 from search.data import cache
 from search.data.splits import fetch
-from search.study import Study
+from search.study.study import Study
 from spaces.exceptions import InputError
 
 

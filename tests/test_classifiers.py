@@ -11,7 +11,6 @@ from search.classifiers.architectures import ARCHITECTURES, PARTNERS, Stack, lea
 from search.classifiers.task import TASKS, find_task
 from search.classifiers.training import obtain, train
 from search.data.datasets import DATASETS
-from search.trial import store_of
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 
@@ -202,9 +201,7 @@ def test_resnet29_learns_the_digits_and_is_stored_frozen_in_eval_mode(
     def found() -> nn.Module:
         device = torch.device("cpu")
         training = x_NCHW[:1257], y_N[:1257]
-        return obtain(
-            study, find_task("digits/resnet29"), "resnet29", store_of(study), lambda: training, device
-        ).network
+        return obtain(study, find_task("digits/resnet29"), "resnet29", study.store, lambda: training, device).network
 
     network = found()
     before = [tensor.clone() for tensor in network.state_dict().values()]

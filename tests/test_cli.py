@@ -25,10 +25,10 @@ from rich.console import Console
 
 import launch as command_line
 from launch import main
-from search.fields import Fields
 from search.flags import LISTED, PANELS
 from search.live import working
-from search.study import read
+from search.study.fields import Fields
+from search.study.loading import read_study
 from spaces.exceptions import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,14 +194,14 @@ def test_the_process_exits_with_the_code() -> None:
 def test_a_broken_study_file_is_named_with_its_line(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(InputError) as caught:
-        read(tmp_path / "study.yaml")
+        read_study(tmp_path / "study.yaml")
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_study_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="it is not UTF-8"):
-        read(tmp_path / "study.yaml")
+        read_study(tmp_path / "study.yaml")
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_the_commands_that_show_a_search_open_it_first(
         assert real.bind(*given, **named).arguments["study"] == ("night", "runs")
         return 0
 
-    monkeypatch.setattr("search.courier.opened", lambda name, storage: (name, storage))
+    monkeypatch.setattr("search.study.catalog.open_search", lambda name, storage: (name, storage))
     monkeypatch.setattr(f"{module}.{name}", shows)
     assert said(*words.split()).code == 0
 

@@ -23,7 +23,7 @@ import pytest
 
 from search.data import cache
 from search.data.splits import fetch
-from search.study import read
+from search.study.loading import read_study
 from tests.test_cli import ROOT
 
 PACKAGES = ("spaces", "attacks", "defenses", "search")
@@ -189,7 +189,7 @@ def test_a_search_may_be_submitted_as_a_job(nodes: Nodes, tmp_path: Path) -> Non
             break
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert len(_candidates(nodes.shared / "job")) == 12
-    assert read(nodes.shared / "job" / "study.yaml").address is None
+    assert read_study(nodes.shared / "job" / "study.yaml").address is None
 
 
 @pytest.mark.slow

@@ -26,15 +26,16 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from search import dashboard, ranking
-from search.courier import JOURNAL
+from search import dashboard
 from search.dashboard import Followed, Shown, server
 from search.exceptions import StorageError
 from search.record import Record, journal
 from search.run import run
-from search.score import Candidate
 from search.searcher import Proposer
-from search.study import Study
+from search.study import ranking
+from search.study.candidate import Candidate
+from search.study.study import Study
+from search.study.sync import JOURNAL
 from spaces.exceptions import InputError
 from spaces.space import Params
 from tests.conftest import digits_study

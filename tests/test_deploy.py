@@ -20,7 +20,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from search.study import make
+from search.study.loading import make_study
 from tests.test_cli import ROOT, launch
 
 DEPLOY = ROOT / "deploy"
@@ -71,7 +71,7 @@ def test_the_rayjobs_entrypoint_is_a_command_of_ours(tmp_path: Path) -> None:
     assert (python, script, command) == ("python", "launch.py", "search")
     printed = launch(command, *flags, "--print-config")
     assert printed.returncode == 0, printed.stderr
-    study = make(yaml.safe_load(printed.stdout))
+    study = make_study(yaml.safe_load(printed.stdout))
     assert study.storage.startswith("/shared/") and study.address == "auto"
 
 

@@ -21,7 +21,7 @@ from defenses.base import Defense
 from launch import main
 from search import export
 from search.data.splits import load
-from search.study import make
+from search.study.loading import make_study
 from tests.test_cli import ROOT
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def search(storage: Path, defense: str, *more: str, name: str = "") -> list[dict
 @pytest.mark.parametrize(("defense", "space"), [(d, s) for d in defenses.names() for s in spaces.names(d)])
 def test_every_setting_of_a_named_space_can_be_built_on_the_images_it_is_for(defense: str, space: str) -> None:
     dataset = {"cifar": "cifar10", "svhn": "svhn"}.get(space.rpartition("_")[2], "mnist")
-    make({"defense": defense, "space": space, "task": f"{dataset}/A"})
+    make_study({"defense": defense, "space": space, "task": f"{dataset}/A"})
     assert {"paper", "wide", "smoke"} <= set(spaces.names(defense))
 
 

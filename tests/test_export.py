@@ -32,16 +32,15 @@ from defenses.puvae import PuVAE
 from search import evidence, provenance, winners
 from search.attack import attack, page
 from search.card import card
-from search.courier import opened
 from search.data import splits
 from search.data.datasets import DATASETS
 from search.exceptions import AlarmError
 from search.export import FILES, SEAL, load
 from search.record import Record
 from search.run import run
-from search.score import Candidate
-from search.study import Study
-from search.trial import store_of
+from search.study.candidate import Candidate
+from search.study.catalog import open_search
+from search.study.study import Study
 from search.winners import export, export_all, pick
 from search.wording import spoken_device
 from spaces.exceptions import InputError
@@ -89,7 +88,7 @@ def audited(searched: Study) -> Iterator[list[Audit]]:
 @pytest.fixture(scope="module")
 def folder(searched: Study, audited: list[Audit]) -> Path:
     best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
-    return export(searched, best, store_of(searched), searched.folder / "export", despite_alarms=True)
+    return export(searched, best, searched.store, searched.folder / "export", despite_alarms=True)
 
 
 def independent_pgd(model: Defended, x: Tensor, y: Tensor, draws: int = 20) -> Tensor:
@@ -237,7 +236,7 @@ def test_the_command_of_the_card_makes_the_candidate_again(folder: Path, monkeyp
     words = shlex.split(said["reproduce"])
     monkeypatch.setattr("sys.argv", [*words[1:], "--storage", storage, "--wandb", "disabled", "--debug"])
     assert launch.main() == 0
-    (again,) = Record(opened("smoke-again", storage)).candidates()
+    (again,) = Record(open_search("smoke-again", storage)).candidates()
     assert (again.candidate, again.fit) == (said["candidate"], said["fit"])
     assert again.score.attacked_accuracy == said["attacked_accuracy_of_the_search"]
 
@@ -361,13 +360,13 @@ def test_what_is_no_export_is_named(tmp_path: Path) -> None:
 def test_an_export_never_overwrites_another(folder: Path, searched: Study) -> None:
     best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
     with pytest.raises(InputError, match="an export must be a new folder"):
-        export(searched, best, store_of(searched), folder.parent)
+        export(searched, best, searched.store, folder.parent)
 
 
 def test_a_candidate_whose_fit_is_another_by_now_is_not_exported(searched: Study, tmp_path: Path) -> None:
     best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
     with pytest.raises(InputError, match="an export needs the fit that was scored"):
-        export(searched, replace(best, fit="0" * 16), store_of(searched), tmp_path)
+        export(searched, replace(best, fit="0" * 16), searched.store, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -377,9 +376,9 @@ def test_an_alarm_refuses_the_export_and_despite_writes_it(
     best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
     monkeypatch.setattr(evidence, "REPRODUCED", -1.0)  # a gate that cannot pass
     with pytest.raises(AlarmError, match="reproduced"):
-        export(searched, best, store_of(searched), tmp_path)
+        export(searched, best, searched.store, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    written = export(searched, best, store_of(searched), tmp_path, despite_alarms=True)
+    written = export(searched, best, searched.store, tmp_path, despite_alarms=True)
     assert (written / "evidence.json").read_text().splitlines()[1].startswith(' "alarms": [')
     assert "ALARM" in (written / "card.md").read_text()
 

@@ -47,8 +47,10 @@ from search.searcher import Proposer
 from search.storage import outage
 from search.storage.outage import trouble
 from search.storage.store import Store
-from search.study import Study, read
-from search.work import Proposal, Report, Work
+from search.study.candidate import Proposal
+from search.study.loading import read_study
+from search.study.study import Study
+from search.work import Report, Work
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT, launch
@@ -245,7 +247,7 @@ def test_ctrl_c_and_sigterm_save_and_resume_finishes_what_is_left_even_unheard(t
     assert search.wait(300) == 0
     after = rows(tmp_path / "stop")
     assert len(after) == 18 and before.items() <= after.items()
-    trials = Record(read(tmp_path / "stop" / "study.yaml")).trials()
+    trials = Record(read_study(tmp_path / "stop" / "study.yaml")).trials()
     assert [t.user_attrs["trial"] for t in trials] == ["t001", "t002", "t003"]
 
 

@@ -46,13 +46,14 @@ from search.export import FILES, SEAL, seal
 from search.final import final, judge_export, page, train_seed
 from search.final_page import forms
 from search.final_table import COLUMNS, _rows
+from search.fits import silent
 from search.hearing import Hearing, Judged
 from search.latency import Lane
 from search.retrained import Case, Retrained, contenders
 from search.storage.atomic import write_atomic
 from search.storage.store import Store
-from search.study import Study
-from search.trial import Bench, run_trial, silent, store_of
+from search.study.study import Study
+from search.trial import Bench, run_trial
 from search.winners import export
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -87,7 +88,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a MagNet, which rejects, trained on 150 images and chosen on 10 validation images."""
     smaller = {"train_images": 150, "eval_images": CHOSEN_ON, "cheap_images": CHOSEN_ON, "suite": "quick"}
     study = digits_study(tmp_path_factory.mktemp("runs"), defense="magnet", eps=0.1, **smaller)
-    store, space = store_of(study).make(), study.plan().space
+    store, space = study.store.make(), study.resolved.space
     usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
     candidate, *_ = run_trial(study, Params(usual, space.usual()), store, silent, alone=True)
     return export(study, candidate, store, study.folder / "export", despite_alarms=True)
@@ -233,7 +234,7 @@ def test_no_search_takes_a_fit_of_a_final_run_nor_the_other_way_round(exported: 
     (case,) = cases_of(exported)
     for _, study, params in case.trainings():
         study = study.model_copy(update={"train_images": limit, "seed": 1000})
-        theirs, ours = Bench(study, store_of(study)), case.bench(study, 1000)
+        theirs, ours = Bench(study, study.store), case.bench(study, 1000)
         assert theirs.fingerprint(params) != ours.fingerprint(params)
         assert theirs.identity("A") != ours.identity("A")
 
@@ -319,7 +320,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
     heard = Hearing(
         *splits.open_test("digits", None, 3),
         7,
-        store_of(case.study),
+        case.study.store,
         Lane(torch.device("cpu")),
         lambda doing, share: said.append(doing),
         steps=1,

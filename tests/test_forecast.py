@@ -10,9 +10,10 @@ import pytest
 
 from launch import main
 from search import step
+from search.fits import silent
 from search.forecast import forecast, slots_here
 from search.step import Step
-from search.trial import run_trial, silent, store_of
+from search.trial import run_trial
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_trial import brief, setting
@@ -40,7 +41,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
 def test_a_dry_run_knows_what_the_store_holds(tmp_path: Path) -> None:
     study = brief(tmp_path)
     before = forecast(study, 4)
-    run_trial(study, setting(study), store_of(study), silent)
+    run_trial(study, setting(study), study.store, silent)
     after = forecast(study, 4)
     assert (before.known, before.classifiers) == (0, ["A", "B"])
     assert (after.known, after.classifiers) == (1, []) and after.first_s < before.first_s
@@ -74,7 +75,7 @@ def test_a_training_is_scaled_from_its_batches_to_all_its_images(
     ticks = iter(range(10_000))
     monkeypatch.setattr(Step, "_now", lambda self: float(next(ticks)))
     study = brief(tmp_path, train_images=1200)
-    found = Step(Bench(study, store_of(study)))
+    found = Step(Bench(study, study.store))
     size = found.defense.train_knobs.batch_size
     training = found.training()
     # A tick a batch: of an epoch's batches one after the other, each takes one.

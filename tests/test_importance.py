@@ -9,9 +9,9 @@ import pytest
 
 from search.importance import CHANCE, importances
 from search.samplers import lesson
-from search.score import Candidate
 from search.searcher import Proposer
-from search.study import make
+from search.study.candidate import Candidate
+from search.study.loading import make_study
 from spaces.space import Params
 from tests.engine import scored
 
@@ -22,7 +22,7 @@ def told(storage: Path, fits: int) -> Proposer:
     """A search of whose attacked error sigma_eps explains two thirds, lambda_kl a third, and lambda_rc nothing."""
     knobs = {"lambda_rc": "0.1..10:log", "lambda_kl": "0.1..10:log", "sigma_eps": list(SIGMAS)}
     made = {"name": "known", "task": "digits/A", "space": "smoke", "knobs": {**knobs, "conv_maps": 4}}
-    study = make({**made, "method": "random", "trials": fits, "refine": 0, "storage": str(storage)})
+    study = make_study({**made, "method": "random", "trials": fits, "refine": 0, "storage": str(storage)})
     proposer = Proposer(study)
     for _ in range(fits):
         proposal = proposer.propose()

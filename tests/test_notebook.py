@@ -15,7 +15,7 @@ from rich.console import Console
 import search
 from search import run
 from search.record import Record
-from search.study import Study
+from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
 from tests.conftest import digits_study

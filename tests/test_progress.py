@@ -18,15 +18,14 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from launch import main
-from search import ranking
 from search.live import Display, leaderboard, refusals
 from search.progress import busy
 from search.record import Record
 from search.run import run
-from search.score import Candidate
-from search.study import Study
-from search.trial import store_of
-from search.work import Proposal, Report
+from search.study import ranking
+from search.study.candidate import Candidate, Proposal
+from search.study.study import Study
+from search.work import Report
 from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import scored
@@ -163,7 +162,7 @@ def test_what_is_left_is_told_while_a_search_runs(tmp_path: Path) -> None:
     study = digits_study(tmp_path, epochs=3, trials=2, refine=0)
     run(study, [], debug=True, work=PRETENDED)
     longer = study.model_copy(update={"trials": 6})
-    with store_of(study).lock("searches", study.name):
+    with study.store.lock("searches", study.name):
         found = session.status(longer)
     assert found["runs"] and found["seconds_left"] == pytest.approx(2 * found["seconds"], abs=0.2)
 

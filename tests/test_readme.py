@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from search.fields import Fields
 from search.flags import given
 from search.listings import rows
-from search.study import make
+from search.study.fields import Fields
+from search.study.loading import make_study
 from tests.test_cli import ROOT, Said, parsed, said
 
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]
@@ -77,7 +77,7 @@ COMMANDS = list(commands())
 def test_the_command_line_takes_every_command_of_the_pages(command: Command) -> None:
     found = parsed(*command.launched)
     if command.launched[0] == "search":
-        make(given({name: value for name, value in found.items() if name in Fields.model_fields}))
+        make_study(given({name: value for name, value in found.items() if name in Fields.model_fields}))
     if command.launched[0] == "list":
         assert rows(found["what"], "runs") or found["what"] == "searches"
     if command.launched[0] == "reproduce":

@@ -23,10 +23,10 @@ from rich.console import Console
 from benchmarks.ordeal import wait_for
 from defenses.base import Metrics
 from defenses.puvae import PuVAE
-from search import courier, session
-from search.events import Listener
+from search import session
 from search.exceptions import Unreachable
 from search.ledger import Ledger
+from search.pictures import png
 from search.record import Record, begun
 from search.run import Stopped, run
 from search.searcher import Proposer
@@ -35,9 +35,14 @@ from search.storage.atomic import write_atomic
 from search.storage.mirror import Mirror
 from search.storage.store import Store
 from search.storage.uri import local_folder
-from search.study import Study, make
-from search.trial import png, run_trial, store_of
-from search.work import Proposal, Report
+from search.study import sync
+from search.study.callbacks import Callback
+from search.study.candidate import Proposal
+from search.study.catalog import open_search, search_names
+from search.study.loading import make_study
+from search.study.study import Study
+from search.trial import run_trial
+from search.work import Report
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT
@@ -50,7 +55,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_module, "REST", 0.0)
-    monkeypatch.setattr(courier, "PAUSE_S", 0.01)
+    monkeypatch.setattr(sync, "PAUSE_S", 0.01)
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -194,7 +199,7 @@ def test_a_storage_that_does_not_answer_is_left_alone_for_a_while(
 
 def far_study(tmp_path: Path, **fields: object) -> Study:
     (tmp_path / "far").mkdir(exist_ok=True)
-    return make(digits_study(tmp_path, **fields).model_dump() | {"storage": f"file://{tmp_path}/far"})
+    return make_study(digits_study(tmp_path, **fields).model_dump() | {"storage": f"file://{tmp_path}/far"})
 
 
 def on(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -214,7 +219,7 @@ def untrained(*args: object) -> Iterator[None]:
 def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
     """Stand in for a trial, and leave behind what one leaves."""
     last = PRETENDED.execute(study, proposal, report)
-    store_of(study).put("fits", last["candidates"][0]["fit"], {"weights": b"w"}, {})
+    study.store.put("fits", last["candidates"][0]["fit"], {"weights": b"w"}, {})
     (study.folder / "wandb" / proposal.name).mkdir(parents=True)
     (study.folder / "wandb" / proposal.name / "run.wandb").write_text(proposal.name)
     path = study.folder / "pictures" / f"{proposal.name}.png"
@@ -225,11 +230,11 @@ def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
 STAND_IN = replace(PRETENDED, execute=execute)
 
 
-def search(study: Study, *listeners: Listener) -> list[str]:
+def search(study: Study, *listeners: Callback) -> list[str]:
     """Run a search without trainings, and return what the courier said."""
     said = list[str]()
     study.root.mkdir(parents=True, exist_ok=True)
-    with courier.sending(study, said.append) as couriers:
+    with sync.sending(study, said.append) as couriers:
         ledger = Ledger(study.folder / "candidates.csv", Record(study).candidates() if begun(study) else [])
         assert run(study, [ledger, *listeners, *couriers], debug=True, work=STAND_IN) == "finished"
         session.write_report(study)
@@ -245,13 +250,13 @@ def test_a_search_of_one_machine_is_seen_and_gone_on_with_on_another(
     shutil.rmtree(one)  # the machine is gone
 
     two = on("two", tmp_path, monkeypatch)
-    assert courier.names(study.storage) == ["smoke"]
-    said = session.status(courier.opened("smoke", study.storage, whole=False))
+    assert search_names(study.storage) == ["smoke"]
+    said = session.status(open_search("smoke", study.storage, whole=False))
     assert (said["finished"], said["running"], said["candidates"]) == (3, 0, 3)
     assert {path.name for path in (two / "smoke").iterdir()} == {
         "study.yaml", "study.journal", "candidates.csv", "report.html"
     }  # fmt: skip
-    found = courier.opened("smoke", study.storage)
+    found = open_search("smoke", study.storage)
     assert len(rows(two / "smoke")) == 3 and len(list((two / "smoke").glob("wandb/*/run.wandb"))) == 3
     assert session.write_report(found).read_text().count("data:image/png") >= 3
     assert search(found.model_copy(update={"trials": 5})) == []
@@ -261,9 +266,9 @@ def test_a_search_of_one_machine_is_seen_and_gone_on_with_on_another(
     on("three", tmp_path, monkeypatch)
     study.folder.mkdir(parents=True)
     (study.folder / "study.journal").write_bytes(b"{}")  # it took part before, and is behind
-    record = Record(courier.opened("smoke", study.storage))
+    record = Record(open_search("smoke", study.storage))
     assert [t.user_attrs["trial"] for t in record.trials()] == ["t001", "t002", "t003", "t004", "t005"]
-    assert len(rows(study.folder)) == len(store_of(study).keys("fits")) == 5
+    assert len(rows(study.folder)) == len(study.store.keys("fits")) == 5
 
 
 def test_a_training_goes_on_on_another_machine_and_is_done_once_for_all(
@@ -278,18 +283,18 @@ def test_a_training_goes_on_on_another_machine_and_is_done_once_for_all(
 
     one = on("one", tmp_path, monkeypatch)
     with pytest.raises(Stopped):
-        run_trial(study, params.params, store_of(study), dies)
+        run_trial(study, params.params, study.store, dies)
     shutil.rmtree(one)
     on("two", tmp_path, monkeypatch)
-    candidates = run_trial(study, params.params, store_of(study), lambda epoch, metrics: heard.append(epoch))
+    candidates = run_trial(study, params.params, study.store, lambda epoch, metrics: heard.append(epoch))
     assert heard == [2] and not list((tmp_path / "far" / ".store" / "progress").glob("*"))
     on("three", tmp_path, monkeypatch)
     monkeypatch.setattr(PuVAE, "fit", untrained)
-    again = run_trial(study, params.params, store_of(study), dies)
+    again = run_trial(study, params.params, study.store, dies)
     assert [c.candidate for c in again] == [c.candidate for c in candidates]
 
 
-class Away(Listener):
+class Away(Callback):
     """Takes the storage away when the first trial ends and the study has arrived there."""
 
     def __init__(self, far: Path) -> None:
@@ -312,11 +317,11 @@ def test_a_storage_that_goes_in_mid_search_stops_no_trial_and_loses_nothing(
     assert len(said) == 1 and "does not answer: what it lacks is kept in" in said[0]
     assert len(rows(study.folder)) == 3 and not (tmp_path / "far").exists()
     (tmp_path / "gone").rename(tmp_path / "far")
-    assert search(courier.opened("smoke", study.storage)) == []  # nothing is left to do but to send
+    assert search(open_search("smoke", study.storage)) == []  # nothing is left to do but to send
     shutil.rmtree(one)
     on("two", tmp_path, monkeypatch)
-    assert len(Record(courier.opened("smoke", study.storage)).candidates()) == 3
-    assert len(store_of(study).keys("fits")) == 3 and not list((tmp_path / "far").rglob("*.part-*"))
+    assert len(Record(open_search("smoke", study.storage)).candidates()) == 3
+    assert len(study.store.keys("fits")) == 3 and not list((tmp_path / "far").rglob("*.part-*"))
 
 
 def test_a_search_runs_on_one_machine_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,24 +329,24 @@ def test_a_search_runs_on_one_machine_at_a_time(tmp_path: Path, monkeypatch: pyt
     on("one", tmp_path, monkeypatch)
     study.root.mkdir(parents=True)
     study.write()
-    with courier.sending(study, print) as couriers:
+    with sync.sending(study, print) as couriers:
         couriers[0].trial_ended("t001", "pruned", [], None, "")
         until = time.monotonic() + 20
         while not (tmp_path / "far" / "smoke" / "driver.json").exists():
             assert time.monotonic() < until
             time.sleep(0.01)
-        assert courier.driver(study) is None  # it is its own
+        assert sync.driver(study) is None  # it is its own
         on("two", tmp_path, monkeypatch)
-        found = courier.opened("smoke", study.storage)
-        assert courier.driver(found)
+        found = open_search("smoke", study.storage)
+        assert sync.driver(found)
         with pytest.raises(InputError, match="a search must run once at a time, but 'smoke' runs on "):
             session.proceed(found, Console(quiet=True), debug=True)
         with monkeypatch.context() as later:
-            later.setattr(courier, "TICK_S", 0.0)  # it was not heard of for long
-            assert courier.driver(found) is None
+            later.setattr(sync, "TICK_S", 0.0)  # it was not heard of for long
+            assert sync.driver(found) is None
         on("one", tmp_path, monkeypatch)
     on("two", tmp_path, monkeypatch)
-    assert courier.driver(found) is None
+    assert sync.driver(found) is None
 
 
 def test_what_another_machine_went_on_with_counts_and_not_what_was_never_sent(
@@ -357,10 +362,10 @@ def test_what_another_machine_went_on_with_counts_and_not_what_was_never_sent(
     (there / "study.journal.part-1").touch()  # its sender died
     journal = one / "smoke" / "study.journal"
     journal.write_bytes(b"1\n2\n3\n4\n5\n")
-    courier.opened("smoke", study.storage)
+    open_search("smoke", study.storage)
     assert journal.read_bytes() == b"1\n2\n3\n4\n5\n"  # it is the same search, further on
     (there / "study.journal").write_bytes(b"1\nother\n")
-    courier.opened("smoke", study.storage)
+    open_search("smoke", study.storage)
     assert journal.read_bytes() == b"1\nother\n"
     assert {path.name for path in (one / "smoke").glob("[!.]*")} == {"study.yaml", "study.journal"}
 
@@ -377,9 +382,9 @@ def test_what_another_machine_went_on_with_counts_and_not_what_was_never_sent(
 )
 def test_a_uri_that_cannot_be_spoken_to_is_refused(storage: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        make({"storage": storage, "task": "digits/A"})
+        make_study({"storage": storage, "task": "digits/A"})
     with pytest.raises(InputError, match=words):
-        courier.names(storage)
+        search_names(storage)
 
 
 def test_a_uri_that_cannot_be_written_is_refused_before_anything_is_trained(
@@ -387,7 +392,7 @@ def test_a_uri_that_cannot_be_written_is_refused_before_anything_is_trained(
 ) -> None:
     on("one", tmp_path, monkeypatch)
     (tmp_path / "far").write_text("a file")
-    study = make(digits_study(tmp_path).model_dump() | {"storage": f"file://{tmp_path}/far"})
+    study = make_study(digits_study(tmp_path).model_dump() | {"storage": f"file://{tmp_path}/far"})
     with pytest.raises(InputError, match="a storage must be a URI that can be written, but file://"):
         session.begin(study, Console(quiet=True), debug=True)
 

@@ -14,9 +14,9 @@ import yaml
 
 from attacks.interval import wilson
 from search.agreement import Agreement, ranks
-from search.latency import Latency
 from search.report import interval, render, write
-from search.study import Study
+from search.study.candidate import Latency
+from search.study.study import Study
 from search.wording import duration, spoken_eps, spoken_value
 from spaces.domain import Scalar
 from tests.findings import (

@@ -16,7 +16,7 @@ from search.cost import cost
 from search.export import FILES, SEAL, seal
 from search.findings import audits
 from search.report import render
-from search.study import Study
+from search.study.study import Study
 from search.wording import spoken_device
 from tests.findings import findings_of, nothing_yet, several_devices
 from tests.page import Page

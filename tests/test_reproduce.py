@@ -32,8 +32,8 @@ from search.reproduce import _named, _order, _summed, beside, page, reproduce
 from search.reproduce_page import _summary
 from search.setting import Setting
 from search.strike import NotRun
-from search.study import make
-from search.trial import Bench, store_of
+from search.study.loading import make_study
+from search.trial import Bench
 from spaces.exceptions import InputError
 from spaces.space import SearchSpace
 
@@ -105,7 +105,7 @@ def test_a_cell_is_what_an_independent_evaluation_of_the_same_attack_finds(
 ) -> None:
     row = cell(finished[0], "PuVAE")
     params = Cells(str(storage), None, HALF, 0, lambda *heard: None).params(tiny().cells[2].setting)
-    study = make(
+    study = make_study(
         {
             "defense": "puvae",
             "task": "digits/A",
@@ -117,7 +117,7 @@ def test_a_cell_is_what_an_independent_evaluation_of_the_same_attack_finds(
             "storage": str(storage),
         }
     )
-    bench = Bench(study, store_of(study))
+    bench = Bench(study, study.store)
     assert bench.fingerprint(params) in bench.store.held("fits")
     _, defense = bench.fit(params, lambda epoch, metrics: pytest.fail("it was trained again"))
     x_NCHW, y_N = bench.exam.x_NCHW, bench.exam.y_N
@@ -293,7 +293,7 @@ def test_one_fit_serves_all_classifiers_where_the_training_looks_at_none(storage
     for defense, one in (("magnet", True), ("defense_gan", True), ("puvae", False)):
         settings = [Setting(task=f"digits/{name}", defense=defense) for name in "AB"]
         assert (len({cells.bench(s).fingerprint(cells.params(s)) for s in settings}) == 1) == one
-        assert [cells.bench(s).plan.protected for s in settings] == ["A", "B"]
+        assert [cells.bench(s).resolved.protected for s in settings] == ["A", "B"]
 
 
 @pytest.mark.parametrize("defense", UNTAUGHT)

@@ -12,15 +12,15 @@ import defenses.puvae
 from benchmarks.ordeal import rows
 from defenses.base import Batches, Metrics
 from search import session
-from search.events import Listener
 from search.record import Record, state_of
 from search.run import run
-from search.study import Study
+from search.study.callbacks import Callback
+from search.study.study import Study
 from spaces.space import Params
 from tests.conftest import digits_study
 
 
-class Diary(Listener):
+class Diary(Callback):
     def __init__(self) -> None:
         self.heard: list[str] = []
 

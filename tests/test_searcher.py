@@ -10,16 +10,16 @@ import pytest
 from optuna.samplers import NSGAIISampler
 from optuna.trial import TrialState, create_trial
 
-from search import ranking, session
+from search import session
 from search.findings import find
 from search.importance import Importances, importances
 from search.record import Record, state_of, storage
 from search.run import open_conductor, run
 from search.samplers import Bounded
-from search.score import Candidate
 from search.searcher import Proposer
-from search.study import Study
-from search.trial import store_of
+from search.study import ranking
+from search.study.candidate import Candidate
+from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
 from tests.conftest import digits_study
@@ -216,7 +216,7 @@ def test_reading_a_search_changes_nothing(study: Study) -> None:
 
 def test_what_no_driver_runs_is_interrupted_and_not_running(study: Study) -> None:
     proposed(Proposer(study))
-    with store_of(study).lock("searches", study.name):
+    with study.store.lock("searches", study.name):
         assert session.status(study)["running"] == 1
     found = session.status(study)
     assert (found["running"], found["interrupted"]) == (0, 1)

@@ -11,9 +11,10 @@ import pytest
 import wandb
 from rich.console import Console
 
-from search import courier, session, winners
+from search import session, winners
 from search.record import Record
-from search.study import make
+from search.study.catalog import search_names
+from search.study.loading import make_study
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 
@@ -73,7 +74,7 @@ def test_no_secret_stands_in_what_a_search_a_report_and_an_export_write_or_say(
 
 def test_a_password_in_a_storages_uri_is_refused_and_not_repeated() -> None:
     uri = "sftp://me:hushhush13@host/runs"
-    for use in (lambda: make({"storage": uri}), lambda: courier.names(uri)):
+    for use in (lambda: make_study({"storage": uri}), lambda: search_names(uri)):
         with pytest.raises(InputError, match="without a password.*me:\\*\\*\\*@host") as refused:
             use()
         assert "hushhush13" not in str(refused.value)

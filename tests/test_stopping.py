@@ -14,15 +14,15 @@ from optuna.trial import TrialState
 
 from search.charts import charts
 from search.findings import find
-from search.latency import Latency
-from search.ranking import front
 from search.record import Record, state_of
 from search.run import open_conductor, run
 from search.searcher import Proposer
 from search.stopping import Halving, Median, rule_of
 from search.storage.fingerprint import fingerprint
-from search.study import Study
-from search.work import Proposal, Report, Work
+from search.study.candidate import Latency, Proposal
+from search.study.ranking import front
+from search.study.study import Study
+from search.work import Report, Work
 from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import scored

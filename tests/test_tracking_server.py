@@ -15,7 +15,7 @@ import pytest
 from search import wandb_run
 from search.record import Record
 from search.run import run
-from search.study import Study
+from search.study.study import Study
 from search.tracking import Tracker
 from tests.conftest import digits_study
 from tests.engine import Pretence

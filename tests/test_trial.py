@@ -18,11 +18,11 @@ from defenses.puvae import PuVAE
 from search import exam, latency, trial
 from search.exam import Exam
 from search.exceptions import TrialError
-from search.pictures import caption
-from search.score import Candidate
+from search.pictures import caption, png
 from search.storage.fingerprint import code_digests
-from search.study import Study
-from search.trial import Bench, baseline, png, run_trial, store_of
+from search.study.candidate import Candidate
+from search.study.study import Study
+from search.trial import Bench, baseline, run_trial
 from spaces.space import Params
 from tests.conftest import digits_study
 
@@ -35,7 +35,7 @@ def silent(epoch: int, metrics: Metrics) -> None:
 
 
 def setting(study: Study, **knobs: object) -> Params:
-    space = study.plan().space
+    space = study.resolved.space
     first = {name: domain.choices[0] for name, domain in space.searched().items()}  # type: ignore[attr-defined]
     return space.complete(first | knobs)
 
@@ -45,7 +45,7 @@ def fits(study: Study) -> list[Path]:
 
 
 def test_a_fit_is_scored_at_all_six_sigma_eps_the_proposed_one_first(study: Study) -> None:
-    candidates = run_trial(study, setting(study, sigma_eps=1.0), store_of(study), silent)
+    candidates = run_trial(study, setting(study, sigma_eps=1.0), study.store, silent)
     sigmas = [c.params.inference["sigma_eps"] for c in candidates]
     assert sigmas[0] == 1.0 and sorted(map(float, sigmas)) == [0, 0.01, 0.1, 1, 10, 100]
     assert len({c.candidate for c in candidates}) == 6 and len({c.fit for c in candidates}) == 1
@@ -62,14 +62,14 @@ def test_a_fit_is_scored_at_all_six_sigma_eps_the_proposed_one_first(study: Stud
 def test_the_second_time_nothing_is_trained_and_the_scores_are_the_same(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run_trial(study, setting(study), store_of(study), silent)
+    first = run_trial(study, setting(study), study.store, silent)
 
     def untrainable(self: PuVAE, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(PuVAE, "fit", untrainable)
     reported: list[int] = []
-    assert run_trial(study, setting(study), store_of(study), lambda e, m: reported.append(e)) == first
+    assert run_trial(study, setting(study), study.store, lambda e, m: reported.append(e)) == first
     assert reported == []
 
 
@@ -98,8 +98,8 @@ def test_a_second_search_over_the_same_space_trains_nothing_and_attacks_nothing(
     def search(study: Study) -> list[Candidate]:
         chosen = ((lambda_rc, sigma_eps) for lambda_rc in (0.1, 1.0) for sigma_eps in (0.0, 1.0))
         settings = [setting(study, lambda_rc=lambda_rc, sigma_eps=sigma_eps) for lambda_rc, sigma_eps in chosen]
-        trials = [run_trial(study, params, store_of(study), silent, alone=True) for params in settings]
-        return [baseline(study, store_of(study)), *(candidate for trial in trials for candidate in trial)]
+        trials = [run_trial(study, params, study.store, silent, alone=True) for params in settings]
+        return [baseline(study, study.store), *(candidate for trial in trials for candidate in trial)]
 
     first = search(brief(tmp_path))
     forbid(monkeypatch, PuVAE, "fit")
@@ -122,13 +122,13 @@ def test_a_trial_that_is_killed_scores_no_setting_again(tmp_path: Path, monkeypa
     observe = Exam.observe
     monkeypatch.setattr(Exam, "observe", observed)
     with pytest.raises(Killed):
-        run_trial(study, setting(study), store_of(study), silent)
-    assert len(run_trial(study, setting(study), store_of(study), silent)) == 6 and len(calls) == 4 + 1 + 2
+        run_trial(study, setting(study), study.store, silent)
+    assert len(run_trial(study, setting(study), study.store, silent)) == 6 and len(calls) == 4 + 1 + 2
 
 
 def test_a_damaged_score_is_made_again(tmp_path: Path) -> None:
     study = brief(tmp_path)
-    first, store = baseline(study, store_of(study)), store_of(study)
+    first, store = baseline(study, study.store), study.store
     (key,) = store.keys("scores")
     said = store.root / "scores" / key / "said.safetensors"
     good = said.read_bytes()
@@ -141,10 +141,10 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
 ) -> None:
     def key(fit: str = "fit", over: dict[str, object] | None = None, **fields: object) -> str:
         study = brief(tmp_path, **fields)
-        bench = Bench(study, store_of(study))
+        bench = Bench(study, study.store)
         params = bench.aimed(setting(study, **(over or {})))
         with torch.device("meta"):
-            defense = bench.plan.defense(params.train, params.inference, bench.plan.task.shape)
+            defense = bench.resolved.defense(params.train, params.inference, bench.resolved.task.shape)
         return bench.sitting(fit, defense)
 
     first = key()
@@ -176,10 +176,10 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
 def test_what_was_said_serves_every_threshold_and_every_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scored(**fields: object) -> list[Candidate]:
         study = brief(tmp_path, defense="magnet", **fields)
-        return run_trial(study, setting(study), store_of(study), silent)
+        return run_trial(study, setting(study), study.store, silent)
 
     first = scored(max_clean_rejection=0.05)
-    store = store_of(brief(tmp_path))
+    store = brief(tmp_path).store
     assert len(store.keys("scores")) == 2 and len(first) == 10  # one for each reformer
     forbid(monkeypatch, Exam, "observe")
     assert scored(max_clean_rejection=0.05) == first
@@ -190,10 +190,12 @@ def test_what_was_said_serves_every_threshold_and_every_budget(tmp_path: Path, m
 def test_a_black_box_attacker_learns_of_each_threshold_anew(tmp_path: Path) -> None:
     def sittings(threat: str) -> int:
         study = brief(tmp_path, defense="magnet", threat=threat)
-        bench, found = Bench(study, store_of(study)), set()
+        bench, found = Bench(study, study.store), set()
         for limit in (0.99, 1e6):
             params = bench.aimed(setting(study, detector_1=limit))
-            found.add(bench.sitting("fit", bench.plan.defense(params.train, params.inference, bench.plan.task.shape)))
+            found.add(
+                bench.sitting("fit", bench.resolved.defense(params.train, params.inference, bench.resolved.task.shape))
+            )
         return len(found)
 
     assert sittings("white-box") == 1 and sittings("black-box") == 2
@@ -210,12 +212,12 @@ def killed_after(epochs: int) -> object:
 def test_a_fit_that_was_killed_goes_on_from_its_last_epoch_bit_for_bit(tmp_path: Path) -> None:
     whole = digits_study(tmp_path / "whole", epochs=3)
     broken = digits_study(tmp_path / "broken", epochs=3)
-    run_trial(whole, setting(whole), store_of(whole), silent)
+    run_trial(whole, setting(whole), whole.store, silent)
     with pytest.raises(Killed):
-        run_trial(broken, setting(broken), store_of(broken), killed_after(1))  # type: ignore[arg-type]
+        run_trial(broken, setting(broken), broken.store, killed_after(1))  # type: ignore[arg-type]
     epochs: list[int] = []
     torch.rand(7)  # the generator's state does not matter
-    run_trial(broken, setting(broken), store_of(broken), lambda epoch, metrics: epochs.append(epoch))
+    run_trial(broken, setting(broken), broken.store, lambda epoch, metrics: epochs.append(epoch))
     assert epochs == [2, 3]
     names = [path.name for path in fits(whole)]
     assert names == [path.name for path in fits(broken)]
@@ -224,43 +226,43 @@ def test_a_fit_that_was_killed_goes_on_from_its_last_epoch_bit_for_bit(tmp_path:
 
 
 def test_the_rungs_of_another_threat_model_are_not_taken_for_ones_own(study: Study) -> None:
-    (first, *_) = run_trial(study, setting(study), store_of(study), silent)
-    assert len(Bench.of(study, store_of(study)).curve(first.fit)) == 2
+    (first, *_) = run_trial(study, setting(study), study.store, silent)
+    assert len(Bench.of(study, study.store).curve(first.fit)) == 2
     other = study.model_copy(update={"name": "other", "threat": "oblivious"})
-    (again, *_) = run_trial(other, setting(other), store_of(other), silent)
-    assert again.fit == first.fit and Bench.of(other, store_of(other)).curve(first.fit) == []
+    (again, *_) = run_trial(other, setting(other), other.store, silent)
+    assert again.fit == first.fit and Bench.of(other, other.store).curve(first.fit) == []
 
 
 def test_rung_scores_compare_where_as_many_images_were_attacked(tmp_path: Path) -> None:
     def rungs(**fields: object) -> str:
         study = digits_study(tmp_path, **fields)
-        return Bench.of(study, store_of(study)).rungs()
+        return Bench.of(study, study.store).rungs()
 
     assert rungs(eval_images=60, cheap_images=100) == rungs(eval_images=60, cheap_images=60)
     assert rungs(eval_images=60, cheap_images=100) != rungs(eval_images=90, cheap_images=100)
 
 
 def test_a_damaged_fit_is_trained_again(study: Study) -> None:
-    run_trial(study, setting(study), store_of(study), silent)
+    run_trial(study, setting(study), study.store, silent)
     weights = fits(study)[0] / "weights.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-4] + b"oops")
     epochs: list[int] = []
-    run_trial(study, setting(study), store_of(study), lambda epoch, metrics: epochs.append(epoch))
+    run_trial(study, setting(study), study.store, lambda epoch, metrics: epochs.append(epoch))
     assert epochs == [1, 2] and weights.read_bytes() == good
 
 
 def test_a_training_that_diverges_fails_with_the_reason(study: Study) -> None:
     with pytest.raises(TrialError, match=r"the training diverged: loss is nan after epoch 1"):
         bad = setting(study)
-        run_trial(study, dataclasses.replace(bad, train={**bad.train, "learning_rate": 1e30}), store_of(study), silent)
+        run_trial(study, dataclasses.replace(bad, train={**bad.train, "learning_rate": 1e30}), study.store, silent)
     assert fits(study) == []
 
 
 def test_everything_that_shapes_a_fit_is_in_its_fingerprint(tmp_path: Path) -> None:
     def key(**fields: object) -> str:
         study = digits_study(tmp_path, **fields)
-        return Bench(study, store_of(study)).fingerprint(setting(study))
+        return Bench(study, study.store).fingerprint(setting(study))
 
     variants: list[dict[str, object]] = [
         {},
@@ -277,34 +279,34 @@ def test_everything_that_shapes_a_fit_is_in_its_fingerprint(tmp_path: Path) -> N
 
 
 def test_puvae_consults_the_partner_of_the_protected_classifier(study: Study) -> None:
-    bench = Bench(study, store_of(study))
-    assert bench.plan.task.classifier == "A"
+    bench = Bench(study, study.store)
+    assert bench.resolved.task.classifier == "A"
     assert bench.consulted(bench.build(PARAMS)) == ("B",) and bench.target.fingerprint == bench.identity("A")
 
 
 def test_a_fit_leaves_the_classifiers_alone(study: Study) -> None:
-    bench = Bench.of(study, store_of(study))
+    bench = Bench.of(study, study.store)
     source = bench.classifier("B")
     before = {name: tensor.clone() for name, tensor in source.network.state_dict().items()}
-    run_trial(study, setting(study), store_of(study), silent)
+    run_trial(study, setting(study), study.store, silent)
     assert all(torch.equal(before[n], t) for n, t in source.network.state_dict().items())
     assert not any(p.requires_grad for p in source.network.parameters())
 
 
 def test_the_undefended_classifier_is_scored_by_the_same_suite(study: Study) -> None:
-    undefended = baseline(study, store_of(study))
+    undefended = baseline(study, study.store)
     assert undefended.score.clean_accuracy > 0.8
     assert undefended.score.attacked_accuracy < undefended.score.clean_accuracy
     assert undefended.params.flat() == {} and undefended.score.latency_ms_p50 == 0
 
 
 def test_oblivious_images_are_made_once_for_each_attack_whatever_suite_asks(study: Study, tmp_path: Path) -> None:
-    store = store_of(study)
+    store = study.store
     baseline(study, store)
     made = {key: (tmp_path / ".store" / "oblivious" / key).stat().st_mtime_ns for key in store.keys("oblivious")}
     assert len(made) == len(SUITES["search"].oblivious)
     other = study.model_copy(update={"name": "other", "suite": "quick", "trials": 5})
-    baseline(other, store_of(other))
+    baseline(other, other.store)
     again = {key: (tmp_path / ".store" / "oblivious" / key).stat().st_mtime_ns for key in store.keys("oblivious")}
     assert made == again
 
@@ -312,8 +314,8 @@ def test_oblivious_images_are_made_once_for_each_attack_whatever_suite_asks(stud
 def test_a_picture_has_a_row_for_each_kind_of_image(study: Study, tmp_path: Path) -> None:
     from PIL import Image
 
-    run_trial(study, setting(study), store_of(study), silent)
-    path = Bench.of(study, store_of(study)).picture(setting(study), tmp_path / "p.png", images=7)
+    run_trial(study, setting(study), study.store, silent)
+    path = Bench.of(study, study.store).picture(setting(study), tmp_path / "p.png", images=7)
     assert Image.open(path).size == (7 * 8 * 3, 4 * 8 * 3)
     rows, *said = caption(path).splitlines()
     assert rows.startswith("rows: clean; attacked (ifgsm-targeted, oblivious, Linf eps")
@@ -333,7 +335,7 @@ def test_a_png_shows_what_it_was_given() -> None:
 
 def test_a_defense_that_overrides_accept_alone_rejects(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PuVAE, "accept", lambda self, x_NCHW: x_NCHW.flatten(1).mean(1) > 0.3)
-    first, *_ = run_trial(study, setting(study), store_of(study), silent)
+    first, *_ = run_trial(study, setting(study), study.store, silent)
     assert 0 < first.score.clean_rejection < 1 and first.score.risk_coverage == ()
 
 
@@ -346,10 +348,10 @@ def test_rung_scores_of_another_study_are_not_taken_over_from_half_done_progress
 
     studies = [digits_study(tmp_path, threat=threat) for threat in ("oblivious", "white-box")]
     with pytest.raises(Stop):
-        run_trial(studies[0], setting(studies[0]), store_of(studies[0]), stop)
-    run_trial(studies[1], setting(studies[1]), store_of(studies[1]), silent)
+        run_trial(studies[0], setting(studies[0]), studies[0].store, stop)
+    run_trial(studies[1], setting(studies[1]), studies[1].store, silent)
     for study in studies:
-        bench = Bench.of(study, store_of(study))
+        bench = Bench.of(study, study.store)
         assert bench.curve(bench.fingerprint(setting(study))) == []
 
 
@@ -369,17 +371,17 @@ def test_what_is_made_once_is_shared_by_fits_and_kept_as_float16(study: Study, m
     monkeypatch.setattr(PuVAE, "fit", fit)
     curves = []
     for lambda_rc in (0.1, 1.0):
-        run_trial(study, setting(study, lambda_rc=lambda_rc), store_of(study), silent)
-        bench = Bench.of(study, store_of(study))
+        run_trial(study, setting(study, lambda_rc=lambda_rc), study.store, silent)
+        bench = Bench.of(study, study.store)
         key = bench.fingerprint(setting(study, lambda_rc=lambda_rc))
-        curves.append([metrics["loss"] for metrics in store_of(study).about("fits", key)["curve"]])
+        curves.append([metrics["loss"] for metrics in study.store.about("fits", key)["curve"]])
     assert made == [1] and curves[0] == curves[1] and len(fits(study)) == 2
 
 
 def test_the_usual_setting_says_which_classifiers_are_trained_first(tmp_path: Path) -> None:
     def needed(**fields: object) -> set[str]:
         study = digits_study(tmp_path, **fields)
-        return Bench(study, store_of(study)).needed()
+        return Bench(study, study.store).needed()
 
     assert needed() == {"A", "B"}
     assert needed(protect="digits/C") == {"C", "B"}

@@ -14,7 +14,7 @@ from search import session
 from search.record import Record
 from search.run import open_conductor, run
 from search.searcher import Proposer
-from search.study import Study
+from search.study.study import Study
 from search.warm import warmth
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -78,7 +78,7 @@ def test_settings_outside_the_space_or_of_another_defense_are_left(tmp_path: Pat
 
 
 def test_an_export_gives_its_setting(tmp_path: Path) -> None:
-    params = next(digits_study(tmp_path).plan().space.grid())
+    params = next(digits_study(tmp_path).resolved.space.grid())
     best = {"defense": "puvae", "train": dict(params.train) | {"conv_maps": 8}, "inference": dict(params.inference)}
     folder = tmp_path / "export"
     folder.mkdir()

@@ -13,7 +13,7 @@ import pytest
 import wandb
 
 from search.run import run
-from search.study import Study
+from search.study.study import Study
 from search.tracking import Tracker
 from search.workspace import view
 from spaces.exceptions import InputError

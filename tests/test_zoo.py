@@ -18,9 +18,8 @@ from search.data import splits
 from search.exceptions import AlarmError
 from search.record import Record
 from search.run import run
-from search.score import Candidate
-from search.study import Study
-from search.trial import store_of
+from search.study.candidate import Candidate
+from search.study.study import Study
 from search.winners import export, pick
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
@@ -106,13 +105,13 @@ def test_none_is_exported(name: str, shelter: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(InputError, match="needs a candidate within the constraints"):
             pick(study, pareto=False, top=1, candidate=None)
     with pytest.raises(AlarmError, match=ZOO[name].alarm):
-        export(study, candidate, store_of(study), study.folder / "export")
+        export(study, candidate, study.store, study.folder / "export")
     assert not (study.folder / "export").exists()
 
 
 def test_what_is_exported_in_spite_of_alarms_names_them_first(shelter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, candidate = searched("peeks at the label", shelter, monkeypatch)
-    written = export(study, candidate, store_of(study), study.folder / "export", despite_alarms=True)
+    written = export(study, candidate, study.store, study.folder / "export", despite_alarms=True)
     evidence = json.loads((written / "evidence.json").read_text())
     assert next(iter(evidence)) == "alarms" and evidence["alarms"][0].startswith("order: ")
 

@@ -17,8 +17,8 @@ import wandb
 from wandb.util import get_core_path
 
 from attacks.threat import ThreatModel
-from search.score import Candidate, Score
-from search.study import Study
+from search.study.candidate import Candidate, Score
+from search.study.study import Study
 from search.tracking import Tracker
 from spaces.space import Params
 

@@ -18,7 +18,7 @@ from search.data.splits import checksum
 from search.latency import Lane
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Store, to_bytes
-from search.study import Study
+from search.study.study import Study
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,11 @@ from search.exceptions import AlteredFile
 from spaces.exceptions import InputError, choose
 
 SPLITS = ("train", "validation")
+HELD_OUT = 150
+"""Validation images that a black-box attacker starts from, the last ones; they are not attacked.
+
+Source: Papernot et al. 2017, section 5.1.
+"""
 
 
 class Sizes(NamedTuple):
@@ -29,6 +34,10 @@ class Sizes(NamedTuple):
     train: int
     validation: int
     test: int
+
+    def attackable(self, knowledge: str) -> int:
+        """Return how many validation images can be attacked by an attacker of this knowledge."""
+        return self.validation - (HELD_OUT if knowledge == "black-box" else 0)
 
 
 def sizes(dataset: str, data_dir: str | Path | None = None) -> Sizes:
@@ -61,6 +70,11 @@ def load(
         )
     train = _train(data, ensure(dataset, data_dir))
     return _tensors(dataset, "train", slice(train) if split == "train" else slice(train, None), data_dir, limit)
+
+
+def load_held_out(dataset: str, data_dir: str | Path | None = None) -> Tensor:
+    """Return the validation images that a black-box attacker starts from, x_NCHW; it raises what `load` does."""
+    return load(dataset, "validation", data_dir)[0][-HELD_OUT:]
 
 
 def open_test(dataset: str, data_dir: str | Path | None = None, limit: int | None = None) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from search.score import Candidate
-from search.study import Study
+from search.study.candidate import Candidate
+from search.study.study import Study
 
 OBJECTIVES = ("attacked_error", "latency_ms_p50")
 """What a search minimises: fields of a candidate's score."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
 import yaml
 from pydantic import ValidationError
 
@@ -19,16 +19,15 @@ from attacks.threat import ThreatModel
 from defenses.base import Defense
 from search.classifiers.task import Task, find_task
 from search.data import splits
-from search.fields import Fields
+from search.data.splits import HELD_OUT
 from search.storage.atomic import write_atomic
 from search.storage.mirror import Mirror, mirror_of
+from search.storage.store import Store
 from search.storage.uri import local_folder, mask_credentials
-from spaces.domain import extremes, finite
+from search.study.fields import Fields
+from spaces.domain import finite
 from spaces.exceptions import InputError, choose
 from spaces.space import SearchSpace
-
-HELD_OUT = 150
-"""Validation images that a black-box attacker starts from. Source: Papernot et al. 2017, section 5.1."""
 
 
 class Study(Fields):
@@ -42,7 +41,7 @@ class Study(Fields):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise InputError(_refused(error)[1]) from None
+            raise InputError(refusal(error)[1]) from None
 
     @property
     def root(self) -> Path:
@@ -60,13 +59,19 @@ class Study(Fields):
         return mirror_of(self.storage, self.name)
 
     @property
+    def store(self) -> Store:
+        """The store that all searches of the storage share; no search can take its name."""
+        return Store(self.root / ".store", mirror_of(self.storage, ".store"))
+
+    @property
     def label(self) -> str:
         """The task, and what is protected where that is another classifier."""
         task, protect = (name and find_task(name).name for name in (self.task, self.protect))
         return f"{task} protecting {protect}" if protect else str(task)
 
-    def plan(self) -> Plan:
-        """Return what the study's words stand for.
+    @cached_property
+    def resolved(self) -> ResolvedStudy:
+        """What the study's words stand for, looked up once.
 
         Raises:
             InputError: a word stands for nothing, or a knob does not fit the defense.
@@ -88,7 +93,7 @@ class Study(Fields):
             asked = getattr(self, name)
             if asked is not None and asked > most:
                 raise InputError(f"{name} must be at most {most} on {task.dataset}, but is {asked}")
-        free = sizes.validation - (HELD_OUT if self.threat == "black-box" else 0)
+        free = sizes.attackable(self.threat)
         images = min(1000, free) if self.eval_images is None else self.eval_images
         if images > free:
             raise InputError(
@@ -97,7 +102,7 @@ class Study(Fields):
         substitute = find_task(f"{task.dataset}/{self.substitute or protected.partner}").classifier
         threat = ThreatModel(self.norm, self._eps(suite, task), self.threat)
         within = suite.within(threat)
-        return Plan(task, protected.classifier, substitute, defense, space, threat, within, images)
+        return ResolvedStudy(task, protected.classifier, substitute, defense, space, threat, within, images)
 
     def _eps(self, suite: Suite, task: Task) -> float:
         if self.eps is not None:
@@ -105,6 +110,17 @@ class Study(Fields):
         if self.norm == "L2":
             raise InputError("eps must be given in L2, where no paper has one for a task, but is not: --eps 1.5, say")
         return task.eps if suite.eps is None else suite.eps
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a study with other fields, to be resolved anew; a data set that was fetched may have other sizes."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("resolved", None)
+        return copied
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Leave what was looked up behind: a worker looks it up where it is."""
+        state = super().__getstate__()
+        return {**state, "__dict__": {name: v for name, v in state["__dict__"].items() if name != "resolved"}}
 
     def write(self) -> Path:
         """Write study.yaml into the search's folder."""
@@ -116,7 +132,7 @@ class Study(Fields):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResolvedStudy:
     """What a study's words stand for.
 
     Args:
@@ -141,92 +157,7 @@ class Plan:
         return max((int(value) for value in values), default=1)
 
 
-def _buildable(defense: type[Defense], space: SearchSpace, task: Task) -> None:
-    """Build the defense without memory at one setting, and with each train-time knob in turn at its other values.
-
-    Raises:
-        InputError: a setting cannot be built on the task's images.
-    """
-    usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
-    turns = [{name: value} for name, domain in space.train.items() for value in extremes(domain)]
-    for turn in ({}, *turns):
-        with torch.device("meta"):
-            built = defense(usual | turn, space.usual(), task.shape)
-        for base in built.bases():
-            find_task(f"{task.dataset}/{base}")
-
-
-def make(values: Mapping[str, Any], where: Callable[[str], str] = lambda field: "") -> Study:
-    """Return a checked study.
-
-    Args:
-        values: fields of Study.
-        where: says in which place a field was given, to stand before its error.
-
-    Raises:
-        InputError: a field is unknown or outside its law.
-    """
-    try:
-        Fields(**values)
-    except ValidationError as error:
-        name, law = _refused(error)
-        raise InputError(where(name) + law) from None
-    return checked(Study(**values))
-
-
-def checked(study: Study) -> Study:
-    """Return a study whose words all stand for something, and whose defense can be built.
-
-    Raises:
-        InputError: one does not.
-    """
-    plan = study.plan()
-    _buildable(plan.defense, plan.space, plan.task)  # once: a plan is asked for often
-    return study
-
-
-def read(path: Path, over: Mapping[str, Any] | None = None) -> Study:
-    """Read a study from YAML; the fields in `over` win.
-
-    Raises:
-        InputError: the file is not there, is not YAML, or has a field that does not fit (with its line).
-    """
-    over = over or {}
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InputError(f"a study must be a file that can be read, but {path}: {reason}") from None
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}{line}: a study must be YAML, but {reason}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a study must be fields with values, but is {type(values).__name__}")
-    lines: dict[str, int] = {}
-    for key, _ in tree.value if tree else ():
-        if key.value in lines:
-            raise InputError(
-                f"{path}, line {key.start_mark.line + 1}: a field must stand once, but {key.value} came before"
-            )
-        lines[key.value] = key.start_mark.line + 1
-    values = {str(name): value for name, value in values.items()}
-    if isinstance(values.get("knobs"), dict) and "knobs" in over:
-        over = {**over, "knobs": {**values["knobs"], **over["knobs"]}}
-    try:
-        return make(
-            {**values, **over},
-            where=lambda name: f"{path}, line {lines[name]}: " if name in lines and name not in over else "",
-        )
-    except InputError as error:
-        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from None
-
-
-def _refused(error: ValidationError) -> tuple[str, str]:
+def refusal(error: ValidationError) -> tuple[str, str]:
     """Return the first field that is refused, an unknown one before others, and why."""
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     name = str(first["loc"][0])

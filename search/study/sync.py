@@ -12,18 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import Timeout
-
-from search.events import Listener, State
-from search.exceptions import Unreachable
-from search.score import Candidate
 from search.storage.atomic import write_atomic
-from search.storage.mirror import Mirror, mirror_of
-from search.storage.store import Store
-from search.storage.uri import check_storage, local_folder, mask_credentials
-from search.study import Study, read
-from search.trial import store_of
-from spaces.exceptions import InputError, choose
+from search.storage.mirror import Mirror
+from search.study.callbacks import Callback, State
+from search.study.candidate import Candidate
+from search.study.study import Study
 
 JOURNAL = "study.journal"
 DRIVER = "driver.json"
@@ -34,53 +27,6 @@ PAUSE_S = 2.0
 """Least seconds between two times that a search's folder is sent."""
 TICK_S = 20.0
 """Most seconds between them; a driver that was not heard of for three ticks is taken for dead."""
-
-
-def names(storage: str) -> list[str]:
-    """Return the searches of a storage.
-
-    Raises:
-        InputError: the storage is a URI that does not answer.
-    """
-    try:
-        storage = check_storage(storage)
-        elsewhere = mirror_of(storage)
-        if elsewhere is not None:
-            return elsewhere.holding("*/study.yaml")
-        return sorted(path.parent.name for path in Path(storage).glob("*/study.yaml"))
-    except Unreachable as error:
-        raise InputError(f"a storage must answer, but {error}") from None
-    except ValueError as error:
-        raise InputError(f"storage {error}, but is {mask_credentials(storage)!r}") from None
-    except OSError:
-        return []
-
-
-def opened(name: str, storage: str, *, whole: bool = True) -> Study:
-    """Return a search of a storage, brought to this machine first where the storage is a URI.
-
-    Args:
-        whole: with pictures and what W&B logged.
-
-    Raises:
-        InputError: there is no such search, or the storage does not answer.
-    """
-    known = names(storage)
-    if not known:
-        raise InputError(f"a search must exist, but there is none in {storage}; begin one with `search`")
-    choose("the search", name, known)
-    storage = check_storage(storage)
-    mirror = mirror_of(storage, name)
-    if mirror is not None:
-        try:
-            with suppress(Timeout), Store(local_folder(storage) / ".store").lock("searches", name).acquire(timeout=0):
-                _bring(mirror, whole=whole)  # a driver of this machine has what there is
-        except OSError as error:
-            raise InputError(f"a storage must answer, but {error}") from None
-    path = local_folder(storage) / name / "study.yaml"
-    if (study := read(path, {"storage": storage})).name != name:  # else another search would be read, or go on
-        raise InputError(f"a search must lie in a folder of its name, but {path} is of {study.name!r}")
-    return study
 
 
 def driver(study: Study) -> str | None:
@@ -106,9 +52,9 @@ def deliver(study: Study, *paths: Path) -> None:
 
 
 @contextmanager
-def sending(study: Study, say: Callable[[str], None]) -> Iterator[list[Listener]]:
+def sending(study: Study, say: Callable[[str], None]) -> Iterator[list[Callback]]:
     """Yield who sends the search to its storage while it runs and when all is written; nobody, for a folder."""
-    courier = Courier(study, study.mirror, say) if study.mirror else None
+    courier = StorageSync(study, study.mirror, say) if study.mirror else None
     try:
         yield [courier] if courier else []
     finally:
@@ -127,7 +73,7 @@ def picture(study: Study, path: str) -> Path | None:
     return here if here.exists() else given
 
 
-class Courier(Listener):
+class StorageSync(Callback):
     """Sends what changed in a search's folder to its storage's URI: after each trial, and at the end.
 
     A storage that does not answer costs no trial: what could not be sent is sent the next time.
@@ -163,7 +109,7 @@ class Courier(Listener):
         if not (self.study.folder / "study.yaml").exists():
             return  # it was refused
         (self.study.folder / DRIVER).unlink(missing_ok=True)
-        for each in filter(None, (self.mirror, store_of(self.study).mirror)):
+        for each in filter(None, (self.mirror, self.study.store.mirror)):
             each.retry()
         if not self._send():
             self._say(
@@ -195,7 +141,7 @@ class Courier(Listener):
                     self._sent[name] = mark
         except OSError:
             return False
-        store = store_of(self.study).mirror
+        store = self.study.store.mirror
         return store is None or store.catch_up()
 
     def _known(self) -> dict[str, tuple[int, int]]:
@@ -222,7 +168,7 @@ def _here(study: Study) -> str:
     return f"{platform.node()}:{study.folder}"
 
 
-def _bring(mirror: Mirror, *, whole: bool) -> None:
+def bring(mirror: Mirror, *, whole: bool) -> None:
     """Bring what the storage has of a search and this machine lacks.
 
     The journal only grows: whose is longer is ahead. So do the files in folders; those beside the journal do not. But

@@ -1,4 +1,4 @@
-"""What is known of a candidate: accuracy under attack, clean accuracy, rejection, latency, alarms."""
+"""A proposal, and what is known of a candidate: accuracy under attack, clean accuracy, rejection, latency, alarms."""
 
 from __future__ import annotations
 
@@ -9,6 +9,43 @@ from typing import Any
 from attacks.threat import ThreatModel
 from spaces.domain import Scalar
 from spaces.space import Params
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a worker is asked for.
+
+    Args:
+        name: t001, t002, ... of a training, r001, r002, ... of a refinement.
+        refines: score a stored fit at this one inference setting, and train nothing.
+    """
+
+    name: str
+    params: Params
+    refines: bool = False
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Purification latency of one setting on one device, in milliseconds.
+
+    Args:
+        ms_p50, ms_p95: of a batch of 128 images.
+        single_ms_p50: of one image.
+        drift: how far the reference kernel moved between before and after, a fraction.
+        device: where it was measured.
+        repeats: how often the batch was timed.
+    """
+
+    ms_p50: float
+    ms_p95: float
+    single_ms_p50: float
+    drift: float
+    device: str
+    repeats: int
+
+    def to_json(self) -> dict[str, float | str]:
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

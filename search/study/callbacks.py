@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from defenses.base import Metrics
-from search.score import Candidate
-from search.study import Study
+from search.study.candidate import Candidate
+from search.study.study import Study
 from spaces.space import Params
 
 State = Literal["finished", "pruned", "failed", "interrupted"]
 
 
-class Listener:
+class Callback:
     """Hears of everything that happens in a search, on the driver, in order; by default it does nothing.
 
     Its methods must not raise.

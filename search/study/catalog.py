@@ -1,0 +1,64 @@
+"""The searches of a storage: their names, and one of them opened."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import Timeout
+
+from search.exceptions import Unreachable
+from search.storage.mirror import mirror_of
+from search.storage.store import Store
+from search.storage.uri import check_storage, local_folder, mask_credentials
+from search.study.loading import read_study
+from search.study.study import Study
+from search.study.sync import bring
+from spaces.exceptions import InputError, choose
+
+
+def search_names(storage: str) -> list[str]:
+    """Return the searches of a storage.
+
+    Raises:
+        InputError: the storage is a URI that does not answer.
+    """
+    try:
+        storage = check_storage(storage)
+        elsewhere = mirror_of(storage)
+        if elsewhere is not None:
+            return elsewhere.holding("*/study.yaml")
+        return sorted(path.parent.name for path in Path(storage).glob("*/study.yaml"))
+    except Unreachable as error:
+        raise InputError(f"a storage must answer, but {error}") from None
+    except ValueError as error:
+        raise InputError(f"storage {error}, but is {mask_credentials(storage)!r}") from None
+    except OSError:
+        return []
+
+
+def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
+    """Return a search of a storage, brought to this machine first where the storage is a URI.
+
+    Args:
+        whole: with pictures and what W&B logged.
+
+    Raises:
+        InputError: there is no such search, or the storage does not answer.
+    """
+    known = search_names(storage)
+    if not known:
+        raise InputError(f"a search must exist, but there is none in {storage}; begin one with `search`")
+    choose("the search", name, known)
+    storage = check_storage(storage)
+    mirror = mirror_of(storage, name)
+    if mirror is not None:
+        try:
+            with suppress(Timeout), Store(local_folder(storage) / ".store").lock("searches", name).acquire(timeout=0):
+                bring(mirror, whole=whole)  # a driver of this machine has what there is
+        except OSError as error:
+            raise InputError(f"a storage must answer, but {error}") from None
+    path = local_folder(storage) / name / "study.yaml"
+    if (study := read_study(path, {"storage": storage})).name != name:  # else another search would be read, or go on
+        raise InputError(f"a search must lie in a folder of its name, but {path} is of {study.name!r}")
+    return study

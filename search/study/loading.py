@@ -1,0 +1,102 @@
+"""A study made of a user's words or read from a file, and checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from search.classifiers.task import find_task
+from search.study.fields import Fields
+from search.study.study import ResolvedStudy, Study, refusal
+from spaces.domain import extremes
+from spaces.exceptions import InputError
+
+
+def make_study(values: Mapping[str, Any], where: Callable[[str], str] = lambda field: "") -> Study:
+    """Return a checked study.
+
+    Args:
+        values: fields of Study.
+        where: says in which place a field was given, to stand before its error.
+
+    Raises:
+        InputError: a field is unknown or outside its law.
+    """
+    try:
+        Fields(**values)
+    except ValidationError as error:
+        name, law = refusal(error)
+        raise InputError(where(name) + law) from None
+    return check_study(Study(**values))
+
+
+def check_study(study: Study) -> Study:
+    """Return a study whose words all stand for something, and whose defense can be built.
+
+    Raises:
+        InputError: one does not.
+    """
+    _see_buildable(study.resolved)
+    return study
+
+
+def read_study(path: Path, over: Mapping[str, Any] | None = None) -> Study:
+    """Read a study from YAML; the fields in `over` win.
+
+    Raises:
+        InputError: the file is not there, is not YAML, or has a field that does not fit (with its line).
+    """
+    over = over or {}
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(f"a study must be a file that can be read, but {path}: {reason}") from None
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}{line}: a study must be YAML, but {reason}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a study must be fields with values, but is {type(values).__name__}")
+    lines: dict[str, int] = {}
+    for key, _ in tree.value if tree else ():
+        if key.value in lines:
+            raise InputError(
+                f"{path}, line {key.start_mark.line + 1}: a field must stand once, but {key.value} came before"
+            )
+        lines[key.value] = key.start_mark.line + 1
+    values = {str(name): value for name, value in values.items()}
+    if isinstance(values.get("knobs"), dict) and "knobs" in over:
+        over = {**over, "knobs": {**values["knobs"], **over["knobs"]}}
+    try:
+        return make_study(
+            {**values, **over},
+            where=lambda name: f"{path}, line {lines[name]}: " if name in lines and name not in over else "",
+        )
+    except InputError as error:
+        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from None
+
+
+def _see_buildable(resolved: ResolvedStudy) -> None:
+    """Build the defense without memory at one setting, and with each train-time knob in turn at its other values.
+
+    Raises:
+        InputError: a setting cannot be built on the task's images.
+    """
+    defense, space, task = resolved.defense, resolved.space, resolved.task
+    usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
+    turns = [{name: value} for name, domain in space.train.items() for value in extremes(domain)]
+    for turn in ({}, *turns):
+        with torch.device("meta"):
+            built = defense(usual | turn, space.usual(), task.shape)
+        for base in built.bases():
+            find_task(f"{task.dataset}/{base}")
