@@ -33,7 +33,7 @@ from attacks.threat import ThreatModel
 from attacks.view import View
 from search.data import splits
 from search.study.loading import make_study
-from search.trial import Bench
+from search.trial.runner import Bench
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What trials on the same device do to a latency that is measured, with the lane of search/latency.py and without it.
+"""What trials on the same device do to a latency that is measured, with the device lock and without it.
 
     python -m benchmarks.latency_lane                       PuVAE on the CPU, or on the GPU where there is one: minutes
     python -m benchmarks.latency_lane --neighbours 1 2 4 8 --rounds 9
@@ -33,7 +33,8 @@ from attacks.threat import ThreatModel
 from defenses.base import Batches, Defended, Shape
 from defenses.puvae import PuVAE
 from search.classifiers.architectures import ARCHITECTURES
-from search.latency import Lane, device_name, measure
+from search.trial.device_lock import DeviceLock
+from search.trial.latency import device_name, measure
 
 SHAPE = Shape(1, 28, 28, 10)
 KNOBS = {"conv_maps": 8, "decoder_maps": 8, "dense": 128, "latent": 16, "batch_size": 32, "epochs": 1}
@@ -53,7 +54,7 @@ class Row:
     """
 
     neighbours: int
-    lane: bool
+    device_lock: bool
     ms_p50: float
     ratio: float
     worst: float
@@ -87,12 +88,12 @@ def live(rank: int, busy: Synchronized[int], laned: Synchronized[int], done: Syn
     torch.set_num_threads(1)
     os.setsid()  # Linux shares cores between sessions: what this one used is not held against who measures next
     device = torch.device(kind)
-    lane, neighbour = Lane(device), Neighbour(device)
+    device_lock, neighbour = DeviceLock(device), Neighbour(device)
     while busy.value != STOP:
         if rank >= busy.value:
             time.sleep(0.01)
             continue
-        with lane.working() if laned.value else nullcontext():
+        with device_lock.working() if laned.value else nullcontext():
             neighbour.work()
         with done.get_lock():
             done.value += 1
@@ -106,7 +107,7 @@ def compare(neighbours: Sequence[int], rounds: int, device: torch.device) -> lis
     crowd = [context.Process(target=live, args=(rank, *rest), daemon=True) for rank in range(max(neighbours))]
     for process in crowd:
         process.start()
-    defense, lane = PuVAE(KNOBS, {}, SHAPE).to(device).eval().requires_grad_(False), Lane(device)
+    defense, device_lock = PuVAE(KNOBS, {}, SHAPE).to(device).eval().requires_grad_(False), DeviceLock(device)
 
     def beside(count: int, held: bool) -> tuple[float, float]:
         busy.value, laned.value, done.value = count, int(held), 0
@@ -115,7 +116,7 @@ def compare(neighbours: Sequence[int], rounds: int, device: torch.device) -> lis
                 raise RuntimeError("a neighbour has died")
             time.sleep(0.05)
         start = time.perf_counter()
-        return measure(defense, lane, device).ms_p50, time.perf_counter() - start
+        return measure(defense, device_lock, device).ms_p50, time.perf_counter() - start
 
     ways = [(count, held) for count in neighbours for held in (False, True)]
     alone, found = [], {way: list[tuple[float, float]]() for way in ways}
@@ -131,13 +132,13 @@ def compare(neighbours: Sequence[int], rounds: int, device: torch.device) -> lis
         busy.value = STOP
         for process in crowd:
             process.join()
-    first = Row(neighbours=0, lane=True, ms_p50=median(ms for ms, _ in alone), ratio=1.0, worst=1.0, seconds=0.0)
+    first = Row(neighbours=0, device_lock=True, ms_p50=median(ms for ms, _ in alone), ratio=1.0, worst=1.0, seconds=0.0)
     rows = [first]
     for (count, held), each in found.items():
         ratios = [ms / one for (ms, _), (one, _) in zip(each, alone, strict=True)]
         ms_p50, seconds = (median(column) for column in zip(*each, strict=True))
         kept = {"ms_p50": ms_p50, "seconds": seconds, "ratio": median(ratios), "worst": max(ratios)}
-        rows.append(Row(neighbours=count, lane=held, **kept))
+        rows.append(Row(neighbours=count, device_lock=held, **kept))
     return rows
 
 
@@ -146,9 +147,9 @@ def table(rows: Sequence[Row], device: torch.device) -> str:
     lines = [f"{device_name(device)}, load {os.getloadavg()[0]:.1f}", ""]
     lines += ["| neighbours | lane | p50 ms | of alone | worst | s a measurement |", "| --- " * 6 + "|"]
     for row in rows:
-        lane = "" if not row.neighbours else "yes" if row.lane else "no"
+        device_lock = "" if not row.neighbours else "yes" if row.device_lock else "no"
         figures = f"{row.ms_p50:.2f} | {row.ratio:.2f} | {row.worst:.2f} | {row.seconds:.1f}"
-        lines.append(f"| {row.neighbours or 'alone'} | {lane} | {figures} |")
+        lines.append(f"| {row.neighbours or 'alone'} | {device_lock} | {figures} |")
     return "\n".join(lines)
 
 

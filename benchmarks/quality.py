@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 from defenses.base import Metrics
-from search import exam
 from search.record import Record, state_of
 from search.run import run
 from search.study.callbacks import Callback, State
@@ -31,7 +30,8 @@ from search.study.candidate import Candidate, Latency, Proposal
 from search.study.loading import make_study
 from search.study.ranking import feasible
 from search.study.study import Study
-from search.trial import Bench
+from search.trial import evaluator
+from search.trial.runner import Bench
 from search.work import REAL, Report, Work
 from spaces import puvae
 from spaces.exceptions import InputError
@@ -188,7 +188,7 @@ def spend(study: Study, goal: float, work: Work = REAL, *, starts: bool = True) 
 def quickly(do: Callable[[], T]) -> T:
     """Do without the audit's cheap checks and without pictures, which take longer than these trainings."""
     with (
-        mock.patch.object(exam, "quick_gates", lambda *args, **kwargs: ()),
+        mock.patch.object(evaluator, "quick_gates", lambda *args, **kwargs: ()),
         mock.patch.object(Bench, "picture", lambda bench, params, path: path),
     ):
         return do()

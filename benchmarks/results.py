@@ -28,9 +28,10 @@ from attacks.suite import CW_L2, FGSM, IFGSM, PGD_40, Attack, Suite
 from defenses.base import Defended
 from defenses.defense_gan import DefenseGAN
 from search.classifiers.task import find_task
-from search.latency import Lane, device_name, measure
 from search.study.loading import make_study
-from search.trial import Bench
+from search.trial.device_lock import DeviceLock
+from search.trial.latency import device_name, measure
+from search.trial.runner import Bench
 from spaces.space import SearchSpace
 
 KNOBS: dict[str, dict[str, Any]] = {
@@ -84,21 +85,21 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     key, defense = bench.fit(params, lambda epoch, metrics: print(f"{name} epoch {epoch}: {metrics}", flush=True))
     seconds = time.monotonic() - start
     latency = bench.latency(defense)
-    target, exam = Defended(defense, bench.target.network), bench.exam
-    white = replace(exam.threat, knowledge="white-box")
+    target, evaluator = Defended(defense, bench.target.network), bench.evaluator
+    white = replace(evaluator.threat, knowledge="white-box")
     row: dict[str, Any] = {
         "defense": name,
         "fit": key,
         "knobs": params.flat(),
         "seconds": seconds,
         "latency": latency.to_json(),
-        "images": {"oblivious": len(exam.y_N), "white-box": args.white_images},
+        "images": {"oblivious": len(evaluator.y_N), "white-box": args.white_images},
     }
     for attack in chosen(args.cw_steps):
-        made = {attack.name: bench.adversarial(attack, exam.x_NCHW, exam.y_N, exam.threat)}
+        made = {attack.name: bench.adversarial(attack, evaluator.x_NCHW, evaluator.y_N, evaluator.threat)}
         nothing = Suite(name="", oblivious=(), white_box=(), draws=1)
-        blind = observe(nothing, target, exam.x_NCHW, exam.y_N, exam.threat, oblivious=made)
-        x, y = exam.x_NCHW[: args.white_images], exam.y_N[: args.white_images]
+        blind = observe(nothing, target, evaluator.x_NCHW, evaluator.y_N, evaluator.threat, oblivious=made)
+        x, y = evaluator.x_NCHW[: args.white_images], evaluator.y_N[: args.white_images]
         alone = Suite(name="", oblivious=(), white_box=(attack,), draws=args.draws)
         seen = observe(alone, target, x, y, white, oblivious={})
         row.setdefault("clean", _figures(blind.judge().clean))
@@ -119,7 +120,7 @@ def curve(args: argparse.Namespace) -> str:
     bench = opened("defense_gan", args)
     _, defense = bench.fit(bench.resolved.space.complete({}), lambda epoch, metrics: None)
     assert isinstance(defense, DefenseGAN)
-    made = bench.adversarial(IFGSM, bench.exam.x_NCHW, bench.exam.y_N, bench.exam.threat)
+    made = bench.adversarial(IFGSM, bench.evaluator.x_NCHW, bench.evaluator.y_N, bench.evaluator.threat)
     at = (0, 1, 2, 5, 10, 25, 50, 100, 200)
     lines = [
         "| restarts | " + " | ".join(f"L {steps}" for steps in at) + " | s / step |",
@@ -131,7 +132,7 @@ def curve(args: argparse.Namespace) -> str:
         start = time.monotonic()
         projected = defense.trajectory(made[:128], at)
         seconds = (time.monotonic() - start) / max(at)
-        found = [(bench.target.network(x).argmax(1) == bench.exam.y_N[:128]).float().mean() for x in projected]
+        found = [(bench.target.network(x).argmax(1) == bench.evaluator.y_N[:128]).float().mean() for x in projected]
         lines.append(f"| {restarts} | " + " | ".join(f"{100 * a:.0f}" for a in found) + f" | {seconds:.3f} |")
     return "\n".join(lines)
 
@@ -152,7 +153,7 @@ def latency(args: argparse.Namespace) -> str:
             slow = name == "defense_gan" and not knobs
             inference = {n: values[n] for n in space.inference} | ({"steps": 2} if slow else {})
             defense = family({n: values[n] for n in space.train}, inference, find_task(args.task).shape).to(device)
-            ms = measure(defense, Lane(device), device).ms_p50
+            ms = measure(defense, DeviceLock(device), device).ms_p50
             cells.append(f"{67 * ms:.0f} (67 x {ms:.0f})" if slow else f"{ms:.1f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " | |")
     return "\n".join(lines)

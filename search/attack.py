@@ -28,9 +28,9 @@ from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.task import Task, find_task
 from search.data import splits
 from search.export import load
-from search.latency import Lane
 from search.live import working
 from search.storage.atomic import write_atomic
+from search.trial.device_lock import DeviceLock
 from spaces.domain import as_written
 from spaces.exceptions import InputError, choose
 
@@ -71,8 +71,8 @@ def attack(
     bout = _bout(folder, suite, knowledge, norm, eps, images, substitute, data_dir, seed)
     (folder / "attacks").mkdir(exist_ok=True)  # before hours are spent
     said = f"attacking {bout.known['candidate']}, then the bare classifier: suite {suite}, {bout.images} images"
-    start, lane = time.monotonic(), Lane(bout.x_NCHW.device)  # a search may be measuring here
-    with working(console or Console(quiet=True), f"{said}, {bout.threat}"), lane.working():
+    start, device_lock = time.monotonic(), DeviceLock(bout.x_NCHW.device)  # a search may be measuring here
+    with working(console or Console(quiet=True), f"{said}, {bout.threat}"), device_lock.working():
         oblivious = bout.oblivious()
         found, undefended = bout.struck(bout.target, oblivious), bout.struck(bare(bout.target), oblivious)
     table = _table(bout, found, undefended, time.monotonic() - start)

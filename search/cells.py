@@ -24,7 +24,7 @@ from search.storage.fingerprint import code_digests, fingerprint
 from search.strike import NotRun, searched, struck, threat
 from search.study.loading import make_study
 from search.study.study import Study
-from search.trial import Bench
+from search.trial.runner import Bench
 from spaces.exceptions import InputError
 from spaces.space import Params, SearchSpace
 

@@ -24,7 +24,7 @@ from search.data.datasets import DATASETS
 from search.provenance import again as command
 from search.provenance import code, libraries
 from search.study.candidate import Candidate
-from search.trial import Bench
+from search.trial.runner import Bench
 
 REPRODUCED = 0.02
 """How far the search's figure may lie from the same attack run again, a fraction."""

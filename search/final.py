@@ -150,7 +150,7 @@ def _hearing(cases: Sequence[Case], seed: int, images: int, tell: Tell, steps: i
     case = cases[0]
     bench = case.bench(case.study, seed)
     x_NCHW, y_N = splits.open_test(case.resolved.task.dataset, case.study.data_dir, images)
-    return Hearing(x_NCHW.to(bench.device), y_N.to(bench.device), seed, bench.store, bench.lane, tell, steps)
+    return Hearing(x_NCHW.to(bench.device), y_N.to(bench.device), seed, bench.store, bench.device_lock, tell, steps)
 
 
 def _compared(hearing: Hearing, case: Case, contender: Contender) -> Judged:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 import torch
 
 from search.refinement import refinable
-from search.step import Step
 from search.storage.store import to_bytes
 from search.study.study import Study
-from search.trial import Bench
+from search.trial.runner import Bench
+from search.trial.timing import Step
 from spaces.domain import spoken
 from spaces.exceptions import InputError
 

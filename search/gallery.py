@@ -56,7 +56,7 @@ def classes(found: Mapping[str, Any], table: Table, cells: Cells, out: Path) -> 
         if row["ours"] is not None:
             bench, setting = cells.bench(cell.setting), cell.setting
             target = cast(Defended, cells.target(bench, cells.params(setting), setting))
-            x_NCHW, y_N = bench.exam.x_NCHW, bench.exam.y_N
+            x_NCHW, y_N = bench.evaluator.x_NCHW, bench.evaluator.y_N
             if setting.attack is not None:
                 x_NCHW = bench.adversarial(ATTACKS[setting.attack], x_NCHW, y_N, threat(setting))
             with torch.no_grad(), reproducible(target.defense, cells.seed):

@@ -23,12 +23,13 @@ from attacks.view import bare
 from defenses.base import Defended
 from search.crew import Tell
 from search.evidence import worse
-from search.exam import Exam
-from search.latency import Lane, device_name, measure
 from search.retrained import Case, Contender
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Store
 from search.study.candidate import Latency
+from search.trial.device_lock import DeviceLock
+from search.trial.evaluator import Evaluator
+from search.trial.latency import device_name, measure
 from spaces.exceptions import InputError
 from spaces.space import Params
 
@@ -110,12 +111,12 @@ class Hearing:
     """
 
     def __init__(
-        self, x_NCHW: Tensor, y_N: Tensor, seed: int, store: Store, lane: Lane, tell: Tell, steps: int
+        self, x_NCHW: Tensor, y_N: Tensor, seed: int, store: Store, device_lock: DeviceLock, tell: Tell, steps: int
     ) -> None:
         self.x_NCHW, self.y_N = x_NCHW, y_N
         self.seed = seed
         self.store = store
-        self.lane = lane
+        self.device_lock = device_lock
         self.steps = steps
         self._tell = tell
         self._ended = 0
@@ -141,7 +142,7 @@ class Hearing:
     def key(self, contender: Contender, **more: object) -> str:
         """Return the fingerprint of all that shapes a verdict."""
         return fingerprint(
-            source=code_digests(attacks.robustness.__name__, __name__, Exam.__module__, worse.__module__),
+            source=code_digests(attacks.robustness.__name__, __name__, Evaluator.__module__, worse.__module__),
             split="test",
             model=contender.identity,
             classifier=contender.classifier,
@@ -156,7 +157,7 @@ class Hearing:
         with self.store.lock("finals", key):
             entry = self.store.get("finals", key)
             if entry is None:
-                with self.lane.working():
+                with self.device_lock.working():
                     made = make()
                 about = {"model": name, "seed": self.seed, "trail": dict(made.trail), "about": dict(made.about)}
                 entry = self.store.put("finals", key, {"verdicts.safetensors": made.tensors()}, about)
@@ -168,10 +169,10 @@ class Hearing:
     def timed(self, contender: Contender) -> Latency:
         """Return the latency of a contender's defense, measured once on each kind of device when all was quiet."""
         device = self.x_NCHW.device
-        key = self.key(contender, timed=device_name(device), by=code_digests(Lane.__module__))
+        key = self.key(contender, timed=device_name(device), by=code_digests(DeviceLock.__module__))
         with self.store.lock("finals", key):
             if self.store.get("finals", key) is None:
-                found = measure(cast(Defended, contender.target).defense, self.lane, device)
+                found = measure(cast(Defended, contender.target).defense, self.device_lock, device)
                 self.store.put("finals", key, {}, {**found.to_json()})
         return Latency(**self.store.about("finals", key))
 
@@ -237,10 +238,10 @@ class Hearing:
         if threat.knowledge == "black-box":
             outsider = contender.outsider
         blind = craft_oblivious(case.resolved.suite, target.classifier, x_NCHW, y_N, threat, self.seed)
-        exam = Exam(case.resolved.suite, threat, x_NCHW, y_N, blind, self.seed, outsider)
+        evaluator = Evaluator(case.resolved.suite, threat, x_NCHW, y_N, blind, self.seed, outsider)
         limits_S = target.defense.limits()
         target.defense.at(aimed.inference)
-        again = exam.observe(target).judge(limits_S)
+        again = evaluator.observe(target).judge(limits_S)
         target.defense.at(case.params.inference)
         audited = again.attacked
         try:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from search.cells import Cells
 from search.setting import Setting
-from search.step import Step
+from search.trial.timing import Step
 from search.wording import duration
 
 

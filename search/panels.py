@@ -11,10 +11,10 @@ from typing import Any, Literal
 import plotly.graph_objects as go
 import wandb
 
-from search.pictures import caption
 from search.study.candidate import Candidate
 from search.study.ranking import feasible, front, ranked
 from search.study.study import Study
+from search.trial.pictures import caption
 
 Extreme = Literal["max", "min"]
 """Which value of a metric a run's summary keeps."""

@@ -58,10 +58,10 @@ def libraries() -> dict[str, str]:
 
 def again(study: Study, params: Params) -> str:
     """Return the command that trains the fit of `params` again and scores it at this one setting."""
-    exam = {"defense": study.defense, "task": study.task, "eps": study.resolved.threat.eps}
+    evaluator = {"defense": study.defense, "task": study.task, "eps": study.resolved.threat.eps}
     usual = Study()
-    exam |= {name: getattr(study, name) for name in EXAM if getattr(study, name) != getattr(usual, name)}
-    words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in exam.items()]
+    evaluator |= {name: getattr(study, name) for name in EXAM if getattr(study, name) != getattr(usual, name)}
+    words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in evaluator.items()]
     words += [f"--knob {shlex.quote(f'{name}={_written(value)}')}" for name, value in params.flat().items()]
     return " ".join((f"python launch.py search --name {study.name}-again --trials 1", *words))
 

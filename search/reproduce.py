@@ -21,7 +21,6 @@ from defenses.base import Metrics
 from search import papers
 from search.cells import Cells, Ours
 from search.gallery import PICTURES
-from search.latency import device_name
 from search.pace import Pace
 from search.papers import Summary, Table
 from search.portion import Portion
@@ -32,6 +31,7 @@ from search.storage.atomic import write_atomic
 from search.storage.outage import trouble
 from search.strike import NotRun, threat
 from search.study.loading import make_study
+from search.trial.latency import device_name
 from spaces.exceptions import InputError
 
 __all__ = ["beside", "page", "reproduce"]

@@ -22,11 +22,11 @@ from search.classifiers.architectures import ARCHITECTURES
 from search.crew import Tell
 from search.data import splits
 from search.export import Exported
-from search.fits import ADVERSARIAL, silent
 from search.storage.fingerprint import fingerprint
 from search.storage.store import Store
 from search.study.study import ResolvedStudy, Study
-from search.trial import Bench
+from search.trial.runner import Bench
+from search.trial.training import ADVERSARIAL, silent
 from spaces.space import Params
 
 FIRST_SEED = 1000

@@ -21,7 +21,7 @@ from defenses.base import Defended
 from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
 from search.setting import ATTACKS, Setting
-from search.trial import Bench
+from search.trial.runner import Bench
 
 DRAWS = 2
 """Of a stochastic defense's noise in a white-box gradient."""
@@ -43,15 +43,15 @@ def struck(bench: Bench, target: nn.Module, setting: Setting, rounds: int) -> Ve
         target: bare or defended.
         rounds: in which a black-box attacker doubles its images.
     """
-    (x_NCHW, y_N), seed = (bench.exam.x_NCHW, bench.exam.y_N), bench.study.seed
+    (x_NCHW, y_N), seed = (bench.evaluator.x_NCHW, bench.evaluator.y_N), bench.study.seed
     if setting.attack is not None and setting.knowledge == "white-box":
         suite = Suite(name="", oblivious=(), white_box=(ATTACKS[setting.attack],), draws=DRAWS)
-        with bench.lane.working():
+        with bench.device_lock.working():
             found = observe(suite, target, x_NCHW, y_N, threat(setting), oblivious={}, seed=seed)
         return reduce(and_, (Verdict.of(seen, found.limits_S) for seen in (found.white_box or {}).values()))
     if setting.attack is not None and setting.knowledge == "oblivious":
         x_NCHW = bench.adversarial(ATTACKS[setting.attack], x_NCHW, y_N, threat(setting))
-    with bench.lane.working():
+    with bench.device_lock.working():
         if setting.attack is not None and setting.knowledge == "black-box":
             x_NCHW = _outside(bench, target, setting, rounds)
         return Verdict.of(look(target, x_NCHW, y_N, seed), limits(target))
@@ -66,8 +66,8 @@ def searched(bench: Bench, target: nn.Module, setting: Setting) -> Verdict:
     Source: GMVAE, section 3.5: where no fooling images are expected, nothing is rejected again.
     """
     defense, seed = cast(Defended, target).defense, bench.study.seed
-    searching, (x_NCHW, y_N) = defense.params.inference, (bench.exam.x_NCHW, bench.exam.y_N)
-    with bench.lane.working():
+    searching, (x_NCHW, y_N) = defense.params.inference, (bench.evaluator.x_NCHW, bench.evaluator.y_N)
+    with bench.device_lock.working():
         defense.at({**searching, "reclassify": False})
         if setting.attack is not None:
             x_NCHW = ATTACKS[setting.attack].craft(View(target), x_NCHW, y_N, threat(setting), seed)
@@ -83,7 +83,7 @@ def searched(bench: Bench, target: nn.Module, setting: Setting) -> Verdict:
 def _outside(bench: Bench, target: nn.Module, setting: Setting, rounds: int) -> Tensor:
     """Return the images that an attack makes of a substitute, trained on what its oracle answers."""
     assert setting.attack is not None
-    x_NCHW, y_N, seed = bench.exam.x_NCHW, bench.exam.y_N, bench.study.seed
+    x_NCHW, y_N, seed = bench.evaluator.x_NCHW, bench.evaluator.y_N, bench.study.seed
     architecture = ARCHITECTURES[setting.substitute or bench.resolved.protected]
     substitute = train_substitute(
         bench.target.network if setting.oracle == "bare" else target,

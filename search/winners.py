@@ -21,7 +21,6 @@ from search.card import card
 from search.evidence import evidence
 from search.exceptions import AlarmError
 from search.export import SEAL, opened, seal
-from search.fits import silent
 from search.live import percent, working
 from search.record import Record
 from search.storage.atomic import folder_atomic, write_atomic
@@ -30,7 +29,8 @@ from search.study import ranking, sync
 from search.study.candidate import Candidate
 from search.study.study import Study
 from search.tracking import log_exports
-from search.trial import Bench
+from search.trial.runner import Bench
+from search.trial.training import silent
 from spaces.exceptions import InputError
 
 TRIES = 2
@@ -146,24 +146,24 @@ def export(
 
 def _examined(bench: Bench, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness]:
     """Return a candidate's audit, and what the search's own attacks find when they are run again."""
-    exam, bare = bench.exam, bench.target.network
+    evaluator, bare = bench.evaluator, bench.target.network
     beside = bench.adversarially_trained()
     try:
-        with bench.lane.working():
+        with bench.device_lock.working():
             found = audit(
                 Defended(defense, bare),
-                exam.x_NCHW,
-                exam.y_N,
-                exam.threat,
+                evaluator.x_NCHW,
+                evaluator.y_N,
+                evaluator.threat,
                 seed=bench.study.seed + 1,
-                outsider=exam.outsider,
+                outsider=evaluator.outsider,
                 baselines=beside,
             )
     except (AttackError, InputError) as error:
         raise AlarmError(f"{candidate.candidate} cannot be audited: {error}") from None
     aimed = Defended(defense.at(bench.aimed(candidate.params).inference), bare)
-    with bench.lane.working():
-        again = exam.observe(aimed).judge(defense.at(candidate.params.inference).limits())
+    with bench.device_lock.working():
+        again = evaluator.observe(aimed).judge(defense.at(candidate.params.inference).limits())
     return found, again
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from defenses.base import Metrics
-from search import trial
 from search.exceptions import StorageError
 from search.storage.outage import trouble
 from search.storage.store import Store
 from search.study.candidate import Candidate, Latency, Proposal
 from search.study.ranking import feasible, ranked
 from search.study.study import Study
-from search.trial import Bench
+from search.trial import runner
+from search.trial.runner import Bench
 from spaces.space import Params
 
 Report = Callable[[str, int, Metrics], None]
@@ -62,7 +62,7 @@ def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
 def _execute(study: Study, proposal: Proposal, report: Report, store: Store) -> dict[str, Any]:
     bench = Bench.of(study, store)
     fit = bench.fingerprint(proposal.params)
-    candidates = trial.run_trial(
+    candidates = runner.run_trial(
         study, proposal.params, store, lambda epoch, metrics: report(fit, epoch, metrics), alone=proposal.refines
     )
     best = (*feasible(study, candidates), *ranked(candidates))[0]
@@ -97,7 +97,7 @@ def _classifier(study: Study, architecture: str) -> None:
 
 
 def _undefended(study: Study) -> Candidate:
-    return trial.baseline(study, study.store.expected())
+    return runner.baseline(study, study.store.expected())
 
 
 def _clock(study: Study, candidate: Candidate) -> Latency:

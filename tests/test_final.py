@@ -46,14 +46,14 @@ from search.export import FILES, SEAL, seal
 from search.final import final, judge_export, page, train_seed
 from search.final_page import forms
 from search.final_table import COLUMNS, _rows
-from search.fits import silent
 from search.hearing import Hearing, Judged
-from search.latency import Lane
 from search.retrained import Case, Retrained, contenders
 from search.storage.atomic import write_atomic
 from search.storage.store import Store
 from search.study.study import Study
-from search.trial import Bench, run_trial
+from search.trial.device_lock import DeviceLock
+from search.trial.runner import Bench, run_trial
+from search.trial.training import silent
 from search.winners import export
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -321,7 +321,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
         *splits.open_test("digits", None, 3),
         7,
         case.study.store,
-        Lane(torch.device("cpu")),
+        DeviceLock(torch.device("cpu")),
         lambda doing, share: said.append(doing),
         steps=1,
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from launch import main
-from search import step
-from search.fits import silent
 from search.forecast import forecast, slots_here
-from search.step import Step
-from search.trial import run_trial
+from search.trial import timing
+from search.trial.runner import run_trial
+from search.trial.timing import Step
+from search.trial.training import silent
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_trial import brief, setting
@@ -70,7 +70,7 @@ def test_a_dry_run_refuses_what_the_search_would_refuse(
 def test_a_training_is_scaled_from_its_batches_to_all_its_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from search.trial import Bench
+    from search.trial.runner import Bench
 
     ticks = iter(range(10_000))
     monkeypatch.setattr(Step, "_now", lambda self: float(next(ticks)))
@@ -79,4 +79,4 @@ def test_a_training_is_scaled_from_its_batches_to_all_its_images(
     size = found.defense.train_knobs.batch_size
     training = found.training()
     # A tick a batch: of an epoch's batches one after the other, each takes one.
-    assert training.epoch == pytest.approx(1200 / size, rel=0.2) and step.STEPS * size < 1200
+    assert training.epoch == pytest.approx(1200 / size, rel=0.2) and timing.STEPS * size < 1200

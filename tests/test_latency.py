@@ -17,8 +17,9 @@ from torch import nn
 
 from defenses.base import Shape
 from defenses.puvae import PuVAE
-from search import latency
-from search.latency import Lane, measure
+from search.trial import latency
+from search.trial.device_lock import LOOK_S, DeviceLock
+from search.trial.latency import measure
 
 CPU = torch.device("cpu")
 FORK = multiprocessing.get_context("fork")  # they compute nothing, so that torch need not be imported anew
@@ -32,12 +33,12 @@ def start(work: Callable[..., None], *args: object) -> multiprocessing.process.B
 
 def compute(folder: Path, name: str) -> None:
     """Work in batches of 5 ms until told to stop, and note when each began and ended."""
-    lane = Lane(CPU)
+    device_lock = DeviceLock(CPU)
     spans = []
-    with lane.working():
+    with device_lock.working():
         (folder / f"{name}.ready").touch()
         while not (folder / "stop").exists():
-            lane.boundary()
+            device_lock.boundary()
             began = time.monotonic()
             time.sleep(0.005)
             spans.append((began, time.monotonic()))
@@ -55,10 +56,10 @@ def test_who_measures_is_alone_and_the_others_go_on_afterwards(tmp_path: Path, o
     workers = [start(compute, tmp_path, name) for name in "ab"]
     while not all((tmp_path / f"{name}.ready").exists() for name in "ab"):
         time.sleep(0.01)
-    quiet, lane = [], Lane(CPU)
+    quiet, device_lock = [], DeviceLock(CPU)
     for _ in range(3):
         time.sleep(0.1)
-        with lane.quiet():
+        with device_lock.quiet():
             began = time.monotonic()
             time.sleep(0.1)
             quiet.append((began, time.monotonic()))
@@ -75,8 +76,8 @@ def test_who_measures_is_alone_and_the_others_go_on_afterwards(tmp_path: Path, o
 
 def linger(folder: Path, name: str, alone: bool) -> None:
     """Hold the lane, together with the others or alone, and never let go."""
-    lane = Lane(CPU)
-    with lane.quiet() if alone else lane.working():
+    device_lock = DeviceLock(CPU)
+    with device_lock.quiet() if alone else device_lock.working():
         (folder / f"{name}.ready").touch()
         time.sleep(600)
 
@@ -89,20 +90,20 @@ def test_a_process_that_is_killed_lets_go_of_the_lane(tmp_path: Path, own_lane: 
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    lane = Lane(CPU)
-    with lane.quiet():  # it would wait for ever
+    device_lock = DeviceLock(CPU)
+    with device_lock.quiet():  # it would wait for ever
         pass
-    with lane.working():
-        lane.boundary()
+    with device_lock.working():
+        device_lock.boundary()
 
 
 def measure_often(folder: Path, name: str) -> None:
     """Hold the lane alone ten times."""
-    lane, spans = Lane(CPU), []
+    device_lock, spans = DeviceLock(CPU), []
     while not (folder / "go").exists():
         time.sleep(0.001)
     for _ in range(10):
-        with lane.quiet():
+        with device_lock.quiet():
             began = time.monotonic()
             time.sleep(0.005)
             spans.append((began, time.monotonic()))
@@ -133,18 +134,18 @@ def test_nobody_starves_where_many_compute_and_several_measure(tmp_path: Path, o
 def test_whoever_runs_a_network_in_the_lane_lets_a_measurement_pass_between_its_layers(
     own_lane: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lane, seen = Lane(CPU), list[bool]()
+    device_lock, seen = DeviceLock(CPU), list[bool]()
 
     class Layer(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(lane._held)
-            time.sleep(2 * latency.LOOK_S)
+            seen.append(device_lock._held)
+            time.sleep(2 * LOOK_S)
             return x
 
     network = nn.Sequential(Layer(), Layer())
     looks: list[float] = []
-    monkeypatch.setattr(lane, "boundary", lambda: looks.append(time.monotonic()))
-    with lane.working():
+    monkeypatch.setattr(device_lock, "boundary", lambda: looks.append(time.monotonic()))
+    with device_lock.working():
         network(torch.rand(1))
     assert seen == [True, True] and len(looks) == 3  # the network itself, and its layers
     network(torch.rand(1))
@@ -152,21 +153,21 @@ def test_whoever_runs_a_network_in_the_lane_lets_a_measurement_pass_between_its_
 
 
 def test_who_is_away_holds_nothing_up_and_comes_back(own_lane: None) -> None:
-    lane, other = Lane(CPU), Lane(CPU)
-    with lane.working():
-        with pytest.raises(ZeroDivisionError), lane.away():
+    device_lock, other = DeviceLock(CPU), DeviceLock(CPU)
+    with device_lock.working():
+        with pytest.raises(ZeroDivisionError), device_lock.away():
             with other.quiet():
-                lane.boundary()  # does not wait for what it does not hold
+                device_lock.boundary()  # does not wait for what it does not hold
             raise ZeroDivisionError
-        assert lane._held
-    assert not lane._held
+        assert device_lock._held
+    assert not device_lock._held
 
 
 def test_each_device_has_a_lane_of_its_own(own_lane: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "_identity", lambda device: f"GPU-{device.index}")
-    first, again, second = (Lane(torch.device("cuda", index)) for index in (0, 0, 1))
-    for lane in (first, again, second):
-        monkeypatch.setattr(lane, "_device", CPU)
+    first, again, second = (DeviceLock(torch.device("cuda", index)) for index in (0, 0, 1))
+    for device_lock in (first, again, second):
+        monkeypatch.setattr(device_lock, "_device", CPU)
     with first.quiet(), second.quiet():
         held = os.open(f"/proc/self/fd/{again._gate}", os.O_RDWR)
         with pytest.raises(BlockingIOError):
@@ -175,7 +176,7 @@ def test_each_device_has_a_lane_of_its_own(own_lane: None, monkeypatch: pytest.M
 
 def test_a_measurement_has_ordered_percentiles_and_names_its_device(own_lane: None) -> None:
     small = {"conv_maps": 2, "decoder_maps": 2, "dense": 8, "latent": 2}
-    found = measure(PuVAE(small, {"sigma_eps": 0.0}, Shape(1, 8, 8, 10)), Lane(CPU), CPU)
+    found = measure(PuVAE(small, {"sigma_eps": 0.0}, Shape(1, 8, 8, 10)), DeviceLock(CPU), CPU)
     assert 0 < found.single_ms_p50 <= found.ms_p50 <= found.ms_p95
     assert found.device.endswith(f", {torch.get_num_threads()} thread(s)")
 
@@ -184,7 +185,7 @@ def test_a_measurement_is_repeated_while_the_reference_drifts(own_lane: None, mo
     defense = PuVAE({"conv_maps": 1, "decoder_maps": 1, "dense": 8, "latent": 1}, {}, Shape(1, 8, 8, 10))
     series = iter([[1.0], [5.0], [5.0], [2.0], [1.0], [7.0], [7.0], [1.1]])  # reference, batch, single, reference
     monkeypatch.setattr(latency, "_times", lambda work, device: next(series))
-    found = measure(defense, Lane(CPU), CPU)
+    found = measure(defense, DeviceLock(CPU), CPU)
     assert found.ms_p50 == 7.0 and found.drift == pytest.approx(0.1)
 
 

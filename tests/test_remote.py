@@ -26,7 +26,6 @@ from defenses.puvae import PuVAE
 from search import session
 from search.exceptions import Unreachable
 from search.ledger import Ledger
-from search.pictures import png
 from search.record import Record, begun
 from search.run import Stopped, run
 from search.searcher import Proposer
@@ -41,7 +40,8 @@ from search.study.candidate import Proposal
 from search.study.catalog import open_search, search_names
 from search.study.loading import make_study
 from search.study.study import Study
-from search.trial import run_trial
+from search.trial.pictures import png
+from search.trial.runner import run_trial
 from search.work import Report
 from spaces.exceptions import InputError
 from tests.conftest import digits_study

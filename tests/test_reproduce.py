@@ -33,7 +33,7 @@ from search.reproduce_page import _summary
 from search.setting import Setting
 from search.strike import NotRun
 from search.study.loading import make_study
-from search.trial import Bench
+from search.trial.runner import Bench
 from spaces.exceptions import InputError
 from spaces.space import SearchSpace
 
@@ -120,7 +120,7 @@ def test_a_cell_is_what_an_independent_evaluation_of_the_same_attack_finds(
     bench = Bench(study, study.store)
     assert bench.fingerprint(params) in bench.store.held("fits")
     _, defense = bench.fit(params, lambda epoch, metrics: pytest.fail("it was trained again"))
-    x_NCHW, y_N = bench.exam.x_NCHW, bench.exam.y_N
+    x_NCHW, y_N = bench.evaluator.x_NCHW, bench.evaluator.y_N
     made = FGSM_TARGETED.craft(View(bench.target.network), x_NCHW, y_N, ThreatModel("Linf", 0.2, "oblivious"), 0)
     torch.manual_seed(0)
     right = Defended(defense, bench.target.network)(made).argmax(1) == y_N

@@ -11,11 +11,11 @@ import torch
 import wandb
 
 from search.panels import pareto_chart, risk_chart
-from search.pictures import png
 from search.record import Record
 from search.run import run
 from search.storage.fingerprint import fingerprint
 from search.tracking import Tracker, log_exports
+from search.trial.pictures import png
 from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import Pretence

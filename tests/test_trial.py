@@ -15,14 +15,14 @@ from attacks.robustness import Observation
 from attacks.suite import SUITES
 from defenses.base import Batches, Metrics
 from defenses.puvae import PuVAE
-from search import exam, latency, trial
-from search.exam import Exam
 from search.exceptions import TrialError
-from search.pictures import caption, png
 from search.storage.fingerprint import code_digests
 from search.study.candidate import Candidate
 from search.study.study import Study
-from search.trial import Bench, baseline, run_trial
+from search.trial import evaluator, latency, runner
+from search.trial.evaluator import Evaluator
+from search.trial.pictures import caption, png
+from search.trial.runner import Bench, baseline, run_trial
 from spaces.space import Params
 from tests.conftest import digits_study
 
@@ -99,12 +99,12 @@ def test_a_second_search_over_the_same_space_trains_nothing_and_attacks_nothing(
         chosen = ((lambda_rc, sigma_eps) for lambda_rc in (0.1, 1.0) for sigma_eps in (0.0, 1.0))
         settings = [setting(study, lambda_rc=lambda_rc, sigma_eps=sigma_eps) for lambda_rc, sigma_eps in chosen]
         trials = [run_trial(study, params, study.store, silent, alone=True) for params in settings]
-        return [baseline(study, study.store), *(candidate for trial in trials for candidate in trial)]
+        return [baseline(study, study.store), *(candidate for runner in trials for candidate in runner)]
 
     first = search(brief(tmp_path))
     forbid(monkeypatch, PuVAE, "fit")
     for name in ("observe", "noisy", "quick_gates"):
-        forbid(monkeypatch, exam, name)
+        forbid(monkeypatch, evaluator, name)
     forbid(monkeypatch, latency, "_times")
     other = brief(tmp_path, name="other", trials=9, method="grid", max_clean_rejection=0.2, threat="white-box")
     assert search(other) == first
@@ -113,14 +113,14 @@ def test_a_second_search_over_the_same_space_trains_nothing_and_attacks_nothing(
 def test_a_trial_that_is_killed_scores_no_setting_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, calls = brief(tmp_path), []
 
-    def observed(self: Exam, target: nn.Module) -> Observation:
+    def observed(self: Evaluator, target: nn.Module) -> Observation:
         calls.append(1)
         if len(calls) == 5:
             raise Killed
         return observe(self, target)
 
-    observe = Exam.observe
-    monkeypatch.setattr(Exam, "observe", observed)
+    observe = Evaluator.observe
+    monkeypatch.setattr(Evaluator, "observe", observed)
     with pytest.raises(Killed):
         run_trial(study, setting(study), study.store, silent)
     assert len(run_trial(study, setting(study), study.store, silent)) == 6 and len(calls) == 4 + 1 + 2
@@ -145,7 +145,7 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
         params = bench.aimed(setting(study, **(over or {})))
         with torch.device("meta"):
             defense = bench.resolved.defense(params.train, params.inference, bench.resolved.task.shape)
-        return bench.sitting(fit, defense)
+        return bench.scores_key(fit, defense)
 
     first = key()
     variants: list[dict[str, object]] = [
@@ -168,8 +168,8 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
     for same in ({"name": "other"}, {"trials": 9}, {"cheap_images": 5}, {"max_clean_rejection": 0.2}, {"patience": 1}):
         assert key(**same) == first
     suite = code_digests(attacks.suite.__name__)
-    assert set(suite) <= set(code_digests(exam.__name__))
-    monkeypatch.setattr(trial, "code_digests", lambda *modules: sorted({*code_digests(*modules)} - {suite[0]}))
+    assert set(suite) <= set(code_digests(evaluator.__name__))
+    monkeypatch.setattr(runner, "code_digests", lambda *modules: sorted({*code_digests(*modules)} - {suite[0]}))
     assert key() != first
 
 
@@ -181,7 +181,7 @@ def test_what_was_said_serves_every_threshold_and_every_budget(tmp_path: Path, m
     first = scored(max_clean_rejection=0.05)
     store = brief(tmp_path).store
     assert len(store.keys("scores")) == 2 and len(first) == 10  # one for each reformer
-    forbid(monkeypatch, Exam, "observe")
+    forbid(monkeypatch, Evaluator, "observe")
     assert scored(max_clean_rejection=0.05) == first
     for one, other in zip(first, scored(max_clean_rejection=1.0), strict=True):
         assert one == other or (one.score.risk_coverage and other.score.attacked_error <= one.score.attacked_error)
@@ -194,7 +194,9 @@ def test_a_black_box_attacker_learns_of_each_threshold_anew(tmp_path: Path) -> N
         for limit in (0.99, 1e6):
             params = bench.aimed(setting(study, detector_1=limit))
             found.add(
-                bench.sitting("fit", bench.resolved.defense(params.train, params.inference, bench.resolved.task.shape))
+                bench.scores_key(
+                    "fit", bench.resolved.defense(params.train, params.inference, bench.resolved.task.shape)
+                )
             )
         return len(found)
 

@@ -15,10 +15,10 @@ from search.classifiers import architectures
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.task import Task
 from search.data.splits import checksum
-from search.latency import Lane
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Store, to_bytes
 from search.study.study import Study
+from search.trial.device_lock import DeviceLock
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def obtain(
         entry = store.get("classifiers", key)
         if entry is None:
             x_NCHW, y_N = training()
-            with Lane(device).working():
+            with DeviceLock(device).working():
                 accuracy = train(network, x_NCHW, y_N, study.classifier_epochs, study.seed)
             about = {"task": task.dataset, "architecture": architecture, "training_accuracy": accuracy}
             entry = store.put("classifiers", key, {"weights.safetensors": to_bytes(network)}, about)

@@ -32,7 +32,7 @@ class Callback:
     def trial_ended(
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
-        """`candidates` is empty unless finished; `picture` is a PNG of search/pictures.py."""
+        """`candidates` is empty unless finished; `picture` is a PNG of search/trial/pictures.py."""
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         """`candidates` are all that the study holds, those of earlier runs included."""

@@ -1,6 +1,6 @@
-"""Purification latency on a quiet device.
+"""A lock on a device, so that a latency is measured while nobody else computes there.
 
-Trials that share a device spoil each other's timings. So whoever computes holds the lane together with the others,
+Trials that share a device spoil each other's timings. So whoever computes holds the lock together with the others,
 and whoever measures holds it alone: the others wait at their next batch boundary, or before a layer of whatever network
 they run, attacks and scoring included.
 """
@@ -9,33 +9,20 @@ from __future__ import annotations
 
 import fcntl
 import os
-import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 
 import torch
-from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from defenses.base import Defense
-from search.study.candidate import Latency
-
-REPEATS = 30
-WARM_UP = 3
-PATIENCE_S = 20.0
-"""Seconds after which a slow purifier is repeated no more, down to three times and one warm-up."""
-DRIFT = 0.2
-"""How far the reference kernel may move, as a fraction, before a measurement is repeated."""
-TRIES = 3
 LOOK_S = 0.002
 """How often, at most, a process that computes looks whether another wants to measure, in seconds."""
 
 
-class Lane:
+class DeviceLock:
     """A readers-writer lock over the processes of a node, by two locked files: the gate and the lane.
 
     A process that computes holds the lane shared and looks at the gate at each batch boundary. One that measures
@@ -105,7 +92,7 @@ class Lane:
 
     def _leave(self) -> None:
         try:
-            _synchronise(self._device)  # what a GPU was given it computes even when nobody waits for it
+            synchronise(self._device)  # what a GPU was given it computes even when nobody waits for it
         finally:
             self._held = False
             fcntl.flock(self._lane, fcntl.LOCK_UN)
@@ -116,62 +103,7 @@ def _identity(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
 
 
-def device_name(device: torch.device) -> str:
-    """Return what a latency is measured on: the GPU's model, or the CPU with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} thread(s)"
-
-
-def _processor() -> str:
-    """Return the CPU's model, which `platform` does not know on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or "CPU")
-
-
-@torch.no_grad()
-def measure(defense: Defense, lane: Lane, device: torch.device) -> Latency:
-    """Time `purify` and `accept` at batch 128 and 1, alone on the device; repeat while the reference kernel drifts."""
-    shape = defense.shape
-    x_NCHW = torch.rand(128, shape.channels, shape.height, shape.width, device=device)
-    a_DD = torch.rand(512, 512, device=device)
-    attempts = []
-    defense.eval()
-
-    def work(x_NCHW: Tensor) -> None:
-        defense.purify(x_NCHW)
-        defense.accept(x_NCHW)
-
-    with lane.quiet():
-        for _ in range(TRIES):
-            before = median(_times(lambda: a_DD @ a_DD, device))
-            batch = sorted(_times(lambda: work(x_NCHW), device))
-            single = _times(lambda: work(x_NCHW[:1]), device)
-            drift = abs(median(_times(lambda: a_DD @ a_DD, device)) / before - 1)
-            p95 = batch[min(len(batch) - 1, int(0.95 * len(batch)))]
-            attempts.append(Latency(median(batch), p95, median(single), drift, device_name(device), len(batch)))
-            if drift <= DRIFT:
-                break
-    return min(attempts, key=lambda latency: latency.drift)
-
-
-def _times(work: Callable[[], object], device: torch.device) -> list[float]:
-    """Return the milliseconds of each repeat, after a warm-up, the device synchronised."""
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < WARM_UP + REPEATS:
-        _synchronise(device)
-        start = time.perf_counter()
-        work()
-        _synchronise(device)
-        times.append(1e3 * (time.perf_counter() - start))
-        if len(times) > 3 and time.perf_counter() - begin > PATIENCE_S:
-            break
-    return times[min(WARM_UP, len(times) - 3) :]
-
-
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

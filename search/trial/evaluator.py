@@ -21,7 +21,7 @@ from search.study.candidate import Latency, Score
 
 
 @dataclass(frozen=True)
-class Probed:
+class Evaluation:
     """What a target said under attack, its cheap gates, and what it said of noise."""
 
     found: Observation
@@ -46,7 +46,7 @@ class Probed:
         }
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Probed:
+    def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Evaluation:
         """Return what `tensors` and `about` were made of."""
         groups: dict[str, dict[str, Seen]] = {"": {}, "oblivious": {}, "black-box": {}, "white-box": {}}
         for name, bounded in about["bounded"]:
@@ -76,7 +76,7 @@ class Probed:
 
 
 @dataclass(frozen=True)
-class Exam:
+class Evaluator:
     """The images and attacks that every candidate of a study faces.
 
     Args:
@@ -93,12 +93,12 @@ class Exam:
     seed: int
     outsider: Outsider | None = None
 
-    def probe(self, target: nn.Module) -> Probed:
+    def probe(self, target: nn.Module) -> Evaluation:
         """Attack, and run the audit's cheap checks, which serve every setting of the thresholds."""
         found = self.observe(target)
         images, looks = (self.x_NCHW, self.y_N), len(found.clean.right)
         noise = noisy(target, *images, self.threat, self.seed, looks)
-        return Probed(found, quick_gates(target, *images, seed=self.seed), noise)
+        return Evaluation(found, quick_gates(target, *images, seed=self.seed), noise)
 
     def observe(self, target: nn.Module) -> Observation:
         """Attack under the oblivious and the white-box threat model, whichever the study's is, and under its own."""
@@ -119,7 +119,7 @@ class Exam:
         )
         return replace(found, queries=queries)
 
-    def score(self, probed: Probed, limits_S: Tensor, latency: Latency | None) -> Score:
+    def score(self, probed: Evaluation, limits_S: Tensor, latency: Latency | None) -> Score:
         """Return the figures of a bare or defended classifier.
 
         Args:

@@ -19,11 +19,11 @@ import defenses
 from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
 from search.classifiers.training import Classifier
 from search.data import splits
-from search.exam import Exam
 from search.exceptions import TrialError
-from search.materials import Materials
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import to_bytes
+from search.trial.assets import Materials
+from search.trial.evaluator import Evaluator
 from spaces.exceptions import InputError
 from spaces.space import Params
 
@@ -66,7 +66,7 @@ class Fits(Materials):
     def rungs(self) -> str:
         """Return the fingerprint of what scores an epoch: rung scores compare only where it is the same."""
         return fingerprint(
-            source=code_digests(Exam.__module__),
+            source=code_digests(Evaluator.__module__),
             threat=str(self.resolved.threat),
             attacks=str(attacks.suite.SUITES["quick"]),
             images=min(self.study.cheap_images, self.resolved.eval_images),
@@ -122,7 +122,7 @@ class Fits(Materials):
             defense.resume(state["defense"])
         curve: list[Metrics] = state["curve"]
         rungs = self.rungs() if state.get("rungs", self.rungs()) == self.rungs() else "several"
-        (x_NCHW, y_N), exam, knobs = self.training, self.exam, defense.train_knobs
+        (x_NCHW, y_N), evaluator, knobs = self.training, self.evaluator, defense.train_knobs
         consulted = [self.classifier(architecture) for architecture in self.consulted(defense)]
         target = self.target.network
         # A fit's rungs must not depend on the inference setting at which it happened to be proposed.
@@ -134,18 +134,18 @@ class Fits(Materials):
             batch_size=knobs.batch_size,
             seed=self.study.seed,
             start=len(curve),
-            boundary=self.lane.boundary,
+            boundary=self.device_lock.boundary,
             once=lambda words, make: self._once(words, make, consulted),
         )
         torch.manual_seed(self.study.seed)  # whatever was trained or loaded before
         networks = nn.ModuleList([classifier.network for classifier in consulted])
-        with self.lane.working():
+        with self.device_lock.working():
             for metrics in defense.fit(batches, networks if defense.bases() else networks[0]):
                 _finite(metrics, len(curve) + 1)
-                metrics["cheap"] = exam.cheap(Defended(defense, target), self.study.cheap_images)
+                metrics["cheap"] = evaluator.cheap(Defended(defense, target), self.study.cheap_images)
                 curve.append(metrics)
                 if len(curve) < knobs.epochs:
-                    with self.lane.away():
+                    with self.device_lock.away():
                         self.store.save_progress(key, {"defense": defense.progress(), "curve": curve, "rungs": rungs})
                         report(len(curve), metrics)
         about = {
@@ -171,7 +171,7 @@ class Fits(Materials):
             classifiers=[classifier.fingerprint for classifier in consulted],
             seed=self.study.seed,
         )
-        with self.lane.away():  # whoever holds the lock may be waiting for the lane
+        with self.device_lock.away():  # whoever holds the lock may be waiting for the lane
             held = self.store.lock("made", key).acquire()
         with held:
             entry = self.store.get("made", key)

@@ -18,9 +18,9 @@ from search.classifiers import training
 from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
 from search.data.splits import HELD_OUT
-from search.exam import Exam
-from search.latency import REPEATS, WARM_UP, device_name
-from search.trial import Bench
+from search.trial.evaluator import Evaluator
+from search.trial.latency import REPEATS, WARM_UP, device_name
+from search.trial.runner import Bench
 from spaces.space import Params
 
 STEPS = 8
@@ -93,9 +93,12 @@ class Step:
         y_N = torch.where(torch.arange(len(y_N), device=y_N.device) % 4 == 0, y_N, (y_N + 1) % shape.classes)
         suite, threat, seed = self.resolved.suite, self.resolved.threat, self.study.seed
         blind = {attack.name: x_NCHW for attack in suite.with_rungs().oblivious}
-        exam = Exam(suite, replace(threat, knowledge="white-box"), x_NCHW, y_N, blind, seed)
-        observe_s, whole_s = self._timed(lambda: exam.observe(defended)), self._timed(lambda: exam.probe(defended))
-        rung_s = self._timed(lambda: exam.cheap(defended, len(y_N)))
+        evaluator = Evaluator(suite, replace(threat, knowledge="white-box"), x_NCHW, y_N, blind, seed)
+        observe_s, whole_s = (
+            self._timed(lambda: evaluator.observe(defended)),
+            self._timed(lambda: evaluator.probe(defended)),
+        )
+        rung_s = self._timed(lambda: evaluator.cheap(defended, len(y_N)))
         rung_s *= min(self.study.cheap_images, self.resolved.eval_images) / len(y_N)
         fixed_s = max(0.0, whole_s - observe_s)  # the gates look at so many images whatever the study's number is
         if threat.knowledge == "black-box":

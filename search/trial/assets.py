@@ -23,11 +23,11 @@ from search.classifiers import training
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.training import Classifier
 from search.data import splits
-from search.exam import Exam
-from search.latency import Lane
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Store
 from search.study.study import Study
+from search.trial.device_lock import DeviceLock
+from search.trial.evaluator import Evaluator
 
 
 class Materials:
@@ -45,7 +45,7 @@ class Materials:
         self.resolved = study.resolved
         uses_gpu = torch.cuda.is_available() and study.gpus_per_trial != 0
         self.device = torch.device("cuda" if uses_gpu else "cpu")
-        self.lane = Lane(self.device)
+        self.device_lock = DeviceLock(self.device)
         self._classifiers: dict[str, Classifier] = {}
         self._identities: dict[str, str] = {}
 
@@ -86,11 +86,11 @@ class Materials:
         return {self.resolved.protected, *self.consulted(defense), *adopted}
 
     @cached_property
-    def exam(self) -> Exam:
+    def evaluator(self) -> Evaluator:
         x_NCHW, y_N = self._load("validation", self.resolved.eval_images)
         images, threat = self._oblivious(x_NCHW, y_N), self.resolved.threat
         outsider = self._outsider() if threat.knowledge == "black-box" else None
-        return Exam(self.resolved.suite, threat, x_NCHW, y_N, images, self.study.seed, outsider)
+        return Evaluator(self.resolved.suite, threat, x_NCHW, y_N, images, self.study.seed, outsider)
 
     def _outsider(self) -> Outsider:
         """Return the black-box attacker: its images are the last of the validation split, which are not attacked."""
@@ -128,7 +128,7 @@ class Materials:
             entry = self.store.get("oblivious", key)
             if entry is None:
                 target = self.target.network  # first: it may wait for a lock
-                with self.lane.working():
+                with self.device_lock.working():
                     made = attack.craft(View(target), x_NCHW, y_N, threat, self.study.seed)
                 content = save({"images": made.cpu().contiguous()})
                 about = {"task": self.study.task, **attack.budget(threat)}

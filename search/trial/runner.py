@@ -19,16 +19,16 @@ import attacks.suite
 from attacks.coverage import Point, pick, risk_coverage
 from defenses.base import Defended, Defense
 from search.data.splits import HELD_OUT
-from search.exam import Probed
-from search.fits import Fits, Report, silent
-from search.latency import device_name, measure
-from search.pictures import drawn
 from search.storage.atomic import write_atomic
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.mirror import Mirror
 from search.storage.store import Store
 from search.study.candidate import Candidate, Latency
 from search.study.study import Study
+from search.trial.evaluator import Evaluation
+from search.trial.latency import device_name, measure
+from search.trial.pictures import drawn
+from search.trial.training import Fits, Report, silent
 from spaces.domain import Scalar
 from spaces.space import GRID_LIMIT, Params
 
@@ -57,7 +57,7 @@ def baseline(study: Study, store: Store) -> Candidate:
     """Return the bare classifier as a candidate, scored by the same suite on the same images."""
     bench = Bench.of(study, store)
     probed = bench.probed("undefended", None)
-    score = bench.exam.score(probed, probed.found.limits_S, None)
+    score = bench.evaluator.score(probed, probed.found.limits_S, None)
     return Candidate(
         candidate="undefended",
         fit=bench.identity(bench.resolved.protected),
@@ -94,18 +94,18 @@ class Bench(Fits):
         To the settings of each such group comes the one that the group's risk-coverage curve picks where thresholds
         are searched: the least attacked error at the clean rejection that the study allows.
         """
-        exam, scored = self.exam, dict[str, Candidate]()
-        groups: dict[str, Probed] = {}
+        evaluator, scored = self.evaluator, dict[str, Candidate]()
+        groups: dict[str, Evaluation] = {}
         for params in settings:
             thresholds, aimed = defense.thresholds(), self.aimed(params)
             rest = fingerprint(**aimed.inference)
             latency, wanted = self.latency(defense.at(params.inference)), [params]
             if rest not in groups:
                 groups[rest] = self.probed(key, defense.at(aimed.inference))
-                curve = risk_coverage(groups[rest].found) if thresholds and exam.outsider is None else []
+                curve = risk_coverage(groups[rest].found) if thresholds and evaluator.outsider is None else []
                 wanted += self._picked(params, thresholds, curve)
             for one in wanted:
-                score = exam.score(groups[rest], defense.at(one.inference).limits(), latency)
+                score = evaluator.score(groups[rest], defense.at(one.inference).limits(), latency)
                 if one is not params:
                     score = replace(score, risk_coverage=tuple((p.clean_rejection, p.attacked_error) for p in curve))
                 mark = fingerprint(**one.inference)
@@ -122,28 +122,28 @@ class Bench(Fits):
                 )
         return list(scored.values())
 
-    def probed(self, fit: str, defense: Defense | None) -> Probed:
+    def probed(self, fit: str, defense: Defense | None) -> Evaluation:
         """Return what a target says under attack, attacked once by all searches of the storage.
 
         Args:
             fit: the defense's fingerprint.
             defense: at the setting at which the attacks aim; None: the bare classifier.
         """
-        key = self.sitting(fit, defense)
+        key = self.scores_key(fit, defense)
         with self.store.lock("scores", key):
             entry = self.store.get("scores", key)
             if entry is None:
-                exam, bare = self.exam, self.target.network
-                with self.lane.working():
-                    said = exam.probe(bare if defense is None else Defended(defense, bare))
+                evaluator, bare = self.evaluator, self.target.network
+                with self.device_lock.working():
+                    said = evaluator.probe(bare if defense is None else Defended(defense, bare))
                 entry = self.store.put("scores", key, {"said.safetensors": said.tensors()}, said.about())
-            return Probed.of(load_file(entry / "said.safetensors"), self.store.about("scores", key))
+            return Evaluation.of(load_file(entry / "said.safetensors"), self.store.about("scores", key))
 
-    def sitting(self, fit: str, defense: Defense | None) -> str:
+    def scores_key(self, fit: str, defense: Defense | None) -> str:
         """Return the fingerprint of one exam: everything that shapes what a target says in it."""
         threat = self.resolved.threat
         return fingerprint(
-            source=code_digests(Probed.__module__),
+            source=code_digests(Evaluation.__module__),
             fit=fit,
             setting=dict(defense.params.inference) if defense else {},
             classifier=self.identity(self.resolved.protected),
@@ -184,7 +184,7 @@ class Bench(Fits):
         )
         with self.store.lock("latency", key):
             if self.store.get("latency", key) is None:
-                found = measure(defense, self.lane, self.device)
+                found = measure(defense, self.device_lock, self.device)
                 self.store.put("latency", key, {}, {**found.to_json(), "knobs": knobs})
         about = self.store.about("latency", key)
         about.pop("knobs")
@@ -193,7 +193,7 @@ class Bench(Fits):
     def clock(self, params: Params) -> Latency:
         """Measure the latency of a stored fit's setting again; what the store holds stays."""
         _, defense = self.fit(params, silent)
-        return measure(defense, self.lane, self.device)
+        return measure(defense, self.device_lock, self.device)
 
     def picture(self, params: Params, path: Path, images: int = 10) -> Path:
         """Write a PNG with rows of clean, attacked (oblivious targeted iFGSM) and purified images.
@@ -201,11 +201,11 @@ class Bench(Fits):
         A last row has how far the purified images are from the clean ones; the predictions stand in its caption.
         """
         _, defense = self.fit(params, silent)
-        attack, exam = attacks.suite.IFGSM_TARGETED.name, self.exam
-        sample = exam.x_NCHW[:images], exam.oblivious[attack][:images], exam.y_N[:images]
+        attack, evaluator = attacks.suite.IFGSM_TARGETED.name, self.evaluator
+        sample = evaluator.x_NCHW[:images], evaluator.oblivious[attack][:images], evaluator.y_N[:images]
         under = f"{attack}, {replace(self.resolved.threat, knowledge='oblivious')}"
         target = Defended(defense, self.target.network)
-        with torch.no_grad(), attacks.suite.reproducible(defense, self.study.seed), self.lane.working():
+        with torch.no_grad(), attacks.suite.reproducible(defense, self.study.seed), self.device_lock.working():
             return write_atomic(path, drawn(target, *sample, under))
 
 
