@@ -42,7 +42,7 @@ def search(
     --json is for --dry-run.
     """
     from search import session
-    from search.forecast import said
+    from search.engine.dry_run import said
     from search.study.loading import make_study, read_study
 
     if as_json and not dry_run:

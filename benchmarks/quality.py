@@ -23,8 +23,9 @@ from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 from defenses.base import Metrics
-from search.record import Record, state_of
-from search.run import run
+from search.engine.run import run
+from search.engine.worker import REAL, Report, Work
+from search.optimizer.history import SearchHistory, state_of
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate, Latency, Proposal
 from search.study.loading import make_study
@@ -32,7 +33,6 @@ from search.study.ranking import feasible
 from search.study.study import Study
 from search.trial import evaluator
 from search.trial.runner import Bench
-from search.work import REAL, Report, Work
 from spaces import puvae
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -104,23 +104,23 @@ class Table:
         Raises:
             InputError: the grid has not ended.
         """
-        record, found = Record(study), dict[str, list[Candidate]]()
-        whole = record.space.trainings()
-        if record.ended() != whole:
+        history, found = SearchHistory(study), dict[str, list[Candidate]]()
+        whole = history.space.trainings()
+        if history.ended() != whole:
             raise InputError(
-                f"a table needs a finished grid, but {study.name} has {record.ended()} of {whole} trainings"
+                f"a table needs a finished grid, but {study.name} has {history.ended()} of {whole} trainings"
             )
-        for candidate in record.candidates():
+        for candidate in history.candidates():
             found.setdefault(Table.key(candidate.params), []).append(candidate)
         curves = {
-            Table.key(record.space.complete(trial.params)): [score for _, score in trial.user_attrs["curve"]]
-            for trial in record.trials()
+            Table.key(history.space.complete(trial.params)): [score for _, score in trial.user_attrs["curve"]]
+            for trial in history.trials()
             if state_of(trial) == "finished"
         }
         trainings = {key: Training(curves[key], candidates) for key, candidates in found.items()}
-        undefended = record.undefended()
+        undefended = history.undefended()
         assert undefended is not None
-        best = max(c.score.attacked_accuracy for c in feasible(study, record.candidates()))
+        best = max(c.score.attacked_accuracy for c in feasible(study, history.candidates()))
         return cls(undefended, trainings, best, sum(len(training.curve) for training in trainings.values()))
 
     @staticmethod

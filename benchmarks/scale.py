@@ -32,10 +32,10 @@ from rich.console import Console
 
 from benchmarks.simulated import CPUS, EPOCHS, LAMBDAS, Pulse, Timed, resident, simulated, sweep, working
 from search import session
+from search.engine.run import run
 from search.ledger import Ledger
 from search.live import Display
-from search.run import run
-from search.searcher import Proposer
+from search.optimizer.proposer import Proposer
 from search.tracking import Tracker
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from attacks.threat import ThreatModel
+from search.engine.worker import Report, Work
 from search.storage.fingerprint import fingerprint
 from search.study.callbacks import Callback
 from search.study.candidate import Candidate, Latency, Proposal, Score
 from search.study.loading import make_study
 from search.study.study import Study
-from search.work import Report, Work
 from spaces.puvae import SIGMA_EPS
 from spaces.space import Params
 

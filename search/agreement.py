@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import ConstantInputWarning, kendalltau, spearmanr
 
-from search.record import Record, state_of
-from search.stopping import grace, rungs
+from search.optimizer.early_stopping import grace, rungs
+from search.optimizer.history import SearchHistory, state_of
 from search.study.candidate import Candidate
 from search.study.study import Study
 from spaces.domain import Scalar
@@ -118,20 +118,20 @@ class Agreement:
         }
 
 
-def agreement(record: Record, candidates: Iterable[Candidate]) -> Agreement:
+def agreement(history: SearchHistory, candidates: Iterable[Candidate]) -> Agreement:
     """Compare the cheap scores of a search's finished trainings with what their fits were worth in the end.
 
     Args:
         candidates: all of the search.
     """
-    study, usual = record.study, dict(record.space.usual())
+    study, usual = history.study, dict(history.space.usual())
     fits: dict[tuple[tuple[str, Scalar], ...], list[Candidate]] = {}
     for candidate in candidates:
         fits.setdefault(_key(candidate.params.train), []).append(candidate)
     found = []
-    for trial in record.trials():
+    for trial in history.trials():
         curve = {int(epoch): float(score) for epoch, score in trial.user_attrs.get("curve", [])}
-        of = fits.get(_key(record.setting(trial).train), [])
+        of = fits.get(_key(history.setting(trial).train), [])
         if state_of(trial) == "finished" and curve and of:
             found.append((str(trial.user_attrs["trial"]), curve, of))
     at_usual = [[c for c in of if c.params.inference == usual] for *_, of in found]

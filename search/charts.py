@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from attacks.interval import wilson
 from search.findings import Findings
 from search.importance import CHANCE
-from search.stopping import rungs
+from search.optimizer.early_stopping import rungs
 from search.study.candidate import Candidate
 from search.wording import spoken_device, spoken_value
 from spaces.domain import Scalar

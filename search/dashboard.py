@@ -28,8 +28,8 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from search.exceptions import StorageError
-from search.journal import Journal
-from search.record import Record, journal
+from search.optimizer.history import SearchHistory, journal_path
+from search.optimizer.journal import Journal
 from search.signals import terminable
 from search.study.candidate import Candidate
 from search.study.ranking import front
@@ -86,7 +86,7 @@ def server(study: Study, port: int | None, folder: Path) -> WSGIServer:
     Args:
         folder: where the journal is kept while it lies elsewhere.
     """
-    Record(study)
+    SearchHistory(study)
     shown = Shown(study, Followed(study, folder / JOURNAL))
     # The dashboard's own front knows no constraints, and has no door for another one.
     optuna_dashboard._app.get_pareto_front_trials = shown.front
@@ -121,9 +121,9 @@ class Followed(Journal):
     """
 
     def __init__(self, study: Study, fetched: Path) -> None:
-        super().__init__(journal(study), None)
+        super().__init__(journal_path(study), None)
         self._mirror = study.mirror
-        self._here, self._fetched = journal(study), fetched
+        self._here, self._fetched = journal_path(study), fetched
         self._due = 0.0
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]

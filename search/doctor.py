@@ -197,7 +197,7 @@ def _wandb() -> Finding:
 
 def _cluster(address: str, storage: str, data_dir: str | None) -> list[Finding]:
     """Join a cluster as a search would, which tries its versions, the way of code and data, and the storage."""
-    from search.cluster import joined, spoken  # Ray takes a second to import
+    from search.engine.cluster import joined, spoken  # Ray takes a second to import
 
     study = Study(task="digits/A", address=address, storage=storage, data_dir=data_dir)
     try:

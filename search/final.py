@@ -21,8 +21,8 @@ import attacks.robustness
 from attacks.threat import ThreatModel
 from search import export, final_page, final_table
 from search.classifiers import architectures
-from search.crew import Crew, Piece, Tell, crew
 from search.data import splits
+from search.engine.jobs import Job, RunJobs, Tell, job_runner
 from search.exceptions import TrialError
 from search.final_page import page
 from search.hearing import Hearing, Judged, blocks
@@ -86,8 +86,8 @@ def final(
     for case in cases:
         line = final_table.announced(case, asked, len(looks(case.folder, asked)))
         console.print(line, highlight=False, soft_wrap=True)
-    with crew(study, debug=debug, concurrent=concurrent, console=console) as work:
-        diverged = work("training", [Piece(f"seed {seed}", train_seed, (cases, seed)) for seed in chosen])
+    with job_runner(study, debug=debug, concurrent=concurrent, console=console) as work:
+        diverged = work("training", [Job(f"seed {seed}", train_seed, (cases, seed)) for seed in chosen])
         asked["failed"] = {str(seed): why for seed, why in zip(chosen, diverged, strict=True) if why}
         asked["trained"] = [seed for seed in chosen if str(seed) not in asked["failed"]]
         if not asked["trained"]:
@@ -158,11 +158,11 @@ def _compared(hearing: Hearing, case: Case, contender: Contender) -> Judged:
     return hearing.compare(case, contender, aimed)
 
 
-def _judged(work: Crew, cases: Sequence[Case], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _judged(work: RunJobs, cases: Sequence[Case], asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return what each seed and each export itself kept."""
     images, trained = asked["images"], asked["trained"]
-    pieces = [Piece(f"seed {seed}", judge_seed, (cases, seed, images)) for seed in trained]
-    pieces += [Piece(f"export {case.name}", judge_export, (case, images)) for case in cases]
+    pieces = [Job(f"seed {seed}", judge_seed, (cases, seed, images)) for seed in trained]
+    pieces += [Job(f"export {case.name}", judge_export, (case, images)) for case in cases]
     found = work("on the test split", pieces)
     own = {case.name: judged for case, judged in zip(cases, found[len(trained) :], strict=True)}
     return {"seeds": found[: len(trained)], "exports": own}

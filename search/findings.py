@@ -18,7 +18,7 @@ from search.agreement import Agreement, agreement
 from search.export import opened
 from search.faults import Fault, gathered
 from search.importance import Importances, importances
-from search.record import ENDED, Record, state_of
+from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.study import ranking, sync
 from search.study.candidate import Candidate, Latency
 from search.study.ranking import Kept
@@ -187,23 +187,23 @@ def find(study: Study) -> Findings:
     Raises:
         InputError: it has not begun.
     """
-    record = Record(study)
-    candidates = record.candidates()
+    history = SearchHistory(study)
+    candidates = history.candidates()
     feasible = ranking.feasible(study, candidates)
     return Findings(
         study=study,
-        undefended=record.undefended(),
+        undefended=history.undefended(),
         candidates=candidates,
         best=next(iter(feasible), None),
         front=ranking.front(study, candidates),
-        searched=list(record.searched),
-        importances=importances(record),
+        searched=list(history.searched),
+        importances=importances(history),
         device=feasible[0].score.device if feasible else "",
-        agreement=agreement(record, candidates),
-        again=record.clocked(),
-        trials=[_told(record, trial, "trial") for trial in record.trials()],
-        refinements=[_told(record, trial, "refines") for trial in record.refinements()],
-        busy=progress.busy((t for t in record.trials() if state_of(t) in ENDED), datetime.now()),
+        agreement=agreement(history, candidates),
+        again=history.clocked(),
+        trials=[_told(history, trial, "trial") for trial in history.trials()],
+        refinements=[_told(history, trial, "refines") for trial in history.refinements()],
+        busy=progress.busy((t for t in history.trials() if state_of(t) in ENDED), datetime.now()),
         audits=audits(study, candidates),
     )
 
@@ -222,15 +222,15 @@ def audits(study: Study, candidates: Sequence[Candidate]) -> dict[str, Mapping[s
     return found
 
 
-def _told(record: Record, trial: FrozenTrial, kind: str) -> TrialRecord:
+def _told(history: SearchHistory, trial: FrozenTrial, kind: str) -> TrialRecord:
     about = trial.user_attrs
     return TrialRecord(
         trial=about[kind],
         state=state_of(trial),
-        params=record.setting(trial) if kind == "trial" else Params({}, {}),
+        params=history.setting(trial) if kind == "trial" else Params({}, {}),
         curve=[score for _, score in about.get("curve", [])],
         reason=about.get("reason", ""),
-        picture=sync.picture(record.study, about.get("picture", "")),
+        picture=sync.picture(history.study, about.get("picture", "")),
         seconds=about.get("seconds"),
         restarts=about.get("restarts", 0),
     )

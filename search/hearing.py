@@ -21,7 +21,7 @@ from attacks.substitute import train_substitute
 from attacks.suite import SUITES, Attack, AttackError, Suite
 from attacks.view import bare
 from defenses.base import Defended
-from search.crew import Tell
+from search.engine.jobs import Tell
 from search.evidence import worse
 from search.retrained import Case, Contender
 from search.storage.fingerprint import code_digests, fingerprint

@@ -18,7 +18,7 @@ from optuna.importance import (
 )
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search.record import Record
+from search.optimizer.history import SearchHistory
 from spaces.domain import Scalar
 
 LEAST = 8
@@ -47,7 +47,7 @@ class Importances:
     candidates: int = 0
 
 
-def importances(record: Record) -> Importances:
+def importances(history: SearchHistory) -> Importances:
     """Return how much each knob that always matters matters for the attacked error.
 
     Both estimates take a second of all candidates of a long search. fANOVA would take hours, and it counts a knob of
@@ -57,15 +57,15 @@ def importances(record: Record) -> Importances:
     """
     # A candidate whose thresholds were picked may lack some knobs, and would take them out for all. Those that do not
     # always matter would leave too few candidates.
-    always = [name for name in record.searched if name not in record.space.given]
-    own = (t for t in record.all() if t.state == TrialState.COMPLETE and "from" not in t.user_attrs)
+    always = [name for name in history.searched if name not in history.space.given]
+    own = (t for t in history.all() if t.state == TrialState.COMPLETE and "from" not in t.user_attrs)
     done = [t for t in own if set(always) <= set(t.params)]
     if not always or len(done) < LEAST or len({t.values[0] for t in done}) < 2:
         return Importances()  # where nothing varies there is no variance to explain
-    study = optuna.create_study(directions=record.optuna.directions)
+    study = optuna.create_study(directions=history.optuna.directions)
     kept = [(trial, {name: trial.params[name] for name in always}) for trial in done]
-    study.add_trials(_with_chance(trial, values, record) for trial, values in kept)
-    forest = MeanDecreaseImpurityImportanceEvaluator(seed=record.study.seed)
+    study.add_trials(_with_chance(trial, values, history) for trial, values in kept)
+    forest = MeanDecreaseImpurityImportanceEvaluator(seed=history.study.seed)
     last = sorted(t.values[0] for t in done)[int(BEST * len(done))]
     fits = {json.loads(t.user_attrs["candidate"])["fit"] for t in done if t.values[0] <= last}
     best = _shares(study, PedAnovaImportanceEvaluator(target_quantile=BEST)) if len(fits) >= FITS else {}
@@ -78,10 +78,10 @@ def _shares(study: optuna.Study, evaluator: BaseImportanceEvaluator) -> dict[str
     return {knob: float(share) for knob, share in found.items()}
 
 
-def _with_chance(trial: FrozenTrial, values: Mapping[str, Scalar], record: Record) -> FrozenTrial:
+def _with_chance(trial: FrozenTrial, values: Mapping[str, Scalar], history: SearchHistory) -> FrozenTrial:
     """Return a trial with one knob more, and without what is written beside it, which Optuna would copy."""
-    training = [value for name, value in values.items() if name in record.space.train]
-    drawn = random.Random(f"{record.study.seed} {training or trial.number}").random()
+    training = [value for name, value in values.items() if name in history.space.train]
+    drawn = random.Random(f"{history.study.seed} {training or trial.number}").random()
     return create_trial(
         values=trial.values,
         params={**values, CHANCE: drawn},

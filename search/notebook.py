@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from rich.console import Console
 
 from search import session
-from search.record import Record
+from search.optimizer.history import SearchHistory
 from search.study import ranking
 from search.study.candidate import Candidate
 from search.study.catalog import open_search, search_names
@@ -65,8 +65,8 @@ def candidates(study: Study | str, storage: str = "runs") -> pd.DataFrame:
     Raises:
         InputError: there is no such search, or it has not begun.
     """
-    record = Record(_opened(study, storage))
-    return _table(record, record.candidates())
+    history = SearchHistory(_opened(study, storage))
+    return _table(history, history.candidates())
 
 
 def front(study: Study | str, storage: str = "runs") -> pd.DataFrame:
@@ -79,8 +79,8 @@ def front(study: Study | str, storage: str = "runs") -> pd.DataFrame:
     Raises:
         InputError: there is no such search, or it has not begun.
     """
-    record = Record(_opened(study, storage))
-    return _table(record, ranking.front(record.study, record.candidates()))
+    history = SearchHistory(_opened(study, storage))
+    return _table(history, ranking.front(history.study, history.candidates()))
 
 
 def _opened(study: Study | str, storage: str) -> Study:
@@ -96,13 +96,13 @@ def _same(study: Study, begun: Study) -> None:
         )
 
 
-def _table(record: Record, found: Sequence[Candidate]) -> pd.DataFrame:
+def _table(history: SearchHistory, found: Sequence[Candidate]) -> pd.DataFrame:
     """Return candidates as a table in which a column has one type, however few rows there are."""
     rows = [candidate.row() for candidate in found]
-    if not rows and (undefended := record.undefended()):
-        rows = [replace(undefended, params=record.space.setting(record.space.usual_of)).row()]
+    if not rows and (undefended := history.undefended()):
+        rows = [replace(undefended, params=history.space.setting(history.space.usual_of)).row()]
     table = pd.DataFrame(rows)
-    domains = record.space.flat().items()
+    domains = history.space.flat().items()
     knobs = {f"knob_{name}" if f"knob_{name}" in table else name: domain for name, domain in domains}
     kinds = {name: _kind(knobs.get(name), name) for name in table.columns}
     return table.astype(kinds).head(len(found))

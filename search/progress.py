@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 from rich.table import Table
 
 from search.agreement import agreement
-from search.record import ENDED, Record, state_of
+from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.study import ranking
 from search.study.study import Study
 from search.wording import duration
@@ -28,11 +28,11 @@ def progress(study: Study, *, runs: bool) -> dict[str, Any]:
     Raises:
         InputError: it has not begun.
     """
-    record = Record(study)
-    trials, candidates = record.trials(), record.candidates()
+    history = SearchHistory(study)
+    trials, candidates = history.trials(), history.candidates()
     states = Counter("interrupted" if state == "running" and not runs else state for state in map(state_of, trials))
-    feasible, agreed = ranking.feasible(study, candidates), agreement(record, candidates)
-    refinements = record.refinements()
+    feasible, agreed = ranking.feasible(study, candidates), agreement(history, candidates)
+    refinements = history.refinements()
     failed = {
         t.user_attrs.get("refines", t.user_attrs.get("trial")): t.user_attrs["reason"]
         for t in (*trials, *refinements)

@@ -19,8 +19,8 @@ from attacks.robustness import Outsider
 from attacks.threat import ThreatModel
 from defenses.base import Defended, Metrics
 from search.classifiers.architectures import ARCHITECTURES
-from search.crew import Tell
 from search.data import splits
+from search.engine.jobs import Tell
 from search.export import Exported
 from search.storage.fingerprint import fingerprint
 from search.storage.store import Store

@@ -17,17 +17,19 @@ from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
-from search import report, run, wandb_run
+from search import report, wandb_run
 from search.agreement import agreement
 from search.data import splits
 from search.data.datasets import DATASETS
+from search.engine import run
+from search.engine.dry_run import Forecast, forecast, slots_here
 from search.exceptions import StorageError
 from search.findings import find
-from search.forecast import Forecast, forecast, slots_here
 from search.ledger import Ledger
 from search.live import Display, leaderboard, percent, refusals, working
+from search.optimizer.history import ENDED, SearchHistory, has_begun, state_of
+from search.optimizer.warm_start import warm_start_of
 from search.progress import progress
-from search.record import ENDED, Record, begun, state_of
 from search.storage.outage import trouble
 from search.study import sync
 from search.study.callbacks import State
@@ -35,7 +37,6 @@ from search.study.candidate import Candidate
 from search.study.catalog import search_names
 from search.study.study import Study
 from search.tracking import Tracker
-from search.warm import warmth
 from spaces.exceptions import InputError, choose
 
 IFGSM = "oblivious/ifgsm-targeted"
@@ -52,7 +53,7 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
     _writable(study)
     _new(study)
     if study.warm_start is not None:
-        console.print(warmth(study, study.warm_start).said, highlight=False, soft_wrap=True)
+        console.print(warm_start_of(study, study.warm_start).said, highlight=False, soft_wrap=True)
     return _run(study, console, debug=debug, new=True)
 
 
@@ -64,11 +65,11 @@ def rehearse(study: Study, console: Console) -> Forecast:
     """
     _new(study)
     if study.warm_start is not None:
-        console.print(warmth(study, study.warm_start).said, highlight=False, soft_wrap=True)
+        console.print(warm_start_of(study, study.warm_start).said, highlight=False, soft_wrap=True)
     if study.address is None:
         slots = slots_here(study)
     else:
-        from search.cluster import capacity  # Ray takes a second to import
+        from search.engine.cluster import capacity  # Ray takes a second to import
 
         slots = capacity(study)
     with working(console, f"timing a step of {study.defense} on {study.label}"):
@@ -78,7 +79,7 @@ def rehearse(study: Study, console: Console) -> Forecast:
 def proceed(study: Study, console: Console, *, debug: bool) -> int:
     """Go on with a search and return the exit code."""
     threat = study.resolved.threat
-    for candidate in Record(study).candidates() if begun(study) else ():
+    for candidate in SearchHistory(study).candidates() if has_begun(study) else ():
         if candidate.score.threat != threat:
             raise InputError(
                 f"a search must go on under its own threat model, {candidate.score.threat}, but its study says "
@@ -167,21 +168,21 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
 
 def _held(study: Study) -> tuple[list[Candidate], Counter[str]]:
     """Return the candidates of a search, and how many of its trials have ended in each way."""
-    if not begun(study):
+    if not has_begun(study):
         return [], Counter()
-    record = Record(study)
-    states = map(state_of, record.trials())
-    return record.candidates(), Counter(state for state in states if state in ENDED)
+    history = SearchHistory(study)
+    states = map(state_of, history.trials())
+    return history.candidates(), Counter(state for state in states if state in ENDED)
 
 
 def _conclude(study: Study, state: State, console: Console, tracker: Tracker) -> int:
     """Show the leaderboard, write the report, and return the exit code."""
-    record = Record(study)
-    ranked, undefended = record.feasible(), record.undefended()
+    history = SearchHistory(study)
+    ranked, undefended = history.feasible(), history.undefended()
     if undefended is not None:
-        console.print(leaderboard(study, list(record.searched), undefended, ranked))
-        candidates = record.candidates()
-        agreed = agreement(record, candidates)
+        console.print(leaderboard(study, list(history.searched), undefended, ranked))
+        candidates = history.candidates()
+        agreed = agreement(history, candidates)
         lines = [refusals(study, candidates), agreed.line, *([f"warning: {agreed.warning}"] if agreed.warning else [])]
         for line in lines if candidates else ():
             console.print(line, highlight=False, soft_wrap=True)
@@ -204,7 +205,7 @@ def _conclude(study: Study, state: State, console: Console, tracker: Tracker) ->
     if state == "interrupted":
         console.print(f"interrupted; go on with: {_resume(study)}", highlight=False, soft_wrap=True)
         return 130
-    return 0 if record.candidates() else 1
+    return 0 if history.candidates() else 1
 
 
 def _resume(study: Study) -> str:

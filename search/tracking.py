@@ -15,8 +15,8 @@ from typing import Any, get_args
 from defenses.base import Metrics
 from search import panels
 from search.logbook import Logbook
+from search.optimizer.history import SearchHistory
 from search.panels import Extreme
-from search.record import Record
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate
 from search.study.ranking import feasible, ranked
@@ -167,7 +167,7 @@ def log_exports(study: Study, folders: Sequence[Path], say: Callable[[str], None
     if not folders:
         return
     exported = {path.name for folder in folders for path in folder.parent.iterdir()}
-    best = next((c.candidate for c in Record(study).feasible() if c.candidate in exported), None)
+    best = next((c.candidate for c in SearchHistory(study).feasible() if c.candidate in exported), None)
     logbook = Logbook(study.wandb, study.folder, say)
     logbook.open(EXPORT, _about(study, f"{study.name} exports", "export", {"search": study.name}))
     for folder in folders:

@@ -22,7 +22,7 @@ from search.evidence import evidence
 from search.exceptions import AlarmError
 from search.export import SEAL, opened, seal
 from search.live import percent, working
-from search.record import Record
+from search.optimizer.history import SearchHistory
 from search.storage.atomic import folder_atomic, write_atomic
 from search.storage.store import Store, to_bytes
 from search.study import ranking, sync
@@ -49,8 +49,8 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
     Raises:
         InputError: there is no such candidate, or none within the constraints.
     """
-    record = Record(study)
-    known = {found.candidate: found for found in record.candidates()}
+    history = SearchHistory(study)
+    known = {found.candidate: found for found in history.candidates()}
     if candidate is not None:
         begun = [candidate] if candidate in known else [name for name in known if name.startswith(candidate)]
         if len(begun) != 1:
@@ -59,7 +59,7 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
                 f"of one alone, but {candidate!r} begins {len(begun) or 'none'}"
             )
         return [known[begun[0]]], 1
-    chosen = ranking.front(study, known.values()) if pareto else record.feasible()
+    chosen = ranking.front(study, known.values()) if pareto else history.feasible()
     if not chosen:
         raise InputError(f"an export needs a candidate within the constraints, but {study.name} has none")
     return chosen, len(chosen) if top is None else min(top, len(chosen))

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from attacks.threat import ThreatModel
+from search.engine.worker import Report, Work
 from search.storage.fingerprint import fingerprint
 from search.study.candidate import Candidate, Latency, Proposal, Score
 from search.study.study import Study
-from search.work import Report, Work
 from spaces.space import GRID_LIMIT, Params
 
 LATENCY = Latency(ms_p50=5.0, ms_p95=6.0, single_ms_p50=1.0, drift=0.0, device="none", repeats=3)

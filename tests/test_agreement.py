@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from search.agreement import Agreement, Rank, agreement, ranks
-from search.searcher import Proposer
+from search.optimizer.proposer import Proposer
 from search.study.study import Study
 from spaces.space import Params
 from tests.conftest import digits_study

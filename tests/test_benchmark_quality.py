@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import Spent, Table, Training, grid_of, header, row, spend, study_of
-from search.run import run
+from search.engine.run import run
 from search.study.candidate import Candidate
 from search.study.study import Study
 from spaces.exceptions import InputError

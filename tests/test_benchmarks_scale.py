@@ -13,8 +13,8 @@ import torch
 from benchmarks import latency_lane
 from benchmarks.scale import alone, asked_table, main, ours, proposals, table
 from benchmarks.simulated import SLOTS, simulated, sweep
-from search.record import Record
-from search.searcher import Proposer
+from search.optimizer.history import SearchHistory
+from search.optimizer.proposer import Proposer
 
 CPU = torch.device("cpu")
 
@@ -26,8 +26,8 @@ def test_a_simulated_search_goes_through_the_whole_engine(tmp_path: Path) -> Non
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 8 + 1
     assert (tmp_path / "display.txt").read_text().count("finished, 6 candidates") == 8
     assert (folder / "report.html").exists()
-    record = Record(simulated(tmp_path, trials=8))
-    assert len(record.candidates()) == 48 and len(record.clocked()) > 1  # the front was timed again
+    history = SearchHistory(simulated(tmp_path, trials=8))
+    assert len(history.candidates()) == 48 and len(history.clocked()) > 1  # the front was timed again
     assert len(timed.each_ms) == len(timed.driver_mib) == 4 and timed.ideal == 0
     assert "| 8 of 0 s | ours, tpe |" in table([timed])
 
@@ -65,7 +65,7 @@ def test_a_trial_waits_for_the_disk_only_where_something_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proposer, waits = Proposer(simulated(tmp_path)), list[int]()
-    monkeypatch.setattr("search.journal.os.fsync", waits.append)
+    monkeypatch.setattr("search.optimizer.journal.os.fsync", waits.append)
     proposal = proposer.propose()
     assert proposal is not None
     proposer.finish(proposal.name, sweep(proposal.params), {"seconds": 1.0})

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from search import cluster
-from search.cluster import Berth, at_work
 from search.data import cache
 from search.data.splits import fetch
+from search.engine import cluster
+from search.engine.cluster import WorkerResources, at_work
 from search.study.study import Study
 from spaces.exceptions import InputError
 
@@ -54,7 +54,7 @@ def test_a_worker_that_shares_a_gpu_is_capped_before_it_works(
     said: list[object] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: said.append(round(share, 3)))
-    at_work(study, Berth(1, gpu), lambda study, more: said.append(more), "works")
+    at_work(study, WorkerResources(1, gpu), lambda study, more: said.append(more), "works")
     assert said == [*caps, "works"]
 
 

@@ -28,10 +28,10 @@ from rich.console import Console
 
 from search import dashboard
 from search.dashboard import Followed, Shown, server
+from search.engine.run import run
 from search.exceptions import StorageError
-from search.record import Record, journal
-from search.run import run
-from search.searcher import Proposer
+from search.optimizer.history import SearchHistory, journal_path
+from search.optimizer.proposer import Proposer
 from search.study import ranking
 from search.study.candidate import Candidate
 from search.study.study import Study
@@ -92,7 +92,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.mark.filterwarnings("ignore:Target and region quantiles")
 def test_a_search_is_served_in_its_own_words(searched: Study, tmp_path: Path) -> None:
-    record, before = Record(searched), journal(searched).read_bytes()
+    history, before = SearchHistory(searched), journal_path(searched).read_bytes()
     with served(searched, tmp_path) as site:
         found = asked(f"{site}/api/studies/0")
         assert asked(f"{site}/api/studies/0/param_importances")["param_importances"]
@@ -102,15 +102,15 @@ def test_a_search_is_served_in_its_own_words(searched: Study, tmp_path: Path) ->
     assert found["objective_names"] == ["attacked error (oblivious, Linf eps 0.3)", "latency, p50 in ms"]
     told = {each["key"]: each["value"] for each in found["user_attrs"]}
     assert told["threat"] == "oblivious, Linf eps 0.3" and told["task"] == "digits/A"
-    assert len(found["trials"]) == len(record.optuna.trials) == len(table) - 1 == 6
+    assert len(found["trials"]) == len(history.optuna.trials) == len(table) - 1 == 6
     values = {attributes(t)["candidate"]: t["values"] for t in found["trials"]}
-    assert values == {c.candidate: [c.score.attacked_error, c.score.latency_ms_p50] for c in record.candidates()}
+    assert values == {c.candidate: [c.score.attacked_error, c.score.latency_ms_p50] for c in history.candidates()}
     [proposed] = [t for t in found["trials"] if attributes(t).get("trial") == "t001"]
     curve = [[each["step"], each["value"]] for each in proposed["intermediate_values"]]
-    assert curve == record.trials()[0].user_attrs["curve"] and len(curve) == 2
+    assert curve == history.trials()[0].user_attrs["curve"] and len(curve) == 2
     best = [attributes(t)["candidate"] for t in found["best_trials"]]
-    assert set(best) == {c.candidate for c in ranking.front(searched, record.candidates())}
-    assert journal(searched).read_bytes() == before
+    assert set(best) == {c.candidate for c in ranking.front(searched, history.candidates())}
+    assert journal_path(searched).read_bytes() == before
 
 
 def test_the_front_keeps_to_the_constraints_and_counts_candidates_alone(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_search_that_runs_elsewhere_is_fetched_again(
     there = Proposer(study)
     here = study.model_copy(update={"storage": f"file://{study.storage}"})
     here.folder.mkdir(parents=True)
-    shutil.copy(journal(study), journal(here))
+    shutil.copy(journal_path(study), journal_path(here))
     shown = Shown(here, Followed(here, tmp_path / JOURNAL))
     assert shown.get_all_trials(0) == []
     for number in range(2):
@@ -188,9 +188,9 @@ def test_a_search_that_runs_elsewhere_is_fetched_again(
         assert proposal is not None
         there.finish(proposal.name, [scored(proposal.params, 0.5)], {"curve": []})
         assert len(shown.get_all_trials(0)) == number + 1
-    away = journal(study).rename(tmp_path / "away")
+    away = journal_path(study).rename(tmp_path / "away")
     assert len(shown.get_all_trials(0)) == 2  # what there is is shown
-    assert journal(here).read_bytes() != away.read_bytes()  # a driver of this machine may be writing it
+    assert journal_path(here).read_bytes() != away.read_bytes()  # a driver of this machine may be writing it
 
 
 @pytest.mark.parametrize("notice", [signal.SIGINT, signal.SIGTERM])

@@ -34,10 +34,10 @@ from search.attack import attack, page
 from search.card import card
 from search.data import splits
 from search.data.datasets import DATASETS
+from search.engine.run import run
 from search.exceptions import AlarmError
 from search.export import FILES, SEAL, load
-from search.record import Record
-from search.run import run
+from search.optimizer.history import SearchHistory
 from search.study.candidate import Candidate
 from search.study.catalog import open_search
 from search.study.study import Study
@@ -236,7 +236,7 @@ def test_the_command_of_the_card_makes_the_candidate_again(folder: Path, monkeyp
     words = shlex.split(said["reproduce"])
     monkeypatch.setattr("sys.argv", [*words[1:], "--storage", storage, "--wandb", "disabled", "--debug"])
     assert launch.main() == 0
-    (again,) = Record(open_search("smoke-again", storage)).candidates()
+    (again,) = SearchHistory(open_search("smoke-again", storage)).candidates()
     assert (again.candidate, again.fit) == (said["candidate"], said["fit"])
     assert again.score.attacked_accuracy == said["attacked_accuracy_of_the_search"]
 
@@ -408,8 +408,8 @@ def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
 
 
 def test_candidates_are_picked_by_rank_front_or_name(searched: Study) -> None:
-    every: list[Candidate] = Record(searched).candidates()
-    assert pick(searched, pareto=False, top=3, candidate=None) == (Record(searched).feasible(), 2)
+    every: list[Candidate] = SearchHistory(searched).candidates()
+    assert pick(searched, pareto=False, top=3, candidate=None) == (SearchHistory(searched).feasible(), 2)
     assert pick(searched, pareto=False, top=None, candidate=every[-1].candidate) == ([every[-1]], 1)
     front, wanted = pick(searched, pareto=True, top=None, candidate=None)
     assert wanted == len(front) and {c.candidate for c in front} <= {c.candidate for c in every}

@@ -39,18 +39,18 @@ from optuna.trial import TrialState
 
 from benchmarks import simulated
 from benchmarks.ordeal import below, fits, ordeal, rows, wait_for, workers
+from search.engine.run import open_controller, run
+from search.engine.worker import Report, Work
 from search.exceptions import StorageError
 from search.ledger import Ledger
-from search.record import Record, begun, journal, state_of
-from search.run import open_conductor, run
-from search.searcher import Proposer
+from search.optimizer.history import SearchHistory, has_begun, journal_path, state_of
+from search.optimizer.proposer import Proposer
 from search.storage import outage
 from search.storage.outage import trouble
 from search.storage.store import Store
 from search.study.candidate import Proposal
 from search.study.loading import read_study
 from search.study.study import Study
-from search.work import Report, Work
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT, launch
@@ -86,23 +86,23 @@ def status(storage: Path, name: str) -> dict[str, Any]:
 
 def candidates(study: Study) -> dict[str, Any]:
     """Return every finished candidate with its figures; one that stands twice fails."""
-    told = [t for t in Record(study).optuna.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+    told = [t for t in SearchHistory(study).optuna.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     found = [t.user_attrs["candidate"] for t in told if "candidate" in t.user_attrs]
-    by_name = {candidate.candidate: candidate.to_json() for candidate in Record(study).candidates()}
+    by_name = {candidate.candidate: candidate.to_json() for candidate in SearchHistory(study).candidates()}
     assert len(by_name) == len(found)
     return by_name
 
 
-def resumed(study: Study) -> Record:
-    known = Record(study).candidates() if begun(study) else []
+def resumed(study: Study) -> SearchHistory:
+    known = SearchHistory(study).candidates() if has_begun(study) else []
     assert run(study, [Ledger(study.folder / "candidates.csv", known)], debug=True, work=INSTANT) == "finished"
-    record = Record(study)
-    states = Counter(state_of(trial) for trial in record.trials())
+    history = SearchHistory(study)
+    states = Counter(state_of(trial) for trial in history.trials())
     assert states == {"finished": study.trials}
-    assert not record.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+    assert not history.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
     rows = list(csv.DictReader((study.folder / "candidates.csv").open()))
     assert {row["candidate"] for row in rows} == candidates(study).keys() and len(rows) == len(candidates(study))
-    return record
+    return history
 
 
 def test_a_journal_that_ends_anywhere_loses_and_doubles_nothing(tmp_path: Path) -> None:
@@ -110,15 +110,15 @@ def test_a_journal_that_ends_anywhere_loses_and_doubles_nothing(tmp_path: Path) 
     whole = digits_study(tmp_path / "whole", trials=2, refine=0)
     (tmp_path / "whole").mkdir()
     resumed(whole)
-    lines = journal(whole).read_bytes().splitlines(keepends=True)
+    lines = journal_path(whole).read_bytes().splitlines(keepends=True)
     ends = (b"", lines[0][:20], b"\0" * 64, b'{"op_code": 4,\n\xff\xfe\n')
     for count in range(0, len(lines), 3):  # each line was tried once, which takes half a minute
         study = digits_study(tmp_path / f"{count}", trials=2, refine=0)
         study.folder.mkdir(parents=True)
         study.write()
         end = ends[count % len(ends)]
-        journal(study).write_bytes(b"".join(lines[:count]) + end)
-        before = candidates(study) if begun(study) else {}
+        journal_path(study).write_bytes(b"".join(lines[:count]) + end)
+        before = candidates(study) if has_begun(study) else {}
         resumed(study)
         assert before.items() <= candidates(study).items()
         damaged = study.folder / "study.journal.damaged"
@@ -128,8 +128,8 @@ def test_a_journal_that_ends_anywhere_loses_and_doubles_nothing(tmp_path: Path) 
 def test_a_journal_that_is_damaged_in_its_midst_is_refused(tmp_path: Path) -> None:
     study = digits_study(tmp_path, trials=1, refine=0)
     resumed(study)
-    lines = journal(study).read_bytes().splitlines(keepends=True)
-    journal(study).write_bytes(b"".join([*lines[:5], b"junk\n", *lines[6:]]))
+    lines = journal_path(study).read_bytes().splitlines(keepends=True)
+    journal_path(study).write_bytes(b"".join([*lines[:5], b"junk\n", *lines[6:]]))
     with pytest.raises(InputError, match="must be whole but for its end, but line 6 of .* is damaged"):
         Proposer(study)
 
@@ -137,7 +137,7 @@ def test_a_journal_that_is_damaged_in_its_midst_is_refused(tmp_path: Path) -> No
 def test_a_lock_that_a_killed_driver_left_on_the_journal_is_not_waited_for(tmp_path: Path) -> None:
     study = digits_study(tmp_path, trials=1, refine=0)
     Proposer(study)
-    path = journal(study)
+    path = journal_path(study)
     path.with_name(f"{path.name}.lock").symlink_to(path)
     begin = time.monotonic()
     Proposer(study).note("here", True)
@@ -146,7 +146,7 @@ def test_a_lock_that_a_killed_driver_left_on_the_journal_is_not_waited_for(tmp_p
 
 def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proposer = Proposer(digits_study(tmp_path, trials=1, refine=0))
-    before = journal(proposer.study).read_bytes()
+    before = journal_path(proposer.study).read_bytes()
 
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -155,9 +155,9 @@ def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path: Path, monkeyp
         patch.setattr("os.fsync", full)
         with pytest.raises(StorageError, match="No space left"):
             proposer.note("lost", 1)
-    assert journal(proposer.study).read_bytes() == before
+    assert journal_path(proposer.study).read_bytes() == before
     proposer.note("kept", 2)
-    assert Record(proposer.study).optuna.user_attrs["kept"] == 2
+    assert SearchHistory(proposer.study).optuna.user_attrs["kept"] == 2
 
 
 def test_a_store_that_went_away_is_waited_for_and_never_made_anew(
@@ -199,7 +199,7 @@ def test_a_trial_that_its_storage_let_down_is_no_failure_and_ends_the_search(tmp
     work = Work(INSTANT.needed, INSTANT.classifier, INSTANT.undefended, lacks_room, INSTANT.clock)
     with pytest.raises(StorageError, match="weights: No space left on device"):
         run(study, [], debug=True, work=work)
-    assert [state_of(trial) for trial in Record(study).trials()] == ["finished", "running"]
+    assert [state_of(trial) for trial in SearchHistory(study).trials()] == ["finished", "running"]
     before = candidates(study)
     names = [trial.user_attrs["trial"] for trial in resumed(study).trials()]
     assert names == ["t001", "t002", "t003", "t004"] and before.items() <= candidates(study).items()
@@ -247,7 +247,7 @@ def test_ctrl_c_and_sigterm_save_and_resume_finishes_what_is_left_even_unheard(t
     assert search.wait(300) == 0
     after = rows(tmp_path / "stop")
     assert len(after) == 18 and before.items() <= after.items()
-    trials = Record(read_study(tmp_path / "stop" / "study.yaml")).trials()
+    trials = SearchHistory(read_study(tmp_path / "stop" / "study.yaml")).trials()
     assert [t.user_attrs["trial"] for t in trials] == ["t001", "t002", "t003"]
 
 
@@ -260,14 +260,14 @@ def alive(pid: int) -> bool:
 
 
 def test_a_trial_whose_worker_died_is_not_handed_out_where_the_storage_failed(tmp_path: Path) -> None:
-    conductor = open_conductor(digits_study(tmp_path, trials=3, refine=0), [])
-    dead, let_down = conductor.next(), conductor.next()
+    controller = open_controller(digits_study(tmp_path, trials=3, refine=0), [])
+    dead, let_down = controller.next(), controller.next()
     assert dead is not None and let_down is not None
-    conductor.died(dead.name)
-    assert not conductor.done
-    conductor.interrupted(let_down.name, "the disk is full")
-    assert conductor.next() is None and conductor.done
-    assert [t.user_attrs["trial"] for t in resumed(conductor.study).trials()] == ["t001", "t002", "t003"]
+    controller.died(dead.name)
+    assert not controller.done
+    controller.interrupted(let_down.name, "the disk is full")
+    assert controller.next() is None and controller.done
+    assert [t.user_attrs["trial"] for t in resumed(controller.study).trials()] == ["t001", "t002", "t003"]
 
 
 @pytest.mark.slow

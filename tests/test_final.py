@@ -35,12 +35,12 @@ from attacks.substitute import train_substitute
 from attacks.suite import APGD_CE, FGSM, PGD_5, SELECTIVE_10, SUITES, Suite
 from attacks.threat import ThreatModel
 from defenses.base import Defended
-from search import crew as crews
 from search import final as finals
 from search import hearing, looks
-from search.crew import Piece, Tell, crew
 from search.data import splits
 from search.data.cache import ensure
+from search.engine import jobs as crews
+from search.engine.jobs import Job, Tell, job_runner
 from search.exceptions import TrialError
 from search.export import FILES, SEAL, seal
 from search.final import final, judge_export, page, train_seed
@@ -329,15 +329,15 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
     assert any("images 0 to 3: standard apgd-ce" in line for line in said)
     assert any("images 0 to 3: full pgd-5" in line for line in said)
     screen = io.StringIO()
-    with crew(case.study, debug=True, concurrent=None, console=Console(file=screen, force_terminal=True)) as work:
-        work("training", [Piece("seed 1000", speaks, ())])
+    with job_runner(case.study, debug=True, concurrent=None, console=Console(file=screen, force_terminal=True)) as work:
+        work("training", [Job("seed 1000", speaks, ())])
     assert "epoch 1/2" in screen.getvalue() and "left" in screen.getvalue()
-    with crew(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
-        work("training", [Piece("seed 1000", speaks, ())])
+    with job_runner(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
+        work("training", [Job("seed 1000", speaks, ())])
     assert pipe.getvalue() == "training: seed 1000 is done, 1 of 1\n"
     monkeypatch.setattr(crews, "BEAT_S", 0.0)
-    with crew(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
-        work("training", [Piece("seed 1000", speaks, ())])
+    with job_runner(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
+        work("training", [Job("seed 1000", speaks, ())])
     assert pipe.getvalue().startswith("training: seed 1000: puvae: epoch 1/2, 50 %\n")
     heard.judge([contender])
     assert said[-1].endswith("kept from an earlier run")
@@ -351,22 +351,22 @@ def speaks(study: Study, tell: Tell) -> None:
 def test_workers_of_ray_do_the_same(judged: Found, exported: Path) -> None:
     cases = cases_of(exported)
     console = Console(file=(screen := io.StringIO()), force_terminal=True, width=200)
-    with crew(cases[0].study, debug=False, concurrent=1, console=console) as work:
-        pieces = [Piece(f"seed {seed}", train_seed, (cases, seed)) for seed in SEEDS]
+    with job_runner(cases[0].study, debug=False, concurrent=1, console=console) as work:
+        pieces = [Job(f"seed {seed}", train_seed, (cases, seed)) for seed in SEEDS]
         assert work("training", pieces) == ["", ""]
-        (found,) = work("on the test split", [Piece("export", judge_export, (cases[0], IMAGES))])
+        (found,) = work("on the test split", [Job("export", judge_export, (cases[0], IMAGES))])
         mark = cases[0].folder / "final" / "mark"
         with pytest.raises(ValueError, match="this one fails"):
-            work("failing", [Piece("one", fails, ()), Piece("two", marks, (mark,)), Piece("three", fails, ())])
+            work("failing", [Job("one", fails, ()), Job("two", marks, (mark,)), Job("three", fails, ())])
     assert "seed 1001 is done, 2 of 2" in screen.getvalue()
     optimism = judged[0]["exports"][0]["optimism"][0]
     assert found.verdicts["search"].accuracy == pytest.approx(optimism["test"])
     assert not mark.exists(), "after a failure nothing new is begun"
     with (
-        crew(cases[0].study, debug=False, concurrent=2, console=QUIET) as work,
+        job_runner(cases[0].study, debug=False, concurrent=2, console=QUIET) as work,
         pytest.raises(ValueError, match="this one fails"),
     ):
-        work("failing", [Piece("one", fails, ()), Piece("two", marks, (mark,))])
+        work("failing", [Job("one", fails, ()), Job("two", marks, (mark,))])
     assert mark.exists(), "what was under way has ended"
 
 
@@ -414,9 +414,9 @@ def test_who_asks_a_final_run_to_end_is_heard_as_ctrl_c(exported: Path) -> None:
     (case,), screen = cases_of(exported), io.StringIO()
     with (
         pytest.raises(KeyboardInterrupt),
-        crew(case.study, debug=True, concurrent=None, console=Console(file=screen)) as work,
+        job_runner(case.study, debug=True, concurrent=None, console=Console(file=screen)) as work,
     ):
-        work("training", [Piece("seed 1000", asked_to_end, ())])
+        work("training", [Job("seed 1000", asked_to_end, ())])
     assert "the same command goes on" in screen.getvalue()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import main
-from search.forecast import forecast, slots_here
+from search.engine.dry_run import forecast, slots_here
 from search.trial import timing
 from search.trial.runner import run_trial
 from search.trial.timing import Step

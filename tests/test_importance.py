@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from search.importance import CHANCE, importances
-from search.samplers import lesson
-from search.searcher import Proposer
+from search.optimizer.proposer import Proposer
+from search.optimizer.samplers import lesson
 from search.study.candidate import Candidate
 from search.study.loading import make_study
 from spaces.space import Params

@@ -35,7 +35,9 @@ def test_only_final_opens_the_test_split() -> None:
     assert openers <= {"splits.py", "final.py"}
 
 
-@pytest.mark.parametrize("module", ["trial.runner", "study.candidate", "storage.store", "trial.latency", "stopping"])
+@pytest.mark.parametrize(
+    "module", ["trial.runner", "study.candidate", "storage.store", "trial.latency", "optimizer.early_stopping"]
+)
 def test_what_a_trial_needs_is_free_of_ray_optuna_and_wandb(module: str) -> None:
     """Transitively inside search/; a space's domains are Optuna distributions, which is another matter."""
     seen, todo = set[str](), [f"search.{module}"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from search.run import run
+from search.engine.run import run
 from search.tracking import Tracker
 from tests.conftest import digits_study
 from tests.engine import Trained

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 import search
-from search import run
-from search.record import Record
+from search.engine import run
+from search.optimizer.history import SearchHistory
 from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -53,7 +53,7 @@ def test_a_search_returns_the_table_that_candidates_csv_holds(study: Study, work
     table = search.search(study, debug=True, console=QUIET)
     with (study.folder / "candidates.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(table.columns) == list(rows[0]) and len(table) == len(rows) == len(Record(study).candidates())
+    assert list(table.columns) == list(rows[0]) and len(table) == len(rows) == len(SearchHistory(study).candidates())
     for column, kind in table.dtypes.items():
         written = [row[str(column)] for row in rows]
         if kind in ("float64", "int64"):

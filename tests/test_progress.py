@@ -18,14 +18,14 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from launch import main
+from search.engine.run import run
+from search.engine.worker import Report
 from search.live import Display, leaderboard, refusals
+from search.optimizer.history import SearchHistory
 from search.progress import busy
-from search.record import Record
-from search.run import run
 from search.study import ranking
 from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
-from search.work import Report
 from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import scored
@@ -189,4 +189,4 @@ def test_two_searches_at_once_share_classifiers_and_fits(tmp_path: Path) -> None
         ("one", 2, False),
         ("other", 2, False),
     ]
-    assert set(Record(digits_study(tmp_path, name="one")).clocked()) <= {row["candidate"] for row in ours}
+    assert set(SearchHistory(digits_study(tmp_path, name="one")).clocked()) <= {row["candidate"] for row in ours}

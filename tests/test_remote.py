@@ -24,11 +24,13 @@ from benchmarks.ordeal import wait_for
 from defenses.base import Metrics
 from defenses.puvae import PuVAE
 from search import session
+from search.engine.local_backend import Stopped
+from search.engine.run import run
+from search.engine.worker import Report
 from search.exceptions import Unreachable
 from search.ledger import Ledger
-from search.record import Record, begun
-from search.run import Stopped, run
-from search.searcher import Proposer
+from search.optimizer.history import SearchHistory, has_begun
+from search.optimizer.proposer import Proposer
 from search.storage import mirror as mirror_module
 from search.storage.atomic import write_atomic
 from search.storage.mirror import Mirror
@@ -42,7 +44,6 @@ from search.study.loading import make_study
 from search.study.study import Study
 from search.trial.pictures import png
 from search.trial.runner import run_trial
-from search.work import Report
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT
@@ -155,7 +156,7 @@ def test_a_storage_that_is_away_costs_nothing_and_gets_the_rest_when_it_returns(
     here.save_progress("k", {"curve": [1]})
     assert here.get("fits", "k2") is not None and here.get("fits", "k3") is None and here.keys("fits") == ["k1", "k2"]
     assert not far.exists()  # nothing is written below a bare mount point
-    assert [record.message for record in caplog.records] == [f"{uri}: it is gone; work goes on, and is sent later"]
+    assert [history.message for history in caplog.records] == [f"{uri}: it is gone; work goes on, and is sent later"]
     (tmp_path / "gone").rename(far)
     here.put("fits", "k3", FILES, {})
     assert machine(uri, tmp_path / "two").keys("fits") == ["k1", "k2", "k3"]
@@ -235,7 +236,7 @@ def search(study: Study, *listeners: Callback) -> list[str]:
     said = list[str]()
     study.root.mkdir(parents=True, exist_ok=True)
     with sync.sending(study, said.append) as couriers:
-        ledger = Ledger(study.folder / "candidates.csv", Record(study).candidates() if begun(study) else [])
+        ledger = Ledger(study.folder / "candidates.csv", SearchHistory(study).candidates() if has_begun(study) else [])
         assert run(study, [ledger, *listeners, *couriers], debug=True, work=STAND_IN) == "finished"
         session.write_report(study)
     return said
@@ -266,8 +267,8 @@ def test_a_search_of_one_machine_is_seen_and_gone_on_with_on_another(
     on("three", tmp_path, monkeypatch)
     study.folder.mkdir(parents=True)
     (study.folder / "study.journal").write_bytes(b"{}")  # it took part before, and is behind
-    record = Record(open_search("smoke", study.storage))
-    assert [t.user_attrs["trial"] for t in record.trials()] == ["t001", "t002", "t003", "t004", "t005"]
+    history = SearchHistory(open_search("smoke", study.storage))
+    assert [t.user_attrs["trial"] for t in history.trials()] == ["t001", "t002", "t003", "t004", "t005"]
     assert len(rows(study.folder)) == len(study.store.keys("fits")) == 5
 
 
@@ -320,7 +321,7 @@ def test_a_storage_that_goes_in_mid_search_stops_no_trial_and_loses_nothing(
     assert search(open_search("smoke", study.storage)) == []  # nothing is left to do but to send
     shutil.rmtree(one)
     on("two", tmp_path, monkeypatch)
-    assert len(Record(open_search("smoke", study.storage)).candidates()) == 3
+    assert len(SearchHistory(open_search("smoke", study.storage)).candidates()) == 3
     assert len(study.store.keys("fits")) == 3 and not list((tmp_path / "far").rglob("*.part-*"))
 
 

@@ -12,8 +12,8 @@ import defenses.puvae
 from benchmarks.ordeal import rows
 from defenses.base import Batches, Metrics
 from search import session
-from search.record import Record, state_of
-from search.run import run
+from search.engine.run import run
+from search.optimizer.history import SearchHistory, state_of
 from search.study.callbacks import Callback
 from search.study.study import Study
 from spaces.space import Params
@@ -53,10 +53,10 @@ def test_a_defense_that_raises_fails_its_trial_and_not_the_search(
     monkeypatch.setattr(defenses.puvae.PuVAE, "fit", raises_once)
     study = digits_study(tmp_path, trials=8)
     assert run(study, [], debug=True) == "finished"
-    record = Record(study)
-    states = [(state_of(t), t.user_attrs.get("reason", "")) for t in record.trials()]
+    history = SearchHistory(study)
+    states = [(state_of(t), t.user_attrs.get("reason", "")) for t in history.trials()]
     assert states.count(("failed", "RuntimeError: conv_maps 8 on purpose")) == 4
-    assert states.count(("finished", "")) == 4 and len(record.candidates()) == 24
+    assert states.count(("finished", "")) == 4 and len(history.candidates()) == 24
 
 
 def test_pruned_trials_are_told_as_pruned_and_bring_no_candidates(
@@ -68,10 +68,10 @@ def test_pruned_trials_are_told_as_pruned_and_bring_no_candidates(
     diary = Diary()
     assert run(study, [diary], debug=True) == "finished"
     assert diary.heard[-3:] == ["t003 1", "t003 2", "t003 finished"] and "t002 pruned" in diary.heard
-    record = Record(study)
-    assert [state_of(t) for t in record.trials()] == ["finished", "pruned", "finished"]
-    assert [t.user_attrs["curve"] for t in record.trials()] == [[[1, 0.9], [2, 0.9]], [[1, 0.1]], [[1, 0.9], [2, 0.9]]]
-    assert len(record.candidates()) == 12
+    history = SearchHistory(study)
+    assert [state_of(t) for t in history.trials()] == ["finished", "pruned", "finished"]
+    assert [t.user_attrs["curve"] for t in history.trials()] == [[[1, 0.9], [2, 0.9]], [[1, 0.1]], [[1, 0.9], [2, 0.9]]]
+    assert len(history.candidates()) == 12
     assert not list((tmp_path / ".store" / "progress").glob("*"))  # a pruned fit is not gone on with
 
 

@@ -11,12 +11,12 @@ from optuna.samplers import NSGAIISampler
 from optuna.trial import TrialState, create_trial
 
 from search import session
+from search.engine.run import open_controller, run
 from search.findings import find
 from search.importance import Importances, importances
-from search.record import Record, state_of, storage
-from search.run import open_conductor, run
-from search.samplers import Bounded
-from search.searcher import Proposer
+from search.optimizer.history import SearchHistory, journal_storage, state_of
+from search.optimizer.proposer import Proposer
+from search.optimizer.samplers import Bounded
 from search.study import ranking
 from search.study.candidate import Candidate
 from search.study.study import Study
@@ -62,7 +62,7 @@ def test_pruned_and_failed_trials_keep_their_state_and_reason(study: Study) -> N
     first, second = proposed(proposer)[0], proposed(proposer)[0]
     proposer.stop(first, TrialState.PRUNED, {"curve": [0.5]})
     proposer.stop(second, TrialState.FAIL, {"reason": "diverged"})
-    states = {t.user_attrs["trial"]: (t.state, state_of(t)) for t in Record(study).trials()}
+    states = {t.user_attrs["trial"]: (t.state, state_of(t)) for t in SearchHistory(study).trials()}
     assert states == {first: (TrialState.PRUNED, "pruned"), second: (TrialState.FAIL, "failed")}
     assert proposer.candidates() == [] and proposer.ended() == 2
 
@@ -142,7 +142,7 @@ def test_a_driver_that_dies_while_it_proposes_again_can_be_resumed(study: Study)
     before = Proposer(study)
     lost = proposed(before)
     Proposer(study).optuna.ask()  # its turn had come, and no knob was asked for yet
-    assert [find(study).trials[0].params, state_of(Record(study).trials()[0])] == [lost[1], "running"]
+    assert [find(study).trials[0].params, state_of(SearchHistory(study).trials()[0])] == [lost[1], "running"]
     assert proposed(Proposer(study)) == lost
 
 
@@ -207,10 +207,10 @@ def test_the_front_is_what_no_other_beats(study: Study) -> None:
 
 def test_reading_a_search_changes_nothing(study: Study) -> None:
     with pytest.raises(InputError, match="a search that has begun is needed"):
-        Record(study)
+        SearchHistory(study)
     name, _ = proposed(Proposer(study))
     journal = (study.folder / "study.journal").read_bytes()
-    assert [t.user_attrs["trial"] for t in Record(study).trials()] == [name]
+    assert [t.user_attrs["trial"] for t in SearchHistory(study).trials()] == [name]
     assert (study.folder / "study.journal").read_bytes() == journal
 
 
@@ -224,12 +224,14 @@ def test_what_no_driver_runs_is_interrupted_and_not_running(study: Study) -> Non
 
 def test_a_search_of_an_earlier_version_is_refused_in_one_line_and_left_alone(study: Study) -> None:
     study.folder.mkdir(parents=True)
-    old = optuna.create_study(study_name=study.name, storage=storage(study), directions=["maximize", "minimize"])
+    old = optuna.create_study(
+        study_name=study.name, storage=journal_storage(study), directions=["maximize", "minimize"]
+    )
     old.set_metric_names(["attacked_accuracy", "latency_ms_p50"])
-    for opening in (Record, Proposer):
+    for opening in (SearchHistory, Proposer):
         with pytest.raises(InputError, match="has attacked_accuracy, latency_ms_p50; search again under another name"):
             opening(study)
-    assert optuna.load_study(study_name=study.name, storage=storage(study)).metric_names == old.metric_names
+    assert optuna.load_study(study_name=study.name, storage=journal_storage(study)).metric_names == old.metric_names
 
 
 def test_thresholds_that_a_curve_picked_reach_the_study_without_them(tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def test_the_papers_grid_trains_each_fit_once_also_when_it_is_cut_in_two(
     assert run(study, [], debug=True, work=second.work()) == "finished"
     fits = [tuple(proposal.params.train.items()) for proposal in (*first.asked, *second.asked)]
     assert len(fits) == len(set(fits)) == trainings
-    assert len({candidate.candidate for candidate in Record(study).candidates()}) == candidates
+    assert len({candidate.candidate for candidate in SearchHistory(study).candidates()}) == candidates
 
 
 @pytest.mark.parametrize("method", ["tpe", "nsga2", "gp", "random", "qmc"])
@@ -273,7 +275,7 @@ def test_a_knob_that_does_not_matter_is_not_proposed_and_makes_no_other_fit(tmp_
     assert {setting["pgd_step_size"] for setting in settings if setting["attack"] == "fgsm"} == {0.01}
     assert {setting["pgd_steps"] for setting in settings if setting["attack"] == "fgsm"} == {40}
     assert {setting["attack"] for setting in settings} == {"fgsm", "pgd"} and len(work.asked) == study.trials
-    trials = [t for t in Record(study).optuna.trials if t.state == TrialState.COMPLETE]
+    trials = [t for t in SearchHistory(study).optuna.trials if t.state == TrialState.COMPLETE]
     asked = ["pgd_step_size" in t.params for t in trials if t.params["attack"] == "fgsm"]
     assert set(asked) == {method in ("nsga2", "gp", "qmc")}  # which learn of what every trial has, and of nothing else
 
@@ -282,7 +284,7 @@ def test_nsga2_breeds_from_every_candidate_and_not_from_the_proposed_ones_alone(
     study = digits_study(tmp_path, method="nsga2", space="default", trials=12, knobs={"conv_maps": 8})
     work = Pretence(lambda params: 0.5)
     assert run(study, [], debug=True, work=work.work()) == "finished"
-    done = [t for t in Record(study).optuna.trials if t.state == TrialState.COMPLETE]
+    done = [t for t in SearchHistory(study).optuna.trials if t.state == TrialState.COMPLETE]
     generations = [t.system_attrs[NSGAIISampler._get_generation_key()] for t in done]
     assert len(generations) == 72 and max(generations) >= 2
 
@@ -313,14 +315,14 @@ def test_refinement_tries_new_inference_settings_of_the_best_fits_and_trains_not
     assert [p.name for p in first.asked] == ["t001", "t002", "t003", "t004", "t005", "r001", "r002"]
     assert run(study, [], debug=True, work=second.work()) == "finished"
     assert [p.name for p in second.asked] == ["r003", "r004", "r005"] and all(p.refines for p in second.asked)
-    record = Record(study)
-    assert [t.user_attrs["trial"] for t in record.trials()] == ["t001", "t002", "t003", "t004", "t005"]
-    assert (record.ended(), session.status(study)["finished"], session.status(study)["refinements"]) == (5, 5, 5)
+    history = SearchHistory(study)
+    assert [t.user_attrs["trial"] for t in history.trials()] == ["t001", "t002", "t003", "t004", "t005"]
+    assert (history.ended(), session.status(study)["finished"], session.status(study)["refinements"]) == (5, 5, 5)
     trainings = {str(p.params.train) for p in first.asked[:5]}
     refined = [p.params for p in (*first.asked[5:], *second.asked)]
     assert {str(params.train) for params in refined} <= trainings and len({str(p.train) for p in refined}) == 3
     assert len({str(params) for params in refined}) == 5
-    candidates = record.candidates()
+    candidates = history.candidates()
     assert len(candidates) == len({str(c.params) for c in candidates}) == 5 * 6 + 5
     best = max(attacked(p) for proposal in first.asked[:5] for p in [proposal.params])
     assert max(c.score.attacked_accuracy for c in candidates) > best
@@ -328,14 +330,14 @@ def test_refinement_tries_new_inference_settings_of_the_best_fits_and_trains_not
 
 def test_a_refinement_whose_fit_is_gone_is_trained_to_its_end(tmp_path: Path) -> None:
     study = digits_study(tmp_path, space="wide", trials=1, refine=1, knobs={"sigma_eps": "0..10"}, patience=0, epochs=3)
-    conductor = open_conductor(study, [])
-    conductor.begin(scored(Params({}, {}), 0.1))
-    training = conductor.next()
-    assert training is not None and not conductor.epoch(training.name, "fit", 1, {"cheap": 0.9})
-    conductor.finished(training.name, six(training.params), None, [0.9, 0.9, 0.9])
-    refinement = conductor.next()
+    controller = open_controller(study, [])
+    controller.begin(scored(Params({}, {}), 0.1))
+    training = controller.next()
+    assert training is not None and not controller.epoch(training.name, "fit", 1, {"cheap": 0.9})
+    controller.finished(training.name, six(training.params), None, [0.9, 0.9, 0.9])
+    refinement = controller.next()
     assert refinement is not None and refinement.refines
-    assert not conductor.epoch(refinement.name, "fit", 1, {"cheap": 0.1})
+    assert not controller.epoch(refinement.name, "fit", 1, {"cheap": 0.1})
 
 
 def test_where_the_whole_grid_is_scored_nothing_is_refined(study: Study) -> None:

@@ -12,7 +12,7 @@ import wandb
 from rich.console import Console
 
 from search import session, winners
-from search.record import Record
+from search.optimizer.history import SearchHistory
 from search.study.catalog import search_names
 from search.study.loading import make_study
 from spaces.exceptions import InputError
@@ -57,7 +57,7 @@ def test_no_secret_stands_in_what_a_search_a_report_and_an_export_write_or_say(
     said = io.StringIO()
     console = Console(file=said, width=200)
     assert session.begin(study, console, debug=True) == 0
-    candidates = Record(study).candidates()[:1]
+    candidates = SearchHistory(study).candidates()[:1]
     winners.export_all(study, candidates, 1, study.folder / "export", console, despite_alarms=True)
     wandb.teardown()
 

@@ -13,16 +13,16 @@ import pytest
 from optuna.trial import TrialState
 
 from search.charts import charts
+from search.engine.run import open_controller, run
+from search.engine.worker import Report, Work
 from search.findings import find
-from search.record import Record, state_of
-from search.run import open_conductor, run
-from search.searcher import Proposer
-from search.stopping import Halving, Median, rule_of
+from search.optimizer.early_stopping import Halving, Median, rule_of
+from search.optimizer.history import SearchHistory, state_of
+from search.optimizer.proposer import Proposer
 from search.storage.fingerprint import fingerprint
 from search.study.candidate import Latency, Proposal
 from search.study.ranking import front
 from search.study.study import Study
-from search.work import Report, Work
 from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import scored
@@ -173,17 +173,17 @@ PRETENDED = Work(
 def test_what_was_stopped_is_nowhere_among_what_finished(tmp_path: Path, stopping: str, method: str) -> None:
     study = digits_study(tmp_path, stopping=stopping, method=method, epochs=3, trials=8, patience=2, refine=0)
     assert run(study, [], debug=True, work=PRETENDED) == "finished"
-    record = Record(study)
-    states = {t.user_attrs["trial"]: state_of(t) for t in record.trials()}
-    pruned = {fit_of(record.space.complete(t.params)) for t in record.trials() if state_of(t) == "pruned"}
+    history = SearchHistory(study)
+    states = {t.user_attrs["trial"]: state_of(t) for t in history.trials()}
+    pruned = {fit_of(history.space.complete(t.params)) for t in history.trials() if state_of(t) == "pruned"}
     assert len(states) == 8 and set(states.values()) <= {"finished", "pruned"}
     assert bool(pruned) is (stopping != "none")
     found = find(study)
     assert {c.fit for c in found.candidates}.isdisjoint(pruned) and len(found.candidates) == 8 - len(pruned)
-    assert {c.fit for c in (*found.front, *record.feasible())}.isdisjoint(pruned)
-    told = [t for t in record.optuna.trials if t.values is not None]
+    assert {c.fit for c in (*found.front, *history.feasible())}.isdisjoint(pruned)
+    told = [t for t in history.optuna.trials if t.values is not None]
     assert all(t.state == TrialState.COMPLETE for t in told)
-    assert not any(t.intermediate_values for t in record.optuna.trials)
+    assert not any(t.intermediate_values for t in history.optuna.trials)
     drawn = charts(found)
     assert {c["id"] for c in drawn["candidates"]} == {c.candidate for c in found.candidates}
     assert {c["trial"]: c["state"] for c in drawn["curves"]} == states
@@ -191,8 +191,8 @@ def test_what_was_stopped_is_nowhere_among_what_finished(tmp_path: Path, stoppin
     assert found.agreement is not None
     assert {name for name, *_ in found.agreement.points} == {n for n, s in states.items() if s == "finished"}
     # A second driver judges as the first would have gone on to.
-    first, again = rule_of(study), open_conductor(study, []).rule
-    for trial in record.trials():
+    first, again = rule_of(study), open_controller(study, []).rule
+    for trial in history.trials():
         for epoch, score in trial.user_attrs["curve"]:
             first.stops(trial.user_attrs["trial"], epoch, score)
     verdicts = [[rule.stops("new", 1, score / 100) for score in range(100)] for rule in (first, again)]

@@ -10,9 +10,9 @@ import pytest
 import torch
 import wandb
 
+from search.engine.run import run
+from search.optimizer.history import SearchHistory
 from search.panels import pareto_chart, risk_chart
-from search.record import Record
-from search.run import run
 from search.storage.fingerprint import fingerprint
 from search.tracking import Tracker, log_exports
 from search.trial.pictures import png
@@ -188,7 +188,7 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
     wandb.teardown()
     study = digits_study(tmp_path, trials=4, wandb="offline")
     run(study, [], debug=True, work=Pretence(worth).work())
-    first, second = (tmp_path / "out" / c.candidate for c in Record(study).feasible()[1:3])
+    first, second = (tmp_path / "out" / c.candidate for c in SearchHistory(study).feasible()[1:3])
     for folder in (second, first):
         folder.mkdir(parents=True)
         (folder / "evidence.json").write_text(json.dumps({"attacked_accuracy": 0.5, "gates": []}))

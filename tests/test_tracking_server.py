@@ -13,8 +13,8 @@ from typing import Literal
 import pytest
 
 from search import wandb_run
-from search.record import Record
-from search.run import run
+from search.engine.run import run
+from search.optimizer.history import SearchHistory
 from search.study.study import Study
 from search.tracking import Tracker
 from tests.conftest import digits_study
@@ -161,7 +161,7 @@ def test_a_search_finds_the_same_in_the_same_time_whatever_its_server_does(serve
         run(study, [tracker], debug=True, work=worth.work())
         seconds = time.perf_counter() - start
         tracker.close()
-        return seconds, sorted(c.candidate for c in Record(study).candidates())
+        return seconds, sorted(c.candidate for c in SearchHistory(study).candidates())
 
     studies = [digits_study(tmp_path / mode, trials=5, wandb=mode) for mode in ("disabled", "online")]
     server.trouble = "hangs"

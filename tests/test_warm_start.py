@@ -11,11 +11,11 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from search import session
-from search.record import Record
-from search.run import open_conductor, run
-from search.searcher import Proposer
+from search.engine.run import open_controller, run
+from search.optimizer.history import SearchHistory
+from search.optimizer.proposer import Proposer
+from search.optimizer.warm_start import warm_start_of
 from search.study.study import Study
-from search.warm import warmth
 from spaces.exceptions import InputError
 from spaces.space import Params
 from tests.conftest import digits_study
@@ -40,14 +40,14 @@ def test_the_best_of_an_earlier_search_come_first_and_the_same_exam_teaches_the_
 ) -> None:
     study = digits_study(tmp_path, warm_start="earlier", trials=5)
     work = Pretence(attacked)
-    assert "24 of its 24 candidates lie in this space" in warmth(study, "earlier").said
+    assert "24 of its 24 candidates lie in this space" in warm_start_of(study, "earlier").said
     assert run(study, [], debug=True, work=work.work()) == "finished"
     first = [(p.params.train["lambda_rc"], p.params.train["conv_maps"]) for p in work.asked[:4]]
     assert first == [(1.0, 8), (1.0, 4), (0.1, 8), (0.1, 4)]
-    record = Record(study)
-    told = [t for t in record.optuna.trials if t.user_attrs.get("from") == "earlier"]
+    history = SearchHistory(study)
+    told = [t for t in history.optuna.trials if t.user_attrs.get("from") == "earlier"]
     assert len(told) == 24 and all(t.state == TrialState.COMPLETE and t.constraints for t in told)
-    assert len(record.candidates()) == 5 * 6 and record.ended() == 5  # they are nobody's candidates here
+    assert len(history.candidates()) == 5 * 6 and history.ended() == 5  # they are nobody's candidates here
     assert Proposer(study).propose() is not None  # and it opens again
 
 
@@ -59,22 +59,22 @@ def test_a_fit_comes_by_its_best_candidate_whatever_its_others_are_worth(tmp_pat
 
     earlier = digits_study(tmp_path, name="earlier", method="grid", trials=4, knobs={"lambda_kl": 0.1})
     assert run(earlier, [], debug=True, work=Pretence(uneven).work()) == "finished"
-    first, second, *_ = warmth(digits_study(tmp_path), "earlier").settings
+    first, second, *_ = warm_start_of(digits_study(tmp_path), "earlier").settings
     assert (first.train["lambda_rc"], first.train["conv_maps"], first.inference["sigma_eps"]) == (1.0, 8, 0.1)
     assert uneven(second) == 0.58
 
 
 def test_another_exam_gives_its_settings_and_teaches_nothing(tmp_path: Path, earlier: Study) -> None:
-    found = warmth(digits_study(tmp_path, eps=0.1), "earlier")
+    found = warm_start_of(digits_study(tmp_path, eps=0.1), "earlier")
     assert len(found.settings) == 4 and not found.candidates and "under another exam" in found.said
 
 
 def test_settings_outside_the_space_or_of_another_defense_are_left(tmp_path: Path, earlier: Study) -> None:
-    half = warmth(digits_study(tmp_path, knobs={"conv_maps": 8}), "earlier")
+    half = warm_start_of(digits_study(tmp_path, knobs={"conv_maps": 8}), "earlier")
     assert len(half.settings) == 2 and len(half.candidates) == 12 and "12 of its 24" in half.said
-    none = warmth(digits_study(tmp_path, knobs={"learning_rate": 0.5e-3}), "earlier")
+    none = warm_start_of(digits_study(tmp_path, knobs={"learning_rate": 0.5e-3}), "earlier")
     assert not none.settings and "0 of its 24" in none.said
-    assert "0 of its 24" in warmth(digits_study(tmp_path, defense="magnet"), "earlier").said
+    assert "0 of its 24" in warm_start_of(digits_study(tmp_path, defense="magnet"), "earlier").said
 
 
 def test_an_export_gives_its_setting(tmp_path: Path) -> None:
@@ -84,13 +84,13 @@ def test_an_export_gives_its_setting(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(best))
     study = digits_study(tmp_path, warm_start=str(folder))
-    assert "1 of 1 settings lies in this space" in warmth(study, str(folder)).said
+    assert "1 of 1 settings lies in this space" in warm_start_of(study, str(folder)).said
     proposal = Proposer(study).propose()
     assert proposal is not None and dict(proposal.params.train) == best["train"]
-    assert "0 of 1" in warmth(digits_study(tmp_path, defense="hgd"), str(folder)).said
+    assert "0 of 1" in warm_start_of(digits_study(tmp_path, defense="hgd"), str(folder)).said
     (folder / "config.yaml").write_text("defense: puvae")
     with pytest.raises(InputError, match="an export with a whole config.yaml"):
-        warmth(study, str(folder))
+        warm_start_of(study, str(folder))
 
 
 def test_a_warm_start_from_nowhere_is_refused_before_anything_is_written(tmp_path: Path, earlier: Study) -> None:
@@ -105,6 +105,6 @@ def test_a_warm_start_from_nowhere_is_refused_before_anything_is_written(tmp_pat
 
 def test_nsga2_takes_another_searchs_candidates_for_its_first_generation(tmp_path: Path, earlier: Study) -> None:
     study = digits_study(tmp_path, warm_start="earlier", method="nsga2")
-    proposer = open_conductor(study, []).proposer
+    proposer = open_controller(study, []).proposer
     key = NSGAIISampler._get_generation_key()
     assert [t.system_attrs.get(key) for t in proposer.optuna.trials if "from" in t.user_attrs] == [0] * 24

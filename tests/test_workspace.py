@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import wandb
 
-from search.run import run
+from search.engine.run import run
 from search.study.study import Study
 from search.tracking import Tracker
 from search.workspace import view

@@ -15,9 +15,9 @@ from attacks.probes import quick_gates
 from attacks.threat import ThreatModel
 from defenses.base import Defended
 from search.data import splits
+from search.engine.run import run
 from search.exceptions import AlarmError
-from search.record import Record
-from search.run import run
+from search.optimizer.history import SearchHistory
 from search.study.candidate import Candidate
 from search.study.study import Study
 from search.winners import export, pick
@@ -94,7 +94,7 @@ def searched(name: str, shelter: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     study = digits_study(shelter, name=name.replace(" ", "-"), defense=name, space="default", trials=1, eps=0.1)
     if not study.folder.exists():
         assert run(study, [], debug=True) == "finished"
-    return study, Record(study).candidates()[0]
+    return study, SearchHistory(study).candidates()[0]
 
 
 @pytest.mark.parametrize("name", ["no-op", "peeks at the label"])

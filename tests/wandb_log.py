@@ -97,7 +97,7 @@ def held(folder: Path, key: str) -> dict[str, Any]:
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
     """Return the records of one kind, in order."""
     found = map(json.loads, inspect(run).splitlines())
-    return [record[kind] for record in found if record["type"] == kind]
+    return [history[kind] for history in found if history["type"] == kind]
 
 
 def points(run: Path, name: str) -> list[tuple[int, float]]:

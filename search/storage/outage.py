@@ -88,7 +88,7 @@ class WaitedFolder:
         """
         until = time.monotonic() + PATIENCE_S
         while self.away:
-            # A trial's time limit is not meant for this; `search/tuner.py` sets it.
+            # A trial's time limit is not meant for this; `search/engine/ray_backend.py` sets it.
             faulthandler.cancel_dump_traceback_later()
             if time.monotonic() > until:
                 raise StorageError(f"{self.root.parent} was away for {PATIENCE_S:g} s")

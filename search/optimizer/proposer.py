@@ -12,13 +12,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import spaces
-from search.record import ENDED, INTERRUPTED, Record, state_of, storage
-from search.refinement import Refiner, refinable
-from search.samplers import NEEDS_ALL, asked, generation, lesson, nearest, objectives, sampler
+from search.optimizer.history import ENDED, INTERRUPTED, SearchHistory, journal_storage, state_of
+from search.optimizer.refinement import Refiner, refinable
+from search.optimizer.samplers import NEEDS_ALL, asked, generation, lesson, nearest, objectives, sampler
+from search.optimizer.warm_start import warm_start_of
 from search.study.candidate import Candidate, Proposal
 from search.study.ranking import OBJECTIVES, constraints
 from search.study.study import Study
-from search.warm import warmth
 from spaces.domain import Scalar, contains
 from spaces.space import Params, SearchSpace
 
@@ -29,7 +29,7 @@ COUNTABLE = 10_000
 """Up to so many trainings of a space are listed, to find the one that is left nearest to what a sampler proposes."""
 
 
-class Proposer(Record):
+class Proposer(SearchHistory):
     """A search that goes on: proposes settings, and is told what became of them.
 
     The study is opened where it exists; what ran when it was left is proposed again, under its name.
@@ -57,7 +57,7 @@ class Proposer(Record):
     def _open(self) -> optuna.Study:
         self.study.store.make()
         self.study.folder.mkdir(exist_ok=True)
-        self._storage = storage(self.study, drives=True)
+        self._storage = journal_storage(self.study, drives=True)
         study = optuna.create_study(
             study_name=self.study.name,
             storage=self._storage,
@@ -197,7 +197,7 @@ class Proposer(Record):
     def _enqueue_starts(self) -> None:
         """Enqueue the settings of a warm start, then the known good ones; for a grid, the whole of it."""
         source = self.study.warm_start
-        warm = None if source is None else warmth(self.study, source)
+        warm = None if source is None else warm_start_of(self.study, source)
         for params in warm.settings if warm else ():
             self._enqueue(params.flat())
         if self.study.method == "grid":

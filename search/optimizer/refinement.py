@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 from optuna.samplers import GPSampler
 
-from search.samplers import asked, lesson
+from search.optimizer.samplers import asked, lesson
 from search.study.candidate import Candidate
 from search.study.ranking import OBJECTIVES, feasible, ranked
 from search.study.study import Study

@@ -23,10 +23,10 @@ from search.data import cache
 from search.study.study import Study
 from spaces.exceptions import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CODE = [str(ROOT / package) for package in ("spaces", "attacks", "defenses", "search")]
-ALL_BUT_PYTHON = ["*", "!.", "!*.py"]
-"""What does not travel of the four packages, as .gitignore has it: they are flat, and workers need their code alone."""
+ALL_BUT_PYTHON = ["**/*.*", "!**/*.py", "!."]
+"""What does not travel of the four packages, as .gitignore has it: workers need their code alone, in every folder."""
 ASK_S = 300.0
 """Seconds in which a node must take the code and the data, and say what it sees."""
 CONTEXTS = 0.1
@@ -34,7 +34,7 @@ CONTEXTS = 0.1
 
 
 @dataclass(frozen=True)
-class Berth:
+class WorkerResources:
     """What a worker of a search has.
 
     Args:
@@ -48,7 +48,7 @@ class Berth:
 
 
 @contextmanager
-def joined(study: Study) -> Iterator[Berth]:
+def joined(study: Study) -> Iterator[WorkerResources]:
     """Start or join the Ray cluster, yield what each worker has there, and leave it.
 
     Raises:
@@ -61,17 +61,19 @@ def joined(study: Study) -> Iterator[Berth]:
         ray.shutdown()
 
 
-def at_work(study: Study, berth: Berth, what: Callable[..., Any], *more: object) -> Any:
+def at_work(study: Study, resources: WorkerResources, what: Callable[..., Any], *more: object) -> Any:
     """Do a piece of the study's work on a worker."""
-    ready(study, berth)
+    ready(study, resources)
     return what(study, *more)
 
 
-def ready(study: Study, berth: Berth) -> None:
+def ready(study: Study, resources: WorkerResources) -> None:
     """Make a worker ready: cap its share of the GPU, and see that its node has the data."""
-    if 0 < berth.gpu < 1 and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction((1 - CONTEXTS) * berth.gpu)  # Ray's fractions are bookkeeping only
-    if (data := berth.data) is not None:
+    if 0 < resources.gpu < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(
+            (1 - CONTEXTS) * resources.gpu
+        )  # Ray's fractions are bookkeeping only
+    if (data := resources.data) is not None:
         cache.adopt(find_task(study.task).dataset, study.data_dir, lambda: ray.get(data))
 
 
@@ -87,10 +89,10 @@ def spoken() -> list[str]:
     return lines
 
 
-def slots(berth: Berth) -> int:
+def slots(resources: WorkerResources) -> int:
     """Return how many trials the cluster holds at once, as it is now; at least one."""
     nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
-    asked = {kind: amount for kind, amount in (("CPU", berth.cpu), ("GPU", berth.gpu)) if amount}
+    asked = {kind: amount for kind, amount in (("CPU", resources.cpu), ("GPU", resources.gpu)) if amount}
     return max(1, sum(int(min(node.get(k, 0.0) / amount + 1e-6 for k, amount in asked.items())) for node in nodes))
 
 
@@ -103,25 +105,25 @@ def capacity(study: Study) -> int:
         ray.shutdown()
 
 
-def _join(study: Study) -> Berth:
+def _join(study: Study) -> WorkerResources:
     # A job that was submitted to a cluster runs on that one.
     address = study.address or ("auto" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else None)
     _connect(study, address)
-    berth, fitting = _asked(study)
+    resources, fitting = _asked(study)
     if address is None:
-        return berth
-    berth = replace(berth, data=ray.put(cache.pack(find_task(study.task).dataset, study.data_dir)))
-    _look_over(study, berth, fitting)
-    return berth
+        return resources
+    resources = replace(resources, data=ray.put(cache.pack(find_task(study.task).dataset, study.data_dir)))
+    _look_over(study, resources, fitting)
+    return resources
 
 
-def _asked(study: Study) -> tuple[Berth, list[dict[str, Any]]]:
+def _asked(study: Study) -> tuple[WorkerResources, list[dict[str, Any]]]:
     """Return what a trial asks for, and the nodes that hold it."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cpu, gpu = study.cpus_per_trial, study.gpus_per_trial
     if gpu is None:
         gpu = 0.25 if any("GPU" in node["Resources"] for node in nodes) else 0.0
-    return Berth(cpu, gpu), _fitting(nodes, cpu, gpu)
+    return WorkerResources(cpu, gpu), _fitting(nodes, cpu, gpu)
 
 
 def _connect(study: Study, address: str | None) -> None:
@@ -201,7 +203,7 @@ def _fitting(nodes: list[dict[str, Any]], cpu: float, gpu: float) -> list[dict[s
     return fitting
 
 
-def _look_over(study: Study, berth: Berth, nodes: list[dict[str, Any]]) -> None:
+def _look_over(study: Study, resources: WorkerResources, nodes: list[dict[str, Any]]) -> None:
     """Send each node the code and the data, and see that it reaches the storage.
 
     Raises:
@@ -210,7 +212,7 @@ def _look_over(study: Study, berth: Berth, nodes: list[dict[str, Any]]) -> None:
     files, token = url_to_fs(f"{study.storage}/.token-{uuid.uuid4().hex}")
     files.pipe_file(token, b"crucible")
     look: Any = ray.remote(at_work)
-    visit = replace(berth, gpu=0)  # it asks for no GPU, and must not touch one
+    visit = replace(resources, gpu=0)  # it asks for no GPU, and must not touch one
     try:
         asked = []
         for node in nodes:

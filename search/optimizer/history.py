@@ -11,7 +11,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from search.journal import Journal
+from search.optimizer.journal import Journal
 from search.study import ranking
 from search.study.candidate import Candidate, Latency
 from search.study.ranking import OBJECTIVES
@@ -34,7 +34,7 @@ INTERRUPTED = "interrupted"
 """Marks an Optuna trial that was running when its driver died."""
 
 
-class Record:
+class SearchHistory:
     """A search's trials and candidates. Reading changes nothing, and may be done while the search runs.
 
     A trial of Crucible is one training, named t001, t002, ...; each of its candidates is a trial of the Optuna study.
@@ -55,9 +55,9 @@ class Record:
             )
 
     def _open(self) -> optuna.Study:
-        if not begun(self.study):
-            raise InputError(f"a search that has begun is needed, but {journal(self.study)} holds none yet")
-        return optuna.load_study(study_name=self.study.name, storage=storage(self.study))
+        if not has_begun(self.study):
+            raise InputError(f"a search that has begun is needed, but {journal_path(self.study)} holds none yet")
+        return optuna.load_study(study_name=self.study.name, storage=journal_storage(self.study))
 
     def ended(self) -> int:
         """Return how many trials have ended, in whatever way."""
@@ -113,21 +113,21 @@ def _proposal(trial: FrozenTrial) -> bool:
     return "trial" in trial.user_attrs and trial.state != TrialState.WAITING
 
 
-def journal(study: Study) -> Path:
+def journal_path(study: Study) -> Path:
     return study.folder / "study.journal"
 
 
-def storage(study: Study, *, drives: bool = False) -> JournalStorage:
+def journal_storage(study: Study, *, drives: bool = False) -> JournalStorage:
     """Return the journal of a search.
 
     Args:
         drives: for its driver, which alone may mend it and waits for a storage that is away.
     """
-    return JournalStorage(Journal(journal(study), study.store if drives else None))
+    return JournalStorage(Journal(journal_path(study), study.store if drives else None))
 
 
-def begun(study: Study) -> bool:
+def has_begun(study: Study) -> bool:
     """Say whether a search has a study to go on with; a driver may have died before."""
-    return journal(study).exists() and any(
-        found.system_attrs.get("study:metric_names") for found in storage(study).get_all_studies()
+    return journal_path(study).exists() and any(
+        found.system_attrs.get("study:metric_names") for found in journal_storage(study).get_all_studies()
     )

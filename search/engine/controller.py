@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import TrialState
 
 from defenses.base import Metrics
 from search.exceptions import StorageError
-from search.searcher import Proposer
-from search.stopping import rule_of
+from search.optimizer.early_stopping import rule_of
+from search.optimizer.proposer import Proposer
 from search.storage.outage import trouble
+from search.study import sync
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate, Latency, Proposal
 from search.study.ranking import front
@@ -23,7 +26,7 @@ RESTARTS = 2
 """How often a trial is handed out again when its worker dies."""
 
 
-class Conductor:
+class Controller:
     """Hands out trials, stops them at rungs, tells the study what became of them, and the listeners everything.
 
     When the storage fails, no trial is to blame: none is handed out any more, what runs goes on to its end, and what
@@ -209,3 +212,25 @@ class Conductor:
             self.trouble = self.trouble or error
             return False
         return True
+
+
+def settle(controller: Controller, name: str, last: dict[str, Any] | None) -> None:
+    """Tell the study what a trial's last report says."""
+    if last is not None and "candidates" in last:
+        candidates = [Candidate.from_json(data) for data in last["candidates"]]
+        controller.finished(name, candidates, sync.picture(controller.study, last["picture"]), last["curve"])
+    elif last is not None and "failed" in last:
+        controller.failed(name, last["failed"])
+    elif last is not None and "interrupted" in last:
+        controller.interrupted(name, last["interrupted"])
+    else:
+        controller.silent(name)
+
+
+def time_again(controller: Controller, measure: Callable[[Candidate], Latency]) -> None:
+    """Time the front again; where that fails, the first figure stands."""
+    for candidate in () if controller.trouble else controller.leaders():
+        try:
+            controller.clocked(candidate, measure(candidate))
+        except Exception as error:
+            warnings.warn(f"{candidate.candidate} could not be timed again: {error}", stacklevel=2)

@@ -19,7 +19,7 @@ from search.study.candidate import Proposal
 from search.study.study import Study
 
 
-class Watch:
+class TrialTimeout:
     """Ends this process when a trial has worked for too long; waiting for the driver or the storage does not count.
 
     Its word lies in the search's folder, under the trial's name and setting.

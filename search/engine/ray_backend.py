@@ -27,35 +27,32 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from defenses.base import Metrics
-from search.cluster import Berth, at_work, joined, ready, slots
-from search.conductor import RESTARTS, Conductor
-from search.run import settle, time_again
+from search.engine.cluster import WorkerResources, at_work, ready, slots
+from search.engine.controller import RESTARTS, Controller, settle, time_again
+from search.engine.timeout import TrialTimeout
+from search.engine.worker import Work
 from search.study.callbacks import State
 from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
-from search.watch import Watch
-from search.work import Work
 from spaces.exceptions import InputError
 from spaces.space import Params
-
-__all__ = ["joined", "run"]
 
 logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # a worker that died is no news: its trial goes on
 
 
-class Desk(Callback):
+class RayCallbacks(Callback):
     """What Ray Tune's searcher and scheduler share: the conductor, and our names of Ray's trials.
 
     Ray pickles all three again and again; what they hold stays behind, since the study's journal is the truth.
     """
 
-    def __init__(self, conductor: Conductor) -> None:
-        self.conductor = conductor
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
         self.names: dict[str, str] = {}
         self._ended: list[Trial] = []
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self.conductor.started(self.names[trial.trial_id])
+        self.controller.started(self.names[trial.trial_id])
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._ended.append(trial)
@@ -70,35 +67,35 @@ class Desk(Callback):
         return {}
 
 
-class Ask(Searcher):
+class RaySearcher(Searcher):
     """Proposes to Ray Tune, and hears how its trials end.
 
     A trial is proposed when a slot is free for it, and not before: so its proposal knows all that has ended, and all
     slots start their workers at once. Ray's own rule is one trial ahead of those that run.
     """
 
-    def __init__(self, desk: Desk, berth: Berth) -> None:
+    def __init__(self, callbacks: RayCallbacks, resources: WorkerResources) -> None:
         super().__init__()
-        self.desk = desk
-        self.berth = berth
+        self.callbacks = callbacks
+        self.resources = resources
 
     def suggest(self, trial_id: str) -> Any:
-        if len(self.desk.names) >= (self.desk.conductor.study.concurrent or slots(self.berth)):
+        if len(self.callbacks.names) >= (self.callbacks.controller.study.concurrent or slots(self.resources)):
             return None
-        proposal = self.desk.conductor.next()
+        proposal = self.callbacks.controller.next()
         if proposal is None:  # asked again later, unless nothing more can come
-            return Searcher.FINISHED if self.desk.conductor.done else None
-        self.desk.names[trial_id] = proposal.name
+            return Searcher.FINISHED if self.callbacks.controller.done else None
+        self.callbacks.names[trial_id] = proposal.name
         params = proposal.params
         setting = {"train": dict(params.train), "inference": dict(params.inference)}
         return {"name": proposal.name, "refines": proposal.refines, **setting}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        name = self.desk.names.pop(trial_id)
+        name = self.callbacks.names.pop(trial_id)
         if error:
-            self.desk.conductor.died(name)
+            self.callbacks.controller.died(name)
         else:
-            settle(self.desk.conductor, name, result)
+            settle(self.callbacks.controller, name, result)
 
     def save(self, checkpoint_path: str) -> None:
         """Keep nothing: the study's journal is the truth."""
@@ -107,12 +104,12 @@ class Ask(Searcher):
         raise RuntimeError("a search is resumed from its study, not from Ray Tune")
 
 
-class Rungs(FIFOScheduler):
+class RayScheduler(FIFOScheduler):
     """Stops trials at rungs."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, callbacks: RayCallbacks) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated in Ray
-        self.desk = desk
+        self.callbacks = callbacks
 
     def choose_trial_to_run(self, tune_controller: Any) -> None:
         """Leave it to Ray: a trial that is chosen here takes the next free worker and drops its own, half started."""
@@ -120,66 +117,66 @@ class Rungs(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if "epoch" not in result:
             return self.CONTINUE
-        name = self.desk.names[trial.trial_id]
-        stops = self.desk.conductor.epoch(name, result["fit"], result["epoch"], dict(result["metrics"]))
+        name = self.callbacks.names[trial.trial_id]
+        stops = self.callbacks.controller.epoch(name, result["fit"], result["epoch"], dict(result["metrics"]))
         return self.STOP if stops else self.CONTINUE
 
 
-def run(conductor: Conductor, berth: Berth, work: Work) -> State:
+def run(controller: Controller, resources: WorkerResources, work: Work) -> State:
     """Run the trials that are left on the cluster that was joined."""
-    study, desk = conductor.study, Desk(conductor)
-    remote = ray.remote(num_cpus=berth.cpu, num_gpus=berth.gpu, max_retries=RESTARTS)(at_work)
+    study, callbacks = controller.study, RayCallbacks(controller)
+    remote = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=RESTARTS)(at_work)
     try:
-        conductor.begin(_prepare(study, berth, remote, work))
-        while not conductor.done:
+        controller.begin(_prepare(study, resources, remote, work))
+        while not controller.done:
             try:
                 with TemporaryDirectory(prefix="crucible-tune-") as scratch:
-                    _tuner(study, desk, berth, work, scratch).fit()
+                    _tuner(study, callbacks, resources, work, scratch).fit()
             except RuntimeError as error:  # Ray Tune knows no worker that Ray's memory monitor killed
-                if not desk.names:
+                if not callbacks.names:
                     raise
-                for name in desk.names.values():
-                    conductor.died(name, str(error).partition("\n")[0])
-                desk.names.clear()
+                for name in callbacks.names.values():
+                    controller.died(name, str(error).partition("\n")[0])
+                callbacks.names.clear()
             else:
                 break
-        if desk.names or not conductor.done:
+        if callbacks.names or not controller.done:
             return "interrupted"
-        time_again(conductor, lambda candidate: ray.get(remote.remote(study, berth, work.clock, candidate)))
+        time_again(controller, lambda candidate: ray.get(remote.remote(study, resources, work.clock, candidate)))
     except KeyboardInterrupt:
         return "interrupted"
     return "finished"
 
 
-def _tuner(study: Study, desk: Desk, berth: Berth, work: Work, scratch: str) -> tune.Tuner:
-    trainable = tune.with_parameters(_trainable, study=study, berth=berth, work=work)
+def _tuner(study: Study, callbacks: RayCallbacks, resources: WorkerResources, work: Work, scratch: str) -> tune.Tuner:
+    trainable = tune.with_parameters(_trainable, study=study, resources=resources, work=work)
     return tune.Tuner(
-        tune.with_resources(trainable, {"cpu": berth.cpu, "gpu": berth.gpu}),
+        tune.with_resources(trainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
         tune_config=tune.TuneConfig(
             num_samples=-1,  # the conductor says when there are enough
-            search_alg=Ask(desk, berth),
-            scheduler=Rungs(desk),
+            search_alg=RaySearcher(callbacks, resources),
+            scheduler=RayScheduler(callbacks),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=scratch,  # nothing is ever read from there, and a full or absent storage must not end Ray Tune
-            callbacks=[desk],
+            callbacks=[callbacks],
             verbose=0,
         ),
     )
 
 
-def _trainable(config: dict[str, Any], study: Study, berth: Berth, work: Work) -> None:
+def _trainable(config: dict[str, Any], study: Study, resources: WorkerResources, work: Work) -> None:
     """Run one trial in a worker of Ray."""
     try:
-        ready(study, berth)
+        ready(study, resources)
     except InputError as error:  # its node cannot hold the data: no trial is to blame, and each would end here
         tune.report({"interrupted": str(error)})
         return
     proposal = Proposal(config["name"], Params(config["train"], config["inference"]), config["refines"])
-    watch = Watch(study, proposal)
+    watch = TrialTimeout(study, proposal)
 
     def report(fit: str, epoch: int, metrics: Metrics) -> None:
         with watch.paused():
@@ -193,9 +190,9 @@ def _trainable(config: dict[str, Any], study: Study, berth: Berth, work: Work) -
     tune.report(last)
 
 
-def _prepare(study: Study, berth: Berth, remote: Any, work: Work) -> Candidate:
+def _prepare(study: Study, resources: WorkerResources, remote: Any, work: Work) -> Candidate:
     """Train the classifiers side by side and score the bare one, on workers."""
-    needed = ray.get(remote.remote(study, berth, work.needed))
-    ray.get([remote.remote(study, berth, work.classifier, architecture) for architecture in needed])
-    undefended: Candidate = ray.get(remote.remote(study, berth, work.undefended))
+    needed = ray.get(remote.remote(study, resources, work.needed))
+    ray.get([remote.remote(study, resources, work.classifier, architecture) for architecture in needed])
+    undefended: Candidate = ray.get(remote.remote(study, resources, work.undefended))
     return undefended

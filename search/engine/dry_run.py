@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from search.refinement import refinable
+from search.optimizer.refinement import refinable
 from search.storage.store import to_bytes
 from search.study.study import Study
 from search.trial.runner import Bench

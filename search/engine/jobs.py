@@ -23,7 +23,7 @@ BEAT_S = 60.0
 
 
 @dataclass(frozen=True)
-class Piece:
+class Job:
     """What a worker is asked for.
 
     Args:
@@ -36,12 +36,12 @@ class Piece:
     more: tuple[object, ...]
 
 
-Crew = Callable[[str, Sequence[Piece]], list[Any]]
+RunJobs = Callable[[str, Sequence[Job]], list[Any]]
 """Does pieces of work under a title, and returns what each found."""
 
 
 @contextmanager
-def crew(study: Study, *, debug: bool, concurrent: int | None, console: Console) -> Iterator[Crew]:
+def job_runner(study: Study, *, debug: bool, concurrent: int | None, console: Console) -> Iterator[RunJobs]:
     """Yield who works.
 
     Args:
@@ -56,10 +56,10 @@ def crew(study: Study, *, debug: bool, concurrent: int | None, console: Console)
             with terminable():
                 yield lambda title, pieces: _in_process(study, title, pieces, console)
             return
-        from search import tuner  # Ray takes a second to import
+        from search.engine.cluster import joined  # Ray takes a second to import
 
-        with tuner.joined(study) as berth, terminable():
-            yield lambda title, pieces: _under_ray(study, berth, title, pieces, console, concurrent)
+        with joined(study) as resources, terminable():
+            yield lambda title, pieces: _under_ray(study, resources, title, pieces, console, concurrent)
     except KeyboardInterrupt:
         console.print("interrupted; what is finished is kept: the same command goes on", highlight=False)
         raise
@@ -68,7 +68,7 @@ def crew(study: Study, *, debug: bool, concurrent: int | None, console: Console)
 class Board:
     """How far each piece is: bars on a terminal; lines where the output is piped."""
 
-    def __init__(self, title: str, pieces: Sequence[Piece], console: Console) -> None:
+    def __init__(self, title: str, pieces: Sequence[Job], console: Console) -> None:
         self.title, self.pieces, self.console = title, pieces, console
         self._shares = [0.0] * len(pieces)
         self._said = [time.monotonic()] * len(pieces)
@@ -103,7 +103,7 @@ class Board:
         self.console.print(f"{self.title}: {line}", highlight=False, soft_wrap=True)
 
 
-def _in_process(study: Study, title: str, pieces: Sequence[Piece], console: Console) -> list[Any]:
+def _in_process(study: Study, title: str, pieces: Sequence[Job], console: Console) -> list[Any]:
     board, found = Board(title, pieces, console), []
     with board.progress:
         for place, piece in enumerate(pieces):
@@ -113,15 +113,15 @@ def _in_process(study: Study, title: str, pieces: Sequence[Piece], console: Cons
 
 
 def _under_ray(
-    study: Study, berth: Any, title: str, pieces: Sequence[Piece], console: Console, concurrent: int | None
+    study: Study, resources: Any, title: str, pieces: Sequence[Job], console: Console, concurrent: int | None
 ) -> list[Any]:
     import ray
     from ray.util.queue import Queue
 
-    from search.cluster import at_work
-    from search.conductor import RESTARTS
+    from search.engine.cluster import at_work
+    from search.engine.controller import RESTARTS
 
-    remote: Any = ray.remote(num_cpus=berth.cpu, num_gpus=berth.gpu, max_retries=RESTARTS)(at_work)
+    remote: Any = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=RESTARTS)(at_work)
     queue, board = Queue(actor_options={"num_cpus": 0}), Board(title, pieces, console)
     left, running, found = list(enumerate(pieces)), dict[Any, int](), dict[int, Any]()
     failed: Exception | None = None
@@ -129,7 +129,7 @@ def _under_ray(
         while left or running:
             while left and len(running) < (concurrent or len(pieces)):
                 place, piece = left.pop(0)
-                running[remote.remote(study, berth, piece.what, *piece.more, Wire(queue, place))] = place
+                running[remote.remote(study, resources, piece.what, *piece.more, Wire(queue, place))] = place
             ready, _ = ray.wait(list(running), timeout=0.5)
             for said in queue.get_nowait_batch(queue.qsize()):
                 board.hear(*said)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from search.record import Record
+from search.optimizer.history import SearchHistory
 from search.study.candidate import Candidate
 from search.study.catalog import open_search, search_names
 from search.study.ranking import feasible
@@ -22,7 +22,7 @@ FIRST = 5
 
 
 @dataclass(frozen=True)
-class Warmth:
+class WarmStart:
     """What is taken over.
 
     Args:
@@ -36,7 +36,7 @@ class Warmth:
     said: str
 
 
-def warmth(study: Study, source: str) -> Warmth:
+def warm_start_of(study: Study, source: str) -> WarmStart:
     """Return what a search of the same storage, or an export's folder, knows of a study's space.
 
     Raises:
@@ -53,9 +53,9 @@ def warmth(study: Study, source: str) -> Warmth:
     return _of_search(study, source)
 
 
-def _of_search(study: Study, source: str) -> Warmth:
+def _of_search(study: Study, source: str) -> WarmStart:
     other, resolved = open_search(source, study.storage), study.resolved
-    found = Record(other).candidates()
+    found = SearchHistory(other).candidates()
     inside = [c for c in found if c.defense == study.defense and _lies_in(resolved, c.params)]
     # Fits, not candidates: a fit's other inference settings are scored in any case.
     fits: dict[str, Params] = {}
@@ -64,7 +64,7 @@ def _of_search(study: Study, source: str) -> Warmth:
     settings = list(fits.values())[:FIRST]
     same = _exam(other) == _exam(study)
     learnt = f"the sampler learns from all {len(inside)}" if same else "under another exam, so the sampler learns none"
-    return Warmth(
+    return WarmStart(
         settings,
         inside if same else [],
         f"warm start from {source}: {len(inside)} of its {len(found)} candidates lie in this space, "
@@ -72,7 +72,7 @@ def _of_search(study: Study, source: str) -> Warmth:
     )
 
 
-def _of_export(study: Study, folder: Path) -> Warmth:
+def _of_export(study: Study, folder: Path) -> WarmStart:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text())
         defense, params = config["defense"], Params(config["train"], config["inference"])
@@ -80,7 +80,7 @@ def _of_export(study: Study, folder: Path) -> Warmth:
         raise InputError(f"warm_start must be an export with a whole config.yaml, but {folder}: {error}") from None
     inside = defense == study.defense and _lies_in(study.resolved, params)
     taken = "1 of 1 settings lies in this space and is tried first" if inside else "0 of 1 settings lie in this space"
-    return Warmth([params] if inside else [], [], f"warm start from {folder}, an export of {defense}: {taken}")
+    return WarmStart([params] if inside else [], [], f"warm start from {folder}, an export of {defense}: {taken}")
 
 
 def _lies_in(resolved: ResolvedStudy, params: Params) -> bool:

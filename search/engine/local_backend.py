@@ -1,0 +1,37 @@
+"""Runs a search's trials one after the other in this process, without Ray (`--debug`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from defenses.base import Metrics
+from search.engine.controller import Controller, settle, time_again
+from search.engine.worker import Work
+from search.study.callbacks import State
+
+
+class Stopped(BaseException):
+    """A rung stopped the trial of this process; no defense may swallow it."""
+
+
+def run(controller: Controller, work: Work) -> State:
+    study = controller.study
+    try:
+        controller.begin(work.undefended(study))
+        while proposal := controller.next():
+            name = proposal.name
+            controller.started(name)
+
+            def report(fit: str, epoch: int, metrics: Metrics, name: str = name) -> None:
+                if controller.epoch(name, fit, epoch, metrics):
+                    raise Stopped
+
+            try:
+                last: dict[str, Any] | None = work.execute(study, proposal, report)
+            except Stopped:
+                last = None
+            settle(controller, name, last)
+        time_again(controller, lambda candidate: work.clock(study, candidate))
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "finished"
