@@ -79,7 +79,7 @@ def status(name: f.MaybeName = None, storage: f.Storage = "runs", as_json: f.Jso
     Reads the study alone, so it may be asked while the search runs.
     """
     from search import listings
-    from search.progress import board, details
+    from search.report.status import board, details
 
     states = listings.states(name, storage, warn=lambda line: typer.echo(line, err=True))
     show(states[0] if name and as_json else states, as_json, board)
@@ -105,7 +105,7 @@ def dashboard(name: f.Name, port: f.Port = None, storage: f.Storage = "runs") ->
 
     Ctrl-C ends it. From elsewhere: ssh -L PORT:127.0.0.1:PORT HOST.
     """
-    from search.dashboard import serve
+    from search.report.dashboard import serve
     from search.study.catalog import open_search
 
     end(serve(open_search(name, storage), port, console))
@@ -118,7 +118,7 @@ def wandb_view(name: f.Name, storage: f.Storage = "runs") -> None:
     It needs a W&B server that can be reached, and a key (`wandb login`).
     """
     from search.study.catalog import open_search
-    from search.workspace import view
+    from search.tracking.wandb_workspace import view
 
     typer.echo(view(open_search(name, storage)))
 

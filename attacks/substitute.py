@@ -33,7 +33,7 @@ class Substitute:
 
     network: nn.Module
     queries: int
-    agreement: float
+    rank_correlation: float
 
 
 def train_substitute(

@@ -33,10 +33,10 @@ from rich.console import Console
 from benchmarks.simulated import CPUS, EPOCHS, LAMBDAS, Pulse, Timed, resident, simulated, sweep, working
 from search import session
 from search.engine.run import run
-from search.ledger import Ledger
-from search.live import Display
 from search.optimizer.proposer import Proposer
-from search.tracking import Tracker
+from search.tracking.csv_log import CsvLog
+from search.tracking.live_table import LiveTable
+from search.tracking.wandb_tracker import WandbTracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ def ours(storage: Path, trials: int, seconds: float, *, method: str = "tpe", deb
     """Run a search as `launch.py search` does, its display piped, and time it."""
     study, pulse = simulated(storage, trials=trials, method=method), Pulse()
     with (storage / "display.txt").open("w") as shown:
-        display = Display(Console(file=shown), study, list(study.resolved.space.searched()), EPOCHS, 0)
-        tracker = Tracker(study.wandb, study.folder, lambda line: print(line, file=shown))
-        listeners = [Ledger(study.folder / "candidates.csv", []), tracker, display, pulse]
+        display = LiveTable(Console(file=shown), study, list(study.resolved.space.searched()), EPOCHS, 0)
+        tracker = WandbTracker(study.wandb, study.folder, lambda line: print(line, file=shown))
+        listeners = [CsvLog(study.folder / "candidates.csv", []), tracker, display, pulse]
         with closing(tracker):
             run(study, listeners, work=working(seconds), debug=debug)
     wall = time.perf_counter() - pulse.called

@@ -26,9 +26,9 @@ from attacks.tidy import Draws
 from attacks.view import View, bare, openings, stochastic
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.task import Task, find_task
+from search.console import working
 from search.data import splits
 from search.export import load
-from search.live import working
 from search.storage.atomic import write_atomic
 from search.trial.device_lock import DeviceLock
 from spaces.domain import as_written

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from attacks.threat import ThreatModel
-from search.wording import spoken_device
+from search.formatting import spoken_device
 
 KNOWS = {
     "white-box": "sees the classifier and the defense, differentiates through both (or through stand-ins, BPDA) and "

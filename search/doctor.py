@@ -174,20 +174,20 @@ def _disk(what: str, folder: Path, remedy: str) -> Finding:
 
 
 def _data(data_dir: str | None) -> list[Finding]:
-    findings = []
+    summary = []
     for dataset in DATASETS:
         status = splits.check(dataset, data_dir)
         found, remedy = status.detail, "" if status.state == "ready" else f"python launch.py data fetch {dataset}"
         if status.state == "absent":
             found, _, remedy = status.detail.partition(": ")
-        findings.append(Finding(dataset, status.state != "altered", f"{status.state}: {found}", remedy))
-    return findings
+        summary.append(Finding(dataset, status.state != "altered", f"{status.state}: {found}", remedy))
+    return summary
 
 
 def _wandb() -> Finding:
     from wandb.sdk import wandb_setup  # a second to import
 
-    from search.wandb_run import found_mode, has_key
+    from search.tracking.wandb_run import found_mode, has_key
 
     server, mode = wandb_setup.singleton().settings.base_url, found_mode()
     if has_key():

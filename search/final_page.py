@@ -11,9 +11,9 @@ from typing import Any
 
 from attacks.threat import ThreatModel
 from search.final_table import COLUMNS, INTERVAL
+from search.formatting import counted, spoken_device
 from search.hearing import AUTOATTACK, FULL
 from search.storage.atomic import write_atomic
-from search.wording import counted, spoken_device
 
 Row = Mapping[str, Any]
 

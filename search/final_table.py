@@ -9,10 +9,10 @@ from typing import Any
 
 from attacks.interval import wilson
 from attacks.robustness import Verdict
+from search.formatting import counted
 from search.hearing import AUTOATTACK, FULL, Judged
 from search.looks import opened_beside
 from search.retrained import Case
-from search.wording import counted
 
 LATENCIES = ("ms_p50", "ms_p95", "single_ms_p50")
 COLUMNS = {

@@ -37,11 +37,11 @@ def doctor(
     from search.doctor import examine
 
     with progress(as_json):
-        findings = examine(storage, data_dir, address)
+        summary = examine(storage, data_dir, address)
     said = {True: "yes", False: "NO"}
-    rows = [vars(one) if as_json else vars(one) | {"well": "-" if one.optional else said[one.well]} for one in findings]
+    rows = [vars(one) if as_json else vars(one) | {"well": "-" if one.optional else said[one.well]} for one in summary]
     show(rows, as_json)
-    end(int(any(not finding.well for finding in findings)))
+    end(int(any(not finding.well for finding in summary)))
 
 
 @command(app, LOOK, "completion bash")

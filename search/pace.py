@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from search.cells import Cells
+from search.formatting import duration
 from search.setting import Setting
 from search.trial.timing import Step
-from search.wording import duration
 
 
 class Pace:

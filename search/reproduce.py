@@ -20,13 +20,13 @@ from attacks.interval import wilson
 from defenses.base import Metrics
 from search import papers
 from search.cells import Cells, Ours
+from search.console import terminable
 from search.gallery import PICTURES
 from search.pace import Pace
 from search.papers import Summary, Table
 from search.portion import Portion
 from search.reproduce_page import html, markdown, page, said
 from search.setting import Setting
-from search.signals import terminable
 from search.storage.atomic import write_atomic
 from search.storage.outage import trouble
 from search.strike import NotRun, threat

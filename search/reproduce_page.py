@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from search.wording import duration, spoken_device
+from search.formatting import duration, spoken_device
 
 Row = Mapping[str, Any]
 LEGEND = ("within 2 points", "within 5", "within 10", "more")

@@ -17,26 +17,30 @@ from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
-from search import report, wandb_run
-from search.agreement import agreement
+from search.console import working
 from search.data import splits
 from search.data.datasets import DATASETS
 from search.engine import run
 from search.engine.dry_run import Forecast, forecast, slots_here
 from search.exceptions import StorageError
-from search.findings import find
-from search.ledger import Ledger
-from search.live import Display, leaderboard, percent, refusals, working
+from search.formatting import points
 from search.optimizer.history import ENDED, SearchHistory, has_begun, state_of
 from search.optimizer.warm_start import warm_start_of
-from search.progress import progress
+from search.report import page
+from search.report.leaderboard import leaderboard, refusals
+from search.report.rank_correlation import rank_correlation
+from search.report.status import status_of
+from search.report.summary import summarise
 from search.storage.outage import trouble
 from search.study import sync
 from search.study.callbacks import State
 from search.study.candidate import Candidate
 from search.study.catalog import search_names
 from search.study.study import Study
-from search.tracking import Tracker
+from search.tracking import wandb_run
+from search.tracking.csv_log import CsvLog
+from search.tracking.live_table import LiveTable
+from search.tracking.wandb_tracker import WandbTracker
 from spaces.exceptions import InputError, choose
 
 IFGSM = "oblivious/ifgsm-targeted"
@@ -90,12 +94,12 @@ def proceed(study: Study, console: Console, *, debug: bool) -> int:
 
 def status(study: Study) -> dict[str, Any]:
     """Return how far a search is, and the best so far."""
-    return progress(study, runs=_runs(study))
+    return status_of(study, runs=_runs(study))
 
 
 def write_report(study: Study) -> Path:
     """Write report.html, into the storage too where that is elsewhere, and return its path."""
-    path = report.write(find(study), study.folder / "report.html")
+    path = page.write(summarise(study), study.folder / "report.html")
     sync.deliver(study, path)
     return path
 
@@ -104,15 +108,15 @@ def fetch(datasets: Sequence[str], data_dir: str | None, console: Console) -> No
     """Fetch data sets with a progress bar."""
     for dataset in datasets:
         choose("a data set", dataset, list(DATASETS))
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as progress:
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as status_of:
         for dataset in datasets:
-            bar = progress.add_task(dataset, total=None)
+            bar = status_of.add_task(dataset, total=None)
 
             def show(what: str, done: int, total: int, bar: TaskID = bar) -> None:
-                progress.update(bar, description=what, completed=done, total=total or None)
+                status_of.update(bar, description=what, completed=done, total=total or None)
 
             splits.fetch(dataset, data_dir, show)
-            progress.remove_task(bar)
+            status_of.remove_task(bar)
             console.print(f"{dataset}: {splits.check(dataset, data_dir).detail}", highlight=False, soft_wrap=True)
 
 
@@ -149,12 +153,12 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
             known, ended = _held(study)
             if not new:
                 say(f"{sum(ended.values())} of {study.trials} trainings have ended, {len(known)} candidates are kept")
-            ledger = Ledger(study.folder / "candidates.csv", known)
-            tracker = Tracker(study.wandb, study.folder, say, known, ended)
-            display = Display(console, study, list(resolved.space.searched()), resolved.epochs, ended.total())
+            csv_log = CsvLog(study.folder / "candidates.csv", known)
+            tracker = WandbTracker(study.wandb, study.folder, say, known, ended)
+            display = LiveTable(console, study, list(resolved.space.searched()), resolved.epochs, ended.total())
             with closing(tracker):  # last: what was found does not wait for a server
                 with closing(display):
-                    state = run.run(study, [ledger, tracker, *couriers, display], debug=debug)
+                    state = run.run(study, [csv_log, tracker, *couriers, display], debug=debug)
                 return _conclude(study, state, console, tracker)
     except Timeout:
         raise InputError(f"a search must run once at a time, but {study.name!r} runs already") from None
@@ -175,14 +179,14 @@ def _held(study: Study) -> tuple[list[Candidate], Counter[str]]:
     return history.candidates(), Counter(state for state in states if state in ENDED)
 
 
-def _conclude(study: Study, state: State, console: Console, tracker: Tracker) -> int:
+def _conclude(study: Study, state: State, console: Console, tracker: WandbTracker) -> int:
     """Show the leaderboard, write the report, and return the exit code."""
     history = SearchHistory(study)
     ranked, undefended = history.feasible(), history.undefended()
     if undefended is not None:
         console.print(leaderboard(study, list(history.searched), undefended, ranked))
         candidates = history.candidates()
-        agreed = agreement(history, candidates)
+        agreed = rank_correlation(history, candidates)
         lines = [refusals(study, candidates), agreed.line, *([f"warning: {agreed.warning}"] if agreed.warning else [])]
         for line in lines if candidates else ():
             console.print(line, highlight=False, soft_wrap=True)
@@ -192,7 +196,7 @@ def _conclude(study: Study, state: State, console: Console, tracker: Tracker) ->
             threat = replace(ranked[0].score.threat, knowledge="oblivious")
             console.print(
                 f"targeted iFGSM ({threat}): {ranked[0].candidate} keeps "
-                f"{percent(ranked[0].score.attacks[IFGSM])} %, undefended {percent(undefended.score.attacks[IFGSM])} %",
+                f"{points(ranked[0].score.attacks[IFGSM])} %, undefended {points(undefended.score.attacks[IFGSM])} %",
                 highlight=False,
             )
         said = {"candidates": str(study.folder / "candidates.csv"), "report    ": str(write_report(study))}

@@ -18,17 +18,18 @@ from attacks.suite import AttackError
 from attacks.threat import ThreatModel
 from defenses.base import Defended, Defense
 from search.card import card
+from search.console import working
 from search.evidence import evidence
 from search.exceptions import AlarmError
 from search.export import SEAL, opened, seal
-from search.live import percent, working
+from search.formatting import points
 from search.optimizer.history import SearchHistory
 from search.storage.atomic import folder_atomic, write_atomic
 from search.storage.store import Store, to_bytes
 from search.study import ranking, sync
 from search.study.candidate import Candidate
 from search.study.study import Study
-from search.tracking import log_exports
+from search.tracking.wandb_tracker import log_exports
 from search.trial.runner import Bench
 from search.trial.training import silent
 from spaces.exceptions import InputError
@@ -198,11 +199,11 @@ def _exported(folder: Path) -> str | None:
 
 def _audited(found: Mapping[str, Any]) -> str:
     """Return what the audit left of a candidate, beside what the search had found."""
-    audited, searched = percent(found["attacked_accuracy"]), percent(found["attacked_accuracy_of_the_search"])
+    audited, searched = points(found["attacked_accuracy"]), points(found["attacked_accuracy_of_the_search"])
     passed = sum(gate["passed"] for gate in found["gates"])
     return (
         f"audited: {audited} % attacked accuracy ({ThreatModel(**found['threat'])}; the search's lighter attacks left "
-        f"{searched} %), error {percent(found['attacked_error'])} %, "
-        f"rejected {percent(found['attacked_rejection'])} %, white-box {percent(found['white_box_accuracy'])} %, "
+        f"{searched} %), error {points(found['attacked_error'])} %, "
+        f"rejected {points(found['attacked_rejection'])} %, white-box {points(found['white_box_accuracy'])} %, "
         f"{passed} of {len(found['gates'])} gates passed"
     )

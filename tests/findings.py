@@ -14,9 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from attacks.threat import Knowledge, ThreatModel
-from search.agreement import Agreement, ranks
-from search.findings import Findings, TrialRecord
-from search.importance import CHANCE, Importances
+from search.report.importance import CHANCE, Importances
+from search.report.rank_correlation import RankCorrelation, ranks
+from search.report.summary import Summary, TrialRecord
 from search.study import ranking
 from search.study.candidate import Candidate, Score
 from search.study.study import Study
@@ -115,7 +115,7 @@ def trials_of(candidates: list[Candidate], pictures: Path | None = None) -> list
     return [*made, TrialRecord("t093", "failed", broken, [0.17], reason, None, 5400.0)]
 
 
-def findings_of(fits: int = 10, pictures: Path | None = None, threat: Knowledge = "white-box") -> Findings:
+def findings_of(fits: int = 10, pictures: Path | None = None, threat: Knowledge = "white-box") -> Summary:
     candidates = candidates_of(fits, threat)
     study = study_of(threat)
     feasible = [c for c in candidates if c.score.clean_accuracy >= (study.min_clean_accuracy or 0)]
@@ -126,8 +126,8 @@ def findings_of(fits: int = 10, pictures: Path | None = None, threat: Knowledge 
     cheap = [t.curve[-1] for t in trials if t.state == "finished"]
     finals = [1 - c.score.attacked_error for c in candidates if c.candidate.endswith("-0000")]
     points = [(t.trial, score, final) for t, score, final in zip(trials, cheap, finals, strict=False)]
-    agreed = Agreement(study, True, points, ranks([{1: score} for score in cheap], finals, []))
-    return Findings(
+    agreed = RankCorrelation(study, True, points, ranks([{1: score} for score in cheap], finals, []))
+    return Summary(
         study=study,
         undefended=undefended_of(threat),
         candidates=candidates,
@@ -137,45 +137,45 @@ def findings_of(fits: int = 10, pictures: Path | None = None, threat: Knowledge 
         importances=found,
         trials=trials,
         device="2 CPU cores",
-        agreement=agreed,
+        rank_correlation=agreed,
         refinements=[TrialRecord("r001", "finished", Params({}, {}), [], "", None, 3.5)],
         busy=812.0,
     )
 
 
-def nothing_yet() -> Findings:
-    return Findings(study_of(train_images=None), None, [], None, [], SEARCHED, Importances(), [])
+def nothing_yet() -> Summary:
+    return Summary(study_of(train_images=None), None, [], None, [], SEARCHED, Importances(), [])
 
 
-def one_candidate() -> Findings:
+def one_candidate() -> Summary:
     only = candidates_of(1)[:1]
-    return Findings(study_of(), undefended_of(), only, only[0], only, SEARCHED, Importances(), trials_of(only)[:1])
+    return Summary(study_of(), undefended_of(), only, only[0], only, SEARCHED, Importances(), trials_of(only)[:1])
 
 
-def none_feasible() -> Findings:
+def none_feasible() -> Summary:
     alarmed = [replace(c, score=replace(c.score, alarms=("gradients are masked",))) for c in candidates_of(2)]
     return replace(findings_of(2), candidates=alarmed, best=None, front=[])
 
 
-def rejecting() -> Findings:
+def rejecting() -> Summary:
     """A defense that rejects: half of the attacked images, and of the clean ones more than is allowed by some."""
-    findings = findings_of(4)
+    summary = findings_of(4)
     curve = ((0.0, 0.6), (0.01, 0.4), (0.04, 0.1), (0.2, 0.02))
     made = []
-    for nth, c in enumerate(findings.candidates):
+    for nth, c in enumerate(summary.candidates):
         error = round(0.5 * c.score.attacked_error, 3)
         score = replace(c.score, attacked_error=error, attacked_rejection=error, clean_rejection=0.03 * (nth % 4))
         made.append(replace(c, score=replace(score, risk_coverage=curve if nth % 6 == 0 else ())))
-    return replace(findings, candidates=made, best=made[0], front=[made[0]])
+    return replace(summary, candidates=made, best=made[0], front=[made[0]])
 
 
-def several_devices() -> Findings:
+def several_devices() -> Summary:
     """Every other fit timed on another kind of GPU."""
-    findings = findings_of(6)
-    kinds = {fit: ("NVIDIA H200", "Tesla T4")[nth % 2] for nth, fit in enumerate({c.fit for c in findings.candidates})}
-    made = [replace(c, score=replace(c.score, device=kinds[c.fit])) for c in findings.candidates]
-    within = ranking.feasible(findings.study, made)
-    return replace(findings, candidates=made, best=within[0], front=ranking.front(findings.study, made))
+    summary = findings_of(6)
+    kinds = {fit: ("NVIDIA H200", "Tesla T4")[nth % 2] for nth, fit in enumerate({c.fit for c in summary.candidates})}
+    made = [replace(c, score=replace(c.score, device=kinds[c.fit])) for c in summary.candidates]
+    within = ranking.feasible(summary.study, made)
+    return replace(summary, candidates=made, best=within[0], front=ranking.front(summary.study, made))
 
 
 CASES = {

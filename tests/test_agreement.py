@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from search.agreement import Agreement, Rank, agreement, ranks
 from search.optimizer.proposer import Proposer
+from search.report.rank_correlation import Rank, RankCorrelation, rank_correlation, ranks
 from search.study.study import Study
 from spaces.space import Params
 from tests.conftest import digits_study
@@ -31,9 +31,9 @@ def slow_tau(a: list[float], b: list[float]) -> float:
     return sum(1 if (a[i] < a[j]) == (b[i] < b[j]) else -1 for i, j in pairs) / len(pairs)
 
 
-def made_of(study: Study, curves: list[dict[int, float]], finals: list[float]) -> Agreement:
+def made_of(study: Study, curves: list[dict[int, float]], finals: list[float]) -> RankCorrelation:
     points = [(f"t{i}", curve[max(curve)], final) for i, (curve, final) in enumerate(zip(curves, finals, strict=True))]
-    return Agreement(study, True, points, ranks(curves, finals, [1]))
+    return RankCorrelation(study, True, points, ranks(curves, finals, [1]))
 
 
 def test_rho_and_tau_are_the_slow_ones_at_each_epoch() -> None:
@@ -102,11 +102,11 @@ def test_final_scores_are_those_of_the_usual_setting_or_each_trainings_best(tmp_
         told = [scored(at[0], nth / 10), scored(at[1], 0.9 - nth / 10)]
         proposer.finish(proposal.name, told, {"curve": [[1, 0.5], [2, nth / 10]]})
     candidates = proposer.candidates()
-    found = agreement(proposer, candidates)
+    found = rank_correlation(proposer, candidates)
     assert found.usual and found.setting == "at the usual inference setting"
     assert found.last.trainings == 5 and found.last.rho == pytest.approx(1)
     elsewhere = [replace(c, params=Params(c.params.train, {"sigma_eps": 0.5})) for c in candidates]
-    found = agreement(proposer, elsewhere)
+    found = rank_correlation(proposer, elsewhere)
     assert not found.usual and found.last.rho == pytest.approx(-1)
     assert found.to_json()["final"] == "at each training's best inference setting"
     assert found.points[0][:2] == ("t001", 0.0) and found.points[0][2] == pytest.approx(0.9)

@@ -25,8 +25,8 @@ from rich.console import Console
 
 import launch as command_line
 from launch import main
+from search.console import working
 from search.flags import LISTED, PANELS
-from search.live import working
 from search.study.fields import Fields
 from search.study.loading import read_study
 from spaces.exceptions import InputError
@@ -309,7 +309,10 @@ def test_with_json_whatever_work_prints_goes_to_standard_error(
 
 @pytest.mark.parametrize(
     ("words", "module", "name"),
-    [("dashboard night --port 8081", "search.dashboard", "serve"), ("wandb-view night", "search.workspace", "view")],
+    [
+        ("dashboard night --port 8081", "search.report.dashboard", "serve"),
+        ("wandb-view night", "search.tracking.wandb_workspace", "view"),
+    ],
 )
 def test_the_commands_that_show_a_search_open_it_first(
     words: str, module: str, name: str, monkeypatch: pytest.MonkeyPatch

@@ -26,12 +26,12 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from search import dashboard
-from search.dashboard import Followed, Shown, server
 from search.engine.run import run
 from search.exceptions import StorageError
 from search.optimizer.history import SearchHistory, journal_path
 from search.optimizer.proposer import Proposer
+from search.report import dashboard
+from search.report.dashboard import Followed, Shown, server
 from search.study import ranking
 from search.study.candidate import Candidate
 from search.study.study import Study

@@ -35,8 +35,8 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def found(what: str, tmp_path: Path, storage: str | None = None) -> Finding:
     """Return the one finding of a name."""
-    findings = examine(storage or str(tmp_path / "runs"), str(tmp_path / "data"))
-    (finding,) = [each for each in findings if each.what == what]
+    summary = examine(storage or str(tmp_path / "runs"), str(tmp_path / "data"))
+    (finding,) = [each for each in summary if each.what == what]
     return finding
 
 
@@ -48,11 +48,11 @@ def room(gib: float) -> Callable[[Path], Any]:
 def test_a_machine_that_lacks_nothing_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", room(100))
     monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 65536))
-    findings = examine(str(tmp_path / "runs"), str(tmp_path / "data"))
-    assert [finding for finding in findings if not finding.well] == []
+    summary = examine(str(tmp_path / "runs"), str(tmp_path / "data"))
+    assert [finding for finding in summary if not finding.well] == []
     named = {"python", "torch", "ray", "packages", "device", "shared memory", "open files", "storage", "data folder"}
-    assert named | {"Ray's scratch", "mnist", "celeba", "W&B"} <= {finding.what for finding in findings}
-    assert len({finding.what for finding in findings}) == len(findings)
+    assert named | {"Ray's scratch", "mnist", "celeba", "W&B"} <= {finding.what for finding in summary}
+    assert len({finding.what for finding in summary}) == len(summary)
     assert list(tmp_path.glob("runs")) == []  # it only looks
 
 

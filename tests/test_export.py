@@ -37,12 +37,12 @@ from search.data.datasets import DATASETS
 from search.engine.run import run
 from search.exceptions import AlarmError
 from search.export import FILES, SEAL, load
+from search.formatting import spoken_device
 from search.optimizer.history import SearchHistory
 from search.study.candidate import Candidate
 from search.study.catalog import open_search
 from search.study.study import Study
 from search.winners import export, export_all, pick
-from search.wording import spoken_device
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT

@@ -42,7 +42,6 @@ from benchmarks.ordeal import below, fits, ordeal, rows, wait_for, workers
 from search.engine.run import open_controller, run
 from search.engine.worker import Report, Work
 from search.exceptions import StorageError
-from search.ledger import Ledger
 from search.optimizer.history import SearchHistory, has_begun, journal_path, state_of
 from search.optimizer.proposer import Proposer
 from search.storage import outage
@@ -51,6 +50,7 @@ from search.storage.store import Store
 from search.study.candidate import Proposal
 from search.study.loading import read_study
 from search.study.study import Study
+from search.tracking.csv_log import CsvLog
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT, launch
@@ -95,7 +95,7 @@ def candidates(study: Study) -> dict[str, Any]:
 
 def resumed(study: Study) -> SearchHistory:
     known = SearchHistory(study).candidates() if has_begun(study) else []
-    assert run(study, [Ledger(study.folder / "candidates.csv", known)], debug=True, work=INSTANT) == "finished"
+    assert run(study, [CsvLog(study.folder / "candidates.csv", known)], debug=True, work=INSTANT) == "finished"
     history = SearchHistory(study)
     states = Counter(state_of(trial) for trial in history.trials())
     assert states == {"finished": study.trials}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from search.importance import CHANCE, importances
 from search.optimizer.proposer import Proposer
 from search.optimizer.samplers import lesson
+from search.report.importance import CHANCE, importances
 from search.study.candidate import Candidate
 from search.study.loading import make_study
 from spaces.space import Params

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from search.engine.run import run
-from search.tracking import Tracker
+from search.tracking.wandb_tracker import WandbTracker
 from tests.conftest import digits_study
 from tests.engine import Trained
 
@@ -62,7 +62,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setenv(name, "false")  # the tracker sets them
         study = digits_study(tmp_path_factory.mktemp("runs"), trials=2, refine=0)
         patch.setenv("WANDB_CONFIG_DIR", str(study.root / "leet"))
-        tracker = Tracker("offline", study.folder, print)
+        tracker = WandbTracker("offline", study.folder, print)
         assert run(study, [tracker], debug=True, work=Trained(lambda params: 0.5).work()) == "finished"
         tracker.close()
         yield study.folder

@@ -13,9 +13,9 @@ import pytest
 import wandb
 from wandb.sdk import wandb_setup
 
-from search import logbook, wandb_run
-from search.tracking import Tracker
-from search.wandb_run import Mode
+from search.tracking import wandb_run, wandb_writer
+from search.tracking.wandb_run import Mode
+from search.tracking.wandb_tracker import WandbTracker
 from tests.wandb_log import KEY, PARAMS, SIX, held, inspect, machine, timed, told
 
 
@@ -27,7 +27,7 @@ def _machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def test_disabled_writes_and_says_nothing(tmp_path: Path) -> None:
     said: list[str] = []
-    tracker = Tracker("disabled", tmp_path / "runs", said.append)
+    tracker = WandbTracker("disabled", tmp_path / "runs", said.append)
     told(tracker)
     tracker.search_ended("finished", SIX)
     assert said == [] and list(tmp_path.iterdir()) == []
@@ -73,7 +73,7 @@ def test_a_wandb_that_does_not_start_slows_nothing_and_is_told_once(
 ) -> None:
     monkeypatch.setattr(wandb_run, "PATIENCE_S", 0.3)
     said: list[str] = []
-    tracker = Tracker(mode, tmp_path, said.append)
+    tracker = WandbTracker(mode, tmp_path, said.append)
     assert max(told(tracker)) < 0.5
     assert timed(tracker.search_ended, "finished", SIX) < 0.5
     assert timed(tracker.close) < 5
@@ -84,10 +84,10 @@ def test_a_wandb_that_does_not_start_slows_nothing_and_is_told_once(
 @pytest.mark.parametrize("dead", ["hangs"], indirect=True)
 @pytest.mark.usefixtures("dead")
 def test_the_end_of_a_search_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(logbook, "FLUSH_S", 0.2)
+    monkeypatch.setattr(wandb_writer, "FLUSH_S", 0.2)
     monkeypatch.setattr(wandb_run, "PATIENCE_S", 0.5)
     said: list[str] = []
-    tracker = Tracker("offline", tmp_path, said.append)
+    tracker = WandbTracker("offline", tmp_path, said.append)
     told(tracker)
     tracker.search_ended("interrupted", SIX)
     assert timed(tracker.close) < 2
@@ -97,7 +97,7 @@ def test_the_end_of_a_search_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPa
 
 def test_a_search_outlives_the_death_of_wandbs_own_process(tmp_path: Path) -> None:
     said: list[str] = []
-    tracker = Tracker("offline", tmp_path, said.append)
+    tracker = WandbTracker("offline", tmp_path, said.append)
     told(tracker)
     while not list((tmp_path / "wandb").glob("*-t-*/files/media/table/*")):
         time.sleep(0.05)
@@ -117,7 +117,7 @@ def test_a_search_outlives_the_death_of_wandbs_own_process(tmp_path: Path) -> No
 
 def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> None:
     said: list[str] = []
-    tracker = Tracker("offline", tmp_path, said.append)
+    tracker = WandbTracker("offline", tmp_path, said.append)
     told(tracker)
     tracker.trial_started("u", PARAMS)
     tracker.trial_ended("u", "finished", SIX, tmp_path / "missing.png", "")

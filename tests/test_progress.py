@@ -20,12 +20,13 @@ from rich.console import Console
 from launch import main
 from search.engine.run import run
 from search.engine.worker import Report
-from search.live import Display, leaderboard, refusals
 from search.optimizer.history import SearchHistory
-from search.progress import busy
+from search.report.leaderboard import leaderboard, refusals
+from search.report.status import busy
 from search.study import ranking
 from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
+from search.tracking.live_table import LiveTable
 from spaces.space import Params
 from tests.conftest import digits_study
 from tests.engine import scored
@@ -151,7 +152,7 @@ def test_status_says_pace_rule_constraints_correlation_and_faults(
 
 def test_what_failed_is_told_in_its_own_words(study: Study) -> None:
     console = Console(width=300)
-    with console.capture() as shown, closing(Display(console, study, [], 1, 0)) as display:
+    with console.capture() as shown, closing(LiveTable(console, study, [], 1, 0)) as display:
         display.trial_ended("t002", "failed", [], None, REASON)
     assert shown.get() == f"t002 failed: {REASON}\n"
 

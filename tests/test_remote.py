@@ -28,7 +28,6 @@ from search.engine.local_backend import Stopped
 from search.engine.run import run
 from search.engine.worker import Report
 from search.exceptions import Unreachable
-from search.ledger import Ledger
 from search.optimizer.history import SearchHistory, has_begun
 from search.optimizer.proposer import Proposer
 from search.storage import mirror as mirror_module
@@ -42,6 +41,7 @@ from search.study.candidate import Proposal
 from search.study.catalog import open_search, search_names
 from search.study.loading import make_study
 from search.study.study import Study
+from search.tracking.csv_log import CsvLog
 from search.trial.pictures import png
 from search.trial.runner import run_trial
 from spaces.exceptions import InputError
@@ -236,8 +236,8 @@ def search(study: Study, *listeners: Callback) -> list[str]:
     said = list[str]()
     study.root.mkdir(parents=True, exist_ok=True)
     with sync.sending(study, said.append) as couriers:
-        ledger = Ledger(study.folder / "candidates.csv", SearchHistory(study).candidates() if has_begun(study) else [])
-        assert run(study, [ledger, *listeners, *couriers], debug=True, work=STAND_IN) == "finished"
+        csv_log = CsvLog(study.folder / "candidates.csv", SearchHistory(study).candidates() if has_begun(study) else [])
+        assert run(study, [csv_log, *listeners, *couriers], debug=True, work=STAND_IN) == "finished"
         session.write_report(study)
     return said
 

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from attacks.interval import wilson
-from search.agreement import Agreement, ranks
-from search.report import interval, render, write
+from search.formatting import duration, spoken_eps, spoken_value
+from search.report.page import interval, render, write
+from search.report.rank_correlation import RankCorrelation, ranks
 from search.study.candidate import Latency
 from search.study.study import Study
-from search.wording import duration, spoken_eps, spoken_value
 from spaces.domain import Scalar
 from tests.findings import (
     CASES,
@@ -62,11 +62,11 @@ def test_a_duration_is_short(seconds: float | None, words: str) -> None:
 
 
 def test_the_headline_names_best_undefended_threat_and_caveat() -> None:
-    findings = findings_of()
-    words = Page(render(findings)).words
-    assert findings.best is not None
-    low, high = interval(findings.best.score)
-    assert f"{100 * findings.best.score.attacked_accuracy:.1f} % of the attacked images" in words
+    summary = findings_of()
+    words = Page(render(summary)).words
+    assert summary.best is not None
+    low, high = interval(summary.best.score)
+    assert f"{100 * summary.best.score.attacked_accuracy:.1f} % of the attacked images" in words
     assert f"{100 * low:.1f} to {100 * high:.1f}" in words
     assert "the undefended classifier 0.4 %" in words
     assert "knows the classifier and the defense in full" in words
@@ -86,8 +86,8 @@ def test_the_leaderboard_ends_with_the_undefended_classifier_and_says_what_break
 
 
 def test_candidates_that_break_a_constraint_come_last() -> None:
-    findings = findings_of()
-    broken = [bool(findings.broken(c)) for c in findings.ranked]
+    summary = findings_of()
+    broken = [bool(summary.broken(c)) for c in summary.ranked]
     assert any(broken) and broken == sorted(broken)
 
 
@@ -106,10 +106,10 @@ def test_every_case_is_a_page_whose_data_is_json(case: str) -> None:
 
 
 def test_numbers_that_are_not_finite_leave_a_gap() -> None:
-    findings = one_candidate()
-    only = replace(findings.candidates[0], score=replace(findings.candidates[0].score, latency_ms_p50=math.nan))
-    curve = replace(findings.trials[0], curve=[0.5, math.nan])
-    page = Page(render(replace(findings, candidates=[only], front=[only], best=only, trials=[curve])))
+    summary = one_candidate()
+    only = replace(summary.candidates[0], score=replace(summary.candidates[0].score, latency_ms_p50=math.nan))
+    curve = replace(summary.trials[0], curve=[0.5, math.nan])
+    page = Page(render(replace(summary, candidates=[only], front=[only], best=only, trials=[curve])))
     assert page.data["candidates"][0]["ms"] is None
     assert page.data["curves"][0]["y"] == [50.0, None]
 
@@ -131,14 +131,14 @@ def test_the_page_asks_nothing_of_the_network(tmp_path: Path) -> None:
 
 
 def test_pictures_are_embedded_the_best_first_and_missing_ones_left_out(tmp_path: Path) -> None:
-    findings = findings_of(pictures=tmp_path)
-    best = findings.fit(findings.ranked[0])
+    summary = findings_of(pictures=tmp_path)
+    best = summary.fit(summary.ranked[0])
     assert best is not None
-    shown = [attrs["alt"] for tag, attrs in Page(render(findings)).tags if tag == "img"]
+    shown = [attrs["alt"] for tag, attrs in Page(render(summary)).tags if tag == "img"]
     assert len(shown) == 6 and shown[0] == f"Clean, attacked and purified images of trial {best.trial}"
     for file in tmp_path.glob("*.png"):
         file.unlink()
-    assert all(tag != "img" for tag, _ in Page(render(findings)).tags)
+    assert all(tag != "img" for tag, _ in Page(render(summary)).tags)
 
 
 def test_what_is_rejected_is_reported_apart() -> None:
@@ -155,23 +155,23 @@ def test_what_is_rejected_is_reported_apart() -> None:
 
 
 def test_the_front_is_a_table_with_both_measurements_and_what_to_think_of_them() -> None:
-    findings = findings_of()
-    quiet, loud, away = findings.candidates[:3]
+    summary = findings_of()
+    quiet, loud, away = summary.candidates[:3]
     first = quiet.score.latency_ms_p50
     again = {
         quiet.candidate: Latency(1.05 * first, 9.0, 1.0, 0.0, "", 30),
         loud.candidate: Latency(1.3 * loud.score.latency_ms_p50, 9.0, 1.0, 0.0, "", 30),
         away.candidate: Latency(1.0, 9.0, 1.0, 0.0, "Tesla T4", 30),
     }
-    words = Page(render(replace(findings, front=[quiet, loud, away], again=again))).words
+    words = Page(render(replace(summary, front=[quiet, loud, away], again=again))).words
     place = words.index("On the front Attacked error")
     assert f"{1.05 * first:.3g} ms" in words[place:] and "30 % slower the second time" in words[place:]
     assert "on another device: Tesla T4" in words[place:] and words.count("the second time") == 1
 
 
 def test_devices_stand_at_latencies_where_there_are_several_and_each_has_a_front() -> None:
-    findings = several_devices()
-    page = Page(render(findings))
+    summary = several_devices()
+    page = Page(render(summary))
     assert "measured on 2 kinds of device and compare only within one" in page.words
     assert page.data["devices"] == ["NVIDIA H200", "Tesla T4"]
     assert {c["device"] for c in page.data["candidates"] if c["front"]} == {0, 1}
@@ -188,8 +188,8 @@ def test_how_cheap_and_final_scores_agree_is_said_with_its_limits() -> None:
     study, dice = study_of(), random.Random(0)
     finals = [dice.random() for _ in range(12)]
     curves = [{1: dice.random(), 3: final, 9: final} for final in finals]
-    found = Agreement(study, True, [("t", c[9], c[9]) for c in curves], ranks(curves, finals, [1, 3]))
-    words = Page(render(replace(findings_of(), agreement=found))).words
+    found = RankCorrelation(study, True, [("t", c[9], c[9]) for c in curves], ranks(curves, finals, [1, 3]))
+    words = Page(render(replace(findings_of(), rank_correlation=found))).words
     assert "How well these rank the 12 finished trainings that were scored, at the usual inference setting" in words
     assert "this is said of the survivors alone" in words and re.search(r"try a later --grace than \d", words)
     assert "epoch 3 12 1.00 – 1.00" in words and "the last epoch 12 1.00 – 1.00" in words
@@ -209,8 +209,8 @@ def test_writing_leaves_only_the_page(tmp_path: Path) -> None:
 
 
 def test_five_thousand_candidates_make_a_page_of_seven_megabytes_in_ten_seconds(tmp_path: Path) -> None:
-    findings = findings_of(834, pictures=tmp_path)
+    summary = findings_of(834, pictures=tmp_path)
     start = time.monotonic()
-    path = write(findings, tmp_path / "report.html")
+    path = write(summary, tmp_path / "report.html")
     assert time.monotonic() - start < 10
-    assert len(findings.candidates) > 5000 and path.stat().st_size < 7_000_000
+    assert len(summary.candidates) > 5000 and path.stat().st_size < 7_000_000

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from search.findings import Findings
-from search.report import render
+from search.report.page import render
+from search.report.summary import Summary
 from tests.findings import CASES, findings_of, nothing_yet
 from tests.page import Page
 
@@ -55,11 +55,9 @@ FRAME = """<!doctype html><iframe src="probed.html" style="width: {width}px; hei
 """A headless window is never narrower than 500 px; a frame is."""
 
 
-def browse(
-    findings: Findings, folder: Path, width: int, *flags: str, more: str = ""
-) -> tuple[dict[str, Any], list[str]]:
+def browse(summary: Summary, folder: Path, width: int, *flags: str, more: str = "") -> tuple[dict[str, Any], list[str]]:
     """Open the page in a headless browser; return what the probe saw and what the console says."""
-    (folder / "probed.html").write_text(render(findings) + more + PROBE, encoding="utf-8")
+    (folder / "probed.html").write_text(render(summary) + more + PROBE, encoding="utf-8")
     (folder / "frame.html").write_text(FRAME.format(width=width), encoding="utf-8")
     command = [str(CHROMIUM), *FLAGS, *flags, f"--user-data-dir={folder / 'profile'}"]
     command += ["--window-size=1600,1000", "--virtual-time-budget=5000", "--dump-dom"]

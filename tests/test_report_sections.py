@@ -12,23 +12,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from search.cost import cost
 from search.export import FILES, SEAL, seal
-from search.findings import audits
-from search.report import render
+from search.formatting import spoken_device
+from search.report.cost import cost
+from search.report.page import render
+from search.report.summary import audits
 from search.study.study import Study
-from search.wording import spoken_device
 from tests.findings import findings_of, nothing_yet, several_devices
 from tests.page import Page
 
 
 def test_the_cost_names_what_was_spent_and_what_was_saved() -> None:
-    findings = findings_of()
-    found = cost(findings)
+    summary = findings_of()
+    found = cost(summary)
     assert found.fits == 10 and found.candidates == 60 and found.trainings_saved == 50
     assert (found.epochs_asked, found.epochs_saved) == (40, 34)  # of 20 epochs, stopped after 2 and after 4
     assert found.seconds_saved == pytest.approx(31 * 9 + 31 * 4)
-    words = Page(render(findings)).words
+    words = Page(render(summary)).words
     assert "50 trainings saved: 60 candidates came of 10 trainings" in words
     assert "34 of 40 epochs saved by stopping 2 trainings early: 7 min at the pace of each" in words
     assert "refinements, which train nothing 1 – 4" in words and "14 min in which at least one trial ran" in words
@@ -41,27 +41,27 @@ def test_gpu_seconds_are_the_share_that_a_trial_held() -> None:
 
 
 def test_faults_and_alarms_are_gathered_by_what_happened() -> None:
-    findings = findings_of(2)
-    alarmed = [replace(c, score=replace(c.score, alarms=("completeness",))) for c in findings.candidates[:6]]
-    again = replace(findings.trials[0], restarts=2)
-    worse = replace(findings, candidates=[*alarmed, *findings.candidates[6:]], trials=[again, *findings.trials[1:]])
+    summary = findings_of(2)
+    alarmed = [replace(c, score=replace(c.score, alarms=("completeness",))) for c in summary.candidates[:6]]
+    again = replace(summary.trials[0], restarts=2)
+    worse = replace(summary, candidates=[*alarmed, *summary.candidates[6:]], trials=[again, *summary.trials[1:]])
     words = Page(render(worse)).words
     assert "alarm : completeness 6 " in words and "and others" in words
     assert "failed : FitError: the loss is not finite" in words and "restarted : its worker had died 1 t000" in words
-    fine = replace(findings, trials=[trial for trial in findings.trials if trial.state == "finished"])
+    fine = replace(summary, trials=[trial for trial in summary.trials if trial.state == "finished"])
     assert "No trial failed, no worker died, and no candidate raised an alarm" in Page(render(fine)).words
 
 
 def test_how_to_reproduce_names_commands_versions_data_and_licence() -> None:
-    findings = findings_of()
-    page = Page(render(findings))
-    assert findings.best is not None
+    summary = findings_of()
+    page = Page(render(summary))
+    assert summary.best is not None
     assert "python launch.py search --config study.yaml --storage again" in page.words
-    assert f"--knob lambda_rc={findings.best.params.train['lambda_rc']}" in page.words
+    assert f"--knob lambda_rc={summary.best.params.train['lambda_rc']}" in page.words
     assert re.search(r"Crucible (commit \w{40}.*; )?SHA-256 of its sources \w{64}", page.words)
     assert "CC BY-SA 3.0" in page.words and re.search(r"torch \d+\.\d+", page.words)
     links = [attrs["href"] or "" for tag, attrs in page.tags if tag == "a" and attrs.get("download") == "study.yaml"]
-    assert [Study(**yaml.safe_load(base64.b64decode(link.partition(",")[2]))) for link in links] == [findings.study]
+    assert [Study(**yaml.safe_load(base64.b64decode(link.partition(",")[2]))) for link in links] == [summary.study]
 
 
 def test_knobs_are_shown_beside_chance_and_against_attacked_accuracy() -> None:
@@ -75,9 +75,9 @@ def test_knobs_are_shown_beside_chance_and_against_attacked_accuracy() -> None:
 
 
 def test_latencies_stand_once_a_setting_and_device() -> None:
-    findings = findings_of()
-    quick = [replace(c, score=replace(c.score, latency_ms_p50=3.0, latency_ms_p95=4.0)) for c in findings.candidates]
-    lanes = Page(render(replace(findings, candidates=quick))).data["latency"]
+    summary = findings_of()
+    quick = [replace(c, score=replace(c.score, latency_ms_p50=3.0, latency_ms_p95=4.0)) for c in summary.candidates]
+    lanes = Page(render(replace(summary, candidates=quick))).data["latency"]
     assert {(one["lane"], one["p50"], one["p95"]) for one in lanes} == {("conv_maps 8", 3, 4), ("conv_maps 16", 3, 4)}
     assert sum(one["candidates"] for one in lanes) == 60
 
@@ -108,9 +108,9 @@ def test_words_stand_out_from_every_ground_in_both_schemes() -> None:
 
 
 def test_ended_trainings_are_counted_as_status_counts_them() -> None:
-    findings = findings_of()
-    going = replace(findings, trials=[*findings.trials, replace(findings.trials[0], trial="t099", state="running")])
-    assert f"{len(findings.trials)} of 40 trainings ended" in Page(render(going)).words
+    summary = findings_of()
+    going = replace(summary, trials=[*summary.trials, replace(summary.trials[0], trial="t099", state="running")])
+    assert f"{len(summary.trials)} of 40 trainings ended" in Page(render(going)).words
 
 
 def test_a_range_has_a_scale_and_a_choice_has_none() -> None:
@@ -118,8 +118,8 @@ def test_a_range_has_a_scale_and_a_choice_has_none() -> None:
 
 
 def test_what_the_audit_left_of_the_best_stands_beneath_the_headline() -> None:
-    findings = findings_of(threat="oblivious")
-    assert findings.best is not None
+    summary = findings_of(threat="oblivious")
+    assert summary.best is not None
     known = {
         "attacked_accuracy": 0.198,
         "attacked_accuracy_interval": (0.148, 0.258),
@@ -128,14 +128,14 @@ def test_what_the_audit_left_of_the_best_stands_beneath_the_headline() -> None:
         "clean_accuracy": 0.9,
         "alarms": [],
     }
-    words = Page(render(replace(findings, audits={findings.best.candidate: known}))).words
+    words = Page(render(replace(summary, audits={summary.best.candidate: known}))).words
     assert "heavier attacks left 19.8 %" in words and "An attacker who knows the defense left 0.0 %" in words
 
 
 def test_an_export_that_was_changed_or_is_of_another_search_is_left_out(tmp_path: Path) -> None:
-    findings = findings_of()
-    one, other, third = findings.candidates[:3]
-    study = findings.study.model_copy(update={"storage": str(tmp_path)})
+    summary = findings_of()
+    one, other, third = summary.candidates[:3]
+    study = summary.study.model_copy(update={"storage": str(tmp_path)})
     for candidate, search in ((one, study.name), (other, study.name), (third, "another")):
         known = {"search": search, "candidate": candidate.candidate, "fit": candidate.fit}
         told = json.dumps(known | {"threat": asdict(candidate.score.threat)}).encode()
@@ -144,9 +144,9 @@ def test_an_export_that_was_changed_or_is_of_another_search_is_left_out(tmp_path
         folder.mkdir(parents=True)
         for name, content in (files | {SEAL: seal(files)}).items():
             (folder / name).write_bytes(content)
-    assert list(audits(study, findings.candidates)) == [one.candidate, other.candidate]
+    assert list(audits(study, summary.candidates)) == [one.candidate, other.candidate]
     (study.folder / "export" / other.candidate / "card.md").write_text("It withstands everything.")
-    assert list(audits(study, findings.candidates)) == [one.candidate]
+    assert list(audits(study, summary.candidates)) == [one.candidate]
 
 
 def test_threads_are_in_the_right_number() -> None:

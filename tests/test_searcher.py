@@ -12,11 +12,11 @@ from optuna.trial import TrialState, create_trial
 
 from search import session
 from search.engine.run import open_controller, run
-from search.findings import find
-from search.importance import Importances, importances
 from search.optimizer.history import SearchHistory, journal_storage, state_of
 from search.optimizer.proposer import Proposer
 from search.optimizer.samplers import Bounded
+from search.report.importance import Importances, importances
+from search.report.summary import summarise
 from search.study import ranking
 from search.study.candidate import Candidate
 from search.study.study import Study
@@ -142,7 +142,7 @@ def test_a_driver_that_dies_while_it_proposes_again_can_be_resumed(study: Study)
     before = Proposer(study)
     lost = proposed(before)
     Proposer(study).optuna.ask()  # its turn had come, and no knob was asked for yet
-    assert [find(study).trials[0].params, state_of(SearchHistory(study).trials()[0])] == [lost[1], "running"]
+    assert [summarise(study).trials[0].params, state_of(SearchHistory(study).trials()[0])] == [lost[1], "running"]
     assert proposed(Proposer(study)) == lost
 
 

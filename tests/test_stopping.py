@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from search.charts import charts
 from search.engine.run import open_controller, run
 from search.engine.worker import Report, Work
-from search.findings import find
 from search.optimizer.early_stopping import Halving, Median, rule_of
 from search.optimizer.history import SearchHistory, state_of
 from search.optimizer.proposer import Proposer
+from search.report.charts import charts
+from search.report.summary import summarise
 from search.storage.fingerprint import fingerprint
 from search.study.candidate import Latency, Proposal
 from search.study.ranking import front
@@ -178,7 +178,7 @@ def test_what_was_stopped_is_nowhere_among_what_finished(tmp_path: Path, stoppin
     pruned = {fit_of(history.space.complete(t.params)) for t in history.trials() if state_of(t) == "pruned"}
     assert len(states) == 8 and set(states.values()) <= {"finished", "pruned"}
     assert bool(pruned) is (stopping != "none")
-    found = find(study)
+    found = summarise(study)
     assert {c.fit for c in found.candidates}.isdisjoint(pruned) and len(found.candidates) == 8 - len(pruned)
     assert {c.fit for c in (*found.front, *history.feasible())}.isdisjoint(pruned)
     told = [t for t in history.optuna.trials if t.values is not None]
@@ -188,8 +188,8 @@ def test_what_was_stopped_is_nowhere_among_what_finished(tmp_path: Path, stoppin
     assert {c["id"] for c in drawn["candidates"]} == {c.candidate for c in found.candidates}
     assert {c["trial"]: c["state"] for c in drawn["curves"]} == states
     assert all(len(c["y"]) < 3 for c in drawn["curves"] if c["state"] == "pruned")
-    assert found.agreement is not None
-    assert {name for name, *_ in found.agreement.points} == {n for n, s in states.items() if s == "finished"}
+    assert found.rank_correlation is not None
+    assert {name for name, *_ in found.rank_correlation.points} == {n for n, s in states.items() if s == "finished"}
     # A second driver judges as the first would have gone on to.
     first, again = rule_of(study), open_controller(study, []).rule
     for trial in history.trials():

@@ -12,9 +12,9 @@ import wandb
 
 from search.engine.run import run
 from search.optimizer.history import SearchHistory
-from search.panels import pareto_chart, risk_chart
 from search.storage.fingerprint import fingerprint
-from search.tracking import Tracker, log_exports
+from search.tracking.wandb_panels import pareto_chart, risk_chart
+from search.tracking.wandb_tracker import WandbTracker, log_exports
 from search.trial.pictures import png
 from spaces.space import Params
 from tests.conftest import digits_study
@@ -53,7 +53,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture = folder.parent / "picture.png"
     picture.write_bytes(png(torch.rand(4, 2, 1, 8, 8), caption="defended, attacked: 7 rejected"))
     said: list[str] = []
-    tracker = Tracker("offline", folder, said.append)
+    tracker = WandbTracker("offline", folder, said.append)
     tracker.search_started(STUDY, BARE)
     for trial in ("good", "bad", "dull", "open", "r001"):
         tracker.trial_started(trial, PARAMS)
@@ -166,7 +166,7 @@ def test_the_chart_names_the_threat_and_draws_the_feasible_front() -> None:
 @pytest.mark.slow
 def test_a_search_keeps_its_identities_when_it_is_resumed(tmp_path: Path) -> None:
     for folder in (tmp_path / "one", tmp_path / "one", tmp_path / "two"):
-        tracker = Tracker("offline", folder, print)
+        tracker = WandbTracker("offline", folder, print)
         told(tracker)
         tracker.close()
     assert tracker.upload == f"wandb sync {tmp_path / 'two' / 'wandb'}"

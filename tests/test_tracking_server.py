@@ -12,11 +12,11 @@ from typing import Literal
 
 import pytest
 
-from search import wandb_run
 from search.engine.run import run
 from search.optimizer.history import SearchHistory
 from search.study.study import Study
-from search.tracking import Tracker
+from search.tracking import wandb_run
+from search.tracking.wandb_tracker import WandbTracker
 from tests.conftest import digits_study
 from tests.engine import Pretence
 from tests.wandb_log import BARE, KEY, PARAMS, SIX, STUDY, folder_of, held, machine, points, timed
@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def tell(tracker: Tracker, first: int = 1) -> None:
+def tell(tracker: WandbTracker, first: int = 1) -> None:
     """Tell of a search with one trial, but for its end."""
     tracker.search_started(STUDY, BARE)
     tracker.trial_started("t", PARAMS)
@@ -42,7 +42,7 @@ def tell(tracker: Tracker, first: int = 1) -> None:
         tracker.epoch_ended("t", epoch, {"loss": 1 / epoch, "cheap": 0.1 * epoch})
 
 
-def end(tracker: Tracker) -> None:
+def end(tracker: WandbTracker) -> None:
     tracker.trial_ended("t", "finished", SIX, None, "")
     tracker.trial_started("bad", PARAMS)
     tracker.trial_ended("bad", "failed", [], None, "CUDA out of memory")
@@ -58,7 +58,7 @@ def test_runs_arrive_and_a_resumed_search_goes_on_in_them(
     monkeypatch.setattr(wandb_run, "PATIENCE_S", 60.0)  # on a busy machine a server that is well is slow too
     said: list[str] = []
     for session in (1, 2):
-        tracker = Tracker("online", tmp_path / "one", said.append, ended={"finished": session - 1})
+        tracker = WandbTracker("online", tmp_path / "one", said.append, ended={"finished": session - 1})
         tell(tracker)
         end(tracker)
         assert (tracker.mode, tracker.upload) == ("online", None)
@@ -84,7 +84,7 @@ def test_runs_arrive_and_a_resumed_search_goes_on_in_them(
 
 def test_the_command_that_is_printed_uploads_both_sessions_of_an_offline_search(server: Server, tmp_path: Path) -> None:
     for _ in range(2):
-        tracker = Tracker("offline", tmp_path / "one", print)
+        tracker = WandbTracker("offline", tmp_path / "one", print)
         tell(tracker)
         end(tracker)
     assert tracker.upload == f"wandb sync {tmp_path / 'one' / 'wandb'}" and server.runs == {}
@@ -120,7 +120,7 @@ def test_a_server_in_trouble_slows_nothing_and_leaves_a_whole_offline_copy(
     said: list[str] = []
     if begins == "at once":
         strike()
-    tracker = Tracker(None, tmp_path, said.append)
+    tracker = WandbTracker(None, tmp_path, said.append)
     assert tracker.mode == "online" and timed(tell, tracker) < 0.5
     if begins == "later":
         assert server.begun.wait(20)
@@ -138,7 +138,7 @@ def test_a_server_in_trouble_slows_nothing_and_leaves_a_whole_offline_copy(
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_what_a_server_had_of_a_run_is_not_doubled_when_the_copy_is_uploaded(server: Server, tmp_path: Path) -> None:
-    tracker = Tracker("online", tmp_path, print)
+    tracker = WandbTracker("online", tmp_path, print)
     tell(tracker)
     while not any("loss" in line for run in server.runs.values() for line in run.history.values()):
         time.sleep(0.2)  # W&B sends it every 15 s
@@ -155,7 +155,7 @@ def test_what_a_server_had_of_a_run_is_not_doubled_when_the_copy_is_uploaded(ser
 
 def test_a_search_finds_the_same_in_the_same_time_whatever_its_server_does(server: Server, tmp_path: Path) -> None:
     def found(study: Study) -> tuple[float, list[str]]:
-        tracker = Tracker(study.wandb, study.folder, lambda line: None)
+        tracker = WandbTracker(study.wandb, study.folder, lambda line: None)
         worth = Pretence(lambda params: 0.5)
         start = time.perf_counter()
         run(study, [tracker], debug=True, work=worth.work())

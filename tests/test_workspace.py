@@ -14,8 +14,8 @@ import wandb
 
 from search.engine.run import run
 from search.study.study import Study
-from search.tracking import Tracker
-from search.workspace import view
+from search.tracking.wandb_tracker import WandbTracker
+from search.tracking.wandb_workspace import view
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.engine import Trained
@@ -66,7 +66,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
 def logged(study: Study) -> list[str]:
     """Log a search on the server; return what the user was told."""
     said: list[str] = []
-    tracker = Tracker("online", study.folder, said.append)
+    tracker = WandbTracker("online", study.folder, said.append)
     assert run(study, [tracker], debug=True, work=Trained(lambda params: 0.5).work()) == "finished"
     tracker.close()
     return said
@@ -135,7 +135,7 @@ def test_a_search_of_which_no_run_is_on_a_server_is_told_how_to_get_there(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     study = digits_study(tmp_path, trials=1, refine=0)
-    tracker = Tracker(mode, study.folder, print)
+    tracker = WandbTracker(mode, study.folder, print)
     run(study, [tracker], debug=True, work=Trained(lambda params: 0.5).work())
     tracker.close()
     with pytest.raises(InputError, match=said) as refused:
@@ -184,7 +184,7 @@ def test_a_server_that_is_not_there_is_told_at_once(online: Study, monkeypatch: 
 def test_a_server_that_does_not_take_it_is_told_in_one_line(
     trouble: Any, online: Study, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search.workspace.SAVE_S", 2.0)  # wandb would try again and again
+    monkeypatch.setattr("search.tracking.wandb_workspace.SAVE_S", 2.0)  # wandb would try again and again
     lab.trouble = trouble
     with pytest.raises(InputError, match=f"a workspace needs a W&B server that takes it, but {lab.url} d") as refused:
         view(online)

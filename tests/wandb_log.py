@@ -19,7 +19,7 @@ from wandb.util import get_core_path
 from attacks.threat import ThreatModel
 from search.study.candidate import Candidate, Score
 from search.study.study import Study
-from search.tracking import Tracker
+from search.tracking.wandb_tracker import WandbTracker
 from spaces.space import Params
 
 KEY = "0123456789abcdef" * 2 + "planted1"
@@ -118,7 +118,7 @@ def timed(call: Callable[..., None], *args: Any) -> float:
     return time.perf_counter() - start
 
 
-def told(tracker: Tracker) -> list[float]:
+def told(tracker: WandbTracker) -> list[float]:
     """Tell of a whole search but its end; return how long each call took."""
     calls: list[tuple[Any, ...]] = [(tracker.search_started, STUDY, BARE), (tracker.trial_started, "t", PARAMS)]
     calls += [(tracker.epoch_ended, "t", epoch, {"cheap": 0.5}) for epoch in range(1, 20)]

@@ -76,8 +76,8 @@ def ensure(dataset: str, data_dir: str | Path | None, progress: Progress = silen
 def fault(decoded: Path, thorough: bool) -> str | None:
     """Return what is wrong with a decoded cache, by its files' sizes or, if `thorough`, their digests."""
     try:
-        ledger = read_ledger(decoded)
-        files, _ = ledger["files"], ledger["checksum"]
+        csv_log = read_ledger(decoded)
+        files, _ = csv_log["files"], csv_log["checksum"]
         for part in PARTS:
             for name in (f"x_{part}.npy", f"y_{part}.npy"):
                 size, sha256 = files[name]["bytes"], files[name]["sha256"]
@@ -92,8 +92,8 @@ def fault(decoded: Path, thorough: bool) -> str | None:
 
 def read_ledger(decoded: Path) -> dict[str, Any]:
     """Return what is known of a decoded cache: `files`, `checksum` and, where the files say it, `train`."""
-    ledger: dict[str, Any] = json.loads((decoded / LEDGER).read_text())
-    return ledger
+    csv_log: dict[str, Any] = json.loads((decoded / LEDGER).read_text())
+    return csv_log
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def _decode(data: DataSet, folder: Path, new: Path, progress: Progress) -> None:
     """Write the cache into the folder `new`; its ledger, which `fault` reads, comes last."""
     new.mkdir(parents=True)
     shape = (data.shape.channels, data.shape.height, data.shape.width)
-    ledger: dict[str, Any] = {"files": {}}
+    csv_log: dict[str, Any] = {"files": {}}
     for part in PARTS:
         found = data.decode(data.origin, folder, part)
         x_path, y_path = new / f"x_{part}.npy", new / f"y_{part}.npy"
@@ -175,13 +175,13 @@ def _decode(data: DataSet, folder: Path, new: Path, progress: Progress) -> None:
         _save(x_path, x_shape, _heard(found.blocks, f"decoding {data.origin.dataset}", math.prod(x_shape), progress))
         _save(y_path, found.y_N.shape, [found.y_N])
         for path in (x_path, y_path):
-            ledger["files"][path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+            csv_log["files"][path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
         if part == "train":
             mark = hashlib.sha256(np.load(x_path, mmap_mode="r").data)
             mark.update(np.load(y_path).data)
-            ledger["checksum"] = mark.hexdigest()
-            ledger["train"] = data.train if found.train is None else found.train
-    (new / LEDGER).write_text(json.dumps(ledger, indent=1))
+            csv_log["checksum"] = mark.hexdigest()
+            csv_log["train"] = data.train if found.train is None else found.train
+    (new / LEDGER).write_text(json.dumps(csv_log, indent=1))
 
 
 def _heard(blocks: Iterable[Pixels], what: str, total: int, progress: Progress) -> Iterator[Pixels]:

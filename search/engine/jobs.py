@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from search.signals import terminable
+from search.console import terminable
 from search.study.study import Study
 
 Tell = Callable[[str, float], None]

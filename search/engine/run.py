@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from search.console import terminable
 from search.engine import local_backend
 from search.engine.controller import Controller
 from search.engine.worker import REAL, Work
 from search.optimizer.proposer import Proposer
-from search.signals import terminable
 from search.study.callbacks import Callback, State
 from search.study.study import Study
 

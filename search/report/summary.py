@@ -13,17 +13,17 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from attacks.threat import Knowledge
-from search import progress
-from search.agreement import Agreement, agreement
 from search.export import opened
-from search.faults import Fault, gathered
-from search.importance import Importances, importances
+from search.formatting import milliseconds, percent, spoken_device, spoken_eps
 from search.optimizer.history import ENDED, SearchHistory, state_of
+from search.report import status
+from search.report.faults import Fault, gathered
+from search.report.importance import Importances, importances
+from search.report.rank_correlation import RankCorrelation, rank_correlation
 from search.study import ranking, sync
 from search.study.candidate import Candidate, Latency
 from search.study.ranking import Kept
 from search.study.study import Study
-from search.wording import milliseconds, percent, spoken_device, spoken_eps
 from spaces.exceptions import InputError
 from spaces.space import Params
 
@@ -57,7 +57,7 @@ class TrialRecord:
 
 
 @dataclass(frozen=True)
-class Findings:
+class Summary:
     """Everything that the page shows.
 
     Args:
@@ -84,7 +84,7 @@ class Findings:
     importances: Importances
     trials: Sequence[TrialRecord]
     device: str = ""
-    agreement: Agreement | None = None
+    rank_correlation: RankCorrelation | None = None
     again: Mapping[str, Latency] = field(default_factory=dict)
     refinements: Sequence[TrialRecord] = ()
     busy: float = 0.0
@@ -181,7 +181,7 @@ class Findings:
         return next((t for t in self.trials if dict(t.params.train) == train), None)
 
 
-def find(study: Study) -> Findings:
+def summarise(study: Study) -> Summary:
     """Return what a search has found.
 
     Raises:
@@ -190,7 +190,7 @@ def find(study: Study) -> Findings:
     history = SearchHistory(study)
     candidates = history.candidates()
     feasible = ranking.feasible(study, candidates)
-    return Findings(
+    return Summary(
         study=study,
         undefended=history.undefended(),
         candidates=candidates,
@@ -199,11 +199,11 @@ def find(study: Study) -> Findings:
         searched=list(history.searched),
         importances=importances(history),
         device=feasible[0].score.device if feasible else "",
-        agreement=agreement(history, candidates),
+        rank_correlation=rank_correlation(history, candidates),
         again=history.clocked(),
         trials=[_told(history, trial, "trial") for trial in history.trials()],
         refinements=[_told(history, trial, "refines") for trial in history.refinements()],
-        busy=progress.busy((t for t in history.trials() if state_of(t) in ENDED), datetime.now()),
+        busy=status.busy((t for t in history.trials() if state_of(t) in ENDED), datetime.now()),
         audits=audits(study, candidates),
     )
 

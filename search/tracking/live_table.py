@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,35 +13,19 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 
-from attacks.interval import wilson
 from defenses.base import Metrics
+from search.formatting import brief, points
 from search.study import ranking
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate
 from search.study.study import Study
-from spaces.domain import Scalar
 from spaces.space import Params
-
-
-@contextmanager
-def working(console: Console, doing: str) -> Iterator[None]:
-    """Say what takes minutes and, on a terminal, for how long it has been going on."""
-    console.print(doing, highlight=False, soft_wrap=True)
-    columns = (SpinnerColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        progress.add_task("")
-        try:
-            yield
-        except KeyboardInterrupt:
-            console.print(f"interrupted while {doing}", highlight=False, soft_wrap=True)
-            raise
 
 
 @dataclass
@@ -54,7 +37,7 @@ class _Row:
     since: float = field(default_factory=time.monotonic)
 
 
-class Display(Callback):
+class LiveTable(Callback):
     """A live table on a terminal; a line an event where the output is piped.
 
     Args:
@@ -85,8 +68,8 @@ class Display(Callback):
     def search_started(self, study: Study, undefended: Candidate) -> None:
         score = undefended.score
         self._say(
-            f"undefended {study.label}: clean {percent(score.clean_accuracy)}, attacked "
-            f"{percent(score.attacked_accuracy)} ({score.threat}), {score.images} validation images"
+            f"undefended {study.label}: clean {points(score.clean_accuracy)}, attacked "
+            f"{points(score.attacked_accuracy)} ({score.threat}), {score.images} validation images"
         )
         if self.console.is_terminal:
             self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)
@@ -101,7 +84,7 @@ class Display(Callback):
     def epoch_ended(self, trial: str, epoch: int, metrics: Metrics) -> None:
         row = self._rows.setdefault(trial, _Row(""))
         row.epoch, row.loss, row.cheap = epoch, metrics.get("loss"), metrics.get("cheap")
-        self._say(f"{trial} epoch {epoch}/{self.epochs}: quick attacked {percent(row.cheap)}", piped=True)
+        self._say(f"{trial} epoch {epoch}/{self.epochs}: quick attacked {points(row.cheap)}", piped=True)
         self._refresh()
 
     def trial_ended(
@@ -116,9 +99,9 @@ class Display(Callback):
             score = best.score
             self._say(
                 f"{trial} finished, {len(candidates)} candidates, best {best.candidate}: attacked "
-                f"{percent(score.attacked_accuracy)} ({score.threat.knowledge}), oblivious "
-                f"{percent(score.oblivious_accuracy)}, white-box {percent(score.white_box_accuracy)}, clean "
-                f"{percent(score.clean_accuracy)}, "
+                f"{points(score.attacked_accuracy)} ({score.threat.knowledge}), oblivious "
+                f"{points(score.oblivious_accuracy)}, white-box {points(score.white_box_accuracy)}, clean "
+                f"{points(score.clean_accuracy)}, "
                 f"{score.latency_ms_p50:.0f} ms"
             )
         self._progress.update(self._bar, completed=self.done)
@@ -148,65 +131,5 @@ class Display(Callback):
             loss = "" if row.loss is None else f"{row.loss:.4g}"
             doing = f"{row.epoch}/{self.epochs}" if row.epoch < self.epochs else "scoring"
             seconds = f"{time.monotonic() - row.since:.0f}"
-            table.add_row(trial, row.knobs, doing, loss, percent(row.cheap), seconds)
+            table.add_row(trial, row.knobs, doing, loss, points(row.cheap), seconds)
         return Group(self._progress, table)
-
-
-def leaderboard(
-    study: Study, searched: Sequence[str], undefended: Candidate | None, ranked: Sequence[Candidate], top: int = 10
-) -> Table:
-    """Return the best candidates beside the undefended classifier, percent, with Wilson 95 % intervals."""
-    threat = ranked[0].score.threat if ranked else undefended.score.threat if undefended else None
-    title = f"{study.name}: {study.defense} on {study.label}, attacked accuracy under {threat}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("candidate", no_wrap=True, min_width=13)
-    for heading in searched:
-        table.add_column(heading, justify="right", no_wrap=True)
-    rejects = any(c.score.clean_rejection or c.score.attacked_rejection for c in ranked)
-    several = len(ranking.devices(ranked)) > 1
-    apart = ("error %", "rejected %", "clean rejected %") if rejects else ()
-    for heading in ("attacked %", "95 %", *apart, "oblivious %", "white-box %", "clean %", "p50 ms"):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=max(6, len(heading)))
-    if several:
-        table.add_column("timed on")
-    for candidate in ranked[:top]:
-        knobs, device = candidate.params.flat(), [candidate.score.device] if several else []
-        figures = _figures(candidate, rejects)
-        table.add_row(candidate.candidate, *(brief(knobs[name]) for name in searched), *figures, *device)
-    if undefended is not None:
-        table.add_row("undefended", *("-" for _ in searched), *_figures(undefended, rejects), style="dim")
-    return table
-
-
-def refusals(study: Study, candidates: Sequence[Candidate]) -> str:
-    """Return in one line how many candidates keep to the constraints, the one that refuses most first."""
-    within = len(ranking.feasible(study, candidates))
-    each = (
-        f"{one.words}: {one.within}" + (f" (refuses {one.alone} alone)" if one.alone else "")
-        for one in ranking.kept(study, candidates)
-    )
-    return f"constraints: {within} of {len(candidates)} candidates keep to all; {', '.join(each)}"
-
-
-def _figures(candidate: Candidate, rejects: bool) -> list[str]:
-    score = candidate.score
-    apart = (score.attacked_error, score.attacked_rejection, score.clean_rejection) if rejects else ()
-    low, high = wilson(score.attacked_accuracy, score.images)
-    return [
-        percent(score.attacked_accuracy),
-        f"{100 * low:.0f}-{100 * high:.0f}",
-        *map(percent, apart),
-        percent(score.oblivious_accuracy),
-        percent(score.white_box_accuracy),
-        percent(score.clean_accuracy),
-        f"{score.latency_ms_p50:.1f}",
-    ]
-
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def brief(value: Scalar) -> str:
-    """Return a knob's value, three digits of a float."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -27,10 +27,10 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
+from search.console import terminable
 from search.exceptions import StorageError
 from search.optimizer.history import SearchHistory, journal_path
 from search.optimizer.journal import Journal
-from search.signals import terminable
 from search.study.candidate import Candidate
 from search.study.ranking import front
 from search.study.study import Study

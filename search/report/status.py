@@ -10,16 +10,16 @@ from typing import Any
 from optuna.trial import FrozenTrial
 from rich.table import Table
 
-from search.agreement import agreement
+from search.formatting import duration
 from search.optimizer.history import ENDED, SearchHistory, state_of
+from search.report.rank_correlation import rank_correlation
 from search.study import ranking
 from search.study.study import Study
-from search.wording import duration
 
 COUNTED = ("finished", "running", "interrupted", "pruned", "failed")
 
 
-def progress(study: Study, *, runs: bool) -> dict[str, Any]:
+def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
     """Return how far a search is, and the best so far; accuracies are fractions, times seconds.
 
     Args:
@@ -31,7 +31,7 @@ def progress(study: Study, *, runs: bool) -> dict[str, Any]:
     history = SearchHistory(study)
     trials, candidates = history.trials(), history.candidates()
     states = Counter("interrupted" if state == "running" and not runs else state for state in map(state_of, trials))
-    feasible, agreed = ranking.feasible(study, candidates), agreement(history, candidates)
+    feasible, agreed = ranking.feasible(study, candidates), rank_correlation(history, candidates)
     refinements = history.refinements()
     failed = {
         t.user_attrs.get("refines", t.user_attrs.get("trial")): t.user_attrs["reason"]

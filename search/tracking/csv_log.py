@@ -13,7 +13,7 @@ from search.study.candidate import Candidate
 from search.study.study import Study
 
 
-class Ledger(Callback):
+class CsvLog(Callback):
     """Keeps candidates.csv in step with the study.
 
     Args:

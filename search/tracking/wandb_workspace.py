@@ -9,9 +9,9 @@ from urllib.request import urlopen
 import wandb
 from wandb.sdk import wandb_setup
 
-from search import wandb_run
-from search.patience import within
 from search.study.study import ResolvedStudy, Study
+from search.tracking import wandb_run
+from search.tracking.time_limit import within
 from spaces.exceptions import InputError
 
 try:

@@ -53,7 +53,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class RankCorrelation:
     """How cheap and final scores agree over the finished trainings.
 
     Those that were stopped early have no final score: what is said here holds for the survivors.
@@ -118,7 +118,7 @@ class Agreement:
         }
 
 
-def agreement(history: SearchHistory, candidates: Iterable[Candidate]) -> Agreement:
+def rank_correlation(history: SearchHistory, candidates: Iterable[Candidate]) -> RankCorrelation:
     """Compare the cheap scores of a search's finished trainings with what their fits were worth in the end.
 
     Args:
@@ -142,7 +142,7 @@ def agreement(history: SearchHistory, candidates: Iterable[Candidate]) -> Agreem
     ]
     curves = [curve for _, curve, _ in found]
     points = [(name, curve[max(curve)], final) for (name, curve, _), final in zip(found, finals, strict=True)]
-    return Agreement(study, everywhere, points, ranks(curves, finals, rungs(study)))
+    return RankCorrelation(study, everywhere, points, ranks(curves, finals, rungs(study)))
 
 
 def ranks(curves: Sequence[Mapping[int, float]], finals: Sequence[float], epochs: Sequence[int]) -> list[Rank]:

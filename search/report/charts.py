@@ -11,11 +11,11 @@ from typing import Any
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
 from attacks.interval import wilson
-from search.findings import Findings
-from search.importance import CHANCE
+from search.formatting import spoken_device, spoken_value
 from search.optimizer.early_stopping import rungs
+from search.report.importance import CHANCE
+from search.report.summary import Summary
 from search.study.candidate import Candidate
-from search.wording import spoken_device, spoken_value
 from spaces.domain import Scalar
 
 SWEPT = 5
@@ -24,24 +24,24 @@ SETTINGS = 16
 """Settings up to which each has a line of its own in the chart of latencies."""
 
 
-def charts(findings: Findings) -> dict[str, Any]:
+def charts(summary: Summary) -> dict[str, Any]:
     """Return what the charts draw, for JSON: accuracies in percent, latencies in milliseconds.
 
     Under attack it is one minus the error, which is what the front is made of: accuracy where nothing is rejected.
     """
-    front = {c.candidate for c in findings.front}
-    devices = sorted({c.score.device for c in findings.candidates})
-    bare, latency = findings.undefended, latencies(findings)
-    best = findings.fit(findings.best) if findings.best else None
-    domains = findings.study.resolved.space.flat()
+    front = {c.candidate for c in summary.front}
+    devices = sorted({c.score.device for c in summary.candidates})
+    bare, latency = summary.undefended, latencies(summary)
+    best = summary.fit(summary.best) if summary.best else None
+    domains = summary.study.resolved.space.flat()
     return {
-        "threat": findings.named(),
-        "knobs": list(findings.searched),
-        "ranges": [_range(domains.get(knob)) for knob in findings.searched],
+        "threat": summary.named(),
+        "knobs": list(summary.searched),
+        "ranges": [_range(domains.get(knob)) for knob in summary.searched],
         "devices": [spoken_device(device) for device in devices],
-        "budget": findings.study.max_latency_ms,
-        "rejection": _points(findings.study.max_clean_rejection),
-        "best": findings.best and findings.best.candidate,
+        "budget": summary.study.max_latency_ms,
+        "rejection": _points(summary.study.max_clean_rejection),
+        "best": summary.best and summary.best.candidate,
         "undefended": _points(1 - bare.score.attacked_error) if bare else None,
         "candidates": [
             {
@@ -53,36 +53,36 @@ def charts(findings: Findings) -> dict[str, Any]:
                 "clean": _points(c.score.clean_accuracy),
                 "front": c.candidate in front,
                 "device": devices.index(c.score.device),
-                "broken": "; ".join(findings.broken(c)),
-                "knobs": [_plain(c.params.flat().get(knob)) for knob in findings.searched],
+                "broken": "; ".join(summary.broken(c)),
+                "knobs": [_plain(c.params.flat().get(knob)) for knob in summary.searched],
             }
-            for c in findings.ranked
+            for c in summary.ranked
         ],
-        "risk": risk_coverage(findings),
+        "risk": risk_coverage(summary),
         "latency": latency,
         "lanes": len({one["lane"] for one in latency}),
         "importances": [
-            [knob, share, findings.importances.best.get(knob)]
-            for knob, share in sorted(findings.importances.overall.items(), key=lambda item: item[1])
+            [knob, share, summary.importances.best.get(knob)]
+            for knob, share in sorted(summary.importances.overall.items(), key=lambda item: item[1])
         ],
         "chance": CHANCE,
-        "rungs": rungs(findings.study) if findings.study.stopping == "halving" else [],
+        "rungs": rungs(summary.study) if summary.study.stopping == "halving" else [],
         "curves": [
             {"trial": t.trial, "state": t.state, "best": t is best, "y": [_points(y) for y in t.curve]}
-            for t in findings.trials
+            for t in summary.trials
             if t.curve
         ],
         "scatter": [
             {"trial": t, "cheap": _points(cheap), "final": _points(final), "best": best is not None and t == best.trial}
-            for t, cheap, final in (findings.agreement.points if findings.agreement else ())
+            for t, cheap, final in (summary.rank_correlation.points if summary.rank_correlation else ())
         ],
     }
 
 
-def risk_coverage(findings: Findings) -> list[dict[str, Any]]:
+def risk_coverage(summary: Summary) -> list[dict[str, Any]]:
     """Return the curves of clean rejection against attacked error of the best fits that can reject."""
     swept: dict[str, Candidate] = {}
-    for candidate in findings.ranked:
+    for candidate in summary.ranked:
         if candidate.score.risk_coverage and len(swept) < SWEPT:
             swept.setdefault(candidate.fit, candidate)
     return [
@@ -95,12 +95,12 @@ def risk_coverage(findings: Findings) -> list[dict[str, Any]]:
     ]
 
 
-def latencies(findings: Findings) -> list[dict[str, Any]]:
+def latencies(summary: Summary) -> list[dict[str, Any]]:
     """Return each measurement once, on the line of its device and, where there are few, of its setting."""
-    knobs = _latency_knobs(findings)
+    knobs = _latency_knobs(summary)
     found = Counter(
         (c.score.device, _setting(c, knobs), c.score.latency_ms_p50, c.score.latency_ms_p95)
-        for c in findings.candidates
+        for c in summary.candidates
         if math.isfinite(c.score.latency_ms_p50) and math.isfinite(c.score.latency_ms_p95)
     )
     few = len({(device, setting) for device, setting, *_ in found}) <= SETTINGS
@@ -117,11 +117,11 @@ def latencies(findings: Findings) -> list[dict[str, Any]]:
     ]
 
 
-def _latency_knobs(findings: Findings) -> list[str]:
+def _latency_knobs(summary: Summary) -> list[str]:
     """Return the searched knobs that can change the latency."""
-    defense = findings.study.resolved.defense
+    defense = summary.study.resolved.defense
     declared = (*fields(defense.Train), *fields(defense.Inference))
-    return [one.name for one in declared if one.metadata["latency"] and one.name in findings.searched]
+    return [one.name for one in declared if one.metadata["latency"] and one.name in summary.searched]
 
 
 def _setting(candidate: Candidate, knobs: Sequence[str]) -> str:

@@ -17,9 +17,9 @@ from typing import Any, ParamSpec
 
 import wandb
 
-from search import wandb_run
-from search.patience import within
-from search.wandb_run import Mode
+from search.tracking import wandb_run
+from search.tracking.time_limit import within
+from search.tracking.wandb_run import Mode
 
 P = ParamSpec("P")
 Write = Callable[[wandb.Run], None]
@@ -56,7 +56,7 @@ class Page:
     run: wandb.Run | None = None
 
 
-class Logbook:
+class WandbWriter:
     """Writes runs, each known by its key.
 
     Args:

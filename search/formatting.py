@@ -1,4 +1,4 @@
-"""How the report writes a figure."""
+"""How figures are written for people."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import math
 from spaces.domain import Scalar, written
 
 
-def percent(fraction: float | None) -> str:
+def percent(fraction: float | None, unit: str = "\u00a0%", absent: str = "–") -> str:
+    """Return a fraction in percent, with one digit after the point."""
     if fraction is None or not math.isfinite(fraction):
-        return "–"
-    return f"{100 * fraction:.1f}\u00a0%"
+        return absent
+    return f"{100 * fraction:.1f}{unit}"
+
+
+def points(fraction: float | None) -> str:
+    """Return a fraction in percent without the sign, for a column whose heading has it."""
+    return percent(fraction, unit="", absent="-")
 
 
 def milliseconds(value: float | None) -> str:
@@ -48,3 +54,8 @@ def spoken_value(value: Scalar | None) -> str:
 def spoken_eps(eps: float | None) -> str:
     """Return eps as papers write it: 0.3, but 8/255."""
     return "of the task" if eps is None else written(eps)
+
+
+def brief(value: Scalar) -> str:
+    """Return a knob's value, three digits of a float."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from defenses.base import Metrics
-from search import panels
-from search.logbook import Logbook
 from search.optimizer.history import SearchHistory
-from search.panels import Extreme
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate
 from search.study.ranking import feasible, ranked
 from search.study.study import Study
-from search.wandb_run import Mode
+from search.tracking import wandb_panels
+from search.tracking.wandb_panels import Extreme
+from search.tracking.wandb_run import Mode
+from search.tracking.wandb_writer import WandbWriter
 from spaces.space import Params
 
 SEARCH, EXPORT = "search", "export"
@@ -37,7 +37,7 @@ BY_TRIAL: dict[str, Extreme] = {
 """What the search's run shows of the best candidate of each trial."""
 
 
-class Tracker(Callback):
+class WandbTracker(Callback):
     """Shows a search in W&B.
 
     Args:
@@ -56,7 +56,7 @@ class Tracker(Callback):
         known: Sequence[Candidate] = (),
         ended: Mapping[str, int] | None = None,
     ) -> None:
-        self._logbook, self._say = Logbook(mode, folder, say), say
+        self._logbook, self._say = WandbWriter(mode, folder, say), say
         self._states = Counter[str](ended or {})
         self._best = list(known)
         self._candidates = len(known)
@@ -79,9 +79,9 @@ class Tracker(Callback):
         self._study, self._undefended = study, undefended
         config = study.model_dump(exclude={"address", "storage", "data_dir"})  # they tell of the machine
         self._logbook.open(SEARCH, _about(study, study.name, "search", config))
-        self._logbook.write(SEARCH, partial(panels.announce, self._say))
+        self._logbook.write(SEARCH, partial(wandb_panels.announce, self._say))
         by_trial = {f"trial/{name}": extreme for name, extreme in BY_TRIAL.items()}
-        self._logbook.write(SEARCH, partial(panels.define, "trial", by_trial))
+        self._logbook.write(SEARCH, partial(wandb_panels.define, "trial", by_trial))
 
     def trial_started(self, trial: str, params: Params) -> None:
         config = {
@@ -98,8 +98,8 @@ class Tracker(Callback):
             self._charted.add(trial)
             # what a defense yields beside the rung score, an accuracy, are losses
             extremes: dict[str, Extreme] = {name: "max" if name == "cheap" else "min" for name in metrics}
-            self._logbook.write(trial, partial(panels.define, "epoch", extremes))
-        self._logbook.write(trial, partial(panels.log, {"epoch": epoch, **metrics}))
+            self._logbook.write(trial, partial(wandb_panels.define, "epoch", extremes))
+        self._logbook.write(trial, partial(wandb_panels.log, {"epoch": epoch, **metrics}))
 
     def trial_ended(
         self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
@@ -110,22 +110,22 @@ class Tracker(Callback):
         best = next(iter((*feasible(self._study, candidates), *ranked(candidates))), None)
         outcome = {**self._threat(), **(best.row() if best else {}), "state": state, "reason": reason}
         if candidates:
-            table = partial(panels.show_table, "candidates", self._study, tuple(candidates))
+            table = partial(wandb_panels.show_table, "candidates", self._study, tuple(candidates))
             self._logbook.write(trial, table)
         if picture is not None:
             shown = [trial, *([SEARCH] if best in self._best else [])]
             for run in shown:
-                self._logbook.write(run, partial(panels.show_picture, picture))
-        self._logbook.write(trial, partial(panels.sum_up, outcome))
+                self._logbook.write(run, partial(wandb_panels.show_picture, picture))
+        self._logbook.write(trial, partial(wandb_panels.sum_up, outcome))
         self._logbook.finish(trial, EXIT[state])
-        self._logbook.write(SEARCH, partial(panels.log, self._progress(best)))
+        self._logbook.write(SEARCH, partial(wandb_panels.log, self._progress(best)))
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         known = tuple(candidates)
         if known:
-            self._logbook.write(SEARCH, partial(panels.show_table, "leaderboard", self._study, known))
-            self._logbook.write(SEARCH, partial(panels.show_charts, self._study, self._undefended, known))
-        self._logbook.write(SEARCH, partial(panels.sum_up, self._outcome(state, known)))
+            self._logbook.write(SEARCH, partial(wandb_panels.show_table, "leaderboard", self._study, known))
+            self._logbook.write(SEARCH, partial(wandb_panels.show_charts, self._study, self._undefended, known))
+        self._logbook.write(SEARCH, partial(wandb_panels.sum_up, self._outcome(state, known)))
         self._logbook.finish(SEARCH, EXIT[state])
 
     def close(self) -> None:
@@ -168,15 +168,15 @@ def log_exports(study: Study, folders: Sequence[Path], say: Callable[[str], None
         return
     exported = {path.name for folder in folders for path in folder.parent.iterdir()}
     best = next((c.candidate for c in SearchHistory(study).feasible() if c.candidate in exported), None)
-    logbook = Logbook(study.wandb, study.folder, say)
-    logbook.open(EXPORT, _about(study, f"{study.name} exports", "export", {"search": study.name}))
+    writer = WandbWriter(study.wandb, study.folder, say)
+    writer.open(EXPORT, _about(study, f"{study.name} exports", "export", {"search": study.name}))
     for folder in folders:
         aliases = [folder.name, *(["best", study.name] if folder.name == best else [])]
-        logbook.write(EXPORT, partial(panels.log_export, study, folder, aliases))
-    logbook.finish(EXPORT, 0)
-    logbook.close()
-    if logbook.upload:
-        say(f"logged offline; upload it with: {logbook.upload}")
+        writer.write(EXPORT, partial(wandb_panels.log_export, study, folder, aliases))
+    writer.finish(EXPORT, 0)
+    writer.close()
+    if writer.upload:
+        say(f"logged offline; upload it with: {writer.upload}")
 
 
 def _about(study: Study, name: str, job_type: str, config: dict[str, Any]) -> dict[str, Any]:

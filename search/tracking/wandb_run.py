@@ -15,8 +15,8 @@ import wandb
 from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
-from search.patience import within
 from search.storage.atomic import write_atomic
+from search.tracking.time_limit import within
 
 Mode = Literal["online", "offline", "disabled"]
 

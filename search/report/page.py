@@ -17,17 +17,17 @@ from plotly.offline import get_plotlyjs
 
 from attacks.interval import wilson
 from search import provenance
-from search.charts import charts
 from search.classifiers.task import find_task
-from search.cost import cost
 from search.data.cache import caches, read_ledger
 from search.data.datasets import DATASETS
-from search.findings import Findings, TrialRecord
-from search.importance import CHANCE
+from search.formatting import duration, milliseconds, percent, spoken_device, spoken_eps, spoken_value
+from search.report.charts import charts
+from search.report.cost import cost
+from search.report.importance import CHANCE
+from search.report.summary import Summary, TrialRecord
 from search.storage.atomic import write_atomic
 from search.study.candidate import Score
 from search.study.study import Study
-from search.wording import duration, milliseconds, percent, spoken_device, spoken_eps, spoken_value
 
 TOP = 10
 """Rows of the leaderboard."""
@@ -45,33 +45,33 @@ PICTURE_BYTES = 500_000
 LIBRARIES = ("torch", "torchattacks", "optuna", "ray", "numpy")
 
 
-def write(findings: Findings, path: Path) -> Path:
+def write(summary: Summary, path: Path) -> Path:
     """Write the page and return its path; who reads it meanwhile sees the old page or the new one, whole."""
-    return write_atomic(path, render(findings).encode())
+    return write_atomic(path, render(summary).encode())
 
 
-def render(findings: Findings) -> str:
+def render(summary: Summary) -> str:
     """Return the page."""
-    study, config = findings.study, findings.study.to_yaml()
+    study, config = summary.study, summary.study.to_yaml()
     return _template().render(
-        f=findings,
+        f=summary,
         study=study,
-        top=findings.ranked[:TOP],
-        front={c.candidate for c in findings.front},
+        top=summary.ranked[:TOP],
+        front={c.candidate for c in summary.front},
         interval=interval,
-        threat=threat_in_words(findings),
-        measures=measures(findings),
-        charts=charts(findings),
+        threat=threat_in_words(summary),
+        measures=measures(summary),
+        charts=charts(summary),
         lines=LINES,
         dots=DOTS,
         curves=CURVES,
         chance=CHANCE,
-        pictures=pictures(findings),
-        faults=findings.faults,
-        alarms=findings.alarms,
-        cost=cost(findings),
+        pictures=pictures(summary),
+        faults=summary.faults,
+        alarms=summary.alarms,
+        cost=cost(summary),
         dataset=find_task(study.task).dataset,
-        again=findings.best and provenance.again(study, findings.best.params),
+        again=summary.best and provenance.again(study, summary.best.params),
         elsewhere="" if study.storage == Study().storage else f" --storage {shlex.quote(study.storage)}",
         origins=list(origins(study)),
         config=config,
@@ -83,7 +83,7 @@ def render(findings: Findings) -> str:
 def _template() -> jinja2.Template:
     # Autoescape is always on: names and reasons of failures are not ours, and may hold markup.
     env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "page"),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -98,37 +98,37 @@ def interval(score: Score) -> tuple[float, float]:
     return wilson(score.attacked_accuracy, score.images)
 
 
-def threat_in_words(findings: Findings) -> str:
+def threat_in_words(summary: Summary) -> str:
     knows = {
         "white-box": "The attacker knows the classifier and the defense in full",
         "oblivious": "The attacker knows the classifier but not the defense",
         "black-box": "The attacker sees only the classes that the whole answers, and trains a substitute on them",
-    }[findings.study.threat]
-    reach = "the task's eps" if findings.eps is None else spoken_eps(findings.eps)
-    if findings.study.norm == "L2":
-        return f"{knows}, and may move an image by up to {reach} in the L2 norm ({findings.named()})."
-    return f"{knows}, and may move every pixel by up to {reach} of the way from black to white ({findings.named()})."
+    }[summary.study.threat]
+    reach = "the task's eps" if summary.eps is None else spoken_eps(summary.eps)
+    if summary.study.norm == "L2":
+        return f"{knows}, and may move an image by up to {reach} in the L2 norm ({summary.named()})."
+    return f"{knows}, and may move every pixel by up to {reach} of the way from black to white ({summary.named()})."
 
 
-def measures(findings: Findings) -> Iterator[tuple[str, str, list[str]]]:
+def measures(summary: Summary) -> Iterator[tuple[str, str, list[str]]]:
     """Yield measure, condition, and the values of the best candidate and of the undefended classifier."""
-    batch = "p50, batch of 128" + (f", {spoken_device(findings.device)}" if findings.device else "")
-    asked = [("Black-box accuracy", findings.named("black-box"), lambda s: percent(s.black_box_accuracy))]
+    batch = "p50, batch of 128" + (f", {spoken_device(summary.device)}" if summary.device else "")
+    asked = [("Black-box accuracy", summary.named("black-box"), lambda s: percent(s.black_box_accuracy))]
     rejection: list[tuple[str, str, Callable[[Score], str]]] = [
-        ("Attacked images accepted and wrong", findings.named(), lambda s: percent(s.attacked_error)),
-        ("Attacked images rejected", findings.named(), lambda s: percent(s.attacked_rejection)),
+        ("Attacked images accepted and wrong", summary.named(), lambda s: percent(s.attacked_error)),
+        ("Attacked images rejected", summary.named(), lambda s: percent(s.attacked_rejection)),
         ("Clean images rejected", "no attack", lambda s: percent(s.clean_rejection)),
     ]
     rows: list[tuple[str, str, Callable[[Score], str]]] = [
-        *(rejection if findings.rejects else []),
-        ("Oblivious accuracy", findings.named("oblivious"), lambda s: percent(s.oblivious_accuracy)),
-        *(asked if findings.study.threat == "black-box" else []),
-        ("White-box accuracy", findings.named("white-box"), lambda s: percent(s.white_box_accuracy)),
+        *(rejection if summary.rejects else []),
+        ("Oblivious accuracy", summary.named("oblivious"), lambda s: percent(s.oblivious_accuracy)),
+        *(asked if summary.study.threat == "black-box" else []),
+        ("White-box accuracy", summary.named("white-box"), lambda s: percent(s.white_box_accuracy)),
         ("Clean accuracy", "no attack", lambda s: percent(s.clean_accuracy)),
         ("Purification latency", batch, lambda s: milliseconds(s.latency_ms_p50)),
     ]
     for measure, condition, of in rows:
-        yield measure, condition, [of(c.score) if c else "–" for c in (findings.best, findings.undefended)]
+        yield measure, condition, [of(c.score) if c else "–" for c in (summary.best, summary.undefended)]
 
 
 def origins(study: Study) -> Iterator[tuple[str, str]]:
@@ -153,12 +153,12 @@ def _checksum(study: Study) -> str:
     return ""
 
 
-def pictures(findings: Findings) -> list[tuple[TrialRecord, str]]:
+def pictures(summary: Summary) -> list[tuple[TrialRecord, str]]:
     """Return the trials whose pictures are shown, the best ones first, each with a data URL."""
-    leaders = filter(None, map(findings.fit, findings.ranked[: 5 * TOP]))
+    leaders = filter(None, map(summary.fit, summary.ranked[: 5 * TOP]))
     shown: list[tuple[TrialRecord, str]] = []
     room = PICTURE_BYTES
-    for trial in {t.trial: t for t in (*leaders, *findings.trials)}.values():
+    for trial in {t.trial: t for t in (*leaders, *summary.trials)}.values():
         data = _png(trial.picture)
         if data and len(data) <= room and len(shown) < PICTURES:
             room -= len(data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from search.findings import Findings, TrialRecord
+from search.report.summary import Summary, TrialRecord
 
 STATES = ("finished", "pruned", "failed", "interrupted", "running")
 
@@ -60,20 +60,20 @@ class Cost:
         return self.candidates - self.fits
 
 
-def cost(findings: Findings) -> Cost:
-    study, epochs = findings.study, findings.study.resolved.epochs
-    kinds = {state: [t for t in findings.trials if t.state == state] for state in STATES}
-    kinds["refinements, which train nothing"] = list(findings.refinements)
+def cost(summary: Summary) -> Cost:
+    study, epochs = summary.study, summary.study.resolved.epochs
+    kinds = {state: [t for t in summary.trials if t.state == state] for state in STATES}
+    kinds["refinements, which train nothing"] = list(summary.refinements)
     pruned = [(_asked(t, epochs), t) for t in kinds["pruned"] if t.curve]
-    on_gpu = any(device and not device.endswith("thread(s)") for device in findings.devices)
+    on_gpu = any(device and not device.endswith("thread(s)") for device in summary.devices)
     share = (0.25 if on_gpu else 0.0) if study.gpus_per_trial is None else study.gpus_per_trial
     return Cost(
         spent=[_spent(kind, trials) for kind, trials in kinds.items() if trials],
-        busy=findings.busy,
+        busy=summary.busy,
         cores=study.cpus_per_trial,
         gpus=share,
-        fits=len({c.fit for c in findings.candidates}),
-        candidates=len(findings.candidates),
+        fits=len({c.fit for c in summary.candidates}),
+        candidates=len(summary.candidates),
         epochs_saved=sum(asked - len(t.curve) for asked, t in pruned),
         epochs_asked=sum(asked for asked, _ in pruned),
         seconds_saved=sum((asked / len(t.curve) - 1) * (t.seconds or 0.0) for asked, t in pruned),

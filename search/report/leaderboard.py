@@ -1,0 +1,64 @@
+"""The leaderboard: the best candidates beside the undefended classifier, as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from attacks.interval import wilson
+from search.formatting import brief, points
+from search.study import ranking
+from search.study.candidate import Candidate
+from search.study.study import Study
+
+
+def leaderboard(
+    study: Study, searched: Sequence[str], undefended: Candidate | None, ranked: Sequence[Candidate], top: int = 10
+) -> Table:
+    """Return the best candidates beside the undefended classifier, in percent, with Wilson 95 % intervals."""
+    threat = ranked[0].score.threat if ranked else undefended.score.threat if undefended else None
+    title = f"{study.name}: {study.defense} on {study.label}, attacked accuracy under {threat}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("candidate", no_wrap=True, min_width=13)
+    for heading in searched:
+        table.add_column(heading, justify="right", no_wrap=True)
+    rejects = any(c.score.clean_rejection or c.score.attacked_rejection for c in ranked)
+    several = len(ranking.devices(ranked)) > 1
+    apart = ("error %", "rejected %", "clean rejected %") if rejects else ()
+    for heading in ("attacked %", "95 %", *apart, "oblivious %", "white-box %", "clean %", "p50 ms"):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=max(6, len(heading)))
+    if several:
+        table.add_column("timed on")
+    for candidate in ranked[:top]:
+        knobs, device = candidate.params.flat(), [candidate.score.device] if several else []
+        figures = _figures(candidate, rejects)
+        table.add_row(candidate.candidate, *(brief(knobs[name]) for name in searched), *figures, *device)
+    if undefended is not None:
+        table.add_row("undefended", *("-" for _ in searched), *_figures(undefended, rejects), style="dim")
+    return table
+
+
+def refusals(study: Study, candidates: Sequence[Candidate]) -> str:
+    """Return in one line how many candidates keep to the constraints, the one that refuses most first."""
+    within = len(ranking.feasible(study, candidates))
+    each = (
+        f"{one.words}: {one.within}" + (f" (refuses {one.alone} alone)" if one.alone else "")
+        for one in ranking.kept(study, candidates)
+    )
+    return f"constraints: {within} of {len(candidates)} candidates keep to all; {', '.join(each)}"
+
+
+def _figures(candidate: Candidate, rejects: bool) -> list[str]:
+    score = candidate.score
+    apart = (score.attacked_error, score.attacked_rejection, score.clean_rejection) if rejects else ()
+    low, high = wilson(score.attacked_accuracy, score.images)
+    return [
+        points(score.attacked_accuracy),
+        f"{100 * low:.0f}-{100 * high:.0f}",
+        *map(points, apart),
+        points(score.oblivious_accuracy),
+        points(score.white_box_accuracy),
+        points(score.clean_accuracy),
+        f"{score.latency_ms_p50:.1f}",
+    ]
