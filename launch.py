@@ -8,9 +8,9 @@ from typing import Any
 
 import typer
 
-from search import flags as f
-from search import lookup
-from search.terminal import Group, command, console, end, progress, run, show
+from search.cli import flags as f
+from search.cli import lookup
+from search.cli.terminal import Group, command, console, end, progress, run, show
 from spaces.exceptions import InputError
 
 app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -78,7 +78,7 @@ def status(name: f.MaybeName = None, storage: f.Storage = "runs", as_json: f.Jso
 
     Reads the study alone, so it may be asked while the search runs.
     """
-    from search import listings
+    from search.cli import listings
     from search.report.status import board, details
 
     states = listings.states(name, storage, warn=lambda line: typer.echo(line, err=True))
@@ -139,16 +139,16 @@ def export(
     The audit attacks harder than the search did, and refuses what raises an
     alarm. An export holds weights, evidence and a card, and no pickle.
     """
-    from search import winners
+    from search.export import exporter
     from search.study.catalog import open_search
 
     if sum((pareto, top is not None, candidate is not None)) != 1:
         raise InputError("an export needs one of --pareto, --top and --candidate, and no second")
     study = open_search(name, storage)
-    chosen, wanted = winners.pick(study, pareto=pareto, top=top, candidate=candidate)
+    chosen, wanted = exporter.pick(study, pareto=pareto, top=top, candidate=candidate)
     out = out or study.folder / "export"
     with progress(as_json) as screen:
-        told = winners.export_all(study, chosen, wanted, out, screen, despite_alarms=despite_alarms)
+        told = exporter.export_all(study, chosen, wanted, out, screen, despite_alarms=despite_alarms)
     if as_json:
         show(told, as_json)
     end(int(sum(one["folder"] is not None for one in told) < wanted))
@@ -171,7 +171,8 @@ def attack(
 
     The table is printed, and kept in the export.
     """
-    from search import attack, listings
+    from search.cli import listings
+    from search.export import attack
 
     how: dict[str, Any] = {"norm": norm, "eps": eps, "images": images, "substitute": substitute, "seed": seed}
     with progress(as_json) as screen:
@@ -200,13 +201,15 @@ def final(
     under all three threat models, AutoAttack and the static baselines. The
     table is printed, and kept in EXPORT/final. What is done is not repeated.
     """
-    from search import final, listings
+    from search.cli import listings
+    from search.final.final_run import final as run_final
+    from search.final.page import page
 
     where: dict[str, Any] = {"storage": storage, "address": address, "concurrent": concurrent, "data_dir": data_dir}
     where |= {"gpus_per_trial": gpus_per_trial, "cpus_per_trial": cpus_per_trial}
     with progress(as_json) as screen:
-        found = final.final(listings.exports(exports), seeds=seeds, images=images, debug=debug, console=screen, **where)
-    show(found, as_json, final.page)
+        found = run_final(listings.exports(exports), seeds=seeds, images=images, debug=debug, console=screen, **where)
+    show(found, as_json, page)
 
 
 @proving("list tables", "reproduce puvae/3 --fraction 0.05")
@@ -224,12 +227,13 @@ def reproduce(
     Each threat model stands under its true name; what cannot be run says
     why. What is trained is kept in the storage, and not repeated.
     """
-    from search import reproduce
+    from search.reproduce.page import page
+    from search.reproduce.reproduction import reproduce as run_table
 
     where: dict[str, Any] = {"storage": storage, "data_dir": data_dir, "out": out}
     with progress(as_json) as screen:
-        found = reproduce.reproduce(table, fraction=fraction, seed=seed, console=screen, **where)
-    show(found, as_json, reproduce.page)
+        found = run_table(table, fraction=fraction, seed=seed, console=screen, **where)
+    show(found, as_json, page)
 
 
 app.add_typer(lookup.app)

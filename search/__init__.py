@@ -14,10 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 HOMES = {
     "Study": "study.study",
-    "search": "notebook",
-    "candidates": "notebook",
-    "front": "notebook",
-    "load": "export",
+    "search": "api",
+    "candidates": "api",
+    "front": "api",
+    "load": "export.loader",
 }
 """The modules of what the package offers: none is imported before it is asked for, as loading needs few of them."""
 

@@ -25,8 +25,8 @@ from rich.console import Console
 
 import launch as command_line
 from launch import main
+from search.cli.flags import LISTED, PANELS
 from search.console import working
-from search.flags import LISTED, PANELS
 from search.study.fields import Fields
 from search.study.loading import read_study
 from spaces.exceptions import InputError
@@ -283,10 +283,14 @@ def test_json_alone_stands_on_standard_output(words: str, tmp_path: Path) -> Non
 
 
 WORK = [
-    ("attack /tmp --suite full --threat oblivious --norm L2 --eps 1 --images 9 --seed 2", "search.attack", "attack"),
-    ("final /tmp /tmp --seeds 2 --images 9 --concurrent 3 --address auto --debug", "search.final", "final"),
-    ("reproduce puvae/3 --fraction 0.05 --seed 3 --out /tmp", "search.reproduce", "reproduce"),
-    ("doctor --address auto", "search.doctor", "examine"),
+    (
+        "attack /tmp --suite full --threat oblivious --norm L2 --eps 1 --images 9 --seed 2",
+        "search.export.attack",
+        "attack",
+    ),
+    ("final /tmp /tmp --seeds 2 --images 9 --concurrent 3 --address auto --debug", "search.final.final_run", "final"),
+    ("reproduce puvae/3 --fraction 0.05 --seed 3 --out /tmp", "search.reproduce.reproduction", "reproduce"),
+    ("doctor --address auto", "search.cli.doctor", "examine"),
 ]
 
 
@@ -302,7 +306,7 @@ def test_with_json_whatever_work_prints_goes_to_standard_error(
         return []
 
     monkeypatch.setattr(f"{module}.{name}", chatty)
-    monkeypatch.setattr("search.listings.exports", lambda paths: paths[:1])
+    monkeypatch.setattr("search.cli.listings.exports", lambda paths: paths[:1])
     heard = said(*words.split(), "--json")
     assert heard == Said(0, "[]\n", "a library prints this\n")
 
@@ -340,7 +344,7 @@ def test_the_exit_code_says_how_it_went(
             raise raised
         return []
 
-    monkeypatch.setattr("search.listings.rows", does)
+    monkeypatch.setattr("search.cli.listings.rows", does)
     heard = said("list", "tasks")
     assert heard.code == code and heard.err.count("\n") <= 1 and "Traceback" not in heard.err
 

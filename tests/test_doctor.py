@@ -13,8 +13,8 @@ import pytest
 import torch
 import wandb
 
-from search import doctor
-from search.doctor import GIB, Finding, examine
+from search.cli import doctor
+from search.cli.doctor import GIB, Finding, examine
 
 
 @pytest.fixture(autouse=True)

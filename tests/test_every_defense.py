@@ -19,8 +19,8 @@ import defenses
 import spaces
 from defenses.base import Defense
 from launch import main
-from search import export
 from search.data.splits import load
+from search.export import loader
 from search.study.loading import make_study
 from tests.test_cli import ROOT
 
@@ -92,7 +92,7 @@ def test_an_export_holds_all_that_the_defense_took_over(defense: str, storage: P
         search(storage, defense)
     assert run(storage, "export", defense, "--top", "1", "--out", str(storage / "out"), "--despite-alarms") == 0
     (folder,) = (path for path in (storage / "out").iterdir() if f"# {defense} on" in (path / "card.md").read_text())
-    loaded, evidence = export.load(folder), json.loads((folder / "evidence.json").read_text())
+    loaded, evidence = loader.load(folder), json.loads((folder / "evidence.json").read_text())
     x, y = load("digits", "validation", limit=40)
     with torch.no_grad():
         right = (loaded(x).argmax(1) == y) & loaded.accept(x)

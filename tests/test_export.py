@@ -29,20 +29,20 @@ from attacks.audit import Audit, audit
 from attacks.suite import NES_30, SUITES, Suite
 from defenses.base import Defended
 from defenses.puvae import PuVAE
-from search import evidence, provenance, winners
-from search.attack import attack, page
-from search.card import card
 from search.data import splits
 from search.data.datasets import DATASETS
 from search.engine.run import run
 from search.exceptions import AlarmError
-from search.export import FILES, SEAL, load
+from search.export import evidence, exporter, provenance
+from search.export.attack import attack, page
+from search.export.exporter import export, export_all, pick
+from search.export.loader import FILES, SEAL, load
+from search.export.model_card import card
 from search.formatting import spoken_device
 from search.optimizer.history import SearchHistory
 from search.study.candidate import Candidate
 from search.study.catalog import open_search
 from search.study.study import Study
-from search.winners import export, export_all, pick
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.test_cli import ROOT
@@ -81,7 +81,7 @@ def audited(searched: Study) -> Iterator[list[Audit]]:
         return found[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winners, "audit", once)
+        patch.setattr(exporter, "audit", once)
         yield found
 
 
@@ -393,9 +393,9 @@ def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
             raise AlarmError(f"{candidate.candidate} raised 1 alarm(s): gradient")
         return Path(shutil.copytree(folder, out / candidate.candidate))
 
-    monkeypatch.setattr(winners, "export", strict)
+    monkeypatch.setattr(exporter, "export", strict)
     console = Console(record=True, width=200)
-    refused, written = winners.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False)
+    refused, written = exporter.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False)
     assert refused["folder"] is None and "gradient" in refused["refused"]
     assert written["folder"] == str(tmp_path / ranked[1].candidate)
     known = json.loads((folder / "evidence.json").read_text())
@@ -404,7 +404,7 @@ def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
     said = console.export_text()
     assert "refused: " in said and f"exported {tmp_path}" in said
     assert "attacked accuracy (white-box, Linf eps 0.1; the search's lighter attacks left" in said
-    assert len(winners.export_all(searched, ranked[:1], 1, tmp_path, console, despite_alarms=False)) == 1
+    assert len(exporter.export_all(searched, ranked[:1], 1, tmp_path, console, despite_alarms=False)) == 1
 
 
 def test_candidates_are_picked_by_rank_front_or_name(searched: Study) -> None:

@@ -35,26 +35,26 @@ from attacks.substitute import train_substitute
 from attacks.suite import APGD_CE, FGSM, PGD_5, SELECTIVE_10, SUITES, Suite
 from attacks.threat import ThreatModel
 from defenses.base import Defended
-from search import final as finals
-from search import hearing, looks
 from search.data import splits
 from search.data.cache import ensure
 from search.engine import jobs as crews
 from search.engine.jobs import Job, Tell, job_runner
 from search.exceptions import TrialError
-from search.export import FILES, SEAL, seal
-from search.final import final, judge_export, page, train_seed
-from search.final_page import forms
-from search.final_table import COLUMNS, _rows
-from search.hearing import Hearing, Judged
-from search.retrained import Case, Retrained, contenders
+from search.export.exporter import export
+from search.export.loader import FILES, SEAL, seal
+from search.final import evaluation, test_set_log
+from search.final import final_run as finals
+from search.final.evaluation import TestEvaluator, TestVerdicts
+from search.final.final_run import final, judge_export, train_seed
+from search.final.page import forms, page
+from search.final.retraining import ExportedWinner, Retrained, contenders
+from search.final.table import COLUMNS, _rows
 from search.storage.atomic import write_atomic
 from search.storage.store import Store
 from search.study.study import Study
 from search.trial.device_lock import DeviceLock
 from search.trial.runner import Bench, run_trial
 from search.trial.training import silent
-from search.winners import export
 from spaces.exceptions import InputError
 from spaces.space import Params
 from tests.conftest import digits_study
@@ -78,8 +78,8 @@ def _small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, suite in SMALL.items():
             patch.setitem(cast(dict[str, Suite], SUITES), name, suite)
-        patch.setattr(hearing, "BLOCK", 16)  # two blocks
-        patch.setattr(hearing, "train_substitute", partial(train_substitute, rounds=1))
+        patch.setattr(evaluation, "BLOCK", 16)  # two blocks
+        patch.setattr(evaluation, "train_substitute", partial(train_substitute, rounds=1))
         yield
 
 
@@ -99,7 +99,7 @@ class Counted:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.epochs, self.struck, self.interrupts = 0, 0, 0
-        save, strike = Store.save_progress, Hearing._struck
+        save, strike = Store.save_progress, TestEvaluator._struck
 
         def saving(store: Any, key: str, state: Any) -> None:
             save(store, key, state)
@@ -113,7 +113,7 @@ class Counted:
             return found
 
         patch.setattr(Store, "save_progress", saving)
-        patch.setattr(Hearing, "_struck", striking)
+        patch.setattr(TestEvaluator, "_struck", striking)
 
     def _dies(self, now: bool) -> None:
         if now:
@@ -137,7 +137,7 @@ def judged(exported: Path) -> Found:
         return final([exported], seeds=2, images=IMAGES, debug=True, console=QUIET), counted
 
 
-def cases_of(exported: Path) -> list[Case]:
+def cases_of(exported: Path) -> list[ExportedWinner]:
     moves = {"storage": str(exported.parents[2]), "data_dir": None, "address": None}
     return [finals._case(exported, moves)]
 
@@ -161,7 +161,12 @@ def test_a_second_call_reads_all_from_the_store(judged: Found, exported: Path, m
     def never(*args: object, **more: object) -> None:
         raise AssertionError("done again")
 
-    for kind, name in ((Retrained, "_train"), (Hearing, "_struck"), (Hearing, "_compared"), (hearing, "measure")):
+    for kind, name in (
+        (Retrained, "_train"),
+        (TestEvaluator, "_struck"),
+        (TestEvaluator, "_compared"),
+        (evaluation, "measure"),
+    ):
         monkeypatch.setattr(kind, name, never)
     again = final([exported], seeds=2, images=IMAGES, debug=True, console=QUIET)
     assert again == judged[0]
@@ -285,8 +290,8 @@ def test_another_look_is_noted_and_the_page_says_so(judged: Found, exported: Pat
     assert sum(row["figure"] == "accuracy" for row in table["rows"]) == (2 + 2) * 5
     assert "**Look 2 at the test split**" in page(table) and "look 2 at the test split" in screen.getvalue()
     rows = csv.DictReader(io.StringIO((tmp_path / "final" / "FINAL.csv").read_text()))
-    looks = {(row["export"], row["look"]) for row in rows}
-    assert looks == {(judged[0]["exports"][0]["export"], "2"), ("twin", "1"), ("", "2")}
+    test_set_log = {(row["export"], row["look"]) for row in rows}
+    assert test_set_log == {(judged[0]["exports"][0]["export"], "2"), ("twin", "1"), ("", "2")}
     assert "**Look 2" not in (twin / "final" / "FINAL.md").read_text()
     assert "2 exports stand side by side" in (tmp_path / "final" / "FINAL.md").read_text()
     assert all(row["deviation"] is None for row in table["rows"]), "one seed has none"
@@ -317,7 +322,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
     said = list[str]()
     (case,) = cases_of(exported)
     contender = contenders([case], 1000)[1]
-    heard = Hearing(
+    heard = TestEvaluator(
         *splits.open_test("digits", None, 3),
         7,
         case.study.store,
@@ -381,7 +386,7 @@ def marks(study: Study, mark: Path, tell: Tell) -> None:
 
 def test_times_of_unlike_devices_are_no_mean() -> None:
     verdict = Verdict(torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool))
-    found = Judged(dict.fromkeys(COLUMNS, verdict), {}, {})
+    found = TestVerdicts(dict.fromkeys(COLUMNS, verdict), {}, {})
     seeds = [
         {
             "export": "e",
@@ -403,11 +408,11 @@ def test_two_runs_at_one_export_lose_no_look(tmp_path: Path, monkeypatch: pytest
         time.sleep(0.3)
         write_atomic(path, data)
 
-    monkeypatch.setattr(looks, "write_atomic", slowly)
-    asked = [{name: seed for name in looks.SAME} for seed in range(3)]
+    monkeypatch.setattr(test_set_log, "write_atomic", slowly)
+    asked = [{name: seed for name in test_set_log.SAME} for seed in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(partial(looks.opened, tmp_path), asked))
-    assert len(json.loads((tmp_path / looks.OPENED).read_text())) == 3
+        list(pool.map(partial(test_set_log.opened, tmp_path), asked))
+    assert len(json.loads((tmp_path / test_set_log.OPENED).read_text())) == 3
 
 
 def test_who_asks_a_final_run_to_end_is_heard_as_ctrl_c(exported: Path) -> None:
@@ -427,7 +432,7 @@ def asked_to_end(study: Study, tell: Tell) -> None:
 def test_a_seed_that_diverges_costs_the_others_nothing(
     judged: Found, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverges(cases: Sequence[Case], seed: int, tell: Tell) -> None:
+    def diverges(cases: Sequence[ExportedWinner], seed: int, tell: Tell) -> None:
         if seed == 1000:
             raise TrialError("the training diverged: loss is nan after epoch 1")
 

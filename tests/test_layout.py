@@ -32,7 +32,7 @@ def test_a_package_imports_only_from_those_to_its_left(path: Path) -> None:
 
 def test_only_final_opens_the_test_split() -> None:
     openers = {p.name for p in FILES if "open_test" in p.read_text()}
-    assert openers <= {"splits.py", "final.py"}
+    assert openers <= {"splits.py", "final_run.py"}
 
 
 @pytest.mark.parametrize(

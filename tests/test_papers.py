@@ -9,10 +9,10 @@ import torch
 import yaml
 
 import defenses
-from search import papers
 from search.data.datasets import DATASETS
-from search.papers import read, rows, table, tables
-from search.setting import ATTACKS
+from search.reproduce import paper_tables
+from search.reproduce.cell_setting import ATTACKS
+from search.reproduce.paper_tables import read, rows, table, tables
 from spaces.exceptions import InputError
 from spaces.space import SearchSpace
 
@@ -149,4 +149,4 @@ def test_what_stands_for_nothing_is_refused_with_the_tables_name(part: str, valu
 
 
 def test_every_file_of_the_folder_is_read() -> None:
-    assert {path.stem for path in papers.FOLDER.iterdir()} == {"puvae", "defense-vae", "advae", "gmvae"}
+    assert {path.stem for path in paper_tables.FOLDER.iterdir()} == {"puvae", "defense-vae", "advae", "gmvae"}

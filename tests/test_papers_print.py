@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from search.papers import Table, table, tables
+from search.reproduce.paper_tables import Table, table, tables
 
 ROOT = Path(__file__).parent.parent
 PAPERS = Path(os.environ.get("CRUCIBLE_PAPERS", ROOT.parent / "shared" / "papers"))

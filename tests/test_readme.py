@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from search.flags import given
-from search.listings import rows
+from search.cli.flags import given
+from search.cli.listings import rows
 from search.study.fields import Fields
 from search.study.loading import make_study
 from tests.test_cli import ROOT, Said, parsed, said

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from search.export import FILES, SEAL, seal
+from search.export.loader import FILES, SEAL, seal
 from search.formatting import spoken_device
 from search.report.cost import cost
 from search.report.page import render

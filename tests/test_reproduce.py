@@ -23,15 +23,15 @@ from attacks.suite import FGSM_TARGETED
 from attacks.threat import ThreatModel
 from attacks.view import View
 from defenses.base import Batches, Defended, Shape
-from search import papers
-from search.cells import UNTAUGHT, Cells, Ours
-from search.pace import Pace
-from search.papers import Cell, Summary, Table
-from search.portion import Portion
-from search.reproduce import _named, _order, _summed, beside, page, reproduce
-from search.reproduce_page import _summary
-from search.setting import Setting
-from search.strike import NotRun
+from search.reproduce import paper_tables
+from search.reproduce.attack_cell import NotRun
+from search.reproduce.cell_setting import Setting
+from search.reproduce.cells import UNTAUGHT, Cells, Ours
+from search.reproduce.fraction import Fraction
+from search.reproduce.page import _summary, page
+from search.reproduce.paper_tables import Cell, Summary, Table
+from search.reproduce.progress import Pace
+from search.reproduce.reproduction import _named, _order, _summed, beside, reproduce
 from search.study.loading import make_study
 from search.trial.runner import Bench
 from spaces.exceptions import InputError
@@ -49,7 +49,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "GMVAE": {**WHITE, "measure": "rejection"},
     "Searched": {**WHITE, "knobs": {**GMVAE, "reclassify": True}, "measure": "reclassified"},
 }
-HALF = Portion(0.5)
+HALF = Fraction(0.5)
 
 
 def tiny(columns: dict[str, dict[str, Any]] = COLUMNS, **fields: Any) -> Table:
@@ -151,7 +151,7 @@ def test_a_cell_that_fails_says_why_and_ends_nothing(finished: tuple[dict[str, A
 
 
 def test_ratios_are_found_after_all_times_and_after_what_they_are_ratios_of() -> None:
-    times = papers.table("puvae/7")
+    times = paper_tables.table("puvae/7")
     order = [times.cells[i].labels for i in _order(times)]
     assert [figure for figure, _ in order] == 3 * ["Time (seconds)"] + 3 * ["Ratio"] and order[3][1] == "PuVAE"
 
@@ -261,7 +261,7 @@ def test_times_are_compared_as_multiples_of_the_fastest(storage: Path) -> None:
 
 
 def test_a_limit_of_time_cuts_the_descent_and_leaves_out_what_is_too_slow(storage: Path) -> None:
-    cells = Cells(str(storage), None, Portion(0.2), 0, lambda *heard: None)
+    cells = Cells(str(storage), None, Fraction(0.2), 0, lambda *heard: None)
     gan: dict[str, Any] = {"defense": "defense_gan", "knobs": {"latent": 4, "maps": 2, "restarts": 4, "steps": 10_000}}
     ours = cells.run(Setting(task="digits/A", **ATTACK, **gan, limit_s=0.2))
     assert 1 <= ours.ran["steps"] < 10_000
@@ -277,8 +277,8 @@ def test_a_black_box_attacker_asks_whom_its_oracle_is(storage: Path, monkeypatch
         assert options["rounds"] == 2
         return Substitute(target, 0, 1.0)
 
-    monkeypatch.setattr("search.strike.train_substitute", trained)
-    cells = Cells(str(storage), None, Portion(0.1), 0, lambda *heard: None)
+    monkeypatch.setattr("search.reproduce.reproduction.attack_cell.train_substitute", trained)
+    cells = Cells(str(storage), None, Fraction(0.1), 0, lambda *heard: None)
     for oracle in ("bare", "defended"):
         trained_on = {"defense": "adversarial_training", "knobs": {"attack": "fgsm", "epochs": 1}, "oracle": oracle}
         setting: dict[str, Any] = {**ATTACK, **trained_on, "knowledge": "black-box", "substitute": "A"}
@@ -313,15 +313,15 @@ def test_the_trainings_that_are_shared_never_look_at_a_classifier(defense: str) 
 def test_a_fraction_cuts_images_epochs_batches_and_steps() -> None:
     space = SearchSpace.of(defenses.find("defense_gan"))
     paper = space.narrow({**space.defaults, "restarts": 20}).complete({})
-    cut = Portion(0.05).params(defenses.find("defense_gan"), paper)
+    cut = Fraction(0.05).params(defenses.find("defense_gan"), paper)
     assert (cut.train["epochs"], cut.train["batch_size"]) == (9, 16)  # of the 40 epochs that count, and the least
     assert (cut.inference["steps"], cut.inference["restarts"]) == (45, 4)
     assert {n: v for n, v in cut.train.items() if n not in ("epochs", "batch_size")}.items() <= paper.train.items()
-    assert (Portion(0.05).training_images(54_000), Portion(0.05).attacked(6_000)) == (5710, 300)
-    assert (Portion(0.05).attacked(128), Portion(0.05).attacked(30)) == (50, 30)
-    assert (Portion(0.05).epochs(20), Portion(0.05).epochs(10), Portion(0.05).epochs(3)) == (4, 4, 3)
-    assert Portion(1).params(defenses.find("defense_gan"), paper) == paper
-    assert (Portion(1).epochs(926), Portion(1).attacked(6_000)) == (926, 6_000)
+    assert (Fraction(0.05).training_images(54_000), Fraction(0.05).attacked(6_000)) == (5710, 300)
+    assert (Fraction(0.05).attacked(128), Fraction(0.05).attacked(30)) == (50, 30)
+    assert (Fraction(0.05).epochs(20), Fraction(0.05).epochs(10), Fraction(0.05).epochs(3)) == (4, 4, 3)
+    assert Fraction(1).params(defenses.find("defense_gan"), paper) == paper
+    assert (Fraction(1).epochs(926), Fraction(1).attacked(6_000)) == (926, 6_000)
 
 
 def test_the_time_left_is_told_from_timed_steps_and_runs_out(storage: Path) -> None:
@@ -341,7 +341,7 @@ def test_the_time_left_is_told_from_timed_steps_and_runs_out(storage: Path) -> N
 @pytest.mark.parametrize("fraction", [0.0, 1.5, -1.0])
 def test_a_fraction_lies_between_0_and_1(fraction: float) -> None:
     with pytest.raises(InputError, match="fraction must be above 0 and at most 1, but is"):
-        Portion(fraction)
+        Fraction(fraction)
 
 
 def test_a_table_that_there_is_not_is_named_before_anything_runs(tmp_path: Path) -> None:

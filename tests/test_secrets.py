@@ -11,7 +11,8 @@ import pytest
 import wandb
 from rich.console import Console
 
-from search import session, winners
+from search import session
+from search.export import exporter
 from search.optimizer.history import SearchHistory
 from search.study.catalog import search_names
 from search.study.loading import make_study
@@ -58,7 +59,7 @@ def test_no_secret_stands_in_what_a_search_a_report_and_an_export_write_or_say(
     console = Console(file=said, width=200)
     assert session.begin(study, console, debug=True) == 0
     candidates = SearchHistory(study).candidates()[:1]
-    winners.export_all(study, candidates, 1, study.folder / "export", console, despite_alarms=True)
+    exporter.export_all(study, candidates, 1, study.folder / "export", console, despite_alarms=True)
     wandb.teardown()
 
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -17,10 +17,10 @@ from defenses.base import Defended
 from search.data import splits
 from search.engine.run import run
 from search.exceptions import AlarmError
+from search.export.exporter import export, pick
 from search.optimizer.history import SearchHistory
 from search.study.candidate import Candidate
 from search.study.study import Study
-from search.winners import export, pick
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.zoo import HONEST, LABELS, ZOO

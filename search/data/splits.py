@@ -78,7 +78,7 @@ def load_held_out(dataset: str, data_dir: str | Path | None = None) -> Tensor:
 
 
 def open_test(dataset: str, data_dir: str | Path | None = None, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the test split as `load` returns the others. For search/final.py alone: no search may see it."""
+    """Return the test split as `load` returns the others. For search/final/final_run.py alone: no search may see it."""
     _data_set(dataset)
     return _tensors(dataset, "test", slice(None), data_dir, limit)
 

@@ -16,10 +16,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from attacks.interval import wilson
-from search import provenance
 from search.classifiers.task import find_task
 from search.data.cache import caches, read_ledger
 from search.data.datasets import DATASETS
+from search.export import provenance
 from search.formatting import duration, milliseconds, percent, spoken_device, spoken_eps, spoken_value
 from search.report.charts import charts
 from search.report.cost import cost

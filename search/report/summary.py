@@ -13,7 +13,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from attacks.threat import Knowledge
-from search.export import opened
+from search.export.loader import opened
 from search.formatting import milliseconds, percent, spoken_device, spoken_eps
 from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report import status

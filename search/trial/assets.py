@@ -34,8 +34,8 @@ class Materials:
     """Data, classifiers and adversarial images of a study, on the device; each made on first use.
 
     Attributes:
-        trained: the study as the fingerprints of what is trained see it; search/retrained.py says there that it takes
-            the validation images too.
+        trained: the study as the fingerprints of what is trained see it; search/final/retraining.py says there
+            that it takes the validation images too.
     """
 
     def __init__(self, study: Study, store: Store) -> None:

@@ -1,0 +1,77 @@
+"""The commands that look things up: what there is, what this machine can do, the data sets."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import typer
+
+from search.cli import flags as f
+from search.cli.terminal import BASH, Group, command, end, progress, show
+from spaces.exceptions import choose
+
+app = typer.Typer()
+data = typer.Typer(cls=Group, no_args_is_help=True, help="Fetch, check and list the data sets.")
+LOOK = "Look up"
+LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
+
+
+@command(app, LOOK, "list spaces", "list tables --json", name="list")
+def list_(what: f.Kind, storage: f.Storage = "runs", as_json: f.Json = False) -> None:
+    """List what there is to choose from."""
+    from search.cli import listings
+
+    show(listings.rows(what, storage), as_json)
+
+
+@command(app, LOOK, "doctor", "doctor --address auto --json")
+def doctor(
+    storage: f.Storage = "runs", data_dir: f.DataDir = None, address: f.Address = None, as_json: f.Json = False
+) -> None:
+    """Say what this machine and the cluster can do, and what is missing.
+
+    Each missing piece is named with its remedy, and exit code 1; `-` marks
+    what is absent and not needed.
+    """
+    from search.cli.doctor import examine
+
+    with progress(as_json):
+        summary = examine(storage, data_dir, address)
+    said = {True: "yes", False: "NO"}
+    rows = [vars(one) if as_json else vars(one) | {"well": "-" if one.optional else said[one.well]} for one in summary]
+    show(rows, as_json)
+    end(int(any(not finding.well for finding in summary)))
+
+
+@command(app, LOOK, "completion bash")
+def completion(shell: f.Shell = "bash") -> None:
+    """Print what completes `python launch.py` in a shell.
+
+    In ~/.bashrc: eval "$(PATH/.venv/bin/python PATH/launch.py completion)"
+    """
+    choose("the shell", shell, ["bash"])
+    typer.echo(BASH.replace("LAUNCH", shlex.quote(str(LAUNCH))), nl=False)
+
+
+@command(data, "Commands", "data fetch mnist cifar10", name="fetch")
+def data_fetch(names: f.DataSets, data_dir: f.DataDir = None, as_json: f.Json = False) -> None:
+    """Download data sets, check them and decode them into the cache."""
+    from search import session
+
+    with progress(as_json) as screen:
+        session.fetch(names, data_dir, screen)
+    if as_json:
+        show(session.check(names, data_dir), as_json)
+
+
+@command(data, "Commands", "data check mnist --json", name="check")
+@command(data, "Commands", "data list", name="list")
+def data_check(names: f.MaybeDataSets = None, data_dir: f.DataDir = None, as_json: f.Json = False) -> None:
+    """Say which data sets are cached, checked against their checksums."""
+    from search import session
+
+    show(session.check(names or [], data_dir), as_json)
+
+
+app.add_typer(data, name="data", rich_help_panel=LOOK)

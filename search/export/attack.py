@@ -1,0 +1,266 @@
+"""Attack an exported winner: any suite, under any threat model, on the validation split.
+
+Shapes: N images.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor, nn
+
+from attacks.interval import wilson
+from attacks.robustness import Outsider, Robustness, Verdict, craft_oblivious, observe
+from attacks.selective import fool
+from attacks.suite import MIXTURE, SUITES, Suite, reproducible
+from attacks.threat import Norm, ThreatModel
+from attacks.tidy import Draws
+from attacks.view import View, bare, openings, stochastic
+from search.classifiers.architectures import ARCHITECTURES
+from search.classifiers.task import Task, find_task
+from search.console import working
+from search.data import splits
+from search.export.loader import load
+from search.storage.atomic import write_atomic
+from search.trial.device_lock import DeviceLock
+from spaces.domain import as_written
+from spaces.exceptions import InputError, choose
+
+FOOLING = 100
+"""Fooling images, spread over the classes as targets. Source: GMVAE, section 4."""
+LOOKS = 20
+"""Draws of a stochastic defense's noise over which a final verdict is taken (docs/honest-numbers.md, check 8)."""
+
+
+def attack(
+    folder: Path,
+    suite: str,
+    *,
+    knowledge: str | None = None,
+    norm: str | None = None,
+    eps: float | str | None = None,
+    images: int | None = None,
+    substitute: str | None = None,
+    data_dir: str | None = None,
+    seed: int = 1,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run a suite on an export and on the classifier that it defends, and write what was found into the export.
+
+    Args:
+        knowledge, norm, eps: the threat model; else the export's, and in L2 eps must be given.
+        images: of the validation split; else as many as the search attacked.
+        substitute: the architecture of the black-box attacker's network; else the study's.
+        seed: another one than the search's gives other random starts and targets.
+        console: where it is said what goes on; else nowhere.
+
+    Returns:
+        The table, as JSON; it lies in FOLDER/attacks too.
+
+    Raises:
+        InputError: the folder is no export, or a word stands for nothing.
+    """
+    bout = _bout(folder, suite, knowledge, norm, eps, images, substitute, data_dir, seed)
+    (folder / "attacks").mkdir(exist_ok=True)  # before hours are spent
+    said = f"attacking {bout.known['candidate']}, then the bare classifier: suite {suite}, {bout.images} images"
+    start, device_lock = time.monotonic(), DeviceLock(bout.x_NCHW.device)  # a search may be measuring here
+    with working(console or Console(quiet=True), f"{said}, {bout.threat}"), device_lock.working():
+        oblivious = bout.oblivious()
+        found, undefended = bout.struck(bout.target, oblivious), bout.struck(bare(bout.target), oblivious)
+    table = _table(bout, found, undefended, time.monotonic() - start)
+    threat = bout.threat
+    by = f"-by-{bout.substitute}" if bout.blind else ""
+    name = f"{suite}-{threat.knowledge}{by}-{threat.norm}-{threat.eps:g}-images-{bout.images}-seed-{seed}"
+    write_atomic(folder / "attacks" / f"{name}.json", json.dumps(table, indent=1).encode())
+    write_atomic(folder / "attacks" / f"{name}.md", page(table).encode())
+    return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bout:
+    """An export, and what attacks it on which images.
+
+    Args:
+        known: its evidence.json.
+        substitute: the architecture of the black-box attacker's network.
+    """
+
+    target: nn.Module
+    known: Mapping[str, Any]
+    task: Task
+    attacks: Suite
+    threat: ThreatModel
+    x_NCHW: Tensor
+    y_N: Tensor
+    outsider: Outsider
+    substitute: str
+    seed: int
+
+    @property
+    def images(self) -> int:
+        return len(self.y_N)
+
+    @property
+    def blind(self) -> bool:
+        return self.threat.knowledge == "black-box"
+
+    def oblivious(self) -> dict[str, Tensor]:
+        """Return the images that are made against the bare classifier, by attack."""
+        images = (self.x_NCHW, self.y_N)
+        return {} if self.blind else craft_oblivious(self.attacks, bare(self.target), *images, self.threat, self.seed)
+
+    def struck(self, model: nn.Module, oblivious: Mapping[str, Tensor]) -> Robustness:
+        images, threat = (self.x_NCHW, self.y_N), self.threat
+        asked = self.outsider.craft(self.attacks, model, *images, threat, self.seed) if self.blind else (None, 0)
+        made = observe(self.attacks, model, *images, threat, oblivious=oblivious, black_box=asked[0], seed=self.seed)
+        return replace(made, queries=asked[1]).judge()
+
+
+def _bout(
+    folder: Path,
+    suite: str,
+    knowledge: str | None,
+    norm: str | None,
+    eps: float | str | None,
+    images: int | None,
+    substitute: str | None,
+    data_dir: str | None,
+    seed: int,
+) -> _Bout:
+    """Return what `attack` asks for; see there."""
+    attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=LOOKS)
+    target = load(folder).unchecked()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    known = json.loads((folder / "evidence.json").read_text())
+    threat = _threat(ThreatModel(**config["threat"]), knowledge, norm, eps)
+    if not any((attacks.within(threat).oblivious, attacks.within(threat).white_box)):
+        raise InputError(f"the suite {suite} has no attack in {threat.norm}")
+    task = find_task(config["task"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    splits.expect(task.dataset, data_dir, known["data_sha256"])
+    x_NCHW, y_N = (t.to(device) for t in splits.load(task.dataset, "validation", data_dir, None))
+    partner = find_task(f"{task.dataset}/{config['classifier']}").partner
+    own = find_task(f"{task.dataset}/{substitute or config['study'].get('substitute') or partner}").classifier
+    free = splits.sizes(task.dataset, data_dir).attackable(threat.knowledge)
+    wanted = min(known["images"], free) if images is None else images
+    if not 1 <= wanted <= free:
+        raise InputError(f"images must be from 1 to {free} of {task.dataset}'s validation split, but is {wanted}")
+    held_out_NCHW = splits.load_held_out(task.dataset, data_dir)
+    return _Bout(
+        target=target.to(device),
+        known=known,
+        task=task,
+        attacks=attacks,
+        threat=threat,
+        x_NCHW=x_NCHW[:wanted],
+        y_N=y_N[:wanted],
+        outsider=Outsider(held_out_NCHW.to(device), lambda: ARCHITECTURES[own].build(task.shape)),
+        substitute=own,
+        seed=seed,
+    )
+
+
+def _table(bout: _Bout, found: Robustness, undefended: Robustness, seconds: float) -> dict[str, Any]:
+    """Return what is written, as JSON."""
+    attacks, noisy = bout.attacks, stochastic(bout.target)
+    return {
+        "export": bout.known["candidate"],
+        "alarms": bout.known["alarms"],
+        "suite": attacks.name,
+        "threat": asdict(bout.threat),
+        "images": bout.images,
+        "split": "validation",
+        "draws": LOOKS if noisy else 1,
+        "draws_in_a_gradient": attacks.draws if noisy else 1,
+        "seed": bout.seed,
+        "seconds": round(seconds, 1),
+        "clean": _figures(found.clean, bout.images),
+        "attacked": _figures(found.attacked, bout.images),
+        "undefended": _figures(undefended.attacked, bout.images),
+        "black_box_queries": found.queries,
+        "substitute": bout.substitute if bout.blind else None,
+        "fooling_images_accepted": _fooled(bout),
+        "trail": dict(found.trail),
+        "undefended_trail": dict(undefended.trail),
+        "budgets": _budgets(attacks, bout.threat),
+    }
+
+
+def page(table: Mapping[str, Any]) -> str:
+    """Return the table for people, in markdown."""
+    threat, attacked, clean = ThreatModel(**table["threat"]), table["attacked"], table["clean"]
+    warning = "".join(f"> **ALARM** {alarm}\n\n" for alarm in table["alarms"])
+    low, high = attacked["interval"]
+    rows = "\n".join(
+        f"| {name} | {_percent(left)} | {_percent(table['undefended_trail'].get(name))} |"
+        for name, left in table["trail"].items()
+    )
+    worst = f", worst {_percent(attacked['worst'])}" if table["draws"] > 1 else ""
+    asked = f" The black-box attacker trained a {table['substitute']} on {table['black_box_queries']} answers."
+    asked = asked if table["substitute"] else ""
+    accepted = table["fooling_images_accepted"]
+    fooling = "" if accepted is None else f"{_percent(accepted)} of {FOOLING} fooling images (Eq. 11) are accepted.\n\n"
+    return f"""# {table["export"]} under the suite {table["suite"]}
+
+{warning}{threat}: **{_percent(attacked["accuracy"])}** of {table["images"]} validation images withstand all \
+(95 % interval {_percent(low)} to {_percent(high)}{worst}); error {_percent(attacked["error"])}, rejected \
+{_percent(attacked["rejection"])}; clean {_percent(clean["accuracy"])}, rejected {_percent(clean["rejection"])}; \
+undefended {_percent(table["undefended"]["accuracy"])}. Mean of {table["draws"]} draw(s).{asked}
+
+| after | accuracy left | undefended |
+| --- | --- | --- |
+{rows}
+
+{fooling}White-box rows are cumulative. Budgets: the JSON beside this page.
+"""
+
+
+def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: float | str | None) -> ThreatModel:
+    norm = norm if norm is None else choose("the norm", norm, get_args(Norm))
+    if eps is None and norm not in (None, own.norm):
+        raise InputError(f"eps must be given where the norm is not the export's, {own.norm}, but is not")
+    if isinstance(bound := as_written(eps), str):
+        raise InputError(f"eps must be a number or a fraction, but is {eps!r}")
+    given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": bound}
+    return replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
+def _fooled(bout: _Bout) -> float | None:
+    """Return how many of 100 fooling images are accepted, a fraction; None where nothing aims at the mixture."""
+    target = bout.target
+    if MIXTURE not in bout.attacks.white_box or "mixture" not in openings(target):
+        return None
+    ids = torch.arange(FOOLING, device=bout.x_NCHW.device)
+    _, channels, height, width = bout.x_NCHW.shape
+    images_NCHW = fool(View(target), ids % bout.task.shape.classes, (channels, height, width), Draws(bout.seed, ids))
+    with torch.no_grad(), reproducible(target, bout.seed):
+        return float(target.accept(images_NCHW).double().mean())  # type: ignore[operator]
+
+
+def _budgets(suite: Suite, threat: ThreatModel) -> list[dict[str, Any]]:
+    """Return the budget of each attack of a suite."""
+    suite = suite.within(threat)
+    groups = suite.white_box if threat.knowledge == "white-box" else ()
+    return [attack.budget(threat) for attack in dict.fromkeys((*suite.oblivious, *groups))]
+
+
+def _figures(verdict: Verdict, images: int) -> dict[str, Any]:
+    return {
+        "accuracy": verdict.accuracy,
+        "interval": wilson(verdict.accuracy, images),
+        "worst": verdict.worst,
+        "error": verdict.error,
+        "rejection": verdict.rejection,
+    }
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

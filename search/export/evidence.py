@@ -1,0 +1,200 @@
+"""What stands beside an export's number: evidence.json, from which card.md is written too."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from torch import nn
+
+from attacks.audit import TWICE, Audit
+from attacks.interval import wilson
+from attacks.probes import Gate, at_most
+from attacks.robustness import Robustness, Verdict
+from attacks.suite import SUITES
+from attacks.threat import ThreatModel
+from defenses.base import Defense
+from search.data import splits
+from search.data.datasets import DATASETS
+from search.export.provenance import again as command
+from search.export.provenance import code, libraries
+from search.study.candidate import Candidate
+from search.trial.runner import Bench
+
+REPRODUCED = 0.02
+"""How far the search's figure may lie from the same attack run again, a fraction."""
+
+
+def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness) -> dict[str, Any]:
+    """Return what is known of a candidate, alarms first.
+
+    Args:
+        found: the audit's attacks.
+        again: the search's, run again. Its verdicts count too.
+    """
+    score, study = candidate.score, bench.study
+    attacks = {"search": dict(score.attacks), "audit": dict(found.robustness.trail)}
+    budgets = _budgets(bench, score.threat)
+    gates = _gates(bench, candidate, found, again, _named(attacks, budgets, score.threat))
+    return {
+        "alarms": [*(gate.alarm for gate in gates if not gate.passed), *score.alarms],
+        "candidate": candidate.candidate,
+        "search": study.name,
+        "model": _model(bench, candidate),
+        "threat": asdict(score.threat),
+        **_accuracies(found.robustness, again, score.images),
+        "attacked_accuracy_of_the_search": score.attacked_accuracy,
+        "rejects": bench.resolved.defense.rejects(),
+        "latency_ms_p50": score.latency_ms_p50,
+        "latency_ms_p95": score.latency_ms_p95,
+        "images": score.images,
+        "baselines": {name: _baseline(beside, score.images) for name, beside in found.baselines.items()},
+        "gates": [asdict(gate) for gate in gates],
+        "attacks": attacks,
+        "budgets": budgets,
+        **_data(bench),
+        "fit": candidate.fit,
+        "training": {"classifier_epochs": study.classifier_epochs, "last_epoch": _last_epoch(bench, candidate)},
+        "seeds": {"search": study.seed, "audit": study.seed + 1},
+        "device": score.device,
+        "code": code(),
+        "versions": {"python": sys.version.split()[0], **libraries()},
+        "reproduce": command(study, candidate.params),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _accuracies(audited: Robustness, again: Robustness, images: int) -> dict[str, Any]:
+    """Return what the audit's attacks and the search's, run again, leave together."""
+    attacked, oblivious, strongest = (
+        worse(one, other)
+        for one, other in (
+            (audited.attacked, again.attacked),
+            (audited.oblivious, again.oblivious),
+            (audited.strongest, again.strongest),
+        )
+    )
+    return {
+        **figures("attacked", attacked, images),
+        "draws": len(attacked.right),
+        "attacked_accuracy_worst_draw": attacked.worst,
+        "attacked_error": attacked.error,
+        "attacked_rejection": attacked.rejection,
+        **figures("oblivious", oblivious, images),
+        **figures("white_box", strongest, images),
+        "black_box_accuracy": attacked.accuracy if audited.black_box else None,
+        "black_box_queries": audited.queries,
+        **figures("clean", audited.clean, images),
+        "clean_error": audited.clean.error,
+        "clean_rejection": audited.clean.rejection,
+    }
+
+
+def _gates(bench: Bench, candidate: Candidate, found: Audit, again: Robustness, named: Gate) -> tuple[Gate, ...]:
+    """Return the audit's gates, and those that ask about the search beside it."""
+    same = float(bench.resolved.suite.name == SUITES["audit"].name)
+    drift = abs(again.attacked.accuracy - candidate.score.attacked_accuracy)
+    law = "the search's attacks run again give the same figure"
+    return (
+        named,
+        *found.gates,
+        at_most(2, "reproduced", law, drift, REPRODUCED),
+        at_most(12, "separate", "what audits is not what selected", same, 0.0),
+    )
+
+
+def _named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any], threat: ThreatModel) -> Gate:
+    """Check 1: every figure under an attack has that attack's budget beside it."""
+    known = {one["attack"] for suite in budgets.values() for one in (*suite["oblivious"], *suite["white_box"])}
+    ran = {name.partition("/")[2].partition(" (")[0] for trail in attacks.values() for name in trail}
+    return at_most(1, "named", f"every attack has a name and a budget ({threat})", len(ran - known), 0.0)
+
+
+def _budgets(bench: Bench, threat: ThreatModel) -> dict[str, Any]:
+    suites = {"search": bench.resolved.suite, "audit": SUITES["audit"].within(threat), "convergence": TWICE}
+    return {
+        name: {
+            "draws": suite.draws,
+            "looks": suite.looks,
+            "oblivious": [attack.budget(threat) for attack in suite.oblivious],
+            "white_box": [attack.budget(threat) for attack in suite.white_box],
+        }
+        for name, suite in suites.items()
+    }
+
+
+def _model(bench: Bench, candidate: Candidate) -> dict[str, Any]:
+    """Return what is needed to build the model again, and what it is in words."""
+    resolved = bench.resolved
+    about, source = described(resolved.defense)
+    built = bench.build(candidate.params)
+    return {
+        "defense": bench.study.defense,
+        "about": about,
+        "source": source,
+        "task": bench.study.task,
+        "shape": asdict(resolved.task.shape),
+        "classifier": resolved.protected,
+        "trained_with": resolved.task.classifier,
+        "consulted": list(bench.consulted(built)),
+        "parameters": {"defense": _size(built), "classifier": _size(bench.target.network)},
+        "train": dict(candidate.params.train),
+        "inference": dict(candidate.params.inference),
+    }
+
+
+def described(kind: type[Defense]) -> tuple[str, str]:
+    """Return what a defense is, in a sentence, and its source, as its file's docstring has them."""
+    text = inspect.getdoc(sys.modules[kind.__module__]) or ""
+    source = re.search(r"Sources?: (.*?)(?:\sShapes: |$)", text.replace("\n", " "))
+    return text.partition("\n\n")[0].replace("\n", " "), source.group(1).strip() if source else ""
+
+
+def _size(network: nn.Module) -> int:
+    return sum(part.numel() for part in network.parameters())
+
+
+def _data(bench: Bench) -> dict[str, Any]:
+    dataset = bench.resolved.task.dataset
+    return {
+        "data": dataset,
+        "data_licence": DATASETS[dataset].licence,
+        "data_sha256": splits.checksum(dataset, bench.study.data_dir),
+        "split": "validation: kept from the training set by a fixed rule (search/data/datasets.py), never test",
+        "train_images": bench.study.train_images or "all",
+    }
+
+
+def _last_epoch(bench: Bench, candidate: Candidate) -> dict[str, float]:
+    """Return what the fit's last epoch reported."""
+    curve = bench.store.about("fits", candidate.fit)["curve"]
+    return dict(curve[-1]) if curve else {}
+
+
+def _baseline(beside: Robustness, images: int) -> dict[str, Any]:
+    return {
+        "clean_accuracy": beside.clean.accuracy,
+        **figures("attacked", beside.attacked, images),
+        "oblivious_accuracy": beside.oblivious.accuracy,
+        "white_box_accuracy": beside.strongest.accuracy,
+    }
+
+
+def worse(one: Verdict, other: Verdict) -> Verdict:
+    """Return what both left; of a defense that draws noise what left less, for a draw of the one is none of the other.
+
+    A search that judged by fewer draws than the audit does not count against it.
+    """
+    if len(one.right) == 1:
+        return one & other
+    return min(one, other, key=lambda verdict: verdict.accuracy) if len(other.right) == len(one.right) else one
+
+
+def figures(name: str, verdict: Verdict, images: int) -> dict[str, Any]:
+    """Return an accuracy and its Wilson 95 % interval."""
+    return {f"{name}_accuracy": verdict.accuracy, f"{name}_accuracy_interval": wilson(verdict.accuracy, images)}

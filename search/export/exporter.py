@@ -1,0 +1,209 @@
+"""Winners: who of a search is exported, the audit of each before it is, and what is written."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from attacks.audit import Audit, audit
+from attacks.robustness import Robustness
+from attacks.suite import AttackError
+from attacks.threat import ThreatModel
+from defenses.base import Defended, Defense
+from search.console import working
+from search.exceptions import AlarmError
+from search.export.evidence import evidence
+from search.export.loader import SEAL, opened, seal
+from search.export.model_card import card
+from search.formatting import points
+from search.optimizer.history import SearchHistory
+from search.storage.atomic import folder_atomic, write_atomic
+from search.storage.store import Store, to_bytes
+from search.study import ranking, sync
+from search.study.candidate import Candidate
+from search.study.study import Study
+from search.tracking.wandb_tracker import log_exports
+from search.trial.runner import Bench
+from search.trial.training import silent
+from spaces.exceptions import InputError
+
+TRIES = 2
+"""How many candidates more than asked for an export audits when the audit refuses some."""
+FIGURES = (
+    *("attacked_accuracy", "attacked_accuracy_of_the_search", "attacked_error", "attacked_rejection"),
+    *("oblivious_accuracy", "black_box_accuracy", "white_box_accuracy"),
+    *("clean_accuracy", "clean_rejection", "latency_ms_p50"),
+)
+"""What is said of an export, by the names of its evidence."""
+
+
+def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) -> tuple[list[Candidate], int]:
+    """Return the candidates that an export asks for, and how many of them it wants: of the best, so many that pass.
+
+    Raises:
+        InputError: there is no such candidate, or none within the constraints.
+    """
+    history = SearchHistory(study)
+    known = {found.candidate: found for found in history.candidates()}
+    if candidate is not None:
+        begun = [candidate] if candidate in known else [name for name in known if name.startswith(candidate)]
+        if len(begun) != 1:
+            raise InputError(
+                f"a candidate must be one of the {len(known)} in {study.folder / 'candidates.csv'}, or the beginning "
+                f"of one alone, but {candidate!r} begins {len(begun) or 'none'}"
+            )
+        return [known[begun[0]]], 1
+    chosen = ranking.front(study, known.values()) if pareto else history.feasible()
+    if not chosen:
+        raise InputError(f"an export needs a candidate within the constraints, but {study.name} has none")
+    return chosen, len(chosen) if top is None else min(top, len(chosen))
+
+
+def export_all(
+    study: Study, candidates: Sequence[Candidate], wanted: int, out: Path, console: Console, *, despite_alarms: bool
+) -> list[dict[str, Any]]:
+    """Audit and export candidates in order until `wanted` are written, or too few passed.
+
+    Returns:
+        What became of each that was audited: its `folder` (None where it was refused), and what was found of it
+        (`audited`) or why it was `refused`.
+
+    Raises:
+        InputError: `out` cannot be written, or holds exports of another search, or one that was changed.
+    """
+    _writable(out)
+    told: list[dict[str, Any]] = []
+    made: list[Path] = []
+    for candidate in candidates[: wanted + TRIES]:
+        refused = sum(one["folder"] is None for one in told)
+        if len(told) - refused == wanted:
+            break
+        folder = out / candidate.candidate
+        if (other := _exported(folder)) not in (None, study.name):
+            raise InputError(
+                f"a folder of exports must be of one search, but {folder} is of {other}: choose another --out"
+            )
+        try:
+            if not folder.exists():
+                store = study.store
+                with working(console, f"auditing {candidate.candidate} by heavier attacks than it was chosen by"):
+                    made.append(export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms))
+            found = json.loads(opened(folder)["evidence.json"])
+            sync.deliver(study, *folder.iterdir())
+            console.print(f"{_audited(found)}\nexported {folder}", highlight=False, soft_wrap=True)
+            audited = {name: found[name] for name in ("threat", *FIGURES, "alarms")}
+            told.append({"candidate": candidate.candidate, "folder": str(folder), "audited": audited})
+        except AlarmError as error:
+            line = f"refused: {error} (--despite-alarms writes it all the same)"
+            console.print(line, highlight=False, soft_wrap=True)
+            told.append({"candidate": candidate.candidate, "folder": None, "refused": str(error)})
+    log_exports(study, made, partial(console.print, highlight=False, soft_wrap=True))
+    return told
+
+
+def export(
+    study: Study, candidate: Candidate, store: Store, out: Path, *, refused: int = 0, despite_alarms: bool = False
+) -> Path:
+    """Audit a candidate and write its export.
+
+    Args:
+        out: the folder of exports; the candidate gets a folder of its name in it.
+        refused: how many candidates that ranked higher the audit refused before; the evidence says so.
+        despite_alarms: write it in spite of alarms, which the evidence then names first.
+
+    Raises:
+        InputError: the export exists.
+        AlarmError: the audit raised alarms.
+    """
+    folder = out / candidate.candidate
+    if folder.exists():
+        raise InputError(f"an export must be a new folder, but {folder} exists")
+    bench = Bench.of(study, store)
+    if bench.fingerprint(candidate.params) != candidate.fit:
+        raise InputError(
+            f"an export needs the fit that was scored, {candidate.fit}, but the code, the data or the study's settings "
+            f"have changed since; search again under another name"
+        )
+    _, defense = bench.fit(candidate.params, silent)
+    found, again = _examined(bench, candidate, defense)
+    known = evidence(bench, candidate, found, again) | {"refused_before_it": refused}
+    if known["alarms"] and not despite_alarms:
+        raise AlarmError(f"{candidate.candidate} raised {len(known['alarms'])} alarm(s): {'; '.join(known['alarms'])}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder_atomic(folder) as temporary:
+        files = _files(bench, defense, known)
+        files["pictures.png"] = bench.picture(candidate.params, temporary / "pictures.png").read_bytes()
+        for name, content in {**files, SEAL: seal(files)}.items():
+            write_atomic(temporary / name, content)
+    return folder
+
+
+def _examined(bench: Bench, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness]:
+    """Return a candidate's audit, and what the search's own attacks find when they are run again."""
+    evaluator, bare = bench.evaluator, bench.target.network
+    beside = bench.adversarially_trained()
+    try:
+        with bench.device_lock.working():
+            found = audit(
+                Defended(defense, bare),
+                evaluator.x_NCHW,
+                evaluator.y_N,
+                evaluator.threat,
+                seed=bench.study.seed + 1,
+                outsider=evaluator.outsider,
+                baselines=beside,
+            )
+    except (AttackError, InputError) as error:
+        raise AlarmError(f"{candidate.candidate} cannot be audited: {error}") from None
+    aimed = Defended(defense.at(bench.aimed(candidate.params).inference), bare)
+    with bench.device_lock.working():
+        again = evaluator.observe(aimed).judge(defense.at(candidate.params.inference).limits())
+    return found, again
+
+
+def _files(bench: Bench, defense: Defense, known: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the files of an export, but the pictures."""
+    study = bench.study.model_dump(exclude={"storage", "data_dir", "address"})
+    config = {**known["model"], "threat": known["threat"], "study": study}
+    return {
+        "weights.safetensors": to_bytes(defense),
+        "classifier.safetensors": to_bytes(bench.target.network),
+        "config.yaml": yaml.safe_dump(config, sort_keys=False).encode(),
+        "card.md": card(known).encode(),
+        "evidence.json": json.dumps(known, indent=1).encode(),
+    }
+
+
+def _writable(out: Path) -> None:
+    """Check, before an audit is paid for, that exports can be written; nothing is left behind."""
+    there = next(path for path in (out, *out.resolve().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"a folder of exports must be one that can be written, but {out}: {error.strerror}") from None
+
+
+def _exported(folder: Path) -> str | None:
+    """Return the search whose export lies in a folder; None where there is none."""
+    config = folder / "config.yaml"
+    return str(yaml.safe_load(config.read_text())["study"]["name"]) if config.exists() else None
+
+
+def _audited(found: Mapping[str, Any]) -> str:
+    """Return what the audit left of a candidate, beside what the search had found."""
+    audited, searched = points(found["attacked_accuracy"]), points(found["attacked_accuracy_of_the_search"])
+    passed = sum(gate["passed"] for gate in found["gates"])
+    return (
+        f"audited: {audited} % attacked accuracy ({ThreatModel(**found['threat'])}; the search's lighter attacks left "
+        f"{searched} %), error {points(found['attacked_error'])} %, "
+        f"rejected {points(found['attacked_rejection'])} %, white-box {points(found['white_box_accuracy'])} %, "
+        f"{passed} of {len(found['gates'])} gates passed"
+    )

@@ -1,0 +1,70 @@
+"""Where a number comes from: the code, the libraries, and the command that makes it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from search.study.study import Study
+from spaces.domain import Scalar
+from spaces.space import Params
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("spaces", "attacks", "defenses", "search", "launch.py")
+EXAM = (
+    "protect",
+    "threat",
+    "norm",
+    "substitute",
+    "suite",
+    "train_images",
+    "eval_images",
+    "classifier_epochs",
+    "seed",
+)
+"""Fields of a study that shape a fit or its score, beside the defense, the task, eps and the knobs."""
+
+
+def code() -> dict[str, Any]:
+    """Return the version of our code: the commit where it lies in a repository, and the SHA-256 of its sources."""
+    sources = sorted(path for top in CODE for path in (*ROOT.glob(f"{top}/**/*.py"), *ROOT.glob(f"{top}*.py")))
+    digest = hashlib.sha256()
+    for path in sources:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    # The code may lie, as a copy, inside a repository that knows nothing of it.
+    commit = _git("log", "-1", "--format=%H", "--", "launch.py") and _git("rev-parse", "HEAD")
+    changed = bool(commit and _git("status", "--porcelain", "--", *CODE))
+    return {"commit": commit or None, "changed_since": changed, "sha256": digest.hexdigest()}
+
+
+def _git(*words: str) -> str:
+    """Return what git says; nothing where there is no git, or no repository."""
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+
+def libraries() -> dict[str, str]:
+    """Return the version of every installed distribution."""
+    found = {str(one.metadata["Name"]): one.version for one in distributions()}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def again(study: Study, params: Params) -> str:
+    """Return the command that trains the fit of `params` again and scores it at this one setting."""
+    evaluator = {"defense": study.defense, "task": study.task, "eps": study.resolved.threat.eps}
+    usual = Study()
+    evaluator |= {name: getattr(study, name) for name in EXAM if getattr(study, name) != getattr(usual, name)}
+    words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in evaluator.items()]
+    words += [f"--knob {shlex.quote(f'{name}={_written(value)}')}" for name, value in params.flat().items()]
+    return " ".join((f"python launch.py search --name {study.name}-again --trials 1", *words))
+
+
+def _written(value: Scalar) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,254 @@
+"""What a final run makes of a model on the test split: the suites, in blocks that are kept as they are finished.
+
+Shapes: D draws, N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import attacks.robustness
+from attacks.audit import audit
+from attacks.robustness import STEP, Verdict, craft_oblivious, observe
+from attacks.substitute import train_substitute
+from attacks.suite import SUITES, Attack, AttackError, Suite
+from attacks.view import bare
+from defenses.base import Defended
+from search.engine.jobs import Tell
+from search.export.evidence import worse
+from search.final.retraining import EvaluatedModel, ExportedWinner
+from search.storage.fingerprint import code_digests, fingerprint
+from search.storage.store import Store
+from search.study.candidate import Latency
+from search.trial.device_lock import DeviceLock
+from search.trial.evaluator import Evaluator
+from search.trial.latency import device_name, measure
+from spaces.exceptions import InputError
+from spaces.space import Params
+
+BLOCK = 500
+"""Test images that are judged together: what a run that dies has to do again."""
+FULL, AUTOATTACK = "full", "standard"
+
+
+@dataclass(frozen=True)
+class TestVerdicts:
+    """Verdicts on some images by what was asked (`clean`, `full/oblivious`, ...), and what else is known.
+
+    Args:
+        trail: accuracy after each attack: of AutoAttack, and of the oblivious and black-box ones of `full`.
+        about: JSON.
+    """
+
+    verdicts: Mapping[str, Verdict]
+    trail: Mapping[str, float]
+    about: Mapping[str, Any]
+
+    def tensors(self) -> bytes:
+        parts = {f"{part} {what}": getattr(v, part) for what, v in self.verdicts.items() for part in ("right", "wrong")}
+        # Verdicts may share their memory: safetensors wants each its own.
+        return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in parts.items()})
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> TestVerdicts:
+        named = sorted(name.removeprefix("right ") for name in tensors if name.startswith("right "))
+        verdicts = {what: Verdict(tensors[f"right {what}"], tensors[f"wrong {what}"]) for what in named}
+        return cls(verdicts, about["trail"], about["about"])
+
+    @classmethod
+    def joined(cls, blocks: Sequence[TestVerdicts]) -> TestVerdicts:
+        """Return what blocks of images say together."""
+        images = [next(iter(block.verdicts.values())).right.shape[1] for block in blocks]
+        verdicts = {
+            what: Verdict(*(torch.cat([getattr(b.verdicts[what], p) for b in blocks], 1) for p in ("right", "wrong")))
+            for what in blocks[0].verdicts
+        }
+        trail = {
+            name: sum(n * block.trail[name] for n, block in zip(images, blocks, strict=True)) / sum(images)
+            for name in blocks[0].trail
+        }
+        return cls(verdicts, trail, blocks[0].about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(Attack):
+    """An attack that says when it is run."""
+
+    say: Callable[[str], None]
+
+    def craft(self, *images: Any, **more: Any) -> Tensor:
+        self.say(self.name)
+        return super().craft(*images, **more)
+
+
+def told(suite: Suite, say: Callable[[str], None]) -> Suite:
+    """Return a suite whose attacks say when they are run."""
+
+    def each(group: Sequence[Attack]) -> tuple[Attack, ...]:
+        return tuple(Told(**{f.name: getattr(attack, f.name) for f in fields(attack)}, say=say) for attack in group)
+
+    oblivious, white_box, transfer = map(each, (suite.oblivious, suite.white_box, suite.transfer))
+    return replace(suite, oblivious=oblivious, white_box=white_box, transfer=transfer)
+
+
+def blocks(images: int) -> list[slice]:
+    """Return the blocks in which so many images are judged."""
+    return [slice(start, min(start + BLOCK, images)) for start in range(0, images, BLOCK)]
+
+
+class TestEvaluator:
+    """The test images of one seed, and what has been made of them for all who are judged on them.
+
+    Args:
+        steps: how many blocks and comparisons there will be, for those who watch.
+    """
+
+    def __init__(
+        self, x_NCHW: Tensor, y_N: Tensor, seed: int, store: Store, device_lock: DeviceLock, tell: Tell, steps: int
+    ) -> None:
+        self.x_NCHW, self.y_N = x_NCHW, y_N
+        self.seed = seed
+        self.store = store
+        self.device_lock = device_lock
+        self.steps = steps
+        self._tell = tell
+        self._ended = 0
+        self._substitutes: dict[str, tuple[nn.Module, int]] = {}
+
+    def judge(self, contenders: Sequence[EvaluatedModel]) -> list[TestVerdicts]:
+        """Return what each contender keeps: `full` under all threat models, and AutoAttack."""
+        found: list[list[TestVerdicts]] = [[] for _ in contenders]
+        for block in blocks(len(self.y_N)):
+            crafted: dict[str, Mapping[str, Tensor]] = {}
+            for contender, told in zip(contenders, found, strict=True):
+                told.append(self._kept(contender, block, crafted))
+        return [TestVerdicts.joined(each) for each in found]
+
+    def _kept(self, contender: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]) -> TestVerdicts:
+        suites = [repr(SUITES[name].within(contender.threat)) for name in (FULL, AUTOATTACK)]
+        key = self.key(contender, suites=suites, block=[block.start, block.stop])
+        return self.once(key, lambda: self._struck(contender, block, crafted), contender.name)
+
+    def _say(self, contender: EvaluatedModel, doing: str, attack: str = "") -> None:
+        self._tell(f"{contender.name}, {doing} {attack}", self._ended / self.steps)
+
+    def key(self, contender: EvaluatedModel, **more: object) -> str:
+        """Return the fingerprint of all that shapes a verdict."""
+        return fingerprint(
+            source=code_digests(attacks.robustness.__name__, __name__, Evaluator.__module__, worse.__module__),
+            split="test",
+            model=contender.identity,
+            classifier=contender.classifier,
+            threat=repr(contender.threat),
+            substitute=contender.substitute,
+            seed=self.seed,
+            **more,
+        )
+
+    def once(self, key: str, make: Callable[[], TestVerdicts], name: str) -> TestVerdicts:
+        """Return what the store holds, or what is made now."""
+        with self.store.lock("finals", key):
+            entry = self.store.get("finals", key)
+            if entry is None:
+                with self.device_lock.working():
+                    made = make()
+                about = {"model": name, "seed": self.seed, "trail": dict(made.trail), "about": dict(made.about)}
+                entry = self.store.put("finals", key, {"verdicts.safetensors": made.tensors()}, about)
+            else:
+                self._tell(f"{name}, kept from an earlier run", self._ended / self.steps)
+            self._ended += 1
+            return TestVerdicts.of(load_file(entry / "verdicts.safetensors"), self.store.about("finals", key))
+
+    def timed(self, contender: EvaluatedModel) -> Latency:
+        """Return the latency of a contender's defense, measured once on each kind of device when all was quiet."""
+        device = self.x_NCHW.device
+        key = self.key(contender, timed=device_name(device), by=code_digests(DeviceLock.__module__))
+        with self.store.lock("finals", key):
+            if self.store.get("finals", key) is None:
+                found = measure(cast(Defended, contender.target).defense, self.device_lock, device)
+                self.store.put("finals", key, {}, {**found.to_json()})
+        return Latency(**self.store.about("finals", key))
+
+    def _struck(
+        self, contender: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]
+    ) -> TestVerdicts:
+        """Attack one model on one block of images: by AutoAttack first, whose attacks `full` has too."""
+        target, images = contender.target, (self.x_NCHW[block], self.y_N[block])
+        blind, white = (replace(contender.threat, knowledge=knowledge) for knowledge in ("oblivious", "white-box"))
+        rest = tuple(attack for attack in SUITES[FULL].white_box if attack not in SUITES[AUTOATTACK].white_box)
+        auto, full = (
+            told(suite, partial(self._say, contender, f"images {block.start} to {block.stop}: {suite.name}"))
+            for suite in (SUITES[AUTOATTACK], replace(SUITES[FULL], white_box=rest))
+        )
+        bareness = fingerprint(classifier=contender.classifier, threat=repr(blind))
+        if bareness not in crafted:  # all that stand before one classifier meet the same images
+            crafted[bareness] = craft_oblivious(full, bare(target), *images, blind, self.seed)
+        seen: dict[str, Any] = {"seed": self.seed, "white_box": True}
+        first = {attack.name: crafted[bareness][attack.name] for attack in auto.within(white).oblivious}
+        alone = observe(auto, target, *images, white, oblivious=first, **seen).judge()
+        substitute, queries = self._substitute(contender)
+        dark = craft_oblivious(full, substitute, *images, replace(blind, knowledge="black-box"), self.seed)
+        seen |= {"oblivious": crafted[bareness], "black_box": dark, "standing_N": (~alone.strongest.wrong).any(dim=0)}
+        found = observe(full, target, *images, blind, **seen).judge()
+        assert found.black_box is not None
+        verdicts = {
+            "clean": found.clean,
+            f"{FULL}/oblivious": found.oblivious,
+            f"{FULL}/black-box": found.black_box,
+            f"{FULL}/white-box": found.strongest & alone.strongest,
+            f"{AUTOATTACK}/white-box": alone.strongest,
+        }
+        # What fell to AutoAttack was spared by the rest: their share of the trail would say nothing.
+        others = {name: left for name, left in found.trail.items() if not name.startswith("white-box")}
+        trail = {f"{FULL}/{k}": v for k, v in others.items()} | {f"{AUTOATTACK}/{k}": v for k, v in alone.trail.items()}
+        return TestVerdicts(verdicts, trail, {"queries": queries, "images": [block.start, block.stop]})
+
+    def _substitute(self, contender: EvaluatedModel) -> tuple[nn.Module, int]:
+        """Return what the black-box attacker learnt of a model, and how often it asked; learnt once for all blocks."""
+        key = self.key(contender)
+        if key not in self._substitutes:
+            self._say(contender, "the black-box attacker learns")
+            outsider = contender.outsider
+            found = train_substitute(contender.target, outsider.x_NCHW, outsider.build, step=-STEP, seed=self.seed)
+            self._substitutes[key] = found.network, found.queries
+        return self._substitutes[key]
+
+    def compare(self, case: ExportedWinner, contender: EvaluatedModel, aimed: Params) -> TestVerdicts:
+        """Do to a model on the test split what the search and the audit did to the winner on validation images.
+
+        Args:
+            contender: the winner, as it was exported or as it was retrained.
+            aimed: the setting at which the search's attacks aim.
+        """
+        images = min(case.evidence["images"], len(self.y_N))
+        suites = [repr(case.resolved.suite), repr(SUITES["audit"])]
+        shaping = {"images": images, "knowledge": case.threat.knowledge, "aimed": dict(aimed.inference)}
+        key = self.key(contender, compared=suites, **shaping)
+        return self.once(key, lambda: self._compared(case, contender, aimed, images), contender.name)
+
+    def _compared(self, case: ExportedWinner, contender: EvaluatedModel, aimed: Params, images: int) -> TestVerdicts:
+        self._say(contender, "the search's suite and the audit")
+        x_NCHW, y_N, threat = self.x_NCHW[:images], self.y_N[:images], case.threat
+        target, outsider = cast(Defended, contender.target), None
+        if threat.knowledge == "black-box":
+            outsider = contender.outsider
+        blind = craft_oblivious(case.resolved.suite, target.classifier, x_NCHW, y_N, threat, self.seed)
+        evaluator = Evaluator(case.resolved.suite, threat, x_NCHW, y_N, blind, self.seed, outsider)
+        limits_S = target.defense.limits()
+        target.defense.at(aimed.inference)
+        again = evaluator.observe(target).judge(limits_S)
+        target.defense.at(case.params.inference)
+        audited = again.attacked
+        try:
+            found = audit(target, x_NCHW, y_N, threat, seed=self.seed + 1, outsider=outsider)
+            audited, alarms = worse(found.robustness.attacked, audited), list(found.alarms)
+        except (AttackError, InputError) as error:
+            alarms = [f"it cannot be audited: {error}"]
+        return TestVerdicts({"search": again.attacked, "audit": audited}, again.trail, {"alarms": alarms})

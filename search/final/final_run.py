@@ -1,0 +1,255 @@
+"""Final runs: winners are trained anew on train + validation with fresh seeds, and the test split is opened, once.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+import attacks.robustness
+from attacks.threat import ThreatModel
+from search.classifiers import architectures
+from search.data import splits
+from search.engine.jobs import Job, RunJobs, Tell, job_runner
+from search.exceptions import TrialError
+from search.export import loader
+from search.final.evaluation import TestEvaluator, TestVerdicts, blocks
+from search.final.page import write
+from search.final.retraining import FIRST_SEED, EvaluatedModel, ExportedWinner, contenders, train
+from search.final.table import announced, only, table_of
+from search.final.test_set_log import looks, opened
+from search.storage.fingerprint import code_digests, fingerprint
+from search.study.loading import make_study
+from spaces.exceptions import InputError
+from spaces.space import Params
+
+
+def final(
+    exports: Sequence[Path],
+    *,
+    seeds: int = 5,
+    images: int | None = None,
+    data_dir: str | None = None,
+    storage: str | None = None,
+    address: str | None = None,
+    concurrent: int | None = None,
+    gpus_per_trial: float | None = None,
+    cpus_per_trial: float | None = None,
+    debug: bool = False,
+    console: Console,
+) -> dict[str, Any]:
+    """Train exports anew on train + validation, judge them on the test split, and write what was found.
+
+    What is finished is in the store: a run that died goes on when it is called again.
+
+    Args:
+        exports: their folders; all on one data set. They share classifiers, test images and one table.
+        seeds: how many trainings; none of their seeds is that of a search.
+        images: test images that are attacked; else all.
+        storage: where fits are kept; else that in which the first export lies, else `runs`.
+        concurrent: seeds at once; else what the cluster holds.
+        gpus_per_trial, cpus_per_trial: of each seed; else as in the first export's search.
+        debug: work in this process, without Ray.
+
+    Returns:
+        The table, as JSON. Each export has its own in FOLDER/final; several have one in common beside them.
+
+    Raises:
+        InputError: there is nothing that can be judged, or the test split has not so many images; nothing is trained.
+    """
+    if seeds < 1:
+        raise InputError(f"seeds must be at least 1, but is {seeds}")
+    if concurrent is not None and concurrent < 1:
+        raise InputError(f"concurrent must be at least 1, but is {concurrent}")
+    if not exports:
+        raise InputError("a final run needs at least one export, but is given none")
+    home = storage or _storage(exports[0])
+    asks = {"gpus_per_trial": gpus_per_trial, "cpus_per_trial": cpus_per_trial}
+    moves: dict[str, Any] = {"storage": home, "data_dir": data_dir, "address": address}
+    moves |= {name: share for name, share in asks.items() if share is not None}
+    cases = [_case(folder, moves) for folder in exports]
+    asked = _settings(cases, seeds, images)
+    study, chosen = cases[0].study, asked["seeds"]
+    _prepared(cases)
+    for case in cases:
+        line = announced(case, asked, len(looks(case.folder, asked)))
+        console.print(line, highlight=False, soft_wrap=True)
+    with job_runner(study, debug=debug, concurrent=concurrent, console=console) as work:
+        diverged = work("training", [Job(f"seed {seed}", train_seed, (cases, seed)) for seed in chosen])
+        asked["failed"] = {str(seed): why for seed, why in zip(chosen, diverged, strict=True) if why}
+        asked["trained"] = [seed for seed in chosen if str(seed) not in asked["failed"]]
+        if not asked["trained"]:
+            raise InputError(f"a final run needs a training that ends, but of {len(chosen)} none did: {diverged[0]}")
+        taken = {case.name: opened(case.folder, asked) for case in cases}
+        found = _judged(work, cases, asked)
+    table = table_of(cases, asked, taken, found)
+    for case in cases:
+        write(case.folder / "final", only(table, case.name))
+    if len(cases) > 1:
+        write(_joint(cases), table)
+    return table
+
+
+def train_seed(study: object, cases: Sequence[ExportedWinner], seed: int, tell: Tell) -> str:
+    """Train what a seed lacks; return why that cannot be, or nothing."""
+    try:
+        train(cases, seed, tell)
+    except TrialError as error:
+        return str(error)
+    return ""
+
+
+def judge_seed(study: object, cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell) -> dict[str, Any]:
+    """Judge what was trained with a seed, and the baselines beside it; the seed's fits are in the store."""
+    judged = contenders(cases, seed)
+    test_evaluator = _hearing(cases, seed, images, tell, steps=len(judged) * len(blocks(images)) + len(cases))
+    models = [
+        {
+            "export": contender.export,
+            "model": contender.name,
+            "threat": contender.threat,
+            "found": found,
+            "latency": test_evaluator.timed(contender).to_json() if contender.export else None,
+        }
+        for contender, found in zip(judged, test_evaluator.judge(judged), strict=True)
+    ]
+    own = {contender.export: contender for contender in judged if contender.export}
+    return {
+        "models": models,
+        "compared": {case.name: _compared(test_evaluator, case, own[case.name]) for case in cases},
+    }
+
+
+def judge_export(study: object, case: ExportedWinner, images: int, tell: Tell) -> TestVerdicts:
+    """Do to the export itself, on the test split, what its search and audit did on validation images."""
+    test_evaluator = _hearing([case], case.study.seed, images, tell, steps=1)
+    device = test_evaluator.x_NCHW.device
+    contender = EvaluatedModel(
+        export=case.name,
+        name=f"{case.study.defense} as it was exported",
+        identity=case.identity,
+        classifier="",
+        target=case.target.unchecked().to(device),
+        threat=replace(case.threat, knowledge="white-box"),
+        outsider=case.outsider(device),
+        substitute=case.resolved.substitute,
+    )
+    return _compared(test_evaluator, case, contender)
+
+
+def _hearing(cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell, steps: int) -> TestEvaluator:
+    case = cases[0]
+    bench = case.bench(case.study, seed)
+    x_NCHW, y_N = splits.open_test(case.resolved.task.dataset, case.study.data_dir, images)
+    return TestEvaluator(
+        x_NCHW.to(bench.device), y_N.to(bench.device), seed, bench.store, bench.device_lock, tell, steps
+    )
+
+
+def _compared(test_evaluator: TestEvaluator, case: ExportedWinner, contender: EvaluatedModel) -> TestVerdicts:
+    aimed = case.bench(case.study, test_evaluator.seed).aimed(case.params)
+    return test_evaluator.compare(case, contender, aimed)
+
+
+def _judged(work: RunJobs, cases: Sequence[ExportedWinner], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what each seed and each export itself kept."""
+    images, trained = asked["images"], asked["trained"]
+    pieces = [Job(f"seed {seed}", judge_seed, (cases, seed, images)) for seed in trained]
+    pieces += [Job(f"export {case.name}", judge_export, (case, images)) for case in cases]
+    found = work("on the test split", pieces)
+    own = {case.name: judged for case, judged in zip(cases, found[len(trained) :], strict=True)}
+    return {"seeds": found[: len(trained)], "exports": own}
+
+
+def _storage(loader: Path) -> str:
+    """Return the storage in which an export lies; `runs` where it lies in none."""
+    inside = [folder for folder in loader.resolve().parents if (folder / ".store").is_dir()]
+    return str(inside[0]) if inside else "runs"
+
+
+def _case(folder: Path, moves: Mapping[str, Any]) -> ExportedWinner:
+    """Return an export with its search's study, where this run works.
+
+    Raises:
+        InputError: it is none, a byte of it changed, or the data are other ones.
+    """
+    target, files = loader.load(folder), loader.opened(folder)
+    config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
+    study = make_study({**config["study"], **moves, "warm_start": None})
+    dataset = study.resolved.task.dataset
+    splits.expect(dataset, study.data_dir, known["data_sha256"])
+    params, threat = Params(config["train"], config["inference"]), ThreatModel(**config["threat"])
+    shaping = code_digests(type(target.defense).__module__, architectures.__name__)
+    weights = [hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if name.endswith(".safetensors")]
+    return ExportedWinner(
+        folder=folder.resolve(),
+        identity=fingerprint(source=shaping, weights=weights, train=config["train"], setting=config["inference"]),
+        study=study,
+        params=params,
+        threat=threat,
+        target=target,
+        evidence=known,
+    )
+
+
+def _settings(cases: Sequence[ExportedWinner], seeds: int, images: int | None) -> dict[str, Any]:
+    """Return what a look at the test split looks at.
+
+    Raises:
+        InputError: the exports cannot be judged together, or there are not so many images.
+    """
+    first = cases[0].resolved.task.dataset
+    for case in cases:
+        if case.resolved.task.dataset != first:
+            raise InputError(
+                f"exports that are judged together must be on one data set, {first}, but {case.folder} is on "
+                f"{case.resolved.task.dataset}"
+            )
+    if len({case.name for case in cases}) < len(cases):
+        raise InputError(f"exports that are judged together must be different, but are {[c.name for c in cases]}")
+    sizes = splits.sizes(first, cases[0].study.data_dir)
+    if images is not None and not 1 <= images <= sizes.test:
+        raise InputError(f"images must be from 1 to {sizes.test} of {first}'s test split, but is {images}")
+    used = {case.study.seed + k for case in cases for k in (0, 1)}  # an audit's is its search's and one
+    fresh = (seed for seed in range(FIRST_SEED, 2**32) if seed not in used)
+    return {
+        "dataset": first,
+        "images": images or sizes.test,
+        "of": sizes.test,
+        "train": sizes.train,
+        "validation": sizes.validation,
+        "seeds": list(islice(fresh, seeds)),
+        "code": fingerprint(source=code_digests(attacks.robustness.__name__)),
+    }
+
+
+def _prepared(cases: Sequence[ExportedWinner]) -> None:
+    """Make the folders that are written into.
+
+    Raises:
+        InputError: one cannot be.
+    """
+    try:
+        cases[0].study.store.make()
+        for case in cases:
+            (case.folder / "final").mkdir(exist_ok=True)
+        if len(cases) > 1:
+            _joint(cases).mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"a final run writes into {error.filename}, but that cannot be: {error.strerror}") from None
+
+
+def _joint(cases: Sequence[ExportedWinner]) -> Path:
+    """Return the folder of the table that several exports have in common."""
+    return Path(commonpath([case.folder.parent for case in cases])) / "final"

@@ -1,0 +1,205 @@
+"""A final run's table as markdown, CSV, LaTeX and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attacks.threat import ThreatModel
+from search.final.evaluation import AUTOATTACK, FULL
+from search.final.table import COLUMNS, INTERVAL
+from search.formatting import counted, spoken_device
+from search.storage.atomic import write_atomic
+
+Row = Mapping[str, Any]
+
+
+def forms(table: Mapping[str, Any]) -> dict[str, str]:
+    """Return the files of a table by name."""
+    return {
+        "FINAL.md": page(table),
+        "FINAL.csv": as_csv(table),
+        "FINAL.tex": latex(table),
+        "FINAL.json": json.dumps(table, indent=1) + "\n",
+    }
+
+
+def write(folder: Path, table: Mapping[str, Any]) -> None:
+    """Write a table in all its forms."""
+    folder.mkdir(exist_ok=True)
+    for name, text in forms(table).items():
+        write_atomic(folder / name, text.encode())
+
+
+def as_csv(table: Mapping[str, Any]) -> str:
+    """Return one row a figure, accuracies as fractions, with what makes a run smaller and the looks beside each."""
+    alarms = {one["export"]: "; ".join(one["alarms"]) for one in table["exports"]}
+    looks = {one["export"]: len(one["looks"]) for one in table["exports"]}
+    rows = [
+        {
+            **row,
+            "each": " ".join(f"{x:.6g}" for x in row["each"]),
+            "split": "test",
+            "look": looks.get(row["export"], max(looks.values())),  # a baseline's is that of whom it stands beside
+            "smaller": table["smaller"],
+            "alarms": alarms.get(row["export"], ""),
+        }
+        for row in table["rows"]
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _models(table: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Row]]:
+    """Return each model's rows by the column, of `COLUMNS` or a latency, that they stand in."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in table["rows"]:
+        accuracy = row["figure"] == "accuracy"
+        parts = (row["suite"], row["knowledge"]) if accuracy else (row["figure"], row["device"])
+        what = "/".join(filter(None, parts))
+        found.setdefault((row["export"], row["model"]), {})[what] = row
+    return found
+
+
+def _cells(rows: Mapping[str, Row], plus_minus: str, dash: str) -> list[str]:
+    cells = []
+    for what in COLUMNS:
+        row = rows[what]
+        spread = "" if row["deviation"] is None else f" {plus_minus} {_percent(row['deviation'])}"
+        cells.append(f"{_percent(row['mean'])}{spread} [{_percent(row['low'])}{dash}{_percent(row['high'])}]")
+    timed = [row for row in rows.values() if row["figure"] == "latency_ms_p50"]
+    devices = [f" ({spoken_device(row['device'])})" if len(timed) > 1 else "" for row in timed]
+    return [*cells, ", ".join(f"{row['mean']:.3g}{on}" for row, on in zip(timed, devices, strict=True)) or dash]
+
+
+def page(table: Mapping[str, Any]) -> str:
+    """Return the table for people, in markdown."""
+    lines = ["| model | " + " | ".join(f"{name} %" for name in COLUMNS.values()) + " | p50 ms |"]
+    lines.append("| --- |" + " --- |" * (len(COLUMNS) + 1))
+    for (export, model), rows in _models(table).items():
+        name = f"**{model} {export}**" if export else model
+        lines.append(f"| {name} | " + " | ".join(_cells(rows, "±", "–")) + " |")
+    threats = {str(ThreatModel(**one["threat"])): None for one in table["exports"]}
+    several = len(table["exports"]) > 1
+    parts = [
+        f"# Final run on the test split of {table['dataset']}",
+        *_warnings(table),
+        f"{counted(len(table['trained']), 'training')}, seeded {', '.join(map(str, table['trained']))}, on "
+        f"{table['trained_on']}; "
+        f"{table['images']} test images attacked. Chosen under: {'; '.join(threats)}. `oblivious`, `black-box` and "
+        f"`white-box` are the suite `{FULL}` at the same norm and eps, `AutoAttack` is the suite `{AUTOATTACK}` alone, "
+        f"white-box. Figures: {INTERVAL}.",
+        "\n".join(lines),
+        *_rejections(table),
+        "## How optimistic the search was",
+        *(_spoken_optimism(one) for one in table["exports"]),
+        "## What the audit says",
+        *(_audited(one) for one in table["exports"]),
+    ]
+    if several:
+        parts.append(
+            f"{len(table['exports'])} exports stand side by side on the same test images: who picks the best of them "
+            "by this table makes its figure optimistic again."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _warnings(table: Mapping[str, Any]) -> list[str]:
+    lines = [f"> **ALARM** {one['export']}: {alarm}" for one in table["exports"] for alarm in one["alarms"]]
+    lines += [f"> **This is {table['smaller']}.**"] if table["smaller"] else []
+    for one in table["exports"]:
+        if len(one["looks"]) > 1:
+            before = "; ".join(
+                f"{look['when']}, {look['images']} images, seeds {look['seeds']}" for look in one["looks"][:-1]
+            )
+            lines.append(
+                f"> **Look {len(one['looks'])} at the test split** by {one['export']}: it was opened before "
+                f"({before}). What was learnt then may have shaped what is judged now."
+            )
+        if one["opened_beside"]:
+            lines.append(
+                f"> The test split was opened for {len(one['opened_beside'])} more of {one['export']}'s folder too "
+                f"({', '.join(one['opened_beside'])}): the best of several is optimistic."
+            )
+    return ["\n>\n".join(lines)] if lines else []
+
+
+def _rejections(table: Mapping[str, Any]) -> list[str]:
+    """Return what is rejected, a line a model that rejects."""
+    lines = []
+    for (export, model), rows in _models(table).items():
+        if any(rows[what]["rejection"] for what in COLUMNS):
+            told = (f"{COLUMNS[w]} {_percent(rows[w]['rejection'])} ({_percent(rows[w]['error'])})" for w in COLUMNS)
+            lines.append(f"{model} {export} rejects, and accepts wrongly (in brackets), percent: {', '.join(told)}.")
+    return ["\n".join(lines)] if lines else []
+
+
+def _spoken_optimism(one: Mapping[str, Any]) -> str:
+    lines = [f"{one['export']}, attacked accuracy under {ThreatModel(**one['threat'])}:"]
+    for each in one["optimism"]:
+        again, way = each["retrained"], "optimistic" if each["optimistic"] >= 0 else "pessimistic"
+        deviation = "" if again["deviation"] is None else f" ± {_percent(again['deviation'])}"
+        lines.append(
+            f"- the {each['by']}'s figure (suite {each['suite']}, {each['validation_images']} validation images) was "
+            f"{_percent(each['validation'])} %; the same attacks leave the same weights {_percent(each['test'])} % of "
+            f"{each['test_images']} test images: {way} by {_percent(abs(each['optimistic']))} points (95 % interval of "
+            f"the difference {_percent(each['low'])} to {_percent(each['high'])}). Retrained: "
+            f"{_percent(again['mean'])}{deviation} %."
+        )
+    return "\n".join(lines)
+
+
+def _audited(one: Mapping[str, Any]) -> str:
+    counts: dict[str, int] = {}
+    for alarms in one["alarms_on_test"]:
+        for alarm in alarms:
+            counts[alarm] = counts.get(alarm, 0) + 1
+    seeds = len(one["alarms_on_test"])
+    again = "; ".join(f"ALARM in {n} of {seeds} seeds: {alarm}" for alarm, n in counts.items()) or "no alarm"
+    validation, tested = (one["optimism"][1][f"{split}_images"] for split in ("validation", "test"))
+    exported = "; ".join(f"ALARM {alarm}" for alarm in one["alarms_on_test_as_exported"]) or "no alarm"
+    before = "".join(f"; ALARM {alarm}" for alarm in one["alarms"])
+    return (
+        f"{one['export']}: {one['gates_passed']} of {one['gates']} gates passed before the export, on {validation} "
+        f"validation images{before}. Audited again on {tested} test images: as it was exported, {exported}; retrained, "
+        f"{again}."
+    )
+
+
+SPECIAL = str.maketrans(
+    {c: f"\\{c}" for c in "_%&#${}"}
+    | {"\\": r"\textbackslash{}", "^": r"\^{}", "–": "--", "±": r"$\pm$", "~": r"\textasciitilde{}"}
+)
+
+
+def latex(table: Mapping[str, Any]) -> str:
+    """Return the table as a LaTeX tabular that needs no package."""
+    heads = " & ".join(("model", *(f"{name} \\%" for name in COLUMNS.values()), "p50 ms"))
+    lines = [
+        " & ".join(cell.translate(SPECIAL) for cell in (f"{model} {export}".strip(), *_cells(rows, "±", "–"))) + r" \\"
+        for (export, model), rows in _models(table).items()
+    ]
+    seeds = len(table["trained"])
+    said = [f"Test split of {table['dataset']}, {seeds} seeds; AutoAttack is white-box. {INTERVAL}.", *_warnings(table)]
+    comments = [f"% {line}" for text in said for line in text.splitlines()]
+    body = [
+        "\\begin{tabular}{l" + "r" * (len(COLUMNS) + 1) + "}",
+        r"\hline",
+        heads + r" \\",
+        r"\hline",
+        *lines,
+        r"\hline",
+    ]
+    notes = [rf"% print this beside the table: {table['smaller']}"] if table["smaller"] else []
+    return "\n".join((*comments, *notes, *body, r"\end{tabular}")) + "\n"

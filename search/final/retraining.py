@@ -1,0 +1,207 @@
+"""Trainings of a final run: on train and validation together, with seeds that no search has used.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import defenses
+from attacks.robustness import Outsider
+from attacks.threat import ThreatModel
+from defenses.base import Defended, Metrics
+from search.classifiers.architectures import ARCHITECTURES
+from search.data import splits
+from search.engine.jobs import Tell
+from search.export.loader import Exported
+from search.storage.fingerprint import fingerprint
+from search.storage.store import Store
+from search.study.study import ResolvedStudy, Study
+from search.trial.runner import Bench
+from search.trial.training import ADVERSARIAL, silent
+from spaces.space import Params
+
+FIRST_SEED = 1000
+STEPS = 10
+"""Gradient steps of the baseline's adversarial training, each of 2.5 eps / steps. Source: Madry et al. 2017."""
+
+
+class Retrained(Bench):
+    """A bench whose trainings see the validation images too; its rung scores are of images that were trained on."""
+
+    def __init__(self, study: Study, store: Store) -> None:
+        super().__init__(study, store)
+        # No search can have this in a fingerprint: it takes what a study may say, and that is a number or nothing.
+        self.trained = study.model_copy(update={"train_images": ["train and validation", study.train_images]})
+
+    @cached_property
+    def training(self) -> tuple[Tensor, Tensor]:
+        """The study's training images and, after them, all of the validation split."""
+        return _whole(self.resolved.task.dataset, self.study.data_dir, self.study.train_images, self.device)
+
+
+@lru_cache(maxsize=1)
+def _whole(dataset: str, data_dir: str | None, limit: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what all trainings of a process share."""
+    (x_NCHW, y_N), (more_NCHW, more_N) = (
+        splits.load(dataset, "train", data_dir, limit),
+        splits.load(dataset, "validation", data_dir),
+    )
+    return torch.cat([x_NCHW, more_NCHW]).to(device), torch.cat([y_N, more_N]).to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedWinner:
+    """An export that is judged.
+
+    Args:
+        folder: where it lies.
+        identity: the fingerprint of its weights and its setting.
+        study: the search's, where this run works.
+        target: the export itself, as it was loaded.
+        evidence: its evidence.json.
+    """
+
+    folder: Path
+    identity: str
+    study: Study
+    params: Params
+    threat: ThreatModel
+    target: Exported
+    evidence: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.evidence["candidate"])
+
+    @cached_property
+    def resolved(self) -> ResolvedStudy:
+        """What the search's words stand for."""
+        return self.study.resolved
+
+    def outsider(self, device: torch.device) -> Outsider:
+        """Return the black-box attacker: it begins with the last validation images, as in a search."""
+        x_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir)
+        build = ARCHITECTURES[self.resolved.substitute].build
+        return Outsider(x_NCHW.to(device), lambda: build(self.resolved.task.shape).to(device))
+
+    def trainings(self) -> Iterator[tuple[str, Study, Params]]:
+        """Yield what is trained of each seed: the defense, and the adversarially trained classifier beside it.
+
+        The latter, from the undefended one's weights (from fresh ones the loss stays at chance for long at large eps),
+        learns to withstand PGD at the export's own eps (in L2 the task's), for as many epochs as the defense, or the
+        classifier where that has more.
+        """
+        yield self.name, self.study, self.params
+        eps = self.threat.eps if self.threat.norm == "Linf" else self.resolved.task.eps
+        knobs = {
+            "attack": "pgd",
+            "start": "pretrained",
+            "eps": eps,
+            "pgd_steps": STEPS,
+            "pgd_step_size": max(1e-4, 2.5 * eps / STEPS),
+            "epochs": max(epochs(self.params), self.study.classifier_epochs),
+        }
+        beside: dict[str, Any] = {
+            "defense": ADVERSARIAL,
+            "task": f"{self.resolved.task.dataset}/{self.resolved.protected}",
+            "protect": None,
+            "space": "default",
+            "knobs": {},
+            "epochs": None,
+            "method": "random",
+        }
+        usual = asdict(defenses.find(ADVERSARIAL).Train(**knobs))
+        yield "adversarially trained", self.study.model_copy(update=beside), Params(usual, {})
+
+    def bench(self, study: Study, seed: int) -> Retrained:
+        """Return the bench of one seed; its rungs are scored on images that black-box attackers do not begin with."""
+        free = splits.sizes(self.resolved.task.dataset, study.data_dir).attackable("black-box")
+        rungs = {"suite": "quick", "eval_images": min(study.cheap_images, free)}
+        whole = study.model_copy(update={"seed": seed, "eps": self.threat.eps, "norm": self.threat.norm, **rungs})
+        return Retrained(whole, whole.store.expected())
+
+
+def epochs(params: Params) -> int:
+    return int(params.train.get("epochs", 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """A model that is judged on the test split.
+
+    Args:
+        export: whose it is; empty: it stands beside several.
+        name: what tables call it.
+        identity: the fingerprint of everything that shaped it.
+        threat: norm and eps of what attacks it, under whichever threat model.
+        classifier: that of the bare one.
+        target: what is attacked.
+        substitute: the architecture that the black-box attacker trains.
+    """
+
+    export: str
+    name: str
+    identity: str
+    classifier: str
+    target: nn.Module
+    threat: ThreatModel
+    outsider: Outsider
+    substitute: str
+
+
+def train(cases: Sequence[ExportedWinner], seed: int, tell: Tell) -> None:
+    """Train whatever the seed lacks; what the store holds is not trained again, what is half done goes on."""
+    asked = [(case, *training) for case in cases for training in case.trainings()]
+    whole, before = sum(epochs(params) for *_, params in asked), 0
+    for case, name, study, params in asked:
+        mine = epochs(params)
+        tell(f"{name}, and the classifiers that it needs", before / whole)
+
+        def report(epoch: int, metrics: Metrics, name: str = name, mine: int = mine, before: int = before) -> None:
+            tell(f"{name}: epoch {epoch}/{mine}", (before + epoch) / whole)
+
+        case.bench(study, seed).fit(params, report)
+        before += mine
+
+
+def contenders(cases: Sequence[ExportedWinner], seed: int) -> list[EvaluatedModel]:
+    """Return the models of one seed, which are all in the store; a baseline of several exports comes once."""
+    found = dict[str, EvaluatedModel]()
+    for case in cases:
+        for name, study, params in case.trainings():
+            bench = case.bench(study, seed)
+            key, defense = bench.fit(params, silent)
+            protected, threat = bench.resolved.protected, replace(case.threat, knowledge="white-box")
+            where, own = f"{protected}, {threat.norm} eps {threat.eps:g}", name == case.name
+            made = EvaluatedModel(
+                export=name if own else "",
+                name=f"{case.study.defense if own else name} ({where})",
+                identity=fingerprint(fit=key, setting=dict(params.inference)),
+                classifier=bench.identity(protected),
+                target=Defended(defense, bench.target.network).eval().requires_grad_(False),
+                threat=threat,
+                outsider=case.outsider(bench.device),
+                substitute=case.resolved.substitute,
+            )
+            bare = replace(
+                made,
+                export="",
+                name=f"undefended ({where})",
+                identity=made.classifier,
+                target=bench.target.network,
+            )
+            for one in (made, bare):
+                mark = fingerprint(export=one.export, model=one.identity, threat=repr(threat), by=one.substitute)
+                alike = {(other.export, other.name) for known, other in found.items() if known != mark}
+                apart = f" beside {case.name}" if (one.export, one.name) in alike else ""
+                found.setdefault(mark, replace(one, name=one.name + apart))
+    return list(found.values())

@@ -1,0 +1,250 @@
+"""One number of a paper's table, found by us: trained, attacked and timed through the store, so never twice.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import defenses
+from defenses.base import Defended, Defense, Metrics
+from search.classifiers.task import TASKS
+from search.data import splits
+from search.exceptions import TrialError
+from search.reproduce.attack_cell import NotRun, searched, struck, threat
+from search.reproduce.cell_setting import ATTACKS, Setting
+from search.reproduce.fraction import Fraction, counted
+from search.storage.fingerprint import code_digests, fingerprint
+from search.study.loading import make_study
+from search.study.study import Study
+from search.trial.runner import Bench
+from spaces.exceptions import InputError
+from spaces.space import Params, SearchSpace
+
+Report = Callable[[str, int, int, Metrics], None]
+"""Told of each epoch: what is trained, the epoch, how many there are, and its metrics."""
+
+CLASSIFIER_EPOCHS, ROUNDS = 10, 6
+"""Of a classifier (Defense-VAE, section 4.1); of a black-box attacker."""
+BATCH = 128
+"""Images whose purification is timed."""
+TIMED = (1, 3)
+"""Steps of an optimisation that are timed where not all are: the rest follows, since each costs the same."""
+CHEAP = 64
+"""Images that score an epoch."""
+UNTAUGHT = ("defense_gan", "magnet")
+"""Defenses whose training never looks at a classifier: one fit serves them all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """What we found for one cell.
+
+    Args:
+        value: a fraction of `images`, or seconds.
+        images: validation images; 0 where none were needed.
+        seconds: that it took when it was first made, its training included.
+        ran: what this run was: training images, epochs, knobs that the fraction cut.
+    """
+
+    value: float
+    images: int
+    seconds: float
+    ran: Mapping[str, Any]
+
+
+class Cells:
+    """Runs cells, all in one process, with one store.
+
+    Args:
+        storage: as a study's.
+        report: hears each epoch; it may raise to stop, and what was trained stays.
+    """
+
+    def __init__(self, storage: str, data_dir: str | Path | None, portion: Fraction, seed: int, report: Report) -> None:
+        self.storage, self.data_dir = storage, None if data_dir is None else str(data_dir)
+        self.portion, self.seed, self.report = portion, seed, report
+        self._bench: Bench | None = None
+        self._failed: dict[str, str] = {}
+
+    def run(self, setting: Setting) -> Ours:
+        """Return what we find for a setting.
+
+        Raises:
+            NotRun: it cannot be found here.
+        """
+        if reason := setting.obstacle(self.data_dir):
+            raise NotRun(reason)
+        if setting.measure in ("seconds", "ratio"):
+            begin = time.monotonic()
+            batch_s = self.batch_s(setting, _wanted(setting))
+            spent = round(time.monotonic() - begin, 1)
+            return Ours(value=batch_s * (setting.images or BATCH) / BATCH, images=0, seconds=spent, ran={})
+        bench, params = self.bench(setting), self.params(setting)
+        if setting.limit_s is not None:
+            params = self._within(bench, params, setting, setting.limit_s)
+        about = self._about(bench, params, setting)
+        name = "accuracy" if setting.measure in ("attacked", "clean", "reclassified") else setting.measure
+        return Ours(value=about[name], images=about["images"], seconds=about["seconds"], ran=about["ran"])
+
+    def missing(self, setting: Setting) -> str:
+        """Return the fingerprint of the fit that must be trained for a setting; empty where none must."""
+        if setting.obstacle(self.data_dir) or setting.measure in ("seconds", "ratio") or setting.defense == "none":
+            return ""
+        bench = self.bench(setting)
+        key = bench.fingerprint(self.params(setting))
+        return "" if key in bench.store.held("fits") else key
+
+    # The study that a setting stands for.
+
+    def bench(self, setting: Setting) -> Bench:
+        """Return the bench of a setting; the last one is kept."""
+        study = self.study(setting)
+        if self._bench is None or self._bench.study != study:
+            self._bench = None  # its images go before the next one's come
+            self._bench = Bench(study, study.store)
+        return self._bench
+
+    def study(self, setting: Setting) -> Study:
+        """Return the study of one training: all its knobs are fixed."""
+        task, protect, kind = setting.task, setting.protect, _family(setting)
+        dataset = task.partition("/")[0]
+        if setting.defense in UNTAUGHT:
+            task, protect = next(name for name in TASKS if name.startswith(f"{dataset}/")), protect or task
+        params, sizes = self.params(setting), splits.sizes(dataset, self.data_dir)
+        free = sizes.attackable(setting.knowledge)
+        images = self.portion.training_images(sizes.train)
+        # A training's rungs take few steps of whatever descends: they stop nothing here, and fits do not depend on it.
+        rungs = {name: 1 for name in counted(kind)}
+        return make_study(
+            {
+                "name": "reproduce",
+                "defense": "identity" if setting.defense == "none" else setting.defense,
+                "task": task,
+                "protect": None if protect == task else protect,
+                "knobs": {**params.flat(), **rungs},
+                "threat": "oblivious",
+                "suite": "quick",
+                "train_images": None if images == sizes.train else images,
+                "eval_images": self.portion.attacked(min(setting.images or free, free)),
+                "cheap_images": CHEAP,
+                "classifier_epochs": self.portion.epochs(CLASSIFIER_EPOCHS),
+                "storage": self.storage,
+                "data_dir": self.data_dir,
+                "seed": self.seed,
+                "wandb": "disabled",
+            }
+        )
+
+    def params(self, setting: Setting) -> Params:
+        """Return the setting of every knob, cut to the portion."""
+        return self.portion.params(_family(setting), _wanted(setting))
+
+    # Accuracies.
+
+    def _about(self, bench: Bench, params: Params, setting: Setting) -> dict[str, Any]:
+        """Return the figures of a cell, from the store or made."""
+        rounds = self.portion.root(ROUNDS) if setting.knowledge == "black-box" else 0
+        search = setting.measure == "reclassified"
+        key = fingerprint(
+            source=code_digests(struck.__module__),
+            fit="" if setting.defense == "none" else bench.fingerprint(params),
+            setting=dict(params.inference),
+            classifier=bench.identity(bench.resolved.protected),
+            attack=str(setting.attack and ATTACKS[setting.attack]),
+            threat=str(threat(setting)),
+            outsider=[setting.substitute, setting.oracle, rounds] if rounds else [],
+            searched=search,
+            images=bench.resolved.eval_images,
+            seed=self.seed,
+        )
+        with bench.store.lock("cells", key):
+            if bench.store.get("cells", key) is None:
+                begin = time.monotonic()
+                target = self.target(bench, params, setting)
+                verdict = searched(bench, target, setting) if search else struck(bench, target, setting, rounds)
+                figures = {name: getattr(verdict, name) for name in ("accuracy", "error", "rejection")}
+                asked = {"black_box_rounds": rounds} if rounds else {}
+                ran = {**self._ran(bench, params, setting), **asked}
+                spent = {"seconds": round(time.monotonic() - begin, 1), "ran": ran}
+                bench.store.put("cells", key, {}, {**figures, "images": verdict.right.shape[1], **spent})
+            return bench.store.about("cells", key)
+
+    def target(self, bench: Bench, params: Params, setting: Setting) -> nn.Module:
+        """Return the classifier that is attacked, behind its defense, trained if need be.
+
+        Raises:
+            NotRun: the training failed, now or for another cell of this run.
+        """
+        if setting.defense == "none":
+            return bench.target.network
+        key, epochs = bench.fingerprint(params), int(params.train.get("epochs", 1))
+        if key in self._failed:
+            raise NotRun(self._failed[key])
+        try:
+            _, defense = bench.fit(params, lambda epoch, metrics: self.report(setting.defense, epoch, epochs, metrics))
+        except (TrialError, InputError, RuntimeError) as error:
+            self._failed[key] = f"its training failed: {error}"
+            raise
+        return Defended(defense, bench.target.network)
+
+    def _ran(self, bench: Bench, params: Params, setting: Setting) -> dict[str, Any]:
+        """Return what this run was, beside the paper's."""
+        whole = splits.sizes(bench.resolved.task.dataset, self.data_dir).train
+        cut = {n: v for n, v in params.inference.items() if v != _wanted(setting).inference[n]}
+        trained = {n: params.train[n] for n in ("epochs", "batch_size") if n in params.train}
+        images = {"training_images": bench.study.train_images or whole}
+        return {**images, "classifier_epochs": bench.study.classifier_epochs, **trained, **cut}
+
+    # Seconds.
+
+    def batch_s(self, setting: Setting, params: Params) -> float:
+        """Return the seconds that purifying a batch takes at a setting of the knobs, its device quiet."""
+        bench = self.bench(setting)
+        name = bench.build(params).descends
+        if name is None or self.portion.whole or int(params.inference[name]) <= max(TIMED):
+            return self._clocked(bench, params)
+        return self._slope(bench, params, name)(int(params.inference[name]))
+
+    def _clocked(self, bench: Bench, params: Params) -> float:
+        return bench.latency(bench.build(params).eval().requires_grad_(False)).ms_p50 / 1000  # weights do not matter
+
+    def _slope(self, bench: Bench, params: Params, name: str) -> Callable[[int], float]:
+        """Return the seconds by the number of steps, from two numbers: each step costs the same."""
+        few, more = (self._clocked(bench, Params(params.train, {**params.inference, name: steps})) for steps in TIMED)
+        each = max(0.0, more - few) / (TIMED[1] - TIMED[0])  # on a busy machine they may come out the wrong way round
+        return lambda steps: few + (steps - TIMED[0]) * each
+
+    def _within(self, bench: Bench, params: Params, setting: Setting, limit_s: float) -> Params:
+        """Return the setting with as many steps, up to the paper's, as fit into the limit.
+
+        Raises:
+            NotRun: not even one does.
+        """
+        name = bench.build(params).descends
+        if name is None:
+            steps, least = 0, self._clocked(bench, params)
+        else:
+            seconds = self._slope(bench, params, name)
+            fitting = [n for n in range(1, int(_wanted(setting).inference[name]) + 1) if seconds(n) <= limit_s]
+            steps, least = max(fitting, default=0), seconds(1)
+        if least > limit_s:
+            raise NotRun(f"a batch of {BATCH} takes {least:.2g} s on this device, more than {limit_s:g} s")
+        return params if name is None else Params(params.train, {**params.inference, name: steps})
+
+
+def _family(setting: Setting) -> type[Defense]:
+    return defenses.find("identity" if setting.defense == "none" else setting.defense)
+
+
+def _wanted(setting: Setting) -> Params:
+    """Return the setting of every knob as the paper has it."""
+    space = SearchSpace.of(_family(setting))
+    return space.narrow({**space.defaults, **setting.knobs}).complete({})

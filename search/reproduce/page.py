@@ -1,0 +1,210 @@
+"""A paper's table beside ours, for people: in a terminal, in markdown, and as one HTML page without a network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from search.formatting import duration, spoken_device
+
+Row = Mapping[str, Any]
+LEGEND = ("within 2 points", "within 5", "within 10", "more")
+TIMES = ("within 1.25 times", "within 1.5 times", "within 2 times", "more")
+MUCH = 0.10
+"""By how much more of the bare classifier an attack may leave here than in the paper, a fraction."""
+STYLES = ("bold blue", "cyan", "yellow", "bold magenta")
+"""Of the distances; those who tell no red from green tell these, and the difference stands in digits beside."""
+SPLIT = (
+    "Ours are of validation images, the paper's of test images: the test split is opened by launch.py final alone. "
+    "A network that is trained too briefly may lie as far from the paper as a wrong one."
+)
+
+
+def page(found: Mapping[str, Any]) -> RenderableType:
+    """Return the table for a terminal: ours, the paper's, and how far apart they are."""
+    columns = found["dimensions"][-1]
+    table = Table(title=f"{found['name']}: {found['title']}", title_justify="left", pad_edge=False)
+    for name in found["dimensions"][:-1]:
+        table.add_column(name)
+    for label in found["labels"][columns]:
+        table.add_column(label, justify="right")
+    for heads, cells in _lines(found):
+        table.add_row(*heads, *(_cell(cell) for cell in cells))
+    legend = Text("ours over the paper's, and the difference: ")
+    for style, words in zip(STYLES, _legend(found), strict=True):
+        legend.append(words + "  ", style)
+    return Group(table, legend, *(Text(line) for line in notes(found)))
+
+
+def said(row: Row, quantity: str) -> str:
+    """Return one cell in a line."""
+    if row["not_run"]:
+        return f"not run: {row['not_run']}"
+    ours, paper, distance = figures(row)
+    interval = " to ".join(f"{100 * edge:.1f}" for edge in row["interval"]) if row["interval"] else ""
+    between = f" ({interval})" if interval else ""
+    return f"ours {ours}{between}, the paper's {paper}" + (f", {distance}" if distance else "")
+
+
+def figures(row: Row) -> tuple[str, str, str]:
+    """Return ours, the paper's and the difference, as they are written; a time's difference is of its multiples."""
+    unknown, relative = row["paper"] is None, row.get("relative")
+    if row["measure"] == "ratio":
+        ours = "–" if relative is None else f"{relative['ours']:.3g}"
+    elif row["measure"] == "seconds":
+        ours = f"{row['ours']:.3g} s" + (f" ({relative['ours']:.3g}×)" if relative else "")
+    else:
+        ours = f"{100 * row['ours']:.1f}"
+    paper = "?" if unknown else row["printed"] + (" s" if row["measure"] == "seconds" else "")
+    if relative and row["measure"] == "seconds":
+        paper += f" ({relative['paper']:.3g}×)"
+    if row["distance"] is None:
+        return ours, paper, ""
+    return ours, paper, f"×{row['distance']:.2g}" if relative else f"{100 * row['distance']:+.1f}".replace("-", "−")
+
+
+def notes(found: Mapping[str, Any]) -> list[str]:
+    """Return what a reader must know beside the numbers."""
+    ran = sum(not row["not_run"] for row in found["cells"])
+    threats = "; ".join(dict.fromkeys(row["threat"] for row in found["cells"] if row["setting"]["attack"]))
+    state = "" if found["state"] == "finished" else f" ({found['state']}; the same command goes on from here)"
+    lines = [
+        f"Source: {found['citation']}, {found['source']}.",
+        f"Threat model: {found['threat']}." + (f" Attacks: {threats}." if threats else ""),
+        f"This run: {found['meaning']}. Seed {found['seed']}, {spoken_device(found['device'])}.",
+        f"{ran} of {len(found['cells'])} cells ran{state}, in {duration(found['seconds'])} this time.",
+        SPLIT,
+    ]
+    if any(row["measure"] in ("seconds", "ratio") for row in found["cells"]):
+        lines.append("Times differ by machine, so what is compared is each as a multiple of the fastest defense's (×).")
+    if any(row["setting"]["knowledge"] == "black-box" for row in found["cells"]):
+        lines.append("The black-box attacker starts from the last 150 validation images, which are not attacked.")
+    lines += [found["remark"]] if found["remark"] else []
+    lines += [_weaker(row) for row in found["cells"] if row["setting"]["defense"] == "none" and _fools(row)]
+    lines += [f"{_where(row)}: {row['note']}." for row in found["cells"] if row["note"]]
+    lines += [_summary(one) for one in found["summaries"]]
+    lines += [f"{what}: {', '.join(f'{n} {v}' for n, v in ran.items())}." for what, ran in runs(found)]
+    return lines + [f"Not run: {why} ({count} cells)." for why, count in missing(found).items()]
+
+
+def _fools(row: Row) -> bool:
+    """Say whether an attack leaves the bare classifier much more than the paper's does."""
+    return row["setting"]["attack"] is not None and row["distance"] is not None and row["distance"] > MUCH
+
+
+def _weaker(row: Row) -> str:
+    ours, paper, _ = figures(row)
+    return f"{_where(row)}: the bare classifier keeps {ours} % here and {paper} % there, so the attacks are not alike."
+
+
+def _where(row: Row) -> str:
+    return " · ".join(row["labels"].values())
+
+
+def runs(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return what each training of this run was: its images, epochs and batches, and the knobs that were cut."""
+    kept: list[tuple[str, dict[str, Any]]] = []
+    for row in found["cells"]:
+        defense = row["setting"]["defense"]
+        one = ("classifier" if defense == "none" else defense, {n.replace("_", " "): v for n, v in row["ran"].items()})
+        if row["ran"] and one not in kept:
+            kept.append(one)
+    return kept
+
+
+def missing(found: Mapping[str, Any]) -> dict[str, int]:
+    """Return why cells were not run, with how many."""
+    why = [row["not_run"] for row in found["cells"] if row["not_run"]]
+    return {reason: why.count(reason) for reason in why}
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Return the table in markdown: ours / the paper's (the difference)."""
+    *leading, columns = found["dimensions"]
+    heads = [*leading, *found["labels"][columns]]
+    lines = [f"# {found['name']}: {found['title']}", "", _row(heads), _row(["---"] * len(heads))]
+    for labels, cells in _lines(found, blank=False):
+        lines.append(_row([*labels, *(_cell(cell).plain.replace("\n", " ") for cell in cells)]))
+    pictures = [f"\n![{found['title']}]({name})" for name in found["pictures"]]
+    return "\n".join([*lines, *pictures, "", *(f"- {line}" for line in notes(found))]) + "\n"
+
+
+def html(found: Mapping[str, Any], out: Path) -> str:
+    """Return one page that needs nothing beside it; its pictures lie in `out`."""
+    pictures = [_embedded(out / name) for name in found["pictures"]]
+    return _template().render(
+        found=found,
+        lines=list(_lines(found)),
+        figures=figures,
+        said=said,
+        duration=duration,
+        legend=_legend(found),
+        notes=notes(found),
+        pictures=pictures,
+        flags=("" if found["fraction"] == 1 else f" --fraction {found['fraction']:g}")
+        + (f" --seed {found['seed']}" if found["seed"] else ""),
+    )
+
+
+def _embedded(path: Path) -> str:
+    kind = "svg+xml" if path.suffix == ".svg" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+@cache
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("reproduce.html.j2")
+
+
+def _lines(found: Mapping[str, Any], *, blank: bool = True) -> Iterator[tuple[Sequence[str], list[Row | None]]]:
+    """Yield the lines of the table: their labels, each said once where `blank`, and their cells."""
+    *leading, columns = found["dimensions"]
+    cells: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in found["cells"]:
+        cells.setdefault(tuple(row["labels"][name] for name in leading), {})[row["labels"][columns]] = row
+    before: Sequence[str] = ()
+    for heads, line in cells.items():
+        same = [i < len(heads) - 1 and heads[: i + 1] == tuple(before[: i + 1]) for i in range(len(heads))]
+        yield (
+            ["" if blank and again else head for again, head in zip(same, heads, strict=True)],
+            [line.get(label) for label in found["labels"][columns]],
+        )
+        before = heads
+
+
+def _cell(row: Row | None) -> Text:
+    if row is None:
+        return Text("")
+    if row["not_run"]:
+        return Text(f"not run / {'?' if row['paper'] is None else row['printed']}", "dim")
+    ours, paper, distance = figures(row)
+    style = "" if row["band"] is None else STYLES[row["band"]]
+    return Text(f"{ours} / {paper}" + (f"\n({distance})" if distance else ""), style)
+
+
+def _legend(found: Mapping[str, Any]) -> Sequence[str]:
+    return TIMES if found["quantity"] == "seconds" else LEGEND
+
+
+def _summary(one: Mapping[str, Any]) -> str:
+    where, note = _where(one), f" ({one['note']})" if one["note"] else ""
+    if one["ours"] is None:
+        return f"{one['kind']} of {where}: the paper's {one['printed']}{note}; none of ours ran."
+    ours = f"{100 * one['ours']:.1f} over {one['cells']} of {one['of']} cells"
+    apart = "of all cells, so they do not compare"
+    if one["distance"] is not None:
+        apart = f"{100 * one['distance']:+.1f}".replace("-", "−")
+    return f"{one['kind']} of {where}: ours {ours}, the paper's {one['printed']}{note}, {apart}."
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,219 @@
+"""The papers' tables as data: every number that a reproduction is held to, and the setting under which it was found.
+
+The numbers stand in search/tables/, one file a paper, as they are printed: accuracies in percent. Here they become
+fractions. A table is a block of cells along named dimensions, of which the last makes the columns; each label of a
+dimension stands for fields of a Setting, and a cell's setting is the table's defaults with those of its labels over
+them, in the order of the dimensions. What PuVAE and Defense-VAE call white-box is oblivious, and stands as that here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from attacks.threat import Knowledge
+from search.reproduce.cell_setting import Setting, setting
+from spaces.exceptions import InputError, choose
+
+FOLDER = Path(__file__).parent / "tables"
+Kind = Literal["average", "largest"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ABSENT, ILLEGIBLE = "-", "?"
+"""How a file writes a cell that the paper leaves empty, and one whose number its text does not have."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table.
+
+    Args:
+        labels: one of each dimension.
+        value: a fraction, or seconds; None where the paper's text does not give it.
+        printed: as it stands in the paper.
+        note: a doubt about it.
+    """
+
+    labels: tuple[str, ...]
+    value: float | None
+    printed: str
+    setting: Setting
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A number that the paper gives of many cells: all those that have `labels`."""
+
+    kind: Kind
+    labels: Mapping[str, str]
+    value: float
+    printed: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table of a paper.
+
+    Args:
+        name: paper and number, such as puvae/3.
+        title: what it shows.
+        citation: the paper.
+        source: where in the paper.
+        file: the paper's text, and `lines` of it in which the numbers stand.
+        quantity: `accuracy` (fractions; errors and rejections too) or `seconds`.
+        called: what the paper calls its threat model; empty where it does not name one.
+        dimensions: their names in order; the last makes the columns.
+        labels: of each dimension, in the paper's order.
+        remark: what a reader must know beside the numbers.
+    """
+
+    name: str
+    title: str
+    citation: str
+    source: str
+    file: str
+    lines: tuple[int, int]
+    quantity: Literal["accuracy", "seconds"]
+    called: str
+    dimensions: tuple[str, ...]
+    labels: Mapping[str, tuple[str, ...]]
+    cells: tuple[Cell, ...]
+    summaries: tuple[Summary, ...]
+    remark: str
+
+    def cell(self, *labels: str) -> Cell | None:
+        """Return the cell with these labels, one of each dimension; None where the paper leaves it empty."""
+        return next((cell for cell in self.cells if cell.labels == labels), None)
+
+    def of(self, labels: Mapping[str, str]) -> list[Cell]:
+        """Return the cells that have these labels."""
+        places = {self.dimensions.index(name): label for name, label in labels.items()}
+        return [cell for cell in self.cells if all(cell.labels[i] == label for i, label in places.items())]
+
+    @property
+    def knowledge(self) -> tuple[Knowledge, ...]:
+        """The true knowledge of the attackers in it."""
+        found = {cell.setting.knowledge for cell in self.cells if cell.setting.attack}
+        return tuple(known for known in get_args(Knowledge) if known in found)
+
+    @property
+    def threat(self) -> str:
+        """Its threat model by its true name, in words."""
+        if not self.knowledge:
+            return "no attack"
+        true = ", ".join(self.knowledge)
+        return true if self.called in ("", true) else f'{true} (the paper says "{self.called}")'
+
+
+@cache
+def tables() -> list[Table]:
+    """Return all tables, by paper."""
+    return [table for path in sorted(FOLDER.glob("*.yaml")) for table in read(path.read_text())]
+
+
+def table(name: str) -> Table:
+    """Return the table called `name`, such as puvae/3.
+
+    Raises:
+        InputError: there is none; with the names that there are.
+    """
+    known = {table.name: table for table in tables()}
+    return known[choose("a table", name, list(known))]
+
+
+def rows(data_dir: str | Path | None = None) -> list[dict[str, Any]]:
+    """Return what a listing says of each table: its cells, and how many of them can be run on this machine."""
+    listed = []
+    for one in tables():
+        obstacles = [cell.setting.obstacle(data_dir) for cell in one.cells]
+        listed.append(
+            {
+                "table": one.name,
+                "title": one.title,
+                "threat": one.threat,
+                "cells": len(one.cells),
+                "runs": sum(not obstacle for obstacle in obstacles),
+                "not run": "; ".join(dict.fromkeys(filter(None, obstacles))),
+            }
+        )
+    return listed
+
+
+def read(text: str) -> Iterator[Table]:
+    """Yield the tables of one file.
+
+    Raises:
+        InputError: a label, number or setting is not lawful; with the table's name.
+    """
+    paper = yaml.safe_load(text)
+    for raw in paper["tables"]:
+        try:
+            yield _table(raw, paper["papers"][raw["name"].partition("/")[0]])
+        except (InputError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise InputError(f"table {raw.get('name')}: {type(error).__name__}: {error}") from error
+
+
+def _table(raw: dict[str, Any], paper: Mapping[str, str]) -> Table:
+    cells, summaries = _numbers(raw)
+    return Table(
+        name=raw["name"],
+        title=raw["title"],
+        citation=paper["citation"],
+        source=raw["source"],
+        file=paper["file"],
+        lines=tuple(raw["lines"]),
+        quantity=raw.get("quantity", "accuracy"),
+        called=raw.get("called", ""),
+        dimensions=tuple(raw["labels"]),
+        labels={name: tuple(legal) for name, legal in raw["labels"].items()},
+        cells=tuple(cells),
+        summaries=tuple(summaries),
+        remark=raw.get("remark", ""),
+    )
+
+
+def _numbers(raw: dict[str, Any]) -> tuple[list[Cell], list[Summary]]:
+    """Return the cells, and what the paper says of many, from lines such as `A | FGSM | 12.46 78.57`."""
+    labels: Mapping[str, Mapping[str, Any]] = raw["labels"]
+    *leading, columns = labels
+    timed = raw.get("quantity") == "seconds"
+    notes = {tuple(key.split(" | ")): text for key, text in raw.get("notes", {}).items()}
+    cells: list[Cell] = []
+    summaries: list[Summary] = []
+    for line in raw["values"].splitlines():
+        *heads, values = (part.strip() for part in line.split("|"))
+        kind = heads[-1] if heads and heads[-1] in KINDS else None
+        if len(values.split()) != len(labels[columns]) or (kind is None and len(heads) != len(leading)):
+            raise ValueError(f"a row must have {len(leading)} labels and {len(labels[columns])} values: {line!r}")
+        for column, printed in zip(labels[columns], values.split(), strict=True):
+            value, note = _value(printed, timed), notes.pop((*heads, column), "")
+            if kind is None and printed != ABSENT:
+                chosen = [_of(name, label, labels) for name, label in zip(labels, (*heads, column), strict=True)]
+                made = setting([raw["defaults"], *chosen])
+                cells.append(Cell((*heads, column), value, printed, made, note))
+            elif kind is not None and value is not None:
+                named = {**dict(zip(leading, heads[:-1], strict=False)), columns: column}
+                summaries.append(Summary(kind, named, value, printed, note))
+    if notes:
+        raise ValueError(f"a note must stand for a cell, but not {list(notes)}")
+    return cells, summaries
+
+
+def _of(name: str, label: str, labels: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the fields that a label stands for."""
+    fields: Mapping[str, Any] = labels[name][choose(f"a label of {name}", label, list(labels[name]))]
+    return fields
+
+
+def _value(printed: str, timed: bool) -> float | None:
+    """Return a number as it counts: percent become a fraction."""
+    if printed in (ABSENT, ILLEGIBLE):
+        return None
+    return float(Decimal(printed) / (1 if timed else 100))

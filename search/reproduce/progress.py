@@ -1,0 +1,112 @@
+"""How far a table is, and about how long it takes still: fits by a timed step, the rest by what was seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from search.formatting import duration
+from search.reproduce.cell_setting import Setting
+from search.reproduce.cells import Cells
+from search.trial.timing import Step
+
+
+class Pace:
+    """A bar on a terminal, a line a cell where the output is piped.
+
+    Args:
+        cells: how many the table has.
+    """
+
+    def __init__(self, console: Console, cells: int) -> None:
+        self.console = console
+        self._fits: dict[str, float] = {}
+        self._left: list[str] = []
+        self._now, self._begun, self._trained, self._part = "", 0.0, 0.0, 0.0
+        self._attacks: list[float] = []
+        self._slower = 1.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("cells", total=cells, left="–")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self._bar:
+            yield
+
+    def expect(self, cells: Cells, settings: Sequence[Setting]) -> None:
+        """Time a step of each training that is not in the store yet."""
+        threads = torch.get_num_threads()
+        for setting in settings:
+            key = ""
+            try:
+                key = cells.missing(setting)
+                if key and key not in self._fits:
+                    self._bar.update(self._task, description=f"timing a step of {setting.defense}")
+                    self._fits[key] = _forecast(cells, setting)
+            except Exception:  # whatever a defense raises: it says so when its turn comes
+                pass
+            finally:
+                torch.set_num_threads(threads)  # a step is timed on a trial's share of the cores
+            self._left.append(key)
+        self._show()
+
+    def cell(self, words: str) -> None:
+        """Hear that a cell begins."""
+        self._now, self._begun, self._trained, self._part = words, time.monotonic(), 0.0, 0.0
+        self._show()
+
+    def epoch(self, what: str, epoch: int, epochs: int) -> None:
+        """Hear of an epoch of the training that the cell needs."""
+        self._part, self._trained = epoch / epochs, time.monotonic() - self._begun
+        key = self._left[0] if self._left else ""
+        if expected := self._part * self._fits.get(key, 0.0):
+            self._slower = self._trained / expected
+        line = f"{self._now}: {what}, epoch {epoch} of {epochs}"
+        self._bar.update(self._task, description=line)
+        if not self.console.is_terminal and epoch < epochs and epoch % max(1, epochs // 10) == 0:
+            self._say(f"{line}, about {duration(self.left())} left in all")
+        self._show()
+
+    def done(self, line: str, seconds: float) -> None:
+        """Hear what a cell came to, and what it took when it was first made."""
+        took = time.monotonic() - self._begun
+        if (passed := took - self._trained) > 0.05:
+            self._attacks.append(passed)
+        if self._left:
+            self._fits.pop(self._left.pop(0), None)
+        self._bar.advance(self._task)
+        kept = "kept; it took " if took < seconds / 2 else ""
+        self._say(f"{self._now}: {line} ({kept}{duration(seconds)})")
+        self._show()
+
+    def left(self) -> float:
+        """Return about how many seconds are left."""
+        here = self._fits.get(self._left[0], 0.0) * self._part if self._left else 0.0
+        each = sum(self._attacks) / len(self._attacks) if self._attacks else 0.0
+        return self._slower * (sum(self._fits.values()) - here) + each * sum(map(bool, self._left))
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _show(self) -> None:
+        self._bar.update(self._task, left=duration(self.left()))
+
+
+def _forecast(cells: Cells, setting: Setting) -> float:
+    """Return the seconds of a training, told from a few of its steps."""
+    training = (step := Step(cells.bench(setting))).training()
+    return training.fit + training.shared + step.epochs * training.epoch

@@ -1,0 +1,257 @@
+"""A paper's table beside ours: every cell found anew through the store, so that nothing is trained or attacked twice.
+
+A run that was interrupted goes on where it stopped. Attacked are validation images: the test split is opened by
+`launch.py final` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from attacks.interval import wilson
+from defenses.base import Metrics
+from search.console import terminable
+from search.reproduce import paper_tables
+from search.reproduce.attack_cell import NotRun, threat
+from search.reproduce.cell_setting import Setting
+from search.reproduce.cells import Cells, Ours
+from search.reproduce.figures import PICTURES
+from search.reproduce.fraction import Fraction
+from search.reproduce.page import html, markdown, said
+from search.reproduce.paper_tables import Summary, Table
+from search.reproduce.progress import Pace
+from search.storage.atomic import write_atomic
+from search.storage.outage import trouble
+from search.study.loading import make_study
+from search.trial.latency import device_name
+from spaces.exceptions import InputError
+
+BANDS = (0.02, 0.05, 0.10)
+"""Distances up to which an accuracy counts as near, nearer and nearest, fractions."""
+FACTORS = (1.25, 1.5, 2.0)
+"""The same for times, which are compared as multiples of the fastest defense's."""
+
+
+def reproduce(
+    name: str,
+    *,
+    fraction: float = 1.0,
+    storage: str = "runs",
+    data_dir: str | Path | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    console: Console,
+) -> dict[str, Any]:
+    """Run every cell of a paper's table and write it beside ours, as JSON, markdown, HTML and pictures.
+
+    Args:
+        name: of the table, such as puvae/3.
+        fraction: of the work (search/reproduce/fraction.py); 1 is all of it.
+        storage: its store is that of the searches.
+        out: the folder of the pages; else one in STORAGE/tables.
+
+    Returns:
+        The table, as JSON.
+
+    Raises:
+        InputError: there is no such table, the fraction is not in (0, 1], the seed is none, or the storage or `out`
+            cannot be written.
+    """
+    table, portion = paper_tables.table(name), Fraction(fraction)
+    part, other = "" if portion.whole else f"-fraction-{fraction:g}", f"-seed-{seed}" if seed else ""
+    study = make_study({"storage": storage, "seed": seed})
+    out = out or study.root / "tables" / f"{name.replace('/', '-')}{part}{other}"
+    return beside(table, portion, storage=storage, data_dir=data_dir, out=out, seed=seed, console=console)
+
+
+def beside(
+    table: Table,
+    portion: Fraction,
+    *,
+    storage: str,
+    data_dir: str | Path | None = None,
+    out: Path,
+    seed: int = 0,
+    console: Console,
+) -> dict[str, Any]:
+    """Run every cell of `table`; see `reproduce`."""
+    found = _begun(table, portion, seed, out)
+    pace = Pace(console, len(table.cells))
+
+    def heard(what: str, epoch: int, epochs: int, metrics: Metrics) -> None:
+        pace.epoch(what, epoch, epochs)
+
+    cells = Cells(storage, data_dir, portion, seed, heard)
+    try:
+        make_study({"storage": storage}).store.make()
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"a table is written into {error.filename}, but that cannot be: {error.strerror}") from None
+    begin = time.monotonic()
+    order = _order(table)
+    with pace.running(), terminable():
+        try:
+            pace.expect(cells, [table.cells[i].setting for i in order])
+            for i in order:
+                row, setting = found["cells"][i], table.cells[i].setting
+                pace.cell(" · ".join(table.cells[i].labels))
+                row.update(_ours(cells, setting))
+                _judge(found, table)
+                pace.done(said(row, found["quantity"]), row["seconds"])
+                _write(found, out, begin)
+            found["state"] = "finished"
+            draw = PICTURES.get(table.name)
+            found["pictures"] = [] if draw is None else [path.name for path in draw(found, table, cells, out)]
+        except KeyboardInterrupt:
+            found["state"] = "interrupted"
+            console.print("interrupted: what is done is kept, and the same command goes on", highlight=False)
+            raise
+        finally:
+            _write(found, out, begin)
+    console.print(f"{out / 'table.html'}, .md and .json", highlight=False, soft_wrap=True)
+    return found
+
+
+def _begun(table: Table, portion: Fraction, seed: int, out: Path) -> dict[str, Any]:
+    """Return the table with nothing of ours in it yet."""
+    rows = [
+        {
+            "labels": dict(zip(table.dimensions, cell.labels, strict=True)),
+            "paper": cell.value,
+            "printed": cell.printed,
+            "note": cell.note,
+            "measure": cell.setting.measure,
+            "threat": _named(cell.setting),
+            "setting": asdict(cell.setting),
+            "ours": None,
+            "interval": None,
+            "distance": None,
+            "band": None,
+            "images": 0,
+            "seconds": 0.0,
+            "ran": {},
+            "not_run": "not reached yet",
+        }
+        for cell in table.cells
+    ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        **{name: getattr(table, name) for name in ("name", "title", "citation", "source", "quantity", "remark")},
+        "threat": table.threat,
+        "called": table.called,
+        "dimensions": list(table.dimensions),
+        "labels": {name: list(labels) for name, labels in table.labels.items()},
+        "fraction": portion.fraction,
+        "meaning": str(portion),
+        "split": "validation",
+        "seed": seed,
+        "device": device_name(device),
+        "state": "running",
+        "folder": str(out),
+        "seconds": 0.0,
+        "cells": rows,
+        "summaries": [],
+        "pictures": [],
+    }
+
+
+def _named(setting: Setting) -> str:
+    """Return a cell's threat model by its true name."""
+    if setting.attack is None:
+        return "no attack"
+    asks = ", by a substitute that asks the bare classifier" if setting.oracle == "bare" else ""
+    named = str(threat(setting)) if setting.eps is not None else f"{setting.knowledge}, least L2, bounded by no eps"
+    return named + asks
+
+
+def _order(table: Table) -> list[int]:
+    """Return the cells' places: bare classifiers first, then those of one training together, as the table has them.
+
+    Ratios come last, first of them what the others are multiples of.
+    """
+    groups: dict[tuple[float, bool, str, str, str, str], list[int]] = {}
+    for i, cell in enumerate(table.cells):
+        s = cell.setting
+        bare, knobs = s.defense == "none", str(sorted(s.knobs.items()))
+        far = 1 + abs((cell.value or 0.0) - 1) if s.measure == "ratio" else 0.0
+        groups.setdefault((far, not bare, s.defense, s.task, s.protect or "", knobs), []).append(i)
+    return [i for group in sorted(groups, key=lambda group: group[:2]) for i in groups[group]]
+
+
+def _ours(cells: Cells, setting: Setting) -> dict[str, Any]:
+    """Return what we find for a cell; what fails is this cell's failure and ends nothing."""
+    try:
+        ours: Ours = cells.run(setting)
+    except NotRun as reason:
+        return {"not_run": str(reason)}
+    except Exception as error:  # whatever a defense raises
+        if trouble(error):
+            raise
+        return {"not_run": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"}
+    interval = wilson(ours.value, ours.images) if ours.images else None
+    return {"ours": ours.value, "interval": interval, **_spent(ours), "not_run": ""}
+
+
+def _spent(ours: Ours) -> dict[str, Any]:
+    return {"images": ours.images, "seconds": ours.seconds, "ran": dict(ours.ran)}
+
+
+def _judge(found: dict[str, Any], table: Table) -> None:
+    """Put the distances in: of shares in points, of times as multiples of the fastest defense's."""
+    rows = found["cells"]
+    timed = [row for row in rows if row["measure"] in ("seconds", "ratio") and row["ours"] is not None]
+    for row in rows:
+        if row["ours"] is None or row["paper"] is None or row in timed:
+            continue
+        row["distance"] = row["ours"] - row["paper"]
+        row["band"] = sum(abs(row["distance"]) > limit + 1e-9 for limit in BANDS)
+    for row, base in _based(timed):
+        own, theirs = row["ours"] / base["ours"], row["paper"] / base["paper"]
+        row["relative"] = {"ours": own, "paper": theirs, "to": " · ".join(base["labels"].values())}
+        row["distance"] = own / theirs
+        row["band"] = sum(max(own / theirs, theirs / own) > factor for factor in FACTORS)
+    found["summaries"] = [_summed(one, rows) for one in table.summaries]
+
+
+def _based(timed: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield each time with the one that it is a multiple of: the paper's shortest, or what the paper has as 1."""
+    for measure in ("seconds", "ratio"):
+        alike = [row for row in timed if row["measure"] == measure and row["paper"]]
+        one = min(alike, key=lambda row: abs(row["paper"] - 1) if measure == "ratio" else row["paper"], default=None)
+        yield from ((row, one) for row in alike if one is not None)
+
+
+def _summed(summary: Summary, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a number that the paper gives of many cells, and ours of those that ran."""
+    alike = [r for r in rows if all(r["labels"][name] == label for name, label in summary.labels.items())]
+    ours = [row["ours"] for row in alike if row["ours"] is not None]
+    value = (max(ours) if summary.kind == "largest" else sum(ours) / len(ours)) if ours else None
+    return {
+        "kind": summary.kind,
+        "labels": dict(summary.labels),
+        "paper": summary.value,
+        "printed": summary.printed,
+        "note": summary.note,
+        "ours": value,
+        "cells": len(ours),
+        "of": len(alike),
+        "distance": value - summary.value if value is not None and len(ours) == len(alike) else None,
+    }
+
+
+def _write(found: dict[str, Any], out: Path, begin: float) -> None:
+    found["seconds"] = round(time.monotonic() - begin, 1)
+    for name, text in (
+        ("table.json", json.dumps(found, indent=1)),
+        ("table.md", markdown(found)),
+        ("table.html", html(found, out)),
+    ):
+        write_atomic(out / name, text.encode())
