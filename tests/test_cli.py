@@ -480,7 +480,7 @@ def test_a_table_fits_the_terminal_and_breaks_no_name(columns: int) -> None:
 
 def test_a_terminal_that_lacks_a_character_is_no_error() -> None:
     code = (
-        "import typer; from search.terminal import console, run; app = typer.Typer();"
+        "import typer; from search.cli.terminal import console, run; app = typer.Typer();"
         "app.command()(lambda: console.print('18\\u00a0s')); run(app)"
     )
     env = os.environ | {"PYTHONIOENCODING": "ascii"}

@@ -17,6 +17,7 @@ from torch import nn
 
 from defenses.base import Shape
 from defenses.puvae import PuVAE
+from search.trial import device_lock as device_lock_module
 from search.trial import latency
 from search.trial.device_lock import LOOK_S, DeviceLock
 from search.trial.latency import measure
@@ -164,7 +165,7 @@ def test_who_is_away_holds_nothing_up_and_comes_back(own_lane: None) -> None:
 
 
 def test_each_device_has_a_lane_of_its_own(own_lane: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_identity", lambda device: f"GPU-{device.index}")
+    monkeypatch.setattr(device_lock_module, "_identity", lambda device: f"GPU-{device.index}")
     first, again, second = (DeviceLock(torch.device("cuda", index)) for index in (0, 0, 1))
     for device_lock in (first, again, second):
         monkeypatch.setattr(device_lock, "_device", CPU)

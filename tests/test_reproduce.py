@@ -277,7 +277,7 @@ def test_a_black_box_attacker_asks_whom_its_oracle_is(storage: Path, monkeypatch
         assert options["rounds"] == 2
         return Substitute(target, 0, 1.0)
 
-    monkeypatch.setattr("search.reproduce.reproduction.attack_cell.train_substitute", trained)
+    monkeypatch.setattr("search.reproduce.attack_cell.train_substitute", trained)
     cells = Cells(str(storage), None, Fraction(0.1), 0, lambda *heard: None)
     for oracle in ("bare", "defended"):
         trained_on = {"defense": "adversarial_training", "knobs": {"attack": "fgsm", "epochs": 1}, "oracle": oracle}

@@ -63,7 +63,7 @@ def test_pruned_trials_are_told_as_pruned_and_bring_no_candidates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.9, 0.9, 0.1, 0.9, 0.9])
-    monkeypatch.setattr("search.trial.evaluator.Exam.cheap", lambda *args: next(scores))
+    monkeypatch.setattr("search.trial.evaluator.Evaluator.cheap", lambda *args: next(scores))
     study = digits_study(tmp_path, trials=3, patience=1, halving=2.0)
     diary = Diary()
     assert run(study, [diary], debug=True) == "finished"
