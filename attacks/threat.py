@@ -20,7 +20,7 @@ class ThreatModel:
         norm: the norm of the perturbation.
         eps: its bound, in pixel units of [0, 1].
         knowledge: `oblivious` sees the bare classifier; `black-box` sees neither, but asks the defended classifier
-            for its classes and trains a substitute (attacks/substitute.py); `white-box` sees classifier and defense.
+            for its classes and trains a substitute (attacks/black_box.py); `white-box` sees classifier and defense.
             What PuVAE, Defense-VAE and Defense-GAN call white-box is oblivious.
 
     Raises:

@@ -27,10 +27,11 @@ from dataclasses import asdict, dataclass
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.robustness import craft_oblivious, look, observe, strikes
-from attacks.suite import SUITES, Suite, reproducible
+from attacks.evaluation import craft_oblivious, look, observe, strikes
+from attacks.gradient_view import View
+from attacks.seeding import reproducible
+from attacks.suites import SUITES, Suite
 from attacks.threat import ThreatModel
-from attacks.view import View
 from search.data import splits
 from search.study.loading import make_study
 from search.trial.runner import Bench

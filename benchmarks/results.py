@@ -23,8 +23,11 @@ from typing import Any
 import torch
 
 import defenses
-from attacks.robustness import Observation, Verdict, observe
-from attacks.suite import CW_L2, FGSM, IFGSM, PGD_40, Attack, Suite
+from attacks.attack import Attack
+from attacks.catalog import CW_L2, FGSM, IFGSM, PGD_40
+from attacks.evaluation import observe
+from attacks.suites import Suite
+from attacks.verdicts import Observation, Verdict
 from defenses.base import Defended
 from defenses.defense_gan import DefenseGAN
 from search.classifiers.task import find_task

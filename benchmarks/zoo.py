@@ -18,7 +18,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.audit import audit
+from attacks.audit.audit import audit
 from attacks.threat import ThreatModel
 from search.classifiers.training import train
 from search.data import splits

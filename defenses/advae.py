@@ -19,8 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.suite import reproducible
-from attacks.tidy import evaluating
+from attacks.seeding import evaluating, reproducible
 from defenses.base import Batches, Defended, Defense, Knobs, Metrics
 from spaces.exceptions import InputError
 from spaces.space import knob

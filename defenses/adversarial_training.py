@@ -18,7 +18,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.tidy import evaluating
+from attacks.seeding import evaluating
 from defenses.base import Batches, Defense, Knobs, Metrics
 from spaces.space import knob
 

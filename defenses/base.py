@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from attacks.view import Gradient, Opening
+from attacks.gradient_view import Gradient, Opening
 from spaces.domain import Scalar
 from spaces.space import Params
 

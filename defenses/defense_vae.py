@@ -21,9 +21,12 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.corrected import CW, DeepFool, RandFGSM
-from attacks.suite import BATCH, reproducible
-from attacks.view import Gradient
+from attacks.algorithms.carlini_wagner import CW
+from attacks.algorithms.deepfool import DeepFool
+from attacks.algorithms.rand_fgsm import RandFGSM
+from attacks.attack import BATCH
+from attacks.gradient_view import Gradient
+from attacks.seeding import reproducible
 from defenses.base import Batches, Defense, Knobs, Metrics, Tensors
 from spaces.exceptions import InputError
 from spaces.space import Condition, knob

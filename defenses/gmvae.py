@@ -16,7 +16,7 @@ from scipy.special import chdtri
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.view import Opening
+from attacks.gradient_view import Opening
 from defenses.base import Batches, Defense, Knobs, Metrics
 from spaces.exceptions import InputError
 from spaces.space import knob

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from attacks.suite import BATCH, FGSM, IFGSM, PGD_40, Attack
+from attacks.attack import BATCH, Attack
+from attacks.catalog import FGSM, IFGSM, PGD_40
 from attacks.threat import ThreatModel
 from defenses.advae import UNet
 from defenses.base import Batches, Defense, Knobs, Metrics, Tensors

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from optuna.distributions import IntDistribution
 from torch import Tensor, nn
 
-from attacks.view import Gradient
+from attacks.gradient_view import Gradient
 from defenses.base import Batches, Defense, Knobs, Metrics
 from spaces.space import knob
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from attacks.view import Gradient, Opening
+from attacks.gradient_view import Gradient, Opening
 
 
 class Smooth(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.tidy import evaluating
+from attacks.seeding import evaluating
 from defenses.advae import AdvAE, UNet
 from defenses.base import Batches, Defended, Shape
 from spaces.domain import Scalar

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.autoattack import APGD, FAB
-from attacks.corrected import RandFGSM
-from attacks.robustness import Outsider, evaluate, observe
-from attacks.square import Square
-from attacks.suite import FGSM, MIM_10, RAND_FGSM, SUITES
+from attacks.algorithms.apgd import APGD
+from attacks.algorithms.fab import FAB
+from attacks.algorithms.rand_fgsm import RandFGSM
+from attacks.algorithms.square import Square
+from attacks.black_box import BlackBoxAttacker
+from attacks.catalog import FGSM, MIM_10, RAND_FGSM
+from attacks.evaluation import evaluate, observe
+from attacks.suites import SUITES
 from attacks.threat import ThreatModel
 from search.data.splits import HELD_OUT, sizes
 from search.study.loading import make_study
@@ -154,8 +157,8 @@ def test_a_late_label_that_the_model_does_not_know_is_refused_too(digits: Digits
 
 
 def test_an_outsider_needs_images_of_its_own(digits: Digits, classifier: nn.Module) -> None:
-    outsider = Outsider(digits[0][:1], lambda: nn.Flatten())
-    act = lambda: outsider.craft(QUICK, classifier, digits[0][:5], digits[1][:5], WHITE, 0)  # noqa: E731
+    attacker = BlackBoxAttacker(digits[0][:1], lambda: nn.Flatten())
+    act = lambda: attacker.craft(QUICK, classifier, digits[0][:5], digits[1][:5], WHITE, 0)  # noqa: E731
     says("a substitute starts from at least 2 images, but is given 1", act)
 
 

@@ -13,11 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import attacks.audit
-from attacks.audit import Audit, audit
-from attacks.probes import Gate, at_most, quick_gates
-from attacks.robustness import observe
-from attacks.suite import PGD_40, SUITES
+import attacks.audit.audit
+import attacks.audit.probes
+from attacks.audit.audit import Audit, audit
+from attacks.audit.gate import Gate, at_most
+from attacks.audit.quick_gates import quick_gates
+from attacks.catalog import PGD_40
+from attacks.evaluation import observe
+from attacks.suites import SUITES
 from attacks.threat import ThreatModel
 from defenses.base import Defended, Defense
 from spaces.exceptions import InputError
@@ -215,7 +218,8 @@ def test_noise_that_hides_a_weakness_of_each_of_its_draws_is_found() -> None:
 def shortened(monkeypatch: pytest.MonkeyPatch, pace: float) -> None:
     """Let the audit attack with too small steps, and with nothing else that could make up for them."""
     attack = replace(PGD_40, pace=pace)
-    monkeypatch.setattr(attacks.audit, "PGD_40", attack)
+    for module in (attacks.audit.audit, attacks.audit.probes):
+        monkeypatch.setattr(module, "PGD_40", attack)
     monkeypatch.setitem(SUITES, "audit", replace(SUITES["audit"], oblivious=(), white_box=(attack,)))
 
 

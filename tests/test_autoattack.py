@@ -12,10 +12,12 @@ import torchattacks
 from torch import Tensor, nn
 from torchattacks.attacks.fab import projection_l2, projection_linf
 
-from attacks.autoattack import APGD, FAB, Loss, _checkpoints, to_plane
-from attacks.square import Square, _eta
+from attacks.algorithms.apgd import APGD, Loss, _checkpoints
+from attacks.algorithms.base import CorrectedAttack
+from attacks.algorithms.fab import FAB, to_plane
+from attacks.algorithms.square import Square, _eta
+from attacks.seeding import Draws
 from attacks.threat import Norm
-from attacks.tidy import Draws, Tidy
 from spaces.exceptions import InputError
 
 Digits = tuple[Tensor, Tensor]
@@ -233,7 +235,7 @@ def test_an_image_whose_logits_are_nan_is_no_success(name: str) -> None:
 @every_part
 def test_each_has_the_interface_of_torchattacks(name: str) -> None:
     attack = OURS[name](linear()[0], 0.1, "L2")
-    assert isinstance(attack, Tidy) and isinstance(attack, torchattacks.attack.Attack)
+    assert isinstance(attack, CorrectedAttack) and isinstance(attack, torchattacks.attack.Attack)
     assert attack.supported_mode == ["default"] and repr(attack).startswith(type(attack).__name__ + "(")
 
 

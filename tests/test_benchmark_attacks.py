@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.robustness import craft_oblivious, observe
-from attacks.suite import APGD_CE, APGD_T, FAB_T, FGSM, PGD_10, SQUARE, SUITES, Suite
+from attacks.catalog import APGD_CE, APGD_T, FAB_T, FGSM, PGD_10, SQUARE
+from attacks.evaluation import craft_oblivious, observe
+from attacks.suites import SUITES, Suite
 from attacks.threat import ThreatModel
 from benchmarks.attacks import Counted, compare, main, plainly, stock
 

@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 import defenses
 import spaces
-from attacks.tidy import seeded
-from attacks.view import View
+from attacks.gradient_view import View
+from attacks.seeding import seeded
 from defenses.adversarial_training import AdversarialTraining
 from defenses.base import Batches, Defended, Defense, Knobs, Metrics, Shape, Tensors, halved
 from defenses.identity import Identity

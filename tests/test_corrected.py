@@ -11,8 +11,13 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.corrected import CW, MIM, PGD, DeepFool, RandFGSM
-from attacks.tidy import Draws, Tidy
+from attacks.algorithms.base import CorrectedAttack
+from attacks.algorithms.carlini_wagner import CW
+from attacks.algorithms.deepfool import DeepFool
+from attacks.algorithms.mim import MIM
+from attacks.algorithms.pgd import PGD
+from attacks.algorithms.rand_fgsm import RandFGSM
+from attacks.seeding import Draws
 
 Digits = tuple[Tensor, Tensor]
 Make = Callable[[nn.Module], Any]
@@ -381,6 +386,6 @@ def test_an_attack_also_runs_under_no_grad(name: str, held_out: Digits, classifi
 @pytest.mark.parametrize("name", OURS)
 def test_each_has_the_interface_of_torchattacks(name: str) -> None:
     attack = OURS[name](linear()[0])
-    assert isinstance(attack, Tidy) and isinstance(attack, torchattacks.attack.Attack)
+    assert isinstance(attack, CorrectedAttack) and isinstance(attack, torchattacks.attack.Attack)
     assert attack.supported_mode == (["default", "targeted"] if name in TARGETED else ["default"])
     assert repr(attack).startswith(type(attack).__name__ + "(")

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 import defenses
 import launch
-from attacks.audit import Audit, audit
-from attacks.suite import NES_30, SUITES, Suite
+from attacks.audit.audit import Audit, audit
+from attacks.catalog import NES_30
+from attacks.suites import SUITES, Suite
 from defenses.base import Defended
 from defenses.puvae import PuVAE
 from search.data import splits

@@ -30,10 +30,12 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.nn import functional as F
 
-from attacks.robustness import Verdict, evaluate
-from attacks.substitute import train_substitute
-from attacks.suite import APGD_CE, FGSM, PGD_5, SELECTIVE_10, SUITES, Suite
+from attacks.black_box import train_substitute
+from attacks.catalog import APGD_CE, FGSM, PGD_5, SELECTIVE_10
+from attacks.evaluation import evaluate
+from attacks.suites import SUITES, Suite
 from attacks.threat import ThreatModel
+from attacks.verdicts import Verdict
 from defenses.base import Defended
 from search.data import splits
 from search.data.cache import ensure

@@ -15,9 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.autoattack import APGD, FAB
-from attacks.corrected import CW, MIM, PGD, DeepFool
-from attacks.square import Square
+from attacks.algorithms.apgd import APGD
+from attacks.algorithms.carlini_wagner import CW
+from attacks.algorithms.deepfool import DeepFool
+from attacks.algorithms.fab import FAB
+from attacks.algorithms.mim import MIM
+from attacks.algorithms.pgd import PGD
+from attacks.algorithms.square import Square
 from attacks.threat import Norm
 from search.classifiers.training import train
 from search.data.splits import load

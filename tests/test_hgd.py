@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.suite import IFGSM
+from attacks.catalog import IFGSM
 from attacks.threat import ThreatModel
 from defenses.base import Batches, Shape, Tensors, halved
 from defenses.hgd import HGD

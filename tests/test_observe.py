@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.coverage import risk_coverage
-from attacks.robustness import Outsider, craft_oblivious, evaluate, look, observe, strikes
-from attacks.substitute import train_substitute
-from attacks.suite import (
+from attacks.attack import Attack
+from attacks.black_box import BlackBoxAttacker, train_substitute
+from attacks.catalog import (
     CHOICE_10,
     CW_L2,
     DEEPFOOL,
@@ -23,12 +22,12 @@ from attacks.suite import (
     PGD_10,
     SELECTIVE_10,
     SQUARE,
-    SUITES,
-    Attack,
-    Suite,
 )
+from attacks.evaluation import craft_oblivious, evaluate, look, observe, strikes
+from attacks.gradient_view import Opening, View
+from attacks.risk_coverage import risk_coverage
+from attacks.suites import SUITES, Suite
 from attacks.threat import ThreatModel
-from attacks.view import Opening, View
 from tests.guards import Guard, Smooth
 
 WHITE = ThreatModel("Linf", 0.1, "white-box")
@@ -300,8 +299,8 @@ def test_an_outsider_asks_for_classes_and_fools_the_classifier_with_its_substitu
             return classifier(x).detach()
 
     threat = replace(BLACK, eps=0.3)
-    outsider = Outsider(digits[0][1600:1660], small)
-    images, queries = outsider.craft(PLAIN, Counted(), *held_out, threat, 0)
+    attacker = BlackBoxAttacker(digits[0][1600:1660], small)
+    images, queries = attacker.craft(PLAIN, Counted(), *held_out, threat, 0)
     assert queries == sum(asked) == 60 * 2**6 and list(images) == ["fgsm"]
     assert float((images["fgsm"] - held_out[0]).abs().max()) <= 0.3 + 1e-6
     said = replace(observe(PLAIN, classifier, *held_out, threat, black_box=images), queries=queries)
@@ -316,8 +315,8 @@ def test_an_outsider_asks_for_classes_and_fools_the_classifier_with_its_substitu
 def test_an_outsiders_substitute_goes_over_the_boundary_and_follows_from_the_seed(
     digits: Digits, held_out: Digits, classifier: nn.Module
 ) -> None:
-    guard, outsider = Guard(Smooth(noise=0.2), classifier), Outsider(digits[0][1600:1604], small)
-    first, again, other = (outsider.craft(PLAIN, guard, *held_out, BLACK, seed)[0]["fgsm"] for seed in (0, 0, 1))
+    guard, attacker = Guard(Smooth(noise=0.2), classifier), BlackBoxAttacker(digits[0][1600:1604], small)
+    first, again, other = (attacker.craft(PLAIN, guard, *held_out, BLACK, seed)[0]["fgsm"] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     away = train_substitute(guard, digits[0][1600:1604], small, step=-0.1, seed=0).network  # over the boundary
     assert torch.equal(first, FGSM.craft(away, *held_out, BLACK, 0))

@@ -9,9 +9,9 @@ import torch
 import yaml
 
 import defenses
+from attacks.catalog import ATTACKS
 from search.data.datasets import DATASETS
 from search.reproduce import paper_tables
-from search.reproduce.cell_setting import ATTACKS
 from search.reproduce.paper_tables import read, rows, table, tables
 from spaces.exceptions import InputError
 from spaces.space import SearchSpace

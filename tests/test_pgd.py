@@ -11,9 +11,9 @@ import torchattacks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.corrected import PGD
+from attacks.algorithms.pgd import PGD
+from attacks.seeding import Draws
 from attacks.threat import Norm
-from attacks.tidy import Draws
 from tests.test_corrected import Score, Sealed, fooled, l2, linear
 
 Digits = tuple[Tensor, Tensor]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from attacks.interval import wilson
+from attacks.confidence import wilson
 from search.formatting import duration, spoken_eps, spoken_value
 from search.report.page import interval, render, write
 from search.report.rank_correlation import RankCorrelation, ranks

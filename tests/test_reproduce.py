@@ -17,11 +17,11 @@ from PIL import Image
 from rich.console import Console
 
 import defenses
-from attacks.interval import wilson
-from attacks.substitute import Substitute
-from attacks.suite import FGSM_TARGETED
+from attacks.black_box import Substitute
+from attacks.catalog import FGSM_TARGETED
+from attacks.confidence import wilson
+from attacks.gradient_view import View
 from attacks.threat import ThreatModel
-from attacks.view import View
 from defenses.base import Batches, Defended, Shape
 from search.reproduce import paper_tables
 from search.reproduce.attack_cell import NotRun

@@ -12,11 +12,12 @@ import torchattacks
 from scipy.optimize import linprog, minimize_scalar
 from torch import Tensor, nn
 
-from attacks.corrected import PGD
-from attacks.selective import MixtureAttack, SelectivePGD, _aside, fool, objective
+from attacks.algorithms.mixture import MixtureAttack, fool, objective
+from attacks.algorithms.pgd import PGD
+from attacks.algorithms.selective_pgd import SelectivePGD, _aside
+from attacks.gradient_view import View
+from attacks.seeding import Draws
 from attacks.threat import Norm
-from attacks.tidy import Draws
-from attacks.view import View
 from defenses.base import Batches, Defended, Shape
 from defenses.gmvae import GMVAE
 from tests.test_corrected import Score, fooled, l2, one_by_one

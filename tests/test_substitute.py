@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.corrected import PGD
-from attacks.substitute import Substitute, augmented, train_substitute
+from attacks.algorithms.pgd import PGD
+from attacks.black_box import Substitute, augmented, train_substitute
 from spaces.exceptions import InputError
 
 Digits = tuple[Tensor, Tensor]

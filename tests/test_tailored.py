@@ -10,10 +10,11 @@ import torchattacks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.corrected import PGD
-from attacks.tailored import LEAD, ChoicePGD, LatentPGD
+from attacks.algorithms.choice_pgd import ChoicePGD
+from attacks.algorithms.latent_pgd import LEAD, LatentPGD
+from attacks.algorithms.pgd import PGD
+from attacks.gradient_view import View
 from attacks.threat import Norm
-from attacks.view import View
 from defenses.base import Batches, Defended, Shape
 from defenses.defense_gan import DefenseGAN
 from defenses.puvae import PuVAE

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-import attacks.suite
-from attacks.robustness import Observation
-from attacks.suite import SUITES
+import attacks.suites
+from attacks.suites import SUITES
+from attacks.verdicts import Observation
 from defenses.base import Batches, Metrics
 from defenses.puvae import PuVAE
 from search.exceptions import TrialError
@@ -167,7 +167,7 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
     assert len({first, *(key(**fields) for fields in variants)}) == 1 + len(variants)  # type: ignore[arg-type]
     for same in ({"name": "other"}, {"trials": 9}, {"cheap_images": 5}, {"max_clean_rejection": 0.2}, {"patience": 1}):
         assert key(**same) == first
-    suite = code_digests(attacks.suite.__name__)
+    suite = code_digests(attacks.suites.__name__)
     assert set(suite) <= set(code_digests(evaluator.__name__))
     monkeypatch.setattr(runner, "code_digests", lambda *modules: sorted({*code_digests(*modules)} - {suite[0]}))
     assert key() != first

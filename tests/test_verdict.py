@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacks.coverage import pick, risk_coverage
-from attacks.interval import wilson
-from attacks.robustness import Observation, Seen, Verdict
+from attacks.confidence import wilson
+from attacks.risk_coverage import pick, risk_coverage
 from attacks.threat import ThreatModel
+from attacks.verdicts import Observation, Seen, Verdict
 
 WHITE = ThreatModel("Linf", 0.1, "white-box")
 OBLIVIOUS = replace(WHITE, knowledge="oblivious")

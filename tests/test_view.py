@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.view import View, bare, deepened, gradients, limits, openings, stochastic
+from attacks.gradient_view import View, bare, deepened, gradients, limits, openings, stochastic
 from tests.guards import Guard, Smooth
 
 Digits = tuple[Tensor, Tensor]

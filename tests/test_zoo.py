@@ -10,8 +10,8 @@ import pytest
 from torch import Tensor, nn
 
 import defenses
-from attacks.audit import Audit, audit
-from attacks.probes import quick_gates
+from attacks.audit.audit import Audit, audit
+from attacks.audit.quick_gates import quick_gates
 from attacks.threat import ThreatModel
 from defenses.base import Defended
 from search.data import splits

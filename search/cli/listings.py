@@ -107,7 +107,7 @@ def _defenses() -> list[Row]:
 
 
 def _attacks() -> list[Row]:
-    from attacks.suite import SUITES
+    from attacks.suites import SUITES
 
     return [
         {

@@ -17,13 +17,16 @@ import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
-from attacks.interval import wilson
-from attacks.robustness import Outsider, Robustness, Verdict, craft_oblivious, observe
-from attacks.selective import fool
-from attacks.suite import MIXTURE, SUITES, Suite, reproducible
+from attacks.algorithms.mixture import fool
+from attacks.black_box import BlackBoxAttacker
+from attacks.catalog import MIXTURE
+from attacks.confidence import wilson
+from attacks.evaluation import craft_oblivious, observe
+from attacks.gradient_view import View, bare, openings, stochastic
+from attacks.seeding import Draws, reproducible
+from attacks.suites import SUITES, Suite
 from attacks.threat import Norm, ThreatModel
-from attacks.tidy import Draws
-from attacks.view import View, bare, openings, stochastic
+from attacks.verdicts import Robustness, Verdict
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.task import Task, find_task
 from search.console import working
@@ -100,7 +103,7 @@ class _Bout:
     threat: ThreatModel
     x_NCHW: Tensor
     y_N: Tensor
-    outsider: Outsider
+    attacker: BlackBoxAttacker
     substitute: str
     seed: int
 
@@ -119,7 +122,7 @@ class _Bout:
 
     def struck(self, model: nn.Module, oblivious: Mapping[str, Tensor]) -> Robustness:
         images, threat = (self.x_NCHW, self.y_N), self.threat
-        asked = self.outsider.craft(self.attacks, model, *images, threat, self.seed) if self.blind else (None, 0)
+        asked = self.attacker.craft(self.attacks, model, *images, threat, self.seed) if self.blind else (None, 0)
         made = observe(self.attacks, model, *images, threat, oblivious=oblivious, black_box=asked[0], seed=self.seed)
         return replace(made, queries=asked[1]).judge()
 
@@ -162,7 +165,7 @@ def _bout(
         threat=threat,
         x_NCHW=x_NCHW[:wanted],
         y_N=y_N[:wanted],
-        outsider=Outsider(held_out_NCHW.to(device), lambda: ARCHITECTURES[own].build(task.shape)),
+        attacker=BlackBoxAttacker(held_out_NCHW.to(device), lambda: ARCHITECTURES[own].build(task.shape)),
         substitute=own,
         seed=seed,
     )

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from attacks.audit import TWICE, Audit
-from attacks.interval import wilson
-from attacks.probes import Gate, at_most
-from attacks.robustness import Robustness, Verdict
-from attacks.suite import SUITES
+from attacks.audit.audit import TWICE, Audit
+from attacks.audit.gate import Gate, at_most
+from attacks.confidence import wilson
+from attacks.suites import SUITES
 from attacks.threat import ThreatModel
+from attacks.verdicts import Robustness, Verdict
 from defenses.base import Defense
 from search.data import splits
 from search.data.datasets import DATASETS

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from attacks.audit import Audit, audit
-from attacks.robustness import Robustness
-from attacks.suite import AttackError
+from attacks.attack import AttackError
+from attacks.audit.audit import Audit, audit
 from attacks.threat import ThreatModel
+from attacks.verdicts import Robustness
 from defenses.base import Defended, Defense
 from search.console import working
 from search.exceptions import AlarmError
@@ -157,7 +157,7 @@ def _examined(bench: Bench, candidate: Candidate, defense: Defense) -> tuple[Aud
                 evaluator.y_N,
                 evaluator.threat,
                 seed=bench.study.seed + 1,
-                outsider=evaluator.outsider,
+                attacker=evaluator.attacker,
                 baselines=beside,
             )
     except (AttackError, InputError) as error:

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-import attacks.robustness
-from attacks.audit import audit
-from attacks.robustness import STEP, Verdict, craft_oblivious, observe
-from attacks.substitute import train_substitute
-from attacks.suite import SUITES, Attack, AttackError, Suite
-from attacks.view import bare
+import attacks.evaluation
+from attacks.attack import Attack, AttackError
+from attacks.audit.audit import audit
+from attacks.black_box import STEP, train_substitute
+from attacks.evaluation import craft_oblivious, observe
+from attacks.gradient_view import bare
+from attacks.suites import SUITES, Suite
+from attacks.verdicts import Verdict
 from defenses.base import Defended
 from search.engine.jobs import Tell
 from search.export.evidence import worse
@@ -142,7 +144,7 @@ class TestEvaluator:
     def key(self, contender: EvaluatedModel, **more: object) -> str:
         """Return the fingerprint of all that shapes a verdict."""
         return fingerprint(
-            source=code_digests(attacks.robustness.__name__, __name__, Evaluator.__module__, worse.__module__),
+            source=code_digests(attacks.evaluation.__name__, __name__, Evaluator.__module__, worse.__module__),
             split="test",
             model=contender.identity,
             classifier=contender.classifier,
@@ -215,8 +217,8 @@ class TestEvaluator:
         key = self.key(contender)
         if key not in self._substitutes:
             self._say(contender, "the black-box attacker learns")
-            outsider = contender.outsider
-            found = train_substitute(contender.target, outsider.x_NCHW, outsider.build, step=-STEP, seed=self.seed)
+            attacker = contender.attacker
+            found = train_substitute(contender.target, attacker.x_NCHW, attacker.build, step=-STEP, seed=self.seed)
             self._substitutes[key] = found.network, found.queries
         return self._substitutes[key]
 
@@ -236,18 +238,18 @@ class TestEvaluator:
     def _compared(self, case: ExportedWinner, contender: EvaluatedModel, aimed: Params, images: int) -> TestVerdicts:
         self._say(contender, "the search's suite and the audit")
         x_NCHW, y_N, threat = self.x_NCHW[:images], self.y_N[:images], case.threat
-        target, outsider = cast(Defended, contender.target), None
+        target, attacker = cast(Defended, contender.target), None
         if threat.knowledge == "black-box":
-            outsider = contender.outsider
+            attacker = contender.attacker
         blind = craft_oblivious(case.resolved.suite, target.classifier, x_NCHW, y_N, threat, self.seed)
-        evaluator = Evaluator(case.resolved.suite, threat, x_NCHW, y_N, blind, self.seed, outsider)
+        evaluator = Evaluator(case.resolved.suite, threat, x_NCHW, y_N, blind, self.seed, attacker)
         limits_S = target.defense.limits()
         target.defense.at(aimed.inference)
         again = evaluator.observe(target).judge(limits_S)
         target.defense.at(case.params.inference)
         audited = again.attacked
         try:
-            found = audit(target, x_NCHW, y_N, threat, seed=self.seed + 1, outsider=outsider)
+            found = audit(target, x_NCHW, y_N, threat, seed=self.seed + 1, attacker=attacker)
             audited, alarms = worse(found.robustness.attacked, audited), list(found.alarms)
         except (AttackError, InputError) as error:
             alarms = [f"it cannot be audited: {error}"]

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-import attacks.robustness
+import attacks.black_box
 from attacks.threat import ThreatModel
 from search.classifiers import architectures
 from search.data import splits
@@ -142,7 +142,7 @@ def judge_export(study: object, case: ExportedWinner, images: int, tell: Tell) -
         classifier="",
         target=case.target.unchecked().to(device),
         threat=replace(case.threat, knowledge="white-box"),
-        outsider=case.outsider(device),
+        attacker=case.attacker(device),
         substitute=case.resolved.substitute,
     )
     return _compared(test_evaluator, case, contender)
@@ -230,7 +230,7 @@ def _settings(cases: Sequence[ExportedWinner], seeds: int, images: int | None) -
         "train": sizes.train,
         "validation": sizes.validation,
         "seeds": list(islice(fresh, seeds)),
-        "code": fingerprint(source=code_digests(attacks.robustness.__name__)),
+        "code": fingerprint(source=code_digests(attacks.black_box.__name__)),
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import defenses
-from attacks.robustness import Outsider
+from attacks.black_box import BlackBoxAttacker
 from attacks.threat import ThreatModel
 from defenses.base import Defended, Metrics
 from search.classifiers.architectures import ARCHITECTURES
@@ -87,11 +87,11 @@ class ExportedWinner:
         """What the search's words stand for."""
         return self.study.resolved
 
-    def outsider(self, device: torch.device) -> Outsider:
+    def attacker(self, device: torch.device) -> BlackBoxAttacker:
         """Return the black-box attacker: it begins with the last validation images, as in a search."""
         x_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir)
         build = ARCHITECTURES[self.resolved.substitute].build
-        return Outsider(x_NCHW.to(device), lambda: build(self.resolved.task.shape).to(device))
+        return BlackBoxAttacker(x_NCHW.to(device), lambda: build(self.resolved.task.shape).to(device))
 
     def trainings(self) -> Iterator[tuple[str, Study, Params]]:
         """Yield what is trained of each seed: the defense, and the adversarially trained classifier beside it.
@@ -154,7 +154,7 @@ class EvaluatedModel:
     classifier: str
     target: nn.Module
     threat: ThreatModel
-    outsider: Outsider
+    attacker: BlackBoxAttacker
     substitute: str
 
 
@@ -189,7 +189,7 @@ def contenders(cases: Sequence[ExportedWinner], seed: int) -> list[EvaluatedMode
                 classifier=bench.identity(protected),
                 target=Defended(defense, bench.target.network).eval().requires_grad_(False),
                 threat=threat,
-                outsider=case.outsider(bench.device),
+                attacker=case.attacker(bench.device),
                 substitute=case.resolved.substitute,
             )
             bare = replace(

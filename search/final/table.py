@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from attacks.interval import wilson
-from attacks.robustness import Verdict
+from attacks.confidence import wilson
+from attacks.verdicts import Verdict
 from search.final.evaluation import AUTOATTACK, FULL, TestVerdicts
 from search.final.retraining import ExportedWinner
 from search.final.test_set_log import opened_beside

@@ -10,7 +10,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
-from attacks.interval import wilson
+from attacks.confidence import wilson
 from search.formatting import spoken_device, spoken_value
 from search.optimizer.early_stopping import rungs
 from search.report.importance import CHANCE

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from attacks.interval import wilson
+from attacks.confidence import wilson
 from search.formatting import brief, points
 from search.study import ranking
 from search.study.candidate import Candidate

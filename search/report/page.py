@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from attacks.interval import wilson
+from attacks.confidence import wilson
 from search.classifiers.task import find_task
 from search.data.cache import caches, read_ledger
 from search.data.datasets import DATASETS

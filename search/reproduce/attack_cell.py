@@ -12,15 +12,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from attacks.robustness import STEP, Verdict, look, observe
-from attacks.substitute import train_substitute
-from attacks.suite import BATCH, Suite
+from attacks.attack import BATCH
+from attacks.black_box import STEP, train_substitute
+from attacks.catalog import ATTACKS
+from attacks.evaluation import look, observe
+from attacks.gradient_view import View, limits
+from attacks.suites import Suite
 from attacks.threat import ThreatModel
-from attacks.view import View, limits
+from attacks.verdicts import Verdict
 from defenses.base import Defended
 from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
-from search.reproduce.cell_setting import ATTACKS, Setting
+from search.reproduce.cell_setting import Setting
 from search.trial.runner import Bench
 
 DRAWS = 2

@@ -8,9 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import attacks.suite
 import defenses
-from attacks.suite import Attack
+from attacks.catalog import ATTACKS
 from attacks.threat import Knowledge, Norm, ThreatModel
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.task import TASKS
@@ -20,8 +19,6 @@ from spaces.domain import Scalar
 from spaces.exceptions import InputError, choose
 from spaces.space import SearchSpace
 
-ATTACKS: Mapping[str, Attack] = {a.name: a for a in vars(attacks.suite).values() if isinstance(a, Attack)}
-"""Every attack of attacks/suite.py by its name."""
 Measure = Literal["attacked", "clean", "error", "rejection", "reclassified", "seconds", "ratio"]
 
 
@@ -34,7 +31,7 @@ class Setting:
         protect: the task whose classifier is attacked, where that is another one.
         defense: `none` is the bare classifier.
         knobs: of the defense, where the paper's are not its defaults.
-        attack: by its name in attacks/suite.py; None: clean images.
+        attack: by its name in attacks/suites.py; None: clean images.
         eps: in pixel units of [0, 1]; None where the attack keeps to none.
         knowledge: what the attacker truly sees, whatever the paper calls it.
         substitute: the architecture of the black-box attacker's own network.

@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 import defenses
+from attacks.catalog import ATTACKS
 from defenses.base import Defended, Defense, Metrics
 from search.classifiers.task import TASKS
 from search.data import splits
 from search.exceptions import TrialError
 from search.reproduce.attack_cell import NotRun, searched, struck, threat
-from search.reproduce.cell_setting import ATTACKS, Setting
+from search.reproduce.cell_setting import Setting
 from search.reproduce.fraction import Fraction, counted
 from search.storage.fingerprint import code_digests, fingerprint
 from search.study.loading import make_study
@@ -160,7 +161,7 @@ class Cells:
             classifier=bench.identity(bench.resolved.protected),
             attack=str(setting.attack and ATTACKS[setting.attack]),
             threat=str(threat(setting)),
-            outsider=[setting.substitute, setting.oracle, rounds] if rounds else [],
+            attacker=[setting.substitute, setting.oracle, rounds] if rounds else [],
             searched=search,
             images=bench.resolved.eval_images,
             seed=self.seed,

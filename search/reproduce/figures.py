@@ -18,11 +18,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from attacks.suite import reproducible
+from attacks.catalog import ATTACKS
+from attacks.seeding import reproducible
 from defenses.base import Defended
 from defenses.puvae import PuVAE
 from search.reproduce.attack_cell import threat
-from search.reproduce.cell_setting import ATTACKS
 from search.reproduce.cells import Cells
 from search.reproduce.paper_tables import Table
 from search.storage.atomic import write_atomic

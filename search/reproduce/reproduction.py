@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from attacks.interval import wilson
+from attacks.confidence import wilson
 from defenses.base import Metrics
 from search.console import terminable
 from search.reproduce import paper_tables

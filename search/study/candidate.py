@@ -62,7 +62,7 @@ class Score:
         queries: how often the black-box attacker asked; 0 where it was not run.
         images: how many validation images were attacked.
         device: where the latency was measured.
-        alarms: names of the cheap gates that did not pass (attacks/probes.py).
+        alarms: names of the cheap gates that did not pass (attacks/audit/quick_gates.py).
         risk_coverage: (clean rejection, attacked error) of every setting of the thresholds that none beats, where
             this candidate's thresholds were picked from the curve.
     """

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import defenses
 import spaces
-from attacks.suite import SUITES, Suite
+from attacks.suites import SUITES, Suite
 from attacks.threat import ThreatModel
 from defenses.base import Defense
 from search.classifiers.task import Task, find_task

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-import attacks.suite
-from attacks.robustness import Outsider
-from attacks.suite import Attack
+import attacks.suites
+from attacks.attack import Attack
+from attacks.black_box import BlackBoxAttacker
+from attacks.gradient_view import View
 from attacks.threat import ThreatModel
-from attacks.view import View
 from defenses.base import Defense
 from search.classifiers import training
 from search.classifiers.architectures import ARCHITECTURES
@@ -89,13 +89,13 @@ class Materials:
     def evaluator(self) -> Evaluator:
         x_NCHW, y_N = self._load("validation", self.resolved.eval_images)
         images, threat = self._oblivious(x_NCHW, y_N), self.resolved.threat
-        outsider = self._outsider() if threat.knowledge == "black-box" else None
-        return Evaluator(self.resolved.suite, threat, x_NCHW, y_N, images, self.study.seed, outsider)
+        attacker = self._attacker() if threat.knowledge == "black-box" else None
+        return Evaluator(self.resolved.suite, threat, x_NCHW, y_N, images, self.study.seed, attacker)
 
-    def _outsider(self) -> Outsider:
+    def _attacker(self) -> BlackBoxAttacker:
         """Return the black-box attacker: its images are the last of the validation split, which are not attacked."""
         x_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir)
-        return Outsider(x_NCHW.to(self.device), lambda: self._substitute().to(self.device))
+        return BlackBoxAttacker(x_NCHW.to(self.device), lambda: self._substitute().to(self.device))
 
     def _substitute(self) -> nn.Module:
         return ARCHITECTURES[self.resolved.substitute].build(self.resolved.task.shape)
@@ -116,7 +116,7 @@ class Materials:
             x_NCHW: the first images of the validation split, with their labels.
         """
         key = fingerprint(
-            source=code_digests(attacks.suite.__name__),
+            source=code_digests(attacks.suites.__name__),
             attack=str(attack),
             norm=threat.norm,
             eps=threat.eps,

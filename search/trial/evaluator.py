@@ -13,10 +13,13 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from attacks.probes import Gate, noise_gate, noisy, quick_gates
-from attacks.robustness import Observation, Outsider, Seen, evaluate, observe
-from attacks.suite import SUITES, Suite
+from attacks.audit.gate import Gate
+from attacks.audit.quick_gates import noise_gate, noisy, quick_gates
+from attacks.black_box import BlackBoxAttacker
+from attacks.evaluation import evaluate, observe
+from attacks.suites import SUITES, Suite
 from attacks.threat import Knowledge, ThreatModel
+from attacks.verdicts import Observation, Seen
 from search.study.candidate import Latency, Score
 
 
@@ -91,7 +94,7 @@ class Evaluator:
     y_N: Tensor
     oblivious: Mapping[str, Tensor]
     seed: int
-    outsider: Outsider | None = None
+    attacker: BlackBoxAttacker | None = None
 
     def probe(self, target: nn.Module) -> Evaluation:
         """Attack, and run the audit's cheap checks, which serve every setting of the thresholds."""
@@ -103,9 +106,9 @@ class Evaluator:
     def observe(self, target: nn.Module) -> Observation:
         """Attack under the oblivious and the white-box threat model, whichever the study's is, and under its own."""
         black_box, queries = None, 0
-        if self.outsider is not None:
+        if self.attacker is not None:
             images = (self.x_NCHW, self.y_N)
-            black_box, queries = self.outsider.craft(self.suite, target, *images, self.threat, self.seed)
+            black_box, queries = self.attacker.craft(self.suite, target, *images, self.threat, self.seed)
         found = observe(
             self.suite,
             target,

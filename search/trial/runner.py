@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-import attacks.suite
-from attacks.coverage import Point, pick, risk_coverage
+from attacks.catalog import IFGSM_TARGETED
+from attacks.risk_coverage import Point, pick, risk_coverage
+from attacks.seeding import reproducible
 from defenses.base import Defended, Defense
 from search.data.splits import HELD_OUT
 from search.storage.atomic import write_atomic
@@ -102,7 +103,7 @@ class Bench(Fits):
             latency, wanted = self.latency(defense.at(params.inference)), [params]
             if rest not in groups:
                 groups[rest] = self.probed(key, defense.at(aimed.inference))
-                curve = risk_coverage(groups[rest].found) if thresholds and evaluator.outsider is None else []
+                curve = risk_coverage(groups[rest].found) if thresholds and evaluator.attacker is None else []
                 wanted += self._picked(params, thresholds, curve)
             for one in wanted:
                 score = evaluator.score(groups[rest], defense.at(one.inference).limits(), latency)
@@ -149,7 +150,7 @@ class Bench(Fits):
             classifier=self.identity(self.resolved.protected),
             suite=repr(self.resolved.suite),
             threat=repr(threat),
-            outsider=[self.resolved.substitute, HELD_OUT] if threat.knowledge == "black-box" else [],
+            attacker=[self.resolved.substitute, HELD_OUT] if threat.knowledge == "black-box" else [],
             images=self.resolved.eval_images,
             seed=self.study.seed,
         )
@@ -201,11 +202,11 @@ class Bench(Fits):
         A last row has how far the purified images are from the clean ones; the predictions stand in its caption.
         """
         _, defense = self.fit(params, silent)
-        attack, evaluator = attacks.suite.IFGSM_TARGETED.name, self.evaluator
+        attack, evaluator = IFGSM_TARGETED.name, self.evaluator
         sample = evaluator.x_NCHW[:images], evaluator.oblivious[attack][:images], evaluator.y_N[:images]
         under = f"{attack}, {replace(self.resolved.threat, knowledge='oblivious')}"
         target = Defended(defense, self.target.network)
-        with torch.no_grad(), attacks.suite.reproducible(defense, self.study.seed), self.device_lock.working():
+        with torch.no_grad(), reproducible(defense, self.study.seed), self.device_lock.working():
             return write_atomic(path, drawn(target, *sample, under))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from attacks.robustness import Outsider
+from attacks.black_box import BlackBoxAttacker
 from defenses.base import Batches, Defended, Defense, Tensors, halved
 from search.classifiers import training
 from search.classifiers.architectures import ARCHITECTURES
@@ -103,8 +103,10 @@ class Step:
         fixed_s = max(0.0, whole_s - observe_s)  # the gates look at so many images whatever the study's number is
         if threat.knowledge == "black-box":
             held_out, _ = self._random(HELD_OUT)
-            outsider = Outsider(held_out, lambda: self._network(self.resolved.substitute).train().requires_grad_(True))
-            fixed_s += self._timed(lambda: outsider.craft(suite, defended, x_NCHW, y_N, threat, seed))
+            attacker = BlackBoxAttacker(
+                held_out, lambda: self._network(self.resolved.substitute).train().requires_grad_(True)
+            )
+            fixed_s += self._timed(lambda: attacker.craft(suite, defended, x_NCHW, y_N, threat, seed))
         return fixed_s + observe_s * self.resolved.eval_images / len(y_N), rung_s
 
     @torch.no_grad()

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-import attacks.suite
-import attacks.tidy
 import defenses
+from attacks.seeding import seeded
+from attacks.suites import SUITES
 from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
 from search.classifiers.training import Classifier
 from search.data import splits
@@ -68,7 +68,7 @@ class Fits(Materials):
         return fingerprint(
             source=code_digests(Evaluator.__module__),
             threat=str(self.resolved.threat),
-            attacks=str(attacks.suite.SUITES["quick"]),
+            attacks=str(SUITES["quick"]),
             images=min(self.study.cheap_images, self.resolved.eval_images),
             classifier=self.identity(self.resolved.protected),
             setting=self.resolved.space.usual(),
@@ -176,7 +176,7 @@ class Fits(Materials):
         with held:
             entry = self.store.get("made", key)
             if entry is None:
-                with attacks.tidy.seeded(self.study.seed):
+                with seeded(self.study.seed):
                     made = {name: tensor.cpu().contiguous() for name, tensor in halved(make()).items()}
                 entry = self.store.put("made", key, {"tensors.safetensors": save(made)}, {"words": words})
         return load_file(entry / "tensors.safetensors", device=str(self.device))

@@ -8,15 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attacks.best import Best, lead, wide
+from attacks.algorithms.base import Best, CorrectedAttack, lead, project, steepest, wide
 from attacks.threat import Norm
-from attacks.tidy import Tidy, project, steepest
 
 CHUNK = 2048
 """Neighbours that are asked for at once."""
 
 
-class NES(Tidy):
+class NES(CorrectedAttack):
     """Ascend the lead of the best wrong logit, smoothed by a Gaussian, and look at every iterate.
 
     It finds what hides behind steps: where votes, look-ups or levels decide, the gradient is that of the smooth rest.

@@ -14,16 +14,16 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.best import Best, lead
+from attacks.algorithms.base import Best, CorrectedAttack, lead, lengths, project
+from attacks.seeding import Draws
 from attacks.threat import Norm
-from attacks.tidy import Draws, Tidy, lengths, project
 from spaces.exceptions import choose
 
 HALVINGS = 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000
 """After which queries Square halves the share of the pixels in its window; not rescaled to the queries that it has."""
 
 
-class Square(Tidy, torchattacks.Square):  # type: ignore[misc]  # torchattacks is not typed
+class Square(CorrectedAttack, torchattacks.Square):  # type: ignore[misc]  # torchattacks is not typed
     """Square: random search over windows, without gradients.
 
     Mends the stock Square: (1) a window's place, and in L-inf its signs, are the same for the whole batch, and an

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attacks.robustness import Observation
+from attacks.verdicts import Observation
 
 Floats = NDArray[np.float64]
 GRID = 1000

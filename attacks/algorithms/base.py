@@ -6,92 +6,18 @@ Shapes: N images, C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torchattacks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from attacks.seeding import Draws, evaluating, seeded
 from attacks.threat import Norm
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with every submodule in eval mode, and leave each in the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
-def seeded(seed: int | None = None) -> Iterator[None]:
-    """Run with torch's generators seeded, and leave them as they were; None: as they are."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            # torch.manual_seed writes down the whole stack, 0.3 ms a time, wherever CUDA is not in use.
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-        yield
-
-
-class Draws:
-    """Random numbers of each image, by its number and the seed alone.
-
-    They depend neither on the images beside it nor on the device; torch's generators are not touched. Each call gives
-    new ones.
-
-    Args:
-        ids_N: the images' numbers.
-
-    Source: the mixing function is that of SplitMix64 (Steele, Lea and Flood, 2014), on a counter.
-    """
-
-    def __init__(self, seed: int, ids_N: Tensor) -> None:
-        self.keys_N = _mixed(ids_N.long() + _mixed(torch.tensor(seed, device=ids_N.device)))
-        self.calls = 0
-
-    def uniform(self, *shape: int) -> Tensor:
-        """Return numbers from 0 to below 1, (N, *shape)."""
-        self.calls += 1
-        cells = torch.arange(math.prod(shape), device=self.keys_N.device) + (self.calls << 32)
-        bits = _mixed(self.keys_N[:, None] + cells * _GOLDEN)
-        return (((bits >> 40) & 0xFFFFFF).float() / 2**24).view(-1, *shape)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Return standard normal numbers, (N, *shape)."""
-        return math.sqrt(2) * torch.erfinv(2 * self.uniform(*shape) - 1 + 2**-24)
-
-    def sign(self, *shape: int) -> Tensor:
-        """Return -1 or 1, (N, *shape)."""
-        return torch.where(self.uniform(*shape) < 0.5, -1.0, 1.0)
-
-    def below(self, high: int, *shape: int) -> Tensor:
-        """Return integers from 0 to below `high`, (N, *shape)."""
-        return (self.uniform(*shape) * high).long()
-
-
-_GOLDEN, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
-
-
-def _mixed(bits: Tensor) -> Tensor:
-    """Return 64 bits in which each given bit has changed about half."""
-    bits = bits + _GOLDEN
-    bits = (bits ^ ((bits >> 30) & 0x3FFFFFFFF)) * _FIRST
-    bits = (bits ^ ((bits >> 27) & 0x1FFFFFFFFF)) * _SECOND
-    return bits ^ ((bits >> 31) & 0x1FFFFFFFF)
-
-
-class Tidy(torchattacks.attack.Attack):  # type: ignore[misc]  # torchattacks is not typed
+class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torchattacks is not typed
     """An attack that leaves its model and torch's generators as they were, also where it raises.
 
     The stock `__call__` puts the top module alone back, with train(), so that a frozen submodule ends up in train
@@ -179,3 +105,50 @@ def steepest(slope_NCHW: Tensor, norm: Norm) -> Tensor:
 def lengths(step_NCHW: Tensor) -> Tensor:
     """Return the L2 norm of each, N111."""
     return step_NCHW.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+class Best:
+    """The best image so far of each, by a rank that is above 0 where it needs no better one."""
+
+    def __init__(self, x_NCHW: Tensor, rank_N: Tensor) -> None:
+        self.x_NCHW, self.rank_N = x_NCHW.clone(), rank_N
+
+    def left(self, stops: bool) -> Tensor:
+        """Return the places of the images to attack on: with `stops` those that need a better one, else all."""
+        every = torch.arange(len(self.rank_N), device=self.rank_N.device)
+        return every[self.rank_N <= 0] if stops else every
+
+    def offer(self, going: Tensor, moved_NCHW: Tensor, rank_N: Tensor) -> None:
+        better_N = rank_N > self.rank_N[going]
+        self.rank_N[going] = torch.where(better_N, rank_N, self.rank_N[going])
+        self.x_NCHW[going] = where(better_N, moved_NCHW, self.x_NCHW[going])
+
+
+def lead(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+    """Return by how much the best wrong logit exceeds the label's; NaN, which fools nobody, counts as least."""
+    others_NK = logits_NK.scatter(1, y_N[:, None], -torch.inf)
+    lead_N = others_NK.amax(1) - logits_NK.gather(1, y_N[:, None])[:, 0]
+    return torch.where(lead_N.isnan(), -torch.inf, lead_N)
+
+
+def wide(t_N: Tensor) -> Tensor:
+    """Return a number of each image so that it multiplies the image, N111."""
+    return t_N[:, None, None, None]
+
+
+def where(take_N: Tensor, one_NCHW: Tensor, other_NCHW: Tensor) -> Tensor:
+    """Return of each image the one or the other."""
+    return torch.where(wide(take_N), one_NCHW, other_NCHW)
+
+
+def rivals(logits_NK: Tensor, y_N: Tensor, count: int) -> Tensor:
+    """Return the classes next to the label, NJ, the likeliest first."""
+    return logits_NK.scatter(1, y_N[:, None], -torch.inf).topk(min(count, logits_NK.shape[1] - 1)).indices
+
+
+def ahead(logits_NK: Tensor, y_N: Tensor, rival_N: Tensor) -> Tensor:
+    return (logits_NK.gather(1, rival_N[:, None]) - logits_NK.gather(1, y_N[:, None]))[:, 0]
+
+
+def sizes(step_NCHW: Tensor, norm: Norm) -> Tensor:
+    return step_NCHW.abs().amax((1, 2, 3), keepdim=True) if norm == "Linf" else lengths(step_NCHW)

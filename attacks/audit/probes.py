@@ -1,39 +1,32 @@
-"""The audit: checks that a winner must pass before its number may be believed. Each is a gate with figure and limit.
+"""The audit's checks that attack a winner anew.
 
-Source: the numbers are those of docs/honest-numbers.md; Carlini et al., On Evaluating Adversarial Robustness, 2019;
-Athalye et al., Obfuscated Gradients, 2018; Croce and Hein, AutoAttack, 2020; Zimmermann et al., Increasing Confidence
-in Adversarial Robustness Evaluations, 2022. Shapes: N images, C channels, H x W pixels, K classes.
+Source: see attacks/audit/audit.py. Shapes: N images, C channels, H x W pixels, K classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attacks.corrected import PGD
-from attacks.probes import SLACK, Gate, at_most, noise_gate, noisy, quick_gates
-from attacks.robustness import Observation, Outsider, Robustness, check, craft_oblivious, evaluate, observe
-from attacks.suite import FGSM, NES_30, PGD_10, PGD_40, SQUARE, SUITES, Attack, Suite, reproducible
+from attacks.algorithms.base import project, steepest
+from attacks.algorithms.pgd import PGD
+from attacks.attack import Attack
+from attacks.audit.gate import SLACK, Gate, at_most
+from attacks.catalog import FGSM, NES_30, PGD_10, PGD_40, SQUARE
+from attacks.evaluation import observe
+from attacks.gradient_view import View, gradients, stochastic
+from attacks.seeding import Draws, evaluating, reproducible, seeded
+from attacks.suites import SUITES, Suite
 from attacks.threat import ThreatModel
-from attacks.tidy import Draws, evaluating, project, seeded, steepest
-from attacks.view import View, bare, gradients, limits, openings, stochastic
+from attacks.verdicts import Observation, Robustness
 
 PGD_20 = replace(PGD_10, name="pgd-20", steps=20, pace=0.1)
 PROBES = 32
 """Images of the checks that attack anew; twice as many where few more are looked for."""
-TWICE = Suite(
-    name="convergence",
-    oblivious=(),
-    white_box=(replace(PGD_40, name="pgd-80", steps=80, pace=0.05),),
-    draws=2 * SUITES["audit"].draws,
-    looks=SUITES["audit"].looks,
-)
 DRAWS, LOOKS = SUITES["audit"].draws, 5
 """Of a stochastic defense's noise: in each of their gradients, and those over which they judge."""
 TRANSFERRED = 0.1
@@ -42,8 +35,6 @@ SQUARE_GAIN = 0.002
 """What Square may find that the gradient attacks left, or one image. Source: AutoAttack's flag, 0.2 %."""
 MOVING = 0.05
 """By what share the loss may still rise in the last ten steps."""
-DISAGREE = 0.1
-"""How often two draws of a defense's noise may disagree on a clean image."""
 GAP = 0.15
 """By how much fresh noise may be worth more than noise that the attacker knows."""
 PLANT = 0.9
@@ -51,124 +42,7 @@ PLANT = 0.9
 
 
 @dataclass(frozen=True)
-class Audit:
-    """The gates, and the verdicts under the heaviest attacks that were run, white-box ones in any case.
-
-    Args:
-        baselines: verdicts of the same suite on models that stand beside this one.
-    """
-
-    gates: tuple[Gate, ...]
-    robustness: Robustness
-    baselines: Mapping[str, Robustness]
-
-    @property
-    def alarms(self) -> tuple[str, ...]:
-        return tuple(gate.alarm for gate in self.gates if not gate.passed)
-
-
-def audit(
-    target: nn.Module,
-    x_NCHW: Tensor,
-    y_N: Tensor,
-    threat: ThreatModel,
-    *,
-    seed: int,
-    outsider: Outsider | None = None,
-    baselines: Mapping[str, nn.Module] | None = None,
-) -> Audit:
-    """Attack a model anew, harder than the suite `search` does, and check that the attack itself can be believed.
-
-    Args:
-        target: a bare or defended classifier, logits_NK from images in [0, 1].
-        seed: another one than the search's, so that the budget that selects is not the one that audits.
-        outsider: the black-box attacker; needed where the threat model is its.
-        baselines: models that are attacked alike; the classifier that the target defends always is.
-
-    Raises:
-        InputError: images, labels or the model's answers are not what they must be.
-    """
-    suite, images = SUITES["audit"], (x_NCHW, y_N)
-    check(target, *images)
-    oblivious = craft_oblivious(suite, bare(target), *images, threat, seed)  # the baselines' classifier is the same
-
-    def struck(model: nn.Module) -> Robustness:
-        asked = (None, 0) if outsider is None else outsider.craft(suite, model, *images, threat, seed)
-        made: dict[str, Any] = {"oblivious": oblivious, "black_box": asked[0], "seed": seed, "white_box": True}
-        return replace(evaluate(suite, model, *images, threat, **made), queries=asked[1])
-
-    found = struck(target)
-    undefended = {} if bare(target) is target else {"undefended": bare(target)}
-    beside = {name: struck(model) for name, model in {**undefended, **(baselines or {})}.items()}
-    heavier, lost = _heavier(target, x_NCHW, y_N, threat, found, seed)
-    probe = _Probe(target, x_NCHW, y_N, replace(threat, knowledge="white-box"), seed)
-    standing_DN = heavier.survivors
-    gates = (
-        *quick_gates(target, x_NCHW, y_N, seed=seed),
-        noise_gate(noisy(target, *images, threat, seed, len(heavier.clean.right)), heavier, limits(target)),
-        probe.single_step(standing_DN),
-        probe.transfer(found),
-        probe.square(standing_DN),
-        probe.estimated(standing_DN),
-        at_most(5, "convergence", "twice the steps and draws from another start find no more", lost, SLACK),
-        probe.trajectory(standing_DN),
-        *probe.budget(),
-        _sources(target, found),
-        _draws(heavier),
-        probe.randomness(heavier),
-        probe.planted(),
-        *(_baseline(found, beside["undefended"]) for _ in undefended),
-        _tailored(target, found),
-    )
-    return Audit(gates, heavier, beside)
-
-
-def _heavier(
-    target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, found: Robustness, seed: int
-) -> tuple[Robustness, float]:
-    """Check 5: attack what is left with twice the steps and draws and another start; return also what that took.
-
-    It keeps to some images, of which the share is taken.
-    """
-    standing_N = found.survivors.any(dim=0)
-    standing_N[2 * PROBES :] = False
-    again = evaluate(
-        TWICE, target, x_NCHW, y_N, threat, oblivious={}, seed=seed, white_box=True, standing_N=standing_N, start=1
-    )
-    white_box = found.strongest & again.strongest
-    lost = float((found.survivors & ~again.survivors)[:, : 2 * PROBES].double().mean())
-    trail = {**found.trail, "white-box/pgd-80 (all)": white_box.accuracy}
-    return replace(found, white_box=white_box, trail=trail), lost
-
-
-def _sources(target: nn.Module, found: Robustness) -> Gate:
-    """Check 7: the verdict is the worst over all gradient sources."""
-    untried = sum(f"white-box/{PGD_40.name} ({source})" not in found.trail for source in gradients(target))
-    return at_most(7, "sources", "every gradient source was tried, and the worst kept of each image", untried, 0.0)
-
-
-def _draws(found: Robustness) -> Gate:
-    """Check 8: two draws of the noise agree on a clean image."""
-    right_N = found.clean.right.double().mean(dim=0)
-    differ = float((2 * right_N * (1 - right_N)).mean())
-    return at_most(8, "draws", "two draws of the noise seldom disagree on a clean image", differ, DISAGREE)
-
-
-def _baseline(found: Robustness, undefended: Robustness) -> Gate:
-    """Check 10: at the same budget the defense errs on fewer images than the classifier that it defends."""
-    more = found.attacked.error - undefended.attacked.error
-    return at_most(10, "baseline", "it errs on fewer attacked images than the undefended classifier", more, -SLACK)
-
-
-def _tailored(target: nn.Module, found: Robustness) -> Gate:
-    """Check 11: for each thing at which an attack made for the defense aims, one was run."""
-    ran = {name.partition("/")[2] for name in found.trail}
-    aimed = {attack.aims for attack in SUITES["audit"].white_box if attack.aims and any(attack.name in r for r in ran)}
-    return at_most(11, "tailored", "attacks made for this defense were run", len(set(openings(target)) - aimed), 0.0)
-
-
-@dataclass(frozen=True)
-class _Probe:
+class Probe:
     """What a check attacks anew: the first images, under the white-box threat model.
 
     The others lie beside them, so that a defense's noise is that of the verdicts which a check is compared with.

@@ -7,20 +7,18 @@ Indicators of Attack Failure, 2022. Shapes: N images, C channels, H x W pixels, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.robustness import Robustness, Seen, Verdict, look, probabilities
-from attacks.suite import reproducible
+from attacks.algorithms.base import project, slope, steepest
+from attacks.audit.gate import SLACK, Gate, at_most
+from attacks.evaluation import look, probabilities
+from attacks.gradient_view import View, deepened, gradients, openings, stochastic
+from attacks.seeding import Draws, reproducible
 from attacks.threat import ThreatModel
-from attacks.tidy import Draws, project, slope, steepest
-from attacks.view import View, deepened, gradients, openings, stochastic
+from attacks.verdicts import Robustness, Seen, Verdict
 
-SLACK = 0.05
-"""What chance may do to a share of a few dozen images before it counts."""
 WAY = 16
 """Points of a way along which gradients are added up."""
 LONGER = 8
@@ -28,34 +26,6 @@ LONGER = 8
 by 6 to 18 % from 100 or 200 on; with twice the steps the two overlap."""
 UNDERFLOW = 88.0
 """The lead of a logit beyond which exp(-lead) is no normal float32, and the softmax has no gradient."""
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One check.
-
-    Args:
-        check: its number in docs/honest-numbers.md.
-        law: what must hold, in words.
-        figure: what was found.
-        limit: what it is held to, at most.
-    """
-
-    check: int
-    name: str
-    law: str
-    figure: float
-    limit: float
-    passed: bool
-
-    @property
-    def alarm(self) -> str:
-        return f"{self.name}: it does not hold that {self.law}"
-
-
-def at_most(check: int, name: str, law: str, figure: float, limit: float) -> Gate:
-    """Return the gate that passes where the figure keeps to the limit; NaN does not."""
-    return Gate(check, name, law, figure, limit, figure <= limit)
 
 
 def quick_gates(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, seed: int) -> tuple[Gate, ...]:

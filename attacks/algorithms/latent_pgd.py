@@ -1,4 +1,4 @@
-"""Attacks made for what a defense is built of: the choice between candidates, and the latent space.
+"""An attack in the latent space of a defense that generates images.
 
 Shapes: N images, C channels, H x W pixels, K classes, Z latent dimensions; images lie in [0, 1].
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attacks.corrected import PGD
+from attacks.algorithms.base import CorrectedAttack, project, slope, steepest
 from attacks.threat import Norm
-from attacks.tidy import Tidy, project, slope, steepest
 
 LEAD = 5.0
 """By how much, in logits, a generated image must be taken for another class: one that barely is, is purified back. On
@@ -19,25 +18,7 @@ PACE = 2.5
 """How many times eps all steps of the descent in the ball are long together."""
 
 
-class ChoicePGD(PGD):
-    """Projected gradient ascent of the cross-entropy and, as long as the label's candidate is chosen, of the strain.
-
-    Mends PGD on a defense that decodes a candidate for each class and keeps the nearest: through the choice no gradient
-    flows, and through a soft one none where a candidate is far ahead. Raised further than to where another candidate is
-    chosen, the strain outgrows the cross-entropy: of 100 digits behind a PuVAE, at eps 0.1, 31 then stay right and 20
-    so; 23 under PGD alone. Behind better fitted ones it finds what PGD does.
-
-    Args: those of `PGD`; the model is a View, through the surrogate, of a classifier behind a defense with `strain`.
-
-    Source: Tramer et al., On Adaptive Attacks to Adversarial Example Defenses, 2020: attack what decides.
-    """
-
-    def _gain(self, x_NCHW: Tensor, aim_N: Tensor, logits_NK: Tensor) -> Tensor:
-        strain_N = self.model.strain(x_NCHW, aim_N)
-        return super()._gain(x_NCHW, aim_N, logits_NK) + (-strain_N if self.targeted else strain_N).clamp(max=0)
-
-
-class LatentPGD(Tidy):
+class LatentPGD(CorrectedAttack):
     """Search the latent space for an image of another class near the given one, then an image that is purified to it.
 
     (1) From the image's own latent vector descend to z*: where the image G(z) is not taken for another class by `LEAD`,
