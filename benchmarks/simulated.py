@@ -1,4 +1,4 @@
-"""A simulated trial for `benchmarks.scale`: it trains nothing, sleeps, and returns made-up but lawful scores;
+"""A simulated trial for `benchmarks.engine_overhead`: it trains nothing, sleeps, and returns made-up but lawful scores;
 and what is noted of a run.
 """
 

@@ -27,7 +27,7 @@ Report = Callable[[str, int, Metrics], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What workers are asked to do; `benchmarks/scale.py` puts something else in its place, to time the engine alone.
+    """What workers are asked to do; `benchmarks/engine_overhead.py` puts something else there, to time the engine.
 
     Its members are functions of modules, so that they travel to a worker by name.
     """

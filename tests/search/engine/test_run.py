@@ -1,0 +1,87 @@
+"""Whole searches on real digits, in this process. What breaks under Ray is in tests/end_to_end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import defenses.puvae
+from benchmarks.fault_injection import rows
+from defenses.base import Batches, Metrics
+from search import session
+from search.engine.run import run
+from search.optimizer.history import SearchHistory, state_of
+from search.study.callbacks import Callback
+from search.study.study import Study
+from spaces.space import Params
+from tests.conftest import digits_study
+
+
+class Diary(Callback):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def trial_started(self, trial: str, params: Params) -> None:
+        self.heard.append(f"{trial} started")
+
+    def epoch_ended(self, trial: str, epoch: int, metrics: Metrics) -> None:
+        self.heard.append(f"{trial} {epoch}")
+
+    def trial_ended(self, trial: str, state: str, *rest: object) -> None:
+        self.heard.append(f"{trial} {state}")
+
+
+def test_the_in_process_twin_tells_the_same_story(tmp_path: Path) -> None:
+    diary = Diary()
+    assert run(digits_study(tmp_path, trials=2), [diary], debug=True) == "finished"
+    assert diary.heard == [f"{t} {what}" for t in ("t001", "t002") for what in ("started", "1", "2", "finished")]
+
+
+def test_a_defense_that_raises_fails_its_trial_and_not_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = defenses.puvae.PuVAE.fit
+
+    def raises_once(self: defenses.puvae.PuVAE, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
+        if self.train_knobs.conv_maps == 8:
+            raise RuntimeError("conv_maps 8 on purpose")
+        yield from honest(self, batches, classifier)
+
+    monkeypatch.setattr(defenses.puvae.PuVAE, "fit", raises_once)
+    study = digits_study(tmp_path, trials=8)
+    assert run(study, [], debug=True) == "finished"
+    history = SearchHistory(study)
+    states = [(state_of(t), t.user_attrs.get("reason", "")) for t in history.trials()]
+    assert states.count(("failed", "RuntimeError: conv_maps 8 on purpose")) == 4
+    assert states.count(("finished", "")) == 4 and len(history.candidates()) == 24
+
+
+def test_pruned_trials_are_told_as_pruned_and_bring_no_candidates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.9, 0.9, 0.1, 0.9, 0.9])
+    monkeypatch.setattr("search.trial.evaluator.Evaluator.cheap", lambda *args: next(scores))
+    study = digits_study(tmp_path, trials=3, patience=1, halving=2.0)
+    diary = Diary()
+    assert run(study, [diary], debug=True) == "finished"
+    assert diary.heard[-3:] == ["t003 1", "t003 2", "t003 finished"] and "t002 pruned" in diary.heard
+    history = SearchHistory(study)
+    assert [state_of(t) for t in history.trials()] == ["finished", "pruned", "finished"]
+    assert [t.user_attrs["curve"] for t in history.trials()] == [[[1, 0.9], [2, 0.9]], [[1, 0.1]], [[1, 0.9], [2, 0.9]]]
+    assert len(history.candidates()) == 12
+    assert not list((tmp_path / ".store" / "progress").glob("*"))  # a pruned fit is not gone on with
+
+
+def test_a_search_without_a_feasible_candidate_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    study: Study = digits_study(tmp_path, trials=1, min_clean_accuracy=1.0)
+    assert session.begin(study, Console(width=160), debug=True) == 0
+    shown = capsys.readouterr().out
+    assert "no candidate is within the constraints" in shown and "undefended" in shown
+    assert len(rows(study.folder)) == 6
+    assert session.proceed(study, Console(width=160, quiet=True), debug=True) == 0  # nothing is left to do
+    assert len(rows(study.folder)) == 6

@@ -1,0 +1,210 @@
+"""What W&B shows of a search: offline runs are written by the real wandb and read back by its own reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+
+from search.engine.run import run
+from search.optimizer.history import SearchHistory
+from search.storage.fingerprint import fingerprint
+from search.tracking.wandb_panels import pareto_chart, risk_chart
+from search.tracking.wandb_tracker import WandbTracker, log_exports
+from search.trial.pictures import png
+from spaces.space import Params
+from tests.conftest import digits_study
+from tests.support.engine import Pretence
+from tests.support.wandb_log import (
+    BARE,
+    CURVED,
+    FRONT,
+    HOST,
+    KEY,
+    PARAMS,
+    SECRET,
+    SIX,
+    STUDY,
+    candidate,
+    folder_of,
+    held,
+    machine,
+    points,
+    records,
+    summaries,
+    told,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with machine(tmp_path_factory.mktemp("home")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search's folder: trials that overlap, one of every end, and one that is still open at the end."""
+    folder = tmp_path_factory.mktemp("runs") / "shown"
+    picture = folder.parent / "picture.png"
+    picture.write_bytes(png(torch.rand(4, 2, 1, 8, 8), caption="defended, attacked: 7 rejected"))
+    said: list[str] = []
+    tracker = WandbTracker("offline", folder, said.append)
+    tracker.search_started(STUDY, BARE)
+    for trial in ("good", "bad", "dull", "open", "r001"):
+        tracker.trial_started(trial, PARAMS)
+    for epoch in (1, 2, 3):
+        tracker.epoch_ended("good", epoch, {"loss": 1 / epoch, "cheap": 0.1 * epoch})
+        tracker.epoch_ended("bad", epoch, {"loss": 10.0 * epoch, "cheap": 0.0})
+    tracker.trial_ended("bad", "failed", [], None, "CUDA out of memory")
+    tracker.trial_ended("dull", "pruned", [], None, "")
+    tracker.trial_ended("good", "finished", SIX, picture, "")
+    tracker.trial_ended("r001", "finished", [CURVED], None, "")
+    tracker.search_ended("finished", [*SIX, CURVED])
+    tracker.close()
+    assert said == []
+    return folder
+
+
+def test_a_trials_run_holds_its_setting(searched: Path) -> None:
+    run = held(searched, "good")
+    assert run["config"]["train"] == {"latent": 128} and run["config"]["inference"] == {"draws": 6}
+    about = {"defense": "puvae", "task": STUDY.task, "threat": "white-box", "eps": 0.3, "seed": 3}
+    assert about.items() <= run["config"].items()
+    assert run["name"] == "good" and run["project"] == "crucible"
+    assert run["tags"] == [STUDY.defense, STUDY.task, STUDY.threat]
+
+
+def test_a_trials_run_sums_up_its_best_feasible_candidate(searched: Path) -> None:
+    summary = held(searched, "good")["summary"]
+    best = {"candidate": "c5", "attacked_accuracy": 0.5, "oblivious_accuracy": 0.75, "clean_accuracy": 0.9}
+    assert best.items() <= summary.items()
+    assert summary["latency_ms_p50"] == 5.0 and summary["white-box/bpda"] == 0.5
+    assert summary["threat"] == "white-box" and summary["candidates"]["nrows"] == len(SIX)
+    picture = folder_of(searched, "good") / "files" / summary["picture"]["path"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert summary["picture"]["caption"] == "defended, attacked: 7 rejected"
+
+
+@pytest.mark.parametrize(
+    ("trial", "state", "exit_code", "reason"),
+    [
+        ("good", "finished", 0, ""),
+        ("dull", "pruned", 0, ""),
+        ("bad", "failed", 1, "CUDA out of memory"),
+        ("open", "interrupted", 255, None),
+    ],
+)
+def test_a_run_tells_how_its_trial_ended(
+    searched: Path, trial: str, state: str, exit_code: int, reason: str | None
+) -> None:
+    run = held(searched, trial)
+    assert (run["summary"]["state"], run["exit_code"]) == (state, exit_code)
+    assert run["summary"].get("reason") == reason
+    assert ("pruned" in run["tags"]) == (state == "pruned")
+
+
+def test_metrics_are_drawn_by_epoch_and_sums_keep_the_most_robust_and_the_least_loss(searched: Path) -> None:
+    assert summaries(folder_of(searched, "good")) == {"cheap": ("epoch", "max"), "loss": ("epoch", "min")}
+    summary = held(searched, "good")["summary"]
+    assert summary["loss"] == {"min": pytest.approx(1 / 3)} and summary["cheap"] == {"max": pytest.approx(0.3)}
+    search = summaries(folder_of(searched, "search"))
+    assert search["trial/attacked_accuracy"] == ("trial", "max") and search["trial/latency_ms_p50"] == ("trial", "min")
+
+
+def test_runs_are_grouped_by_the_search_and_typed(searched: Path) -> None:
+    found = {key: records(folder_of(searched, key), "run")[0] for key in ("search", "good", "r001")}
+    assert {about["run_group"] for about in found.values()} == {"shown"}
+    assert [about["job_type"] for about in found.values()] == ["search", "trial", "refinement"]
+
+
+def test_trials_that_overlap_do_not_mix(searched: Path) -> None:
+    assert points(folder_of(searched, "good"), "loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert points(folder_of(searched, "bad"), "loss") == [(1, 10.0), (2, 20.0), (3, 30.0)]
+    assert points(folder_of(searched, "dull"), "loss") == []
+
+
+def test_the_searchs_run_sums_up_the_search(searched: Path) -> None:
+    run = held(searched, "search")
+    assert run["name"] == "shown" and run["config"]["min_clean_accuracy"] == 0.8
+    summary = run["summary"]
+    counts = {"trials/finished": 1, "trials/pruned": 1, "trials/failed": 1, "candidates": 7}
+    assert counts.items() <= summary.items()
+    assert summary["best/candidate"] == "c5" and summary["undefended/attacked_accuracy"] == 0.01
+    files = folder_of(searched, "search") / "files"
+    board = json.loads((files / summary["leaderboard"]["path"]).read_text())
+    column = {name: [row[nth] for row in board["data"]] for nth, name in enumerate(board["columns"])}
+    assert column["attacked_accuracy"] == sorted(column["attacked_accuracy"], reverse=True)
+    assert dict(zip(column["candidate"], column["feasible"], strict=True))["wrong"] is False
+    assert [name for name, best in zip(column["candidate"], column["pareto"], strict=True) if best] == FRONT
+    assert (files / summary["pareto"]["path"]).exists()
+    assert summary["picture"]["caption"] == "defended, attacked: 7 rejected"  # of the best trial
+    curve = json.loads((files / summary["risk_coverage"]["path"]).read_text())["data"][0]
+    assert curve["x"] == [0.0, 0.02, 0.05] and curve["y"] == [0.7, 0.6, 0.4]
+
+
+def test_no_secret_and_no_host_name_is_written(searched: Path) -> None:
+    written = b"".join(path.read_bytes() for path in searched.rglob("*") if path.is_file())
+    assert b"CUDA out of memory" in written
+    for secret in (KEY, SECRET, HOST):
+        assert secret.encode() not in written
+
+
+def test_the_chart_names_the_threat_and_draws_the_feasible_front() -> None:
+    beaten, alarmed = candidate("beaten", 0.2, 4.0), candidate("alarmed", 0.9, 0.1, alarms=("masked",))
+    chart = pareto_chart(STUDY, BARE, [*SIX, beaten, alarmed])
+    front = next(trace for trace in chart.data if trace.name == "Pareto front")
+    assert list(front.text) == FRONT
+    assert "white-box, Linf eps 0.3, 100 images" in chart.layout.title.text
+    assert risk_chart(STUDY, BARE, SIX) is None  # none can reject
+
+
+@pytest.mark.slow
+def test_a_search_keeps_its_identities_when_it_is_resumed(tmp_path: Path) -> None:
+    for folder in (tmp_path / "one", tmp_path / "one", tmp_path / "two"):
+        tracker = WandbTracker("offline", folder, print)
+        told(tracker)
+        tracker.close()
+    assert tracker.upload == f"wandb sync {tmp_path / 'two' / 'wandb'}"
+    once, again = sorted((tmp_path / "one" / "wandb").glob("offline-run-*-t-*"))
+    (other,) = (tmp_path / "two" / "wandb").glob("offline-run-*-t-*")
+    assert once.name.split("-t-")[1][:8] == again.name.split("-t-")[1][:8] != other.name.split("-t-")[1][:8]
+
+
+def worth(params: Params) -> float:
+    return int(fingerprint(**params.flat()), 16) % 97 / 97
+
+
+@pytest.mark.slow
+def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_ENTITY", "lab")
+    monkeypatch.setenv("WANDB_PROJECT", "purifiers")
+    wandb.teardown()
+    study = digits_study(tmp_path, trials=4, wandb="offline")
+    run(study, [], debug=True, work=Pretence(worth).work())
+    first, second = (tmp_path / "out" / c.candidate for c in SearchHistory(study).feasible()[1:3])
+    for folder in (second, first):
+        folder.mkdir(parents=True)
+        (folder / "evidence.json").write_text(json.dumps({"attacked_accuracy": 0.5, "gates": []}))
+        (folder / "card.md").write_text("# A card")
+    said: list[str] = []
+    log_exports(study, [second, first], said.append)
+    run_folder = folder_of(study.folder, "export")
+    (about,) = records(run_folder, "run")
+    assert (about["entity"], about["project"], about["job_type"]) == ("lab", "purifiers", "export")
+    logged = records(run_folder, "artifact")
+    assert {artifact["name"] for artifact in logged} == {"puvae-digits-A"}
+    aliases = [set(artifact["aliases"]) - {"latest"} for artifact in logged]
+    assert aliases == [{second.name}, {first.name, "best", "smoke"}]
+    assert [entry["path"] for entry in logged[0]["manifest"]["contents"]] == ["card.md", "evidence.json"]
+    assert all(Path(entry["local_path"]).exists() for entry in logged[0]["manifest"]["contents"])
+    assert json.loads(logged[0]["metadata"]) == {"attacked_accuracy": 0.5}
+    found = [history["item"]["audited/attacked_accuracy"] for history in records(run_folder, "history")]
+    assert found == [0.5, 0.5]
+    assert said == [f"logged offline; upload it with: wandb sync {study.folder / 'wandb'}"]

@@ -1,0 +1,127 @@
+"""Whatever W&B does, it never stops, slows or fails a search, and the user is told once."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from wandb.sdk import wandb_setup
+
+from search.tracking import wandb_run, wandb_writer
+from search.tracking.wandb_run import Mode
+from search.tracking.wandb_tracker import WandbTracker
+from tests.support.wandb_log import KEY, PARAMS, SIX, held, inspect, machine, timed, told
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with machine(tmp_path_factory.mktemp("home")):
+        yield
+
+
+def test_disabled_writes_and_says_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    tracker = WandbTracker("disabled", tmp_path / "runs", said.append)
+    told(tracker)
+    tracker.search_ended("finished", SIX)
+    assert said == [] and list(tmp_path.iterdir()) == []
+
+
+def test_wandb_is_online_only_where_a_key_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def found() -> Mode:
+        wandb.teardown()
+        return wandb_run.found_mode()
+
+    assert found() == "online"
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert found() == "offline"
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert found() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert found() == "disabled"
+
+
+@pytest.fixture(params=["raises", "hangs"])
+def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A wandb that does not start; yields the reason that the user is told."""
+    released = threading.Event()
+
+    def init(**_: Any) -> None:
+        if request.param == "raises":
+            raise wandb.Error("the server is on fire")
+        released.wait()
+
+    monkeypatch.setattr(wandb, "init", init)
+    yield "on fire" if request.param == "raises" else "no answer within 0.3 s"
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name in ("wandb", "within"):
+            thread.join(10)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_wandb_that_does_not_start_slows_nothing_and_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dead: str, mode: Mode
+) -> None:
+    monkeypatch.setattr(wandb_run, "PATIENCE_S", 0.3)
+    said: list[str] = []
+    tracker = WandbTracker(mode, tmp_path, said.append)
+    assert max(told(tracker)) < 0.5
+    assert timed(tracker.search_ended, "finished", SIX) < 0.5
+    assert timed(tracker.close) < 5
+    assert len(said) == 1 and dead in said[0] and "goes on without it" in said[0]
+    assert tracker.mode == "disabled"
+
+
+@pytest.mark.parametrize("dead", ["hangs"], indirect=True)
+@pytest.mark.usefixtures("dead")
+def test_the_end_of_a_search_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(wandb_writer, "FLUSH_S", 0.2)
+    monkeypatch.setattr(wandb_run, "PATIENCE_S", 0.5)
+    said: list[str] = []
+    tracker = WandbTracker("offline", tmp_path, said.append)
+    told(tracker)
+    tracker.search_ended("interrupted", SIX)
+    assert timed(tracker.close) < 2
+    tracker.close()
+    assert len(said) == 1 and "goes on without it" in said[0]
+
+
+def test_a_search_outlives_the_death_of_wandbs_own_process(tmp_path: Path) -> None:
+    said: list[str] = []
+    tracker = WandbTracker("offline", tmp_path, said.append)
+    told(tracker)
+    while not list((tmp_path / "wandb").glob("*-t-*/files/media/table/*")):
+        time.sleep(0.05)
+    process = wandb_setup.singleton().assert_service()._proc
+    assert process is not None
+    process._process.kill()
+    tracker.trial_started("u", PARAMS)
+    tracker.trial_ended("u", "failed", [], None, "CUDA out of memory")
+    tracker.search_ended("finished", SIX)
+    tracker.close()
+    assert tracker.mode == "offline" and len(said) == 1 and "logs offline" in said[0]
+    logs = {key: list((tmp_path / "wandb").glob(f"offline-run-*-{key}-*/*.wandb")) for key in ("u", "search")}
+    latest = [max(found, key=lambda log: log.stat().st_mtime_ns).parent for found in logs.values()]
+    trial, search = (json.loads(inspect(run, "--summary")) for run in latest)
+    assert trial["exit_code"] == 1 and search["summary"]["trials/finished"] == 1
+
+
+def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> None:
+    said: list[str] = []
+    tracker = WandbTracker("offline", tmp_path, said.append)
+    told(tracker)
+    tracker.trial_started("u", PARAMS)
+    tracker.trial_ended("u", "finished", SIX, tmp_path / "missing.png", "")
+    tracker.search_ended("finished", SIX)
+    tracker.close()
+    assert len(said) == 1 and "logs offline" in said[0]
+    assert held(tmp_path, "u")["summary"]["state"] == "finished"
