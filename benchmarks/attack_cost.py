@@ -34,7 +34,7 @@ from attacks.suites import SUITES, Suite
 from attacks.threat import ThreatModel
 from search.data import splits
 from search.study.loading import make_study
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +194,9 @@ def main() -> None:
             "wandb": "disabled",
         }
     )
-    bench = Bench(study, study.store)
-    task, network = bench.resolved.task, bench.target.network
-    x_NCHW, y_N = (t.to(bench.device) for t in splits.load(task.dataset, "validation", limit=args.images))
+    runner = TrialRunner(study, study.store)
+    task, network = runner.assets.resolved.task, runner.assets.target
+    x_NCHW, y_N = (t.to(runner.assets.device) for t in splits.load(task.dataset, "validation", limit=args.images))
     rows = []
     for eps in args.eps or (task.eps, task.eps / 3):
         threat = ThreatModel("Linf", eps, "white-box")

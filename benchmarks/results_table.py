@@ -34,7 +34,7 @@ from search.classifiers.task import find_task
 from search.study.loading import make_study
 from search.trial.device_lock import DeviceLock
 from search.trial.latency import device_name, measure
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 from spaces.space import SearchSpace
 
 KNOBS: dict[str, dict[str, Any]] = {
@@ -59,8 +59,8 @@ def chosen(cw_steps: int) -> tuple[Attack, ...]:
     return FGSM, IFGSM, replace(PGD_40, pace=1 / 30), replace(CW_L2, steps=cw_steps)
 
 
-def opened(name: str, args: argparse.Namespace) -> Bench:
-    """Return the bench of a study that has one setting."""
+def opened(name: str, args: argparse.Namespace) -> TrialRunner:
+    """Return the runner of a study that has one setting."""
     study = make_study(
         {
             "name": "results",
@@ -77,18 +77,20 @@ def opened(name: str, args: argparse.Namespace) -> Bench:
             "wandb": "disabled",
         }
     )
-    return Bench(study, study.store)
+    return TrialRunner(study, study.store)
 
 
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train one defense and attack it; return the row of the table."""
-    bench = opened(name, args)
-    params = bench.resolved.space.complete({})
+    runner = opened(name, args)
+    params = runner.assets.resolved.space.complete({})
     start = time.monotonic()
-    key, defense = bench.fit(params, lambda epoch, metrics: print(f"{name} epoch {epoch}: {metrics}", flush=True))
+    key, defense = runner.trainer.fit(
+        params, lambda epoch, metrics: print(f"{name} epoch {epoch}: {metrics}", flush=True)
+    )
     seconds = time.monotonic() - start
-    latency = bench.latency(defense)
-    target, evaluator = Defended(defense, bench.target.network), bench.evaluator
+    latency = runner.scorer.latency(defense)
+    target, evaluator = Defended(defense, runner.assets.target), runner.assets.evaluator
     white = replace(evaluator.threat, knowledge="white-box")
     row: dict[str, Any] = {
         "defense": name,
@@ -99,7 +101,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "images": {"oblivious": len(evaluator.y_N), "white-box": args.white_images},
     }
     for attack in chosen(args.cw_steps):
-        made = {attack.name: bench.adversarial(attack, evaluator.x_NCHW, evaluator.y_N, evaluator.threat)}
+        made = {attack.name: runner.assets.adversarial(attack, evaluator.x_NCHW, evaluator.y_N, evaluator.threat)}
         nothing = Suite(name="", oblivious=(), white_box=(), draws=1)
         blind = observe(nothing, target, evaluator.x_NCHW, evaluator.y_N, evaluator.threat, oblivious=made)
         x, y = evaluator.x_NCHW[: args.white_images], evaluator.y_N[: args.white_images]
@@ -120,22 +122,26 @@ def _all(found: Observation) -> Verdict:
 @torch.no_grad()
 def curve(args: argparse.Namespace) -> str:
     """Return Defense-GAN's accuracy under oblivious iFGSM after each number of steps, and what a step costs."""
-    bench = opened("defense_gan", args)
-    _, defense = bench.fit(bench.resolved.space.complete({}), lambda epoch, metrics: None)
+    runner = opened("defense_gan", args)
+    _, defense = runner.trainer.fit(runner.assets.resolved.space.complete({}), lambda epoch, metrics: None)
     assert isinstance(defense, DefenseGAN)
-    made = bench.adversarial(IFGSM, bench.evaluator.x_NCHW, bench.evaluator.y_N, bench.evaluator.threat)
+    made = runner.assets.adversarial(
+        IFGSM, runner.assets.evaluator.x_NCHW, runner.assets.evaluator.y_N, runner.assets.evaluator.threat
+    )
     at = (0, 1, 2, 5, 10, 25, 50, 100, 200)
     lines = [
         "| restarts | " + " | ".join(f"L {steps}" for steps in at) + " | s / step |",
         "| --- " * (len(at) + 2) + "|",
     ]
     for restarts in (1, 2, 10):
-        defense.at({**bench.resolved.space.usual(), "restarts": restarts})
+        defense.at({**runner.assets.resolved.space.usual(), "restarts": restarts})
         torch.manual_seed(0)
         start = time.monotonic()
         projected = defense.trajectory(made[:128], at)
         seconds = (time.monotonic() - start) / max(at)
-        found = [(bench.target.network(x).argmax(1) == bench.evaluator.y_N[:128]).float().mean() for x in projected]
+        found = [
+            (runner.assets.target(x).argmax(1) == runner.assets.evaluator.y_N[:128]).float().mean() for x in projected
+        ]
         lines.append(f"| {restarts} | " + " | ".join(f"{100 * a:.0f}" for a in found) + f" | {seconds:.3f} |")
     return "\n".join(lines)
 

@@ -35,7 +35,7 @@ def simulated(storage: Path, **fields: object) -> Study:
 
 
 def working(seconds: float) -> Work:
-    return Work(needed, classifier, undefended, partial(execute, seconds=seconds), clock)
+    return Work(needed, classifier, undefended, partial(execute, seconds=seconds), remeasure)
 
 
 def scored(params: Params, fit: str) -> Candidate:
@@ -96,7 +96,7 @@ def execute(study: Study, proposal: Proposal, report: Report, seconds: float) ->
     return {"candidates": [candidate.to_json() for candidate in candidates], "curve": curve, "picture": ""}
 
 
-def clock(study: Study, candidate: Candidate) -> Latency:
+def remeasure(study: Study, candidate: Candidate) -> Latency:
     return Latency(candidate.score.latency_ms_p50, candidate.score.latency_ms_p95, 1.0, 0.0, "simulated", 30)
 
 

@@ -32,7 +32,7 @@ from search.study.loading import make_study
 from search.study.ranking import feasible
 from search.study.study import Study
 from search.trial import evaluator
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 from spaces import puvae
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -139,11 +139,13 @@ class Table:
             first = sorted(training.candidates, key=lambda c: c.params.inference != proposal.params.inference)
             return {"candidates": [c.to_json() for c in first], "curve": training.curve, "picture": ""}
 
-        def clock(study: Study, candidate: Candidate) -> Latency:
+        def remeasure(study: Study, candidate: Candidate) -> Latency:
             score = candidate.score
             return Latency(score.latency_ms_p50, score.latency_ms_p95, score.latency_ms_p50, 0.0, score.device, 1)
 
-        return Work(lambda study: [], lambda study, architecture: None, lambda study: self.undefended, execute, clock)
+        return Work(
+            lambda study: [], lambda study, architecture: None, lambda study: self.undefended, execute, remeasure
+        )
 
 
 class Spent(NamedTuple):
@@ -162,14 +164,14 @@ class Meter(Callback):
         self.goal = goal
         self.spent = Spent(0, 0, False)
 
-    def trial_started(self, trial: str, params: Params) -> None:
+    def trial_started(self, trial: Proposal) -> None:
         self.spent = self.spent._replace(trainings=self.spent.trainings + 1)
 
-    def epoch_ended(self, trial: str, epoch: int, metrics: Metrics) -> None:
+    def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
         self.spent = self.spent._replace(epochs=self.spent.epochs + 1)
 
     def trial_ended(
-        self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
+        self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
         good = feasible(self.study, candidates)
         if good and max(candidate.score.attacked_accuracy for candidate in good) >= self.goal - 1e-9:
@@ -189,7 +191,7 @@ def quickly(do: Callable[[], T]) -> T:
     """Do without the audit's cheap checks and without pictures, which take longer than these trainings."""
     with (
         mock.patch.object(evaluator, "quick_gates", lambda *args, **kwargs: ()),
-        mock.patch.object(Bench, "picture", lambda bench, params, path: path),
+        mock.patch.object(TrialRunner, "picture", lambda runner, params, path: path),
     ):
         return do()
 

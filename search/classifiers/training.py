@@ -1,71 +1,25 @@
-"""The classifiers that are protected: one trained and frozen network for each data set, architecture and seed."""
+"""The training recipe of the classifiers that are protected, and the fingerprint of what comes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defenses.base import Batches
 from search.classifiers import architectures
-from search.classifiers.architectures import ARCHITECTURES
-from search.classifiers.task import Task
-from search.data.splits import checksum
 from search.storage.fingerprint import code_digests, fingerprint
-from search.storage.store import Store, to_bytes
-from search.study.study import Study
-from search.trial.device_lock import DeviceLock
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A frozen network of the store."""
-
-    fingerprint: str
-    network: nn.Module
-
-
-def identity(study: Study, task: Task, architecture: str) -> str:
-    """Return the fingerprint of a classifier: everything that shapes it."""
-    return fingerprint(
-        source=code_digests(architectures.__name__, __name__),
-        architecture=architecture,
-        data=checksum(task.dataset, study.data_dir),
-        images=study.train_images,
-        epochs=study.classifier_epochs,
-        seed=study.seed,
-    )
-
-
-def obtain(
-    study: Study,
-    task: Task,
-    architecture: str,
-    store: Store,
-    training: Callable[[], tuple[Tensor, Tensor]],
-    device: torch.device,
-) -> Classifier:
-    """Load a classifier from the store, or train it there first; whoever comes second waits.
+def classifier_key(architecture: str, *, data: str, images: object, epochs: int, seed: int) -> str:
+    """Return the fingerprint of a trained classifier: everything that shapes it.
 
     Args:
-        training: gives x_NCHW and y_N on `device`; called only where the training has to be done.
+        data: the SHA-256 of the data set.
+        images: how many of its training images, None being all; or other JSON that says which.
     """
-    key = identity(study, task, architecture)
-    network = ARCHITECTURES[architecture].build(task.shape).to(device)
-    with store.lock("classifiers", key):
-        entry = store.get("classifiers", key)
-        if entry is None:
-            x_NCHW, y_N = training()
-            with DeviceLock(device).working():
-                accuracy = train(network, x_NCHW, y_N, study.classifier_epochs, study.seed)
-            about = {"task": task.dataset, "architecture": architecture, "training_accuracy": accuracy}
-            entry = store.put("classifiers", key, {"weights.safetensors": to_bytes(network)}, about)
-    network.load_state_dict(load_file(entry / "weights.safetensors", device=str(device)))
-    return Classifier(key, network.eval().requires_grad_(False))
+    source = code_digests(architectures.__name__, __name__)
+    return fingerprint(source=source, architecture=architecture, data=data, images=images, epochs=epochs, seed=seed)
 
 
 def train(network: nn.Module, x_NCHW: Tensor, y_N: Tensor, epochs: int, seed: int) -> float:

@@ -20,7 +20,8 @@ from search.data.downloads import Progress
 from search.exceptions import AlteredFile
 from spaces.exceptions import InputError, choose
 
-SPLITS = ("train", "validation")
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 HELD_OUT = 150
 """Validation images that a black-box attacker starts from, the last ones; they are not attacked.
 
@@ -51,7 +52,7 @@ def sizes(dataset: str, data_dir: str | Path | None = None) -> Sizes:
 
 def load(
     dataset: str,
-    split: Literal["train", "validation"],
+    split: Split,
     data_dir: str | Path | None = None,
     limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:

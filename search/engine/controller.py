@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,30 @@ from search.study.study import Study
 
 RESTARTS = 2
 """How often a trial is handed out again when its worker dies."""
+
+
+@dataclass
+class _RunningTrial:
+    """What is known of a trial that was handed out.
+
+    Args:
+        curve: the rung score by epoch.
+        began: when it was first started, in seconds since 1970.
+        stopped: the fingerprint of the fit that early stopping ended.
+    """
+
+    proposal: Proposal
+    curve: dict[int, float] = field(default_factory=dict)
+    began: float | None = None
+    restarts: int = 0
+    deaths: int = 0
+    stopped: str | None = None
+
+    def about(self) -> dict[str, object]:
+        """Return what the study keeps of it."""
+        seconds = time.time() - (self.began or time.time())
+        restarts = {"restarts": self.restarts} if self.restarts else {}
+        return {"curve": sorted(self.curve.items()), "seconds": round(seconds, 3), **restarts}
 
 
 class Controller:
@@ -45,13 +70,8 @@ class Controller:
         self.proposer = proposer
         self.listeners = listeners
         self.rule = rule_of(study)
-        self._running: dict[str, Proposal] = {}
-        self._curves: dict[str, dict[int, float]] = {}
-        self._began: dict[str, float] = {}
-        self._restarts: dict[str, int] = {}
-        self._deaths: dict[str, int] = {}
+        self._running: dict[str, _RunningTrial] = {}
         self._again: list[str] = []
-        self._stopped: dict[str, str] = {}
         self.trouble: OSError | None = None
         self._open = self._spent = self._exhausted = False
         for trial in proposer.trials():
@@ -79,101 +99,98 @@ class Controller:
 
     def _next(self) -> Proposal | None:
         if self._again:
-            return self._running[self._again.pop(0)]
+            return self._running[self._again.pop(0)].proposal
         proposal = self.proposer.propose() if self._trains else None
         self._spent |= self._trains and proposal is None
-        if proposal is None and all(running.refines for running in self._running.values()):
+        if proposal is None and all(running.proposal.refines for running in self._running.values()):
             proposal = self.proposer.refine()
             self._exhausted = proposal is None
         if proposal is not None:
-            self._running[proposal.name] = proposal
+            self._running[proposal.name] = _RunningTrial(proposal)
         return proposal
 
     @property
     def _trains(self) -> bool:
-        running = sum(not proposal.refines for proposal in self._running.values())
+        running = sum(not running.proposal.refines for running in self._running.values())
         return not self._spent and self.proposer.ended() + running < self.study.trials
 
     def leaders(self) -> list[Candidate]:
         """Return the candidates of the front whose latency is to be measured again: one of each latency."""
-        found, known = front(self.study, self.proposer.candidates()), self.proposer.clocked()
+        found, known = front(self.study, self.proposer.candidates()), self.proposer.remeasured()
         each = {candidate.score.latency_ms_p50: candidate for candidate in found}.values()
         return [candidate for candidate in each if candidate.candidate not in known]
 
-    def clocked(self, candidate: Candidate, again: Latency) -> None:
+    def remeasured(self, candidate: Candidate, again: Latency) -> None:
         """Keep the latency that a candidate of the front had when all was quiet."""
-        self._kept(lambda: self.proposer.note(f"clocked {candidate.candidate}", again.to_json()))
+        self._kept(lambda: self.proposer.keep_remeasured(candidate, again))
 
     def started(self, name: str) -> None:
         """Take note that a trial runs now, for the first time or after its worker died."""
-        if name in self._began:
-            self._restarts[name] = self._restarts.get(name, 0) + 1
-        self._began.setdefault(name, time.time())
-        self._hear(lambda listener: listener.trial_started(name, self._running[name].params))
+        running = self._running[name]
+        running.restarts += running.began is not None
+        running.began = running.began or time.time()
+        self._hear(lambda listener: listener.trial_started(running.proposal))
 
     def epoch(self, name: str, fit: str, epoch: int, metrics: Metrics) -> bool:
         """Take an epoch's metrics, and return whether the trial stops here; a fit that stops leaves no progress."""
-        self._curves.setdefault(name, {})[epoch] = metrics["cheap"]
-        self._hear(lambda listener: listener.epoch_ended(name, epoch, metrics))
         running = self._running[name]
-        if running.refines:  # its fit was gone from the store, and is trained again as it was
+        running.curve[epoch] = metrics["cheap"]
+        self._hear(lambda listener: listener.epoch_ended(running.proposal, epoch, metrics))
+        if running.proposal.refines:  # its fit was gone from the store, and is trained again as it was
             return False
-        whole = epoch == running.params.train.get("epochs")
+        whole = epoch == running.proposal.params.train.get("epochs")
         stops = self.rule.stops(name, epoch, metrics["cheap"]) and not whole
         if stops:
-            self._stopped[name] = fit
+            running.stopped = fit
         return stops
 
     def finished(
         self, name: str, candidates: Sequence[Candidate], picture: Path | None, curve: Sequence[float]
     ) -> None:
         """Take the candidates of a trial; `curve` is the rung score of every epoch, of earlier runs too."""
-        self._curves[name] = dict(enumerate(curve, start=1))
-        for epoch, score in self._curves[name].items() if not self._running[name].refines else ():
+        running = self._running[name]
+        running.curve = dict(enumerate(curve, start=1))
+        for epoch, score in running.curve.items() if not running.proposal.refines else ():
             self.rule.stops(name, epoch, score)  # epochs of an earlier run, or of another search, are news to it
-        about = self._about(name) | {"picture": str(picture) if picture else ""}
-        if self._kept(lambda: self.proposer.finish(name, candidates, about)):
-            self._tell(name, "finished", candidates, picture, "")
-        else:
-            self._tell(name, "interrupted", (), None, str(self.trouble))
+        about = {"picture": str(picture) if picture else ""}
+        self._end(
+            name,
+            "finished",
+            lambda: self.proposer.finish(name, candidates, running.about() | about),
+            candidates,
+            picture,
+        )
 
     def silent(self, name: str) -> None:
         """Take the end of a trial that said nothing: a rung stopped it, or its defense left the worker."""
-        if name not in self._stopped:
+        running = self._running[name]
+        if running.stopped is None:
             self.failed(name, "it ended without a word")
-            return
-        fit, about = self._stopped[name], self._about(name)
-        if self._kept(lambda: self.proposer.stop(name, TrialState.PRUNED, about)):
-            self.study.store.drop_progress(fit)
-            self._tell(name, "pruned", (), None, "")
-        else:
-            self._tell(name, "interrupted", (), None, str(self.trouble))
+        elif self._end(name, "pruned", lambda: self.proposer.stop(name, TrialState.PRUNED, running.about())):
+            self.study.store.drop_progress(running.stopped)
 
     def failed(self, name: str, reason: str) -> None:
-        about = self._about(name) | {"reason": reason}
-        if self._kept(lambda: self.proposer.stop(name, TrialState.FAIL, about)):
-            self._tell(name, "failed", (), None, reason)
-        else:
-            self._tell(name, "interrupted", (), None, str(self.trouble))
+        about = self._running[name].about() | {"reason": reason}
+        self._end(name, "failed", lambda: self.proposer.stop(name, TrialState.FAIL, about), reason=reason)
 
     def interrupted(self, name: str, reason: str) -> None:
         """Take a trial that its storage let down: the study has it as running."""
         self.trouble = self.trouble or StorageError(reason)
-        self._about(name)
-        self._tell(name, "interrupted", (), None, reason)
+        self._tell(self._running.pop(name).proposal, "interrupted", (), None, reason)
 
     def died(self, name: str, why: str = "") -> None:
         """Take the death of a trial's worker: the trial is handed out again, but not for ever."""
-        self._deaths[name] = self._deaths.get(name, 0) + 1
-        if self._deaths[name] > RESTARTS:
-            self.failed(name, f"its worker died, {self._deaths[name]} times over{why and ': '}{why}")
+        running = self._running[name]
+        running.deaths += 1
+        if running.deaths > RESTARTS:
+            self.failed(name, f"its worker died, {running.deaths} times over{why and ': '}{why}")
         elif self.trouble is not None:
             self.interrupted(name, str(self.trouble))
         else:
             self._again.append(name)
 
     def begin(self, undefended: Candidate) -> None:
-        self.proposer.note("undefended", undefended.to_json())
+        self.proposer.keep_undefended(undefended)
         self._open = True
         self._hear(lambda listener: listener.search_started(self.study, undefended))
 
@@ -184,17 +201,28 @@ class Controller:
         self._kept(lambda: found.extend(self.proposer.candidates()))
         self._hear(lambda listener: listener.search_ended(state, found))
 
-    def _about(self, name: str) -> dict[str, object]:
-        self._running.pop(name, None)
-        self._stopped.pop(name, None)
-        seconds = time.time() - self._began.pop(name, time.time())
-        restarts = {"restarts": self._restarts.pop(name)} if name in self._restarts else {}
-        return {"curve": sorted(self._curves.pop(name, {}).items()), "seconds": round(seconds, 3), **restarts}
+    def _end(
+        self,
+        name: str,
+        state: State,
+        keep: Callable[[], None],
+        candidates: Sequence[Candidate] = (),
+        picture: Path | None = None,
+        reason: str = "",
+    ) -> bool:
+        """Keep how a trial ended with the study, tell the listeners, and return whether the study could keep it."""
+        kept = self._kept(keep)
+        proposal = self._running.pop(name).proposal
+        if kept:
+            self._tell(proposal, state, candidates, picture, reason)
+        else:
+            self._tell(proposal, "interrupted", (), None, str(self.trouble))
+        return kept
 
     def _tell(
-        self, name: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
+        self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
-        self._hear(lambda listener: listener.trial_ended(name, state, candidates, picture, reason))
+        self._hear(lambda listener: listener.trial_ended(trial, state, candidates, picture, reason))
 
     def _hear(self, tell: Callable[[Callback], None]) -> None:
         """Tell the listeners; one that has no room to write, or nobody to show it to, ends no search."""
@@ -231,6 +259,6 @@ def time_again(controller: Controller, measure: Callable[[Candidate], Latency]) 
     """Time the front again; where that fails, the first figure stands."""
     for candidate in () if controller.trouble else controller.leaders():
         try:
-            controller.clocked(candidate, measure(candidate))
+            controller.remeasured(candidate, measure(candidate))
         except Exception as error:
             warnings.warn(f"{candidate.candidate} could not be timed again: {error}", stacklevel=2)

@@ -11,7 +11,7 @@ import torch
 from search.optimizer.refinement import refinable
 from search.storage.store import to_bytes
 from search.study.study import Study
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 from search.trial.timing import Step
 from spaces.domain import spoken
 from spaces.exceptions import InputError
@@ -66,21 +66,21 @@ def forecast(study: Study, slots: int) -> Forecast:
     Args:
         slots: how many trials the machine or the cluster holds at once.
     """
-    step = Step(Bench(study, study.store))
-    bench, space, held = step.bench, step.bench.resolved.space, step.bench.store.held("fits")
+    step = Step(TrialRunner(study, study.store))
+    runner, space, held = step.runner, step.runner.assets.resolved.space, step.runner.assets.store.held("fits")
     whole = space.trainings()
     trainings = study.trials if whole is None else min(study.trials, whole)
     known: int | None = 0
     if held:
         looked = whole is not None and whole <= MOST
-        known = sum(bench.fingerprint(p) in held for p in space.at(space.usual()).grid()) if looked else None
-    settings = bench.settings(step.usual)
-    sittings = len({str(bench.aimed(setting).inference) for setting in settings})
-    clocked = [f.name for f in fields(bench.resolved.defense.Inference) if f.metadata["latency"]]
-    latencies = len({tuple(setting.inference[name] for name in clocked) for setting in settings})
-    thresholds = [space.inference[name] for name in bench.resolved.defense.thresholds()]
+        known = sum(runner.trainer.key(p) in held for p in space.at(space.usual()).grid()) if looked else None
+    settings = runner.scorer.settings(step.usual)
+    sittings = len({str(runner.scorer.aimed(setting).inference) for setting in settings})
+    timed = [f.name for f in fields(runner.assets.resolved.defense.Inference) if f.metadata["latency"]]
+    latencies = len({tuple(setting.inference[name] for name in timed) for setting in settings})
+    thresholds = [space.inference[name] for name in runner.assets.resolved.defense.thresholds()]
     picked = sittings if thresholds and not any(domain.single() for domain in thresholds) else 0
-    missing = sorted(bench.needed() - _trained(bench))
+    missing = sorted(runner.assets.needed() - _trained(runner))
     refinements = study.refine if refinable(study) else 0
 
     classifier_s = step.classifier()  # before the others: the first optimiser of a process imports half of torch
@@ -96,9 +96,9 @@ def forecast(study: Study, slots: int) -> Forecast:
     return Forecast(
         task=study.label,
         defense=study.defense,
-        threat=str(bench.resolved.threat),
+        threat=str(runner.assets.resolved.threat),
         suite=study.suite,
-        images=bench.resolved.eval_images,
+        images=runner.assets.resolved.eval_images,
         knobs={name: spoken(domain) for name, domain in space.searched().items()},
         trainings=trainings,
         of=whole,
@@ -113,7 +113,7 @@ def forecast(study: Study, slots: int) -> Forecast:
         score_s=score_s,
         first_s=first_s,
         wall_s=wall_s,
-        gpu_hours=share * at_once * wall_s / 3600 if bench.device.type == "cuda" else None,
+        gpu_hours=share * at_once * wall_s / 3600 if runner.assets.device.type == "cuda" else None,
         fit_bytes=len(to_bytes(step.defense)),
     )
 
@@ -157,10 +157,10 @@ def said(found: Forecast) -> str:
     return "\n".join(f"{name:<11} {row}" for name, row in rows.items())
 
 
-def _trained(bench: Bench) -> set[str]:
+def _trained(runner: TrialRunner) -> set[str]:
     """Return the architectures whose classifiers are in the store."""
-    held = bench.store.held("classifiers")
-    return {name for name in bench.needed() if bench.identity(name) in held} if held else set()
+    held = runner.assets.store.held("classifiers")
+    return {name for name in runner.assets.needed() if runner.assets.classifier_key(name) in held} if held else set()
 
 
 def _spoken(seconds: float) -> str:

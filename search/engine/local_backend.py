@@ -31,7 +31,7 @@ def run(controller: Controller, work: Work) -> State:
             except Stopped:
                 last = None
             settle(controller, name, last)
-        time_again(controller, lambda candidate: work.clock(study, candidate))
+        time_again(controller, lambda candidate: work.remeasure(study, candidate))
     except KeyboardInterrupt:
         return "interrupted"
     return "finished"

@@ -142,7 +142,7 @@ def run(controller: Controller, resources: WorkerResources, work: Work) -> State
                 break
         if callbacks.names or not controller.done:
             return "interrupted"
-        time_again(controller, lambda candidate: ray.get(remote.remote(study, resources, work.clock, candidate)))
+        time_again(controller, lambda candidate: ray.get(remote.remote(study, resources, work.remeasure, candidate)))
     except KeyboardInterrupt:
         return "interrupted"
     return "finished"

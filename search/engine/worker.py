@@ -17,8 +17,7 @@ from search.storage.store import Store
 from search.study.candidate import Candidate, Latency, Proposal
 from search.study.ranking import feasible, ranked
 from search.study.study import Study
-from search.trial import runner
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner, baseline, run_trial
 from spaces.space import Params
 
 Report = Callable[[str, int, Metrics], None]
@@ -36,7 +35,7 @@ class Work:
     classifier: Callable[[Study, str], None]
     undefended: Callable[[Study], Candidate]
     execute: Callable[[Study, Proposal, Report], dict[str, Any]]
-    clock: Callable[[Study, Candidate], Latency]
+    remeasure: Callable[[Study, Candidate], Latency]
 
 
 def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
@@ -60,26 +59,26 @@ def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
 
 
 def _execute(study: Study, proposal: Proposal, report: Report, store: Store) -> dict[str, Any]:
-    bench = Bench.of(study, store)
-    fit = bench.fingerprint(proposal.params)
-    candidates = runner.run_trial(
+    runner = TrialRunner.of(study, store)
+    fit = runner.trainer.key(proposal.params)
+    candidates = run_trial(
         study, proposal.params, store, lambda epoch, metrics: report(fit, epoch, metrics), alone=proposal.refines
     )
     best = (*feasible(study, candidates), *ranked(candidates))[0]
     path = study.folder / "pictures" / f"{proposal.name}.png"
     return {
         "candidates": [candidate.to_json() for candidate in candidates],
-        "curve": bench.curve(fit),
-        "picture": _drawn(bench, best.params, path),
+        "curve": runner.trainer.curve(fit),
+        "picture": _drawn(runner, best.params, path),
     }
 
 
-def _drawn(bench: Bench, params: Params, path: Path) -> str:
+def _drawn(runner: TrialRunner, params: Params, path: Path) -> str:
     """Return the path of a trial's picture, or nothing: a disk that is full must not cost the candidates."""
-    mirror = bench.study.mirror
+    mirror = runner.study.mirror
     try:
         path.parent.mkdir(parents=mirror is not None, exist_ok=True)  # of a URI each node has a folder of its own
-        bench.picture(params, path)
+        runner.picture(params, path)
     except OSError:
         return ""
     if mirror is not None:
@@ -89,21 +88,21 @@ def _drawn(bench: Bench, params: Params, path: Path) -> str:
 
 
 def _needed(study: Study) -> list[str]:
-    return sorted(Bench.of(study, study.store.expected()).needed())
+    return sorted(TrialRunner.of(study, study.store.expected()).assets.needed())
 
 
 def _classifier(study: Study, architecture: str) -> None:
-    Bench.of(study, study.store.expected()).classifier(architecture)
+    TrialRunner.of(study, study.store.expected()).assets.classifier(architecture)
 
 
 def _undefended(study: Study) -> Candidate:
-    return runner.baseline(study, study.store.expected())
+    return baseline(study, study.store.expected())
 
 
-def _clock(study: Study, candidate: Candidate) -> Latency:
+def _remeasure(study: Study, candidate: Candidate) -> Latency:
     """Measure the latency of a stored fit's candidate again."""
-    bench = Bench.of(study, study.store.expected())
-    return bench.clock(candidate.params)
+    runner = TrialRunner.of(study, study.store.expected())
+    return runner.remeasured(candidate.params)
 
 
-REAL = Work(_needed, _classifier, _undefended, execute, _clock)
+REAL = Work(_needed, _classifier, _undefended, execute, _remeasure)

@@ -24,32 +24,32 @@ from search.data.datasets import DATASETS
 from search.export.provenance import again as command
 from search.export.provenance import code, libraries
 from search.study.candidate import Candidate
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 
 REPRODUCED = 0.02
 """How far the search's figure may lie from the same attack run again, a fraction."""
 
 
-def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness) -> dict[str, Any]:
+def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Robustness) -> dict[str, Any]:
     """Return what is known of a candidate, alarms first.
 
     Args:
         found: the audit's attacks.
         again: the search's, run again. Its verdicts count too.
     """
-    score, study = candidate.score, bench.study
+    score, study = candidate.score, runner.study
     attacks = {"search": dict(score.attacks), "audit": dict(found.robustness.trail)}
-    budgets = _budgets(bench, score.threat)
-    gates = _gates(bench, candidate, found, again, _named(attacks, budgets, score.threat))
+    budgets = _budgets(runner, score.threat)
+    gates = _gates(runner, candidate, found, again, _named(attacks, budgets, score.threat))
     return {
         "alarms": [*(gate.alarm for gate in gates if not gate.passed), *score.alarms],
         "candidate": candidate.candidate,
         "search": study.name,
-        "model": _model(bench, candidate),
+        "model": _model(runner, candidate),
         "threat": asdict(score.threat),
         **_accuracies(found.robustness, again, score.images),
         "attacked_accuracy_of_the_search": score.attacked_accuracy,
-        "rejects": bench.resolved.defense.rejects(),
+        "rejects": runner.assets.resolved.defense.rejects(),
         "latency_ms_p50": score.latency_ms_p50,
         "latency_ms_p95": score.latency_ms_p95,
         "images": score.images,
@@ -57,9 +57,9 @@ def evidence(bench: Bench, candidate: Candidate, found: Audit, again: Robustness
         "gates": [asdict(gate) for gate in gates],
         "attacks": attacks,
         "budgets": budgets,
-        **_data(bench),
+        **_data(runner),
         "fit": candidate.fit,
-        "training": {"classifier_epochs": study.classifier_epochs, "last_epoch": _last_epoch(bench, candidate)},
+        "training": {"classifier_epochs": study.classifier_epochs, "last_epoch": _last_epoch(runner, candidate)},
         "seeds": {"search": study.seed, "audit": study.seed + 1},
         "device": score.device,
         "code": code(),
@@ -95,9 +95,9 @@ def _accuracies(audited: Robustness, again: Robustness, images: int) -> dict[str
     }
 
 
-def _gates(bench: Bench, candidate: Candidate, found: Audit, again: Robustness, named: Gate) -> tuple[Gate, ...]:
+def _gates(runner: TrialRunner, candidate: Candidate, found: Audit, again: Robustness, named: Gate) -> tuple[Gate, ...]:
     """Return the audit's gates, and those that ask about the search beside it."""
-    same = float(bench.resolved.suite.name == SUITES["audit"].name)
+    same = float(runner.assets.resolved.suite.name == SUITES["audit"].name)
     drift = abs(again.attacked.accuracy - candidate.score.attacked_accuracy)
     law = "the search's attacks run again give the same figure"
     return (
@@ -115,8 +115,8 @@ def _named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any
     return at_most(1, "named", f"every attack has a name and a budget ({threat})", len(ran - known), 0.0)
 
 
-def _budgets(bench: Bench, threat: ThreatModel) -> dict[str, Any]:
-    suites = {"search": bench.resolved.suite, "audit": SUITES["audit"].within(threat), "convergence": TWICE}
+def _budgets(runner: TrialRunner, threat: ThreatModel) -> dict[str, Any]:
+    suites = {"search": runner.assets.resolved.suite, "audit": SUITES["audit"].within(threat), "convergence": TWICE}
     return {
         name: {
             "draws": suite.draws,
@@ -128,21 +128,21 @@ def _budgets(bench: Bench, threat: ThreatModel) -> dict[str, Any]:
     }
 
 
-def _model(bench: Bench, candidate: Candidate) -> dict[str, Any]:
+def _model(runner: TrialRunner, candidate: Candidate) -> dict[str, Any]:
     """Return what is needed to build the model again, and what it is in words."""
-    resolved = bench.resolved
+    resolved = runner.assets.resolved
     about, source = described(resolved.defense)
-    built = bench.build(candidate.params)
+    built = runner.trainer.build(candidate.params)
     return {
-        "defense": bench.study.defense,
+        "defense": runner.study.defense,
         "about": about,
         "source": source,
-        "task": bench.study.task,
+        "task": runner.study.task,
         "shape": asdict(resolved.task.shape),
         "classifier": resolved.protected,
         "trained_with": resolved.task.classifier,
-        "consulted": list(bench.consulted(built)),
-        "parameters": {"defense": _size(built), "classifier": _size(bench.target.network)},
+        "consulted": list(runner.assets.consulted(built)),
+        "parameters": {"defense": _size(built), "classifier": _size(runner.assets.target)},
         "train": dict(candidate.params.train),
         "inference": dict(candidate.params.inference),
     }
@@ -159,20 +159,20 @@ def _size(network: nn.Module) -> int:
     return sum(part.numel() for part in network.parameters())
 
 
-def _data(bench: Bench) -> dict[str, Any]:
-    dataset = bench.resolved.task.dataset
+def _data(runner: TrialRunner) -> dict[str, Any]:
+    dataset = runner.assets.resolved.task.dataset
     return {
         "data": dataset,
         "data_licence": DATASETS[dataset].licence,
-        "data_sha256": splits.checksum(dataset, bench.study.data_dir),
+        "data_sha256": splits.checksum(dataset, runner.study.data_dir),
         "split": "validation: kept from the training set by a fixed rule (search/data/datasets.py), never test",
-        "train_images": bench.study.train_images or "all",
+        "train_images": runner.study.train_images or "all",
     }
 
 
-def _last_epoch(bench: Bench, candidate: Candidate) -> dict[str, float]:
+def _last_epoch(runner: TrialRunner, candidate: Candidate) -> dict[str, float]:
     """Return what the fit's last epoch reported."""
-    curve = bench.store.about("fits", candidate.fit)["curve"]
+    curve = runner.assets.store.about("fits", candidate.fit)["curve"]
     return dict(curve[-1]) if curve else {}
 
 

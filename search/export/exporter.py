@@ -30,7 +30,7 @@ from search.study import ranking, sync
 from search.study.candidate import Candidate
 from search.study.study import Study
 from search.tracking.wandb_tracker import log_exports
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 from search.trial.training import silent
 from spaces.exceptions import InputError
 
@@ -125,56 +125,56 @@ def export(
     folder = out / candidate.candidate
     if folder.exists():
         raise InputError(f"an export must be a new folder, but {folder} exists")
-    bench = Bench.of(study, store)
-    if bench.fingerprint(candidate.params) != candidate.fit:
+    runner = TrialRunner.of(study, store)
+    if runner.trainer.key(candidate.params) != candidate.fit:
         raise InputError(
             f"an export needs the fit that was scored, {candidate.fit}, but the code, the data or the study's settings "
             f"have changed since; search again under another name"
         )
-    _, defense = bench.fit(candidate.params, silent)
-    found, again = _examined(bench, candidate, defense)
-    known = evidence(bench, candidate, found, again) | {"refused_before_it": refused}
+    _, defense = runner.trainer.fit(candidate.params, silent)
+    found, again = _examined(runner, candidate, defense)
+    known = evidence(runner, candidate, found, again) | {"refused_before_it": refused}
     if known["alarms"] and not despite_alarms:
         raise AlarmError(f"{candidate.candidate} raised {len(known['alarms'])} alarm(s): {'; '.join(known['alarms'])}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_atomic(folder) as temporary:
-        files = _files(bench, defense, known)
-        files["pictures.png"] = bench.picture(candidate.params, temporary / "pictures.png").read_bytes()
+        files = _files(runner, defense, known)
+        files["pictures.png"] = runner.picture(candidate.params, temporary / "pictures.png").read_bytes()
         for name, content in {**files, SEAL: seal(files)}.items():
             write_atomic(temporary / name, content)
     return folder
 
 
-def _examined(bench: Bench, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness]:
+def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness]:
     """Return a candidate's audit, and what the search's own attacks find when they are run again."""
-    evaluator, bare = bench.evaluator, bench.target.network
-    beside = bench.adversarially_trained()
+    evaluator, bare = runner.assets.evaluator, runner.assets.target
+    beside = runner.trainer.adversarially_trained()
     try:
-        with bench.device_lock.working():
+        with runner.assets.device_lock.working():
             found = audit(
                 Defended(defense, bare),
                 evaluator.x_NCHW,
                 evaluator.y_N,
                 evaluator.threat,
-                seed=bench.study.seed + 1,
+                seed=runner.study.seed + 1,
                 attacker=evaluator.attacker,
                 baselines=beside,
             )
     except (AttackError, InputError) as error:
         raise AlarmError(f"{candidate.candidate} cannot be audited: {error}") from None
-    aimed = Defended(defense.at(bench.aimed(candidate.params).inference), bare)
-    with bench.device_lock.working():
+    aimed = Defended(defense.at(runner.scorer.aimed(candidate.params).inference), bare)
+    with runner.assets.device_lock.working():
         again = evaluator.observe(aimed).judge(defense.at(candidate.params.inference).limits())
     return found, again
 
 
-def _files(bench: Bench, defense: Defense, known: Mapping[str, Any]) -> dict[str, bytes]:
+def _files(runner: TrialRunner, defense: Defense, known: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the files of an export, but the pictures."""
-    study = bench.study.model_dump(exclude={"storage", "data_dir", "address"})
+    study = runner.study.model_dump(exclude={"storage", "data_dir", "address"})
     config = {**known["model"], "threat": known["threat"], "study": study}
     return {
         "weights.safetensors": to_bytes(defense),
-        "classifier.safetensors": to_bytes(bench.target.network),
+        "classifier.safetensors": to_bytes(runner.assets.target),
         "config.yaml": yaml.safe_dump(config, sort_keys=False).encode(),
         "card.md": card(known).encode(),
         "evidence.json": json.dumps(known, indent=1).encode(),

@@ -150,15 +150,21 @@ def judge_export(study: object, case: ExportedWinner, images: int, tell: Tell) -
 
 def _hearing(cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell, steps: int) -> TestEvaluator:
     case = cases[0]
-    bench = case.bench(case.study, seed)
+    runner = case.runner(case.study, seed)
     x_NCHW, y_N = splits.open_test(case.resolved.task.dataset, case.study.data_dir, images)
     return TestEvaluator(
-        x_NCHW.to(bench.device), y_N.to(bench.device), seed, bench.store, bench.device_lock, tell, steps
+        x_NCHW.to(runner.assets.device),
+        y_N.to(runner.assets.device),
+        seed,
+        runner.assets.store,
+        runner.assets.device_lock,
+        tell,
+        steps,
     )
 
 
 def _compared(test_evaluator: TestEvaluator, case: ExportedWinner, contender: EvaluatedModel) -> TestVerdicts:
-    aimed = case.bench(case.study, test_evaluator.seed).aimed(case.params)
+    aimed = case.runner(case.study, test_evaluator.seed).scorer.aimed(case.params)
     return test_evaluator.compare(case, contender, aimed)
 
 

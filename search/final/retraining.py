@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import defenses
 from attacks.black_box import BlackBoxAttacker
@@ -23,39 +23,14 @@ from search.data import splits
 from search.engine.jobs import Tell
 from search.export.loader import Exported
 from search.storage.fingerprint import fingerprint
-from search.storage.store import Store
 from search.study.study import ResolvedStudy, Study
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 from search.trial.training import ADVERSARIAL, silent
 from spaces.space import Params
 
 FIRST_SEED = 1000
 STEPS = 10
 """Gradient steps of the baseline's adversarial training, each of 2.5 eps / steps. Source: Madry et al. 2017."""
-
-
-class Retrained(Bench):
-    """A bench whose trainings see the validation images too; its rung scores are of images that were trained on."""
-
-    def __init__(self, study: Study, store: Store) -> None:
-        super().__init__(study, store)
-        # No search can have this in a fingerprint: it takes what a study may say, and that is a number or nothing.
-        self.trained = study.model_copy(update={"train_images": ["train and validation", study.train_images]})
-
-    @cached_property
-    def training(self) -> tuple[Tensor, Tensor]:
-        """The study's training images and, after them, all of the validation split."""
-        return _whole(self.resolved.task.dataset, self.study.data_dir, self.study.train_images, self.device)
-
-
-@lru_cache(maxsize=1)
-def _whole(dataset: str, data_dir: str | None, limit: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what all trainings of a process share."""
-    (x_NCHW, y_N), (more_NCHW, more_N) = (
-        splits.load(dataset, "train", data_dir, limit),
-        splits.load(dataset, "validation", data_dir),
-    )
-    return torch.cat([x_NCHW, more_NCHW]).to(device), torch.cat([y_N, more_N]).to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +97,12 @@ class ExportedWinner:
         usual = asdict(defenses.find(ADVERSARIAL).Train(**knobs))
         yield "adversarially trained", self.study.model_copy(update=beside), Params(usual, {})
 
-    def bench(self, study: Study, seed: int) -> Retrained:
-        """Return the bench of one seed; its rungs are scored on images that black-box attackers do not begin with."""
+    def runner(self, study: Study, seed: int) -> TrialRunner:
+        """Return what trains with one seed, on train and validation; its rungs are scored on images of the latter."""
         free = splits.sizes(self.resolved.task.dataset, study.data_dir).attackable("black-box")
         rungs = {"suite": "quick", "eval_images": min(study.cheap_images, free)}
         whole = study.model_copy(update={"seed": seed, "eps": self.threat.eps, "norm": self.threat.norm, **rungs})
-        return Retrained(whole, whole.store.expected())
+        return TrialRunner(whole, whole.store.expected(), with_validation=True)
 
 
 def epochs(params: Params) -> int:
@@ -169,7 +144,7 @@ def train(cases: Sequence[ExportedWinner], seed: int, tell: Tell) -> None:
         def report(epoch: int, metrics: Metrics, name: str = name, mine: int = mine, before: int = before) -> None:
             tell(f"{name}: epoch {epoch}/{mine}", (before + epoch) / whole)
 
-        case.bench(study, seed).fit(params, report)
+        case.runner(study, seed).trainer.fit(params, report)
         before += mine
 
 
@@ -178,18 +153,18 @@ def contenders(cases: Sequence[ExportedWinner], seed: int) -> list[EvaluatedMode
     found = dict[str, EvaluatedModel]()
     for case in cases:
         for name, study, params in case.trainings():
-            bench = case.bench(study, seed)
-            key, defense = bench.fit(params, silent)
-            protected, threat = bench.resolved.protected, replace(case.threat, knowledge="white-box")
+            runner = case.runner(study, seed)
+            key, defense = runner.trainer.fit(params, silent)
+            protected, threat = runner.assets.resolved.protected, replace(case.threat, knowledge="white-box")
             where, own = f"{protected}, {threat.norm} eps {threat.eps:g}", name == case.name
             made = EvaluatedModel(
                 export=name if own else "",
                 name=f"{case.study.defense if own else name} ({where})",
                 identity=fingerprint(fit=key, setting=dict(params.inference)),
-                classifier=bench.identity(protected),
-                target=Defended(defense, bench.target.network).eval().requires_grad_(False),
+                classifier=runner.assets.classifier_key(protected),
+                target=Defended(defense, runner.assets.target).eval().requires_grad_(False),
                 threat=threat,
-                attacker=case.attacker(bench.device),
+                attacker=case.attacker(runner.assets.device),
                 substitute=case.resolved.substitute,
             )
             bare = replace(
@@ -197,7 +172,7 @@ def contenders(cases: Sequence[ExportedWinner], seed: int) -> list[EvaluatedMode
                 export="",
                 name=f"undefended ({where})",
                 identity=made.classifier,
-                target=bench.target.network,
+                target=runner.assets.target,
             )
             for one in (made, bare):
                 mark = fingerprint(export=one.export, model=one.identity, threat=repr(threat), by=one.substitute)

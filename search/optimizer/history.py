@@ -30,6 +30,10 @@ WORDS = {
     TrialState.RUNNING: "running",
 }
 ENDED = ("finished", "pruned", "failed")
+UNDEFENDED, REMEASURED = "undefended", "remeasured"
+"""Notes of the whole search: the bare classifier's candidate; latencies measured again, by candidate."""
+OLD_REMEASURED = "clocked "
+"""Until 2026-11 each latency had a note of its own, named so and by its candidate."""
 INTERRUPTED = "interrupted"
 """Marks an Optuna trial that was running when its driver died."""
 
@@ -79,13 +83,14 @@ class SearchHistory:
 
     def undefended(self) -> Candidate | None:
         """Return the bare classifier's figures, where they are known."""
-        found = self.optuna.user_attrs.get("undefended")
+        found = self.optuna.user_attrs.get(UNDEFENDED)
         return Candidate.from_json(found) if found else None
 
-    def clocked(self) -> dict[str, Latency]:
+    def remeasured(self) -> dict[str, Latency]:
         """Return the latencies that were measured again at the end, by candidate."""
-        found = {key.partition("clocked ")[2]: value for key, value in self.optuna.user_attrs.items()}
-        return {candidate: Latency(**again) for candidate, again in found.items() if candidate}
+        notes = self.optuna.user_attrs
+        found = {key.removeprefix(OLD_REMEASURED): notes[key] for key in notes if key.startswith(OLD_REMEASURED)}
+        return {candidate: Latency(**again) for candidate, again in (found | notes.get(REMEASURED, {})).items()}
 
     def candidates(self) -> list[Candidate]:
         """Return every finished candidate, once."""

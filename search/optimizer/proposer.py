@@ -12,11 +12,19 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import spaces
-from search.optimizer.history import ENDED, INTERRUPTED, SearchHistory, journal_storage, state_of
+from search.optimizer.history import (
+    ENDED,
+    INTERRUPTED,
+    REMEASURED,
+    UNDEFENDED,
+    SearchHistory,
+    journal_storage,
+    state_of,
+)
 from search.optimizer.refinement import Refiner, refinable
 from search.optimizer.samplers import NEEDS_ALL, asked, generation, lesson, nearest, objectives, sampler
 from search.optimizer.warm_start import warm_start_of
-from search.study.candidate import Candidate, Proposal
+from search.study.candidate import Candidate, Latency, Proposal
 from search.study.ranking import OBJECTIVES, constraints
 from search.study.study import Study
 from spaces.domain import Scalar, contains
@@ -175,9 +183,14 @@ class Proposer(SearchHistory):
             generation=generation(self.optuna, trial),
         )
 
-    def note(self, key: str, value: Any) -> None:
-        """Keep a fact of the whole search with the study."""
-        self.optuna.set_user_attr(key, value)
+    def keep_undefended(self, undefended: Candidate) -> None:
+        """Keep the bare classifier's figures with the study."""
+        self.optuna.set_user_attr(UNDEFENDED, undefended.to_json())
+
+    def keep_remeasured(self, candidate: Candidate, again: Latency) -> None:
+        """Keep a latency that was measured again with the study."""
+        known = {name: latency.to_json() for name, latency in self.remeasured().items()}
+        self.optuna.set_user_attr(REMEASURED, {**known, candidate.candidate: again.to_json()})
 
     def _recover(self) -> None:
         """Propose again what was running when a driver died; that this may die half way changes nothing."""

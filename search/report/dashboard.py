@@ -29,7 +29,7 @@ from rich.console import Console
 
 from search.console import terminable
 from search.exceptions import StorageError
-from search.optimizer.history import SearchHistory, journal_path
+from search.optimizer.history import UNDEFENDED, SearchHistory, journal_path
 from search.optimizer.journal import Journal
 from search.study.candidate import Candidate
 from search.study.ranking import front
@@ -152,7 +152,7 @@ class Shown(JournalStorage):
         threat = self.study.resolved.threat
         found: list[FrozenStudy] = super().get_all_studies()
         for each in found:
-            bare = each.user_attrs.get("undefended")
+            bare = each.user_attrs.get(UNDEFENDED)
             each.user_attrs = {"defense": self.study.defense, "task": self.study.label, "threat": str(threat)}
             if bare:
                 each.user_attrs["attacked_error of no defense"] = bare["score"]["attacked_error"]

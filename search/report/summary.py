@@ -200,7 +200,7 @@ def summarise(study: Study) -> Summary:
         importances=importances(history),
         device=feasible[0].score.device if feasible else "",
         rank_correlation=rank_correlation(history, candidates),
-        again=history.clocked(),
+        again=history.remeasured(),
         trials=[_told(history, trial, "trial") for trial in history.trials()],
         refinements=[_told(history, trial, "refines") for trial in history.refinements()],
         busy=status.busy((t for t in history.trials() if state_of(t) in ENDED), datetime.now()),

@@ -24,7 +24,7 @@ from defenses.base import Defended
 from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
 from search.reproduce.cell_setting import Setting
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 
 DRAWS = 2
 """Of a stochastic defense's noise in a white-box gradient."""
@@ -39,28 +39,28 @@ def threat(setting: Setting) -> ThreatModel:
     return ThreatModel(setting.norm, setting.eps or 0.0, setting.knowledge)
 
 
-def struck(bench: Bench, target: nn.Module, setting: Setting, rounds: int) -> Verdict:
+def struck(runner: TrialRunner, target: nn.Module, setting: Setting, rounds: int) -> Verdict:
     """Return the verdict on the attacked images alone; white-box, the worst of the gradient sources for each image.
 
     Args:
         target: bare or defended.
         rounds: in which a black-box attacker doubles its images.
     """
-    (x_NCHW, y_N), seed = (bench.evaluator.x_NCHW, bench.evaluator.y_N), bench.study.seed
+    (x_NCHW, y_N), seed = (runner.assets.evaluator.x_NCHW, runner.assets.evaluator.y_N), runner.study.seed
     if setting.attack is not None and setting.knowledge == "white-box":
         suite = Suite(name="", oblivious=(), white_box=(ATTACKS[setting.attack],), draws=DRAWS)
-        with bench.device_lock.working():
+        with runner.assets.device_lock.working():
             found = observe(suite, target, x_NCHW, y_N, threat(setting), oblivious={}, seed=seed)
         return reduce(and_, (Verdict.of(seen, found.limits_S) for seen in (found.white_box or {}).values()))
     if setting.attack is not None and setting.knowledge == "oblivious":
-        x_NCHW = bench.adversarial(ATTACKS[setting.attack], x_NCHW, y_N, threat(setting))
-    with bench.device_lock.working():
+        x_NCHW = runner.assets.adversarial(ATTACKS[setting.attack], x_NCHW, y_N, threat(setting))
+    with runner.assets.device_lock.working():
         if setting.attack is not None and setting.knowledge == "black-box":
-            x_NCHW = _outside(bench, target, setting, rounds)
+            x_NCHW = _outside(runner, target, setting, rounds)
         return Verdict.of(look(target, x_NCHW, y_N, seed), limits(target))
 
 
-def searched(bench: Bench, target: nn.Module, setting: Setting) -> Verdict:
+def searched(runner: TrialRunner, target: nn.Module, setting: Setting) -> Verdict:
     """Return the verdict, whatever the thresholds say then, on the images that were rejected before the search.
 
     Raises:
@@ -68,9 +68,9 @@ def searched(bench: Bench, target: nn.Module, setting: Setting) -> Verdict:
 
     Source: GMVAE, section 3.5: where no fooling images are expected, nothing is rejected again.
     """
-    defense, seed = cast(Defended, target).defense, bench.study.seed
-    searching, (x_NCHW, y_N) = defense.params.inference, (bench.evaluator.x_NCHW, bench.evaluator.y_N)
-    with bench.device_lock.working():
+    defense, seed = cast(Defended, target).defense, runner.study.seed
+    searching, (x_NCHW, y_N) = defense.params.inference, (runner.assets.evaluator.x_NCHW, runner.assets.evaluator.y_N)
+    with runner.assets.device_lock.working():
         defense.at({**searching, "reclassify": False})
         if setting.attack is not None:
             x_NCHW = ATTACKS[setting.attack].craft(View(target), x_NCHW, y_N, threat(setting), seed)
@@ -83,15 +83,15 @@ def searched(bench: Bench, target: nn.Module, setting: Setting) -> Verdict:
     return Verdict(right, ~right)
 
 
-def _outside(bench: Bench, target: nn.Module, setting: Setting, rounds: int) -> Tensor:
+def _outside(runner: TrialRunner, target: nn.Module, setting: Setting, rounds: int) -> Tensor:
     """Return the images that an attack makes of a substitute, trained on what its oracle answers."""
     assert setting.attack is not None
-    x_NCHW, y_N, seed = bench.evaluator.x_NCHW, bench.evaluator.y_N, bench.study.seed
-    architecture = ARCHITECTURES[setting.substitute or bench.resolved.protected]
+    x_NCHW, y_N, seed = runner.assets.evaluator.x_NCHW, runner.assets.evaluator.y_N, runner.study.seed
+    architecture = ARCHITECTURES[setting.substitute or runner.assets.resolved.protected]
     substitute = train_substitute(
-        bench.target.network if setting.oracle == "bare" else target,
-        splits.load_held_out(bench.resolved.task.dataset, bench.study.data_dir).to(x_NCHW),
-        lambda: architecture.build(bench.resolved.task.shape),
+        runner.assets.target if setting.oracle == "bare" else target,
+        splits.load_held_out(runner.assets.resolved.task.dataset, runner.study.data_dir).to(x_NCHW),
+        lambda: architecture.build(runner.assets.resolved.task.shape),
         rounds=rounds,
         step=-STEP,
         seed=seed,

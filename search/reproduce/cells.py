@@ -25,7 +25,7 @@ from search.reproduce.fraction import Fraction, counted
 from search.storage.fingerprint import code_digests, fingerprint
 from search.study.loading import make_study
 from search.study.study import Study
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 from spaces.exceptions import InputError
 from spaces.space import Params, SearchSpace
 
@@ -72,7 +72,7 @@ class Cells:
     def __init__(self, storage: str, data_dir: str | Path | None, portion: Fraction, seed: int, report: Report) -> None:
         self.storage, self.data_dir = storage, None if data_dir is None else str(data_dir)
         self.portion, self.seed, self.report = portion, seed, report
-        self._bench: Bench | None = None
+        self._runner: TrialRunner | None = None
         self._failed: dict[str, str] = {}
 
     def run(self, setting: Setting) -> Ours:
@@ -88,10 +88,10 @@ class Cells:
             batch_s = self.batch_s(setting, _wanted(setting))
             spent = round(time.monotonic() - begin, 1)
             return Ours(value=batch_s * (setting.images or BATCH) / BATCH, images=0, seconds=spent, ran={})
-        bench, params = self.bench(setting), self.params(setting)
+        runner, params = self.runner(setting), self.params(setting)
         if setting.limit_s is not None:
-            params = self._within(bench, params, setting, setting.limit_s)
-        about = self._about(bench, params, setting)
+            params = self._within(runner, params, setting, setting.limit_s)
+        about = self._about(runner, params, setting)
         name = "accuracy" if setting.measure in ("attacked", "clean", "reclassified") else setting.measure
         return Ours(value=about[name], images=about["images"], seconds=about["seconds"], ran=about["ran"])
 
@@ -99,19 +99,19 @@ class Cells:
         """Return the fingerprint of the fit that must be trained for a setting; empty where none must."""
         if setting.obstacle(self.data_dir) or setting.measure in ("seconds", "ratio") or setting.defense == "none":
             return ""
-        bench = self.bench(setting)
-        key = bench.fingerprint(self.params(setting))
-        return "" if key in bench.store.held("fits") else key
+        runner = self.runner(setting)
+        key = runner.trainer.key(self.params(setting))
+        return "" if key in runner.assets.store.held("fits") else key
 
     # The study that a setting stands for.
 
-    def bench(self, setting: Setting) -> Bench:
+    def runner(self, setting: Setting) -> TrialRunner:
         """Return the bench of a setting; the last one is kept."""
         study = self.study(setting)
-        if self._bench is None or self._bench.study != study:
-            self._bench = None  # its images go before the next one's come
-            self._bench = Bench(study, study.store)
-        return self._bench
+        if self._runner is None or self._runner.study != study:
+            self._runner = None  # its images go before the next one's come
+            self._runner = TrialRunner(study, study.store)
+        return self._runner
 
     def study(self, setting: Setting) -> Study:
         """Return the study of one training: all its knobs are fixed."""
@@ -150,90 +150,96 @@ class Cells:
 
     # Accuracies.
 
-    def _about(self, bench: Bench, params: Params, setting: Setting) -> dict[str, Any]:
+    def _about(self, runner: TrialRunner, params: Params, setting: Setting) -> dict[str, Any]:
         """Return the figures of a cell, from the store or made."""
         rounds = self.portion.root(ROUNDS) if setting.knowledge == "black-box" else 0
         search = setting.measure == "reclassified"
         key = fingerprint(
             source=code_digests(struck.__module__),
-            fit="" if setting.defense == "none" else bench.fingerprint(params),
+            fit="" if setting.defense == "none" else runner.trainer.key(params),
             setting=dict(params.inference),
-            classifier=bench.identity(bench.resolved.protected),
+            classifier=runner.assets.classifier_key(runner.assets.resolved.protected),
             attack=str(setting.attack and ATTACKS[setting.attack]),
             threat=str(threat(setting)),
             attacker=[setting.substitute, setting.oracle, rounds] if rounds else [],
             searched=search,
-            images=bench.resolved.eval_images,
+            images=runner.assets.resolved.eval_images,
             seed=self.seed,
         )
-        with bench.store.lock("cells", key):
-            if bench.store.get("cells", key) is None:
+        with runner.assets.store.lock("cells", key):
+            if runner.assets.store.get("cells", key) is None:
                 begin = time.monotonic()
-                target = self.target(bench, params, setting)
-                verdict = searched(bench, target, setting) if search else struck(bench, target, setting, rounds)
+                target = self.target(runner, params, setting)
+                verdict = searched(runner, target, setting) if search else struck(runner, target, setting, rounds)
                 figures = {name: getattr(verdict, name) for name in ("accuracy", "error", "rejection")}
                 asked = {"black_box_rounds": rounds} if rounds else {}
-                ran = {**self._ran(bench, params, setting), **asked}
+                ran = {**self._ran(runner, params, setting), **asked}
                 spent = {"seconds": round(time.monotonic() - begin, 1), "ran": ran}
-                bench.store.put("cells", key, {}, {**figures, "images": verdict.right.shape[1], **spent})
-            return bench.store.about("cells", key)
+                runner.assets.store.put("cells", key, {}, {**figures, "images": verdict.right.shape[1], **spent})
+            return runner.assets.store.about("cells", key)
 
-    def target(self, bench: Bench, params: Params, setting: Setting) -> nn.Module:
+    def target(self, runner: TrialRunner, params: Params, setting: Setting) -> nn.Module:
         """Return the classifier that is attacked, behind its defense, trained if need be.
 
         Raises:
             NotRun: the training failed, now or for another cell of this run.
         """
         if setting.defense == "none":
-            return bench.target.network
-        key, epochs = bench.fingerprint(params), int(params.train.get("epochs", 1))
+            return runner.assets.target
+        key, epochs = runner.trainer.key(params), int(params.train.get("epochs", 1))
         if key in self._failed:
             raise NotRun(self._failed[key])
         try:
-            _, defense = bench.fit(params, lambda epoch, metrics: self.report(setting.defense, epoch, epochs, metrics))
+            _, defense = runner.trainer.fit(
+                params, lambda epoch, metrics: self.report(setting.defense, epoch, epochs, metrics)
+            )
         except (TrialError, InputError, RuntimeError) as error:
             self._failed[key] = f"its training failed: {error}"
             raise
-        return Defended(defense, bench.target.network)
+        return Defended(defense, runner.assets.target)
 
-    def _ran(self, bench: Bench, params: Params, setting: Setting) -> dict[str, Any]:
+    def _ran(self, runner: TrialRunner, params: Params, setting: Setting) -> dict[str, Any]:
         """Return what this run was, beside the paper's."""
-        whole = splits.sizes(bench.resolved.task.dataset, self.data_dir).train
+        whole = splits.sizes(runner.assets.resolved.task.dataset, self.data_dir).train
         cut = {n: v for n, v in params.inference.items() if v != _wanted(setting).inference[n]}
         trained = {n: params.train[n] for n in ("epochs", "batch_size") if n in params.train}
-        images = {"training_images": bench.study.train_images or whole}
-        return {**images, "classifier_epochs": bench.study.classifier_epochs, **trained, **cut}
+        images = {"training_images": runner.study.train_images or whole}
+        return {**images, "classifier_epochs": runner.study.classifier_epochs, **trained, **cut}
 
     # Seconds.
 
     def batch_s(self, setting: Setting, params: Params) -> float:
         """Return the seconds that purifying a batch takes at a setting of the knobs, its device quiet."""
-        bench = self.bench(setting)
-        name = bench.build(params).descends
+        runner = self.runner(setting)
+        name = runner.trainer.build(params).descends
         if name is None or self.portion.whole or int(params.inference[name]) <= max(TIMED):
-            return self._clocked(bench, params)
-        return self._slope(bench, params, name)(int(params.inference[name]))
+            return self._batch_seconds(runner, params)
+        return self._slope(runner, params, name)(int(params.inference[name]))
 
-    def _clocked(self, bench: Bench, params: Params) -> float:
-        return bench.latency(bench.build(params).eval().requires_grad_(False)).ms_p50 / 1000  # weights do not matter
+    def _batch_seconds(self, runner: TrialRunner, params: Params) -> float:
+        return (
+            runner.scorer.latency(runner.trainer.build(params).eval().requires_grad_(False)).ms_p50 / 1000
+        )  # weights do not matter
 
-    def _slope(self, bench: Bench, params: Params, name: str) -> Callable[[int], float]:
+    def _slope(self, runner: TrialRunner, params: Params, name: str) -> Callable[[int], float]:
         """Return the seconds by the number of steps, from two numbers: each step costs the same."""
-        few, more = (self._clocked(bench, Params(params.train, {**params.inference, name: steps})) for steps in TIMED)
+        few, more = (
+            self._batch_seconds(runner, Params(params.train, {**params.inference, name: steps})) for steps in TIMED
+        )
         each = max(0.0, more - few) / (TIMED[1] - TIMED[0])  # on a busy machine they may come out the wrong way round
         return lambda steps: few + (steps - TIMED[0]) * each
 
-    def _within(self, bench: Bench, params: Params, setting: Setting, limit_s: float) -> Params:
+    def _within(self, runner: TrialRunner, params: Params, setting: Setting, limit_s: float) -> Params:
         """Return the setting with as many steps, up to the paper's, as fit into the limit.
 
         Raises:
             NotRun: not even one does.
         """
-        name = bench.build(params).descends
+        name = runner.trainer.build(params).descends
         if name is None:
-            steps, least = 0, self._clocked(bench, params)
+            steps, least = 0, self._batch_seconds(runner, params)
         else:
-            seconds = self._slope(bench, params, name)
+            seconds = self._slope(runner, params, name)
             fitting = [n for n in range(1, int(_wanted(setting).inference[name]) + 1) if seconds(n) <= limit_s]
             steps, least = max(fitting, default=0), seconds(1)
         if least > limit_s:

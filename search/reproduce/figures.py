@@ -54,11 +54,11 @@ def classes(found: Mapping[str, Any], table: Table, cells: Cells, out: Path) -> 
     rows = []
     for cell, row in zip(table.cells, found["cells"], strict=True):
         if row["ours"] is not None:
-            bench, setting = cells.bench(cell.setting), cell.setting
-            target = cast(Defended, cells.target(bench, cells.params(setting), setting))
-            x_NCHW, y_N = bench.evaluator.x_NCHW, bench.evaluator.y_N
+            runner, setting = cells.runner(cell.setting), cell.setting
+            target = cast(Defended, cells.target(runner, cells.params(setting), setting))
+            x_NCHW, y_N = runner.assets.evaluator.x_NCHW, runner.assets.evaluator.y_N
             if setting.attack is not None:
-                x_NCHW = bench.adversarial(ATTACKS[setting.attack], x_NCHW, y_N, threat(setting))
+                x_NCHW = runner.assets.adversarial(ATTACKS[setting.attack], x_NCHW, y_N, threat(setting))
             with torch.no_grad(), reproducible(target.defense, cells.seed):
                 made_KCHW = cast(PuVAE, target.defense).candidates(x_NCHW[:1])[0]
             label = f"{cell.labels[0]}\nacc {100 * row['ours']:.1f} %"

@@ -108,5 +108,5 @@ class Pace:
 
 def _forecast(cells: Cells, setting: Setting) -> float:
     """Return the seconds of a training, told from a few of its steps."""
-    training = (step := Step(cells.bench(setting))).training()
+    training = (step := Step(cells.runner(setting))).training()
     return training.fit + training.shared + step.epochs * training.epoch

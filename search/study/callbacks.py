@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from defenses.base import Metrics
-from search.study.candidate import Candidate
+from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
-from spaces.space import Params
 
 State = Literal["finished", "pruned", "failed", "interrupted"]
 
@@ -23,14 +22,14 @@ class Callback:
     def search_started(self, study: Study, undefended: Candidate) -> None:
         """`undefended` is the bare classifier, scored by the same suite on the same images."""
 
-    def trial_started(self, trial: str, params: Params) -> None:
-        """`trial` is its identity, t001 of a training, r001 of a refinement; one that is restarted keeps it."""
+    def trial_started(self, trial: Proposal) -> None:
+        """A trial that is restarted keeps its name."""
 
-    def epoch_ended(self, trial: str, epoch: int, metrics: Metrics) -> None:
+    def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
         """`epoch` counts from 1; the metrics include `cheap`, the rung score in [0, 1]."""
 
     def trial_ended(
-        self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
+        self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
         """`candidates` is empty unless finished; `picture` is a PNG of search/trial/pictures.py."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from search.storage.atomic import write_atomic
 from search.storage.mirror import Mirror
 from search.study.callbacks import Callback, State
-from search.study.candidate import Candidate
+from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
 
 JOURNAL = "study.journal"
@@ -97,7 +97,7 @@ class StorageSync(Callback):
         self._wake.set()
 
     def trial_ended(
-        self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
+        self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
         self._wake.set()
 

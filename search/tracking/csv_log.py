@@ -9,7 +9,7 @@ from pathlib import Path
 
 from search.storage.atomic import write_atomic
 from search.study.callbacks import Callback, State
-from search.study.candidate import Candidate
+from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
 
 
@@ -30,7 +30,7 @@ class CsvLog(Callback):
         self._rewrite()
 
     def trial_ended(
-        self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
+        self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
         new = [c.candidate for c in candidates if c.candidate not in self._rows]
         before = len(self._columns)

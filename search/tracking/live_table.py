@@ -23,9 +23,8 @@ from defenses.base import Metrics
 from search.formatting import brief, points
 from search.study import ranking
 from search.study.callbacks import Callback, State
-from search.study.candidate import Candidate
+from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
-from spaces.space import Params
 
 
 @dataclass
@@ -75,30 +74,32 @@ class LiveTable(Callback):
             self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
-    def trial_started(self, trial: str, params: Params) -> None:
-        knobs = ", ".join(f"{name} {brief(value)}" for name, value in params.train.items() if name in self.searched)
-        self._rows[trial] = _Row(knobs)
-        self._say(f"{trial} started: {knobs}", piped=True)
+    def trial_started(self, trial: Proposal) -> None:
+        knobs = ", ".join(
+            f"{name} {brief(value)}" for name, value in trial.params.train.items() if name in self.searched
+        )
+        self._rows[trial.name] = _Row(knobs)
+        self._say(f"{trial.name} started: {knobs}", piped=True)
         self._refresh()
 
-    def epoch_ended(self, trial: str, epoch: int, metrics: Metrics) -> None:
-        row = self._rows.setdefault(trial, _Row(""))
+    def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
+        row = self._rows.setdefault(trial.name, _Row(""))
         row.epoch, row.loss, row.cheap = epoch, metrics.get("loss"), metrics.get("cheap")
-        self._say(f"{trial} epoch {epoch}/{self.epochs}: quick attacked {points(row.cheap)}", piped=True)
+        self._say(f"{trial.name} epoch {epoch}/{self.epochs}: quick attacked {points(row.cheap)}", piped=True)
         self._refresh()
 
     def trial_ended(
-        self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
+        self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
-        self._rows.pop(trial, None)
-        self.done += state != "interrupted" and trial.startswith("t")
+        self._rows.pop(trial.name, None)
+        self.done += state != "interrupted" and not trial.refines
         best = next(iter((*ranking.feasible(self.study, candidates), *ranking.ranked(candidates))), None)
         if best is None:
-            self._say(f"{trial} {state}{': ' + reason if reason else ''}")
+            self._say(f"{trial.name} {state}{': ' + reason if reason else ''}")
         else:
             score = best.score
             self._say(
-                f"{trial} finished, {len(candidates)} candidates, best {best.candidate}: attacked "
+                f"{trial.name} finished, {len(candidates)} candidates, best {best.candidate}: attacked "
                 f"{points(score.attacked_accuracy)} ({score.threat.knowledge}), oblivious "
                 f"{points(score.oblivious_accuracy)}, white-box {points(score.white_box_accuracy)}, clean "
                 f"{points(score.clean_accuracy)}, "

@@ -15,14 +15,13 @@ from typing import Any, get_args
 from defenses.base import Metrics
 from search.optimizer.history import SearchHistory
 from search.study.callbacks import Callback, State
-from search.study.candidate import Candidate
+from search.study.candidate import Candidate, Proposal
 from search.study.ranking import feasible, ranked
 from search.study.study import Study
 from search.tracking import wandb_panels
 from search.tracking.wandb_panels import Extreme
 from search.tracking.wandb_run import Mode
 from search.tracking.wandb_writer import WandbWriter
-from spaces.space import Params
 
 SEARCH, EXPORT = "search", "export"
 """The keys of the search's own run and of its exports'; a trial's key is its identity."""
@@ -56,81 +55,81 @@ class WandbTracker(Callback):
         known: Sequence[Candidate] = (),
         ended: Mapping[str, int] | None = None,
     ) -> None:
-        self._logbook, self._say = WandbWriter(mode, folder, say), say
+        self._writer, self._say = WandbWriter(mode, folder, say), say
         self._states = Counter[str](ended or {})
         self._best = list(known)
         self._candidates = len(known)
         self._charted = set[str]()
 
     def __repr__(self) -> str:
-        return f"Tracker({self._logbook!r})"
+        return f"WandbTracker({self._writer!r})"
 
     @property
     def mode(self) -> Mode:
         """What W&B does now: it steps down from online to offline to disabled where it fails."""
-        return self._logbook.mode
+        return self._writer.mode
 
     @property
     def upload(self) -> str | None:
         """The command that uploads what was logged offline; None where nothing is."""
-        return self._logbook.upload
+        return self._writer.upload
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
         self._study, self._undefended = study, undefended
         config = study.model_dump(exclude={"address", "storage", "data_dir"})  # they tell of the machine
-        self._logbook.open(SEARCH, _about(study, study.name, "search", config))
-        self._logbook.write(SEARCH, partial(wandb_panels.announce, self._say))
+        self._writer.open(SEARCH, _about(study, study.name, "search", config))
+        self._writer.write(SEARCH, partial(wandb_panels.announce, self._say))
         by_trial = {f"trial/{name}": extreme for name, extreme in BY_TRIAL.items()}
-        self._logbook.write(SEARCH, partial(wandb_panels.define, "trial", by_trial))
+        self._writer.write(SEARCH, partial(wandb_panels.define, "trial", by_trial))
 
-    def trial_started(self, trial: str, params: Params) -> None:
+    def trial_started(self, trial: Proposal) -> None:
         config = {
-            "train": dict(params.train),
-            "inference": dict(params.inference),
+            "train": dict(trial.params.train),
+            "inference": dict(trial.params.inference),
             **self._study.model_dump(include={"defense", "task", "seed", "space"}),
             **self._threat(),
         }
-        kind = "refinement" if _refines(trial) else "trial"
-        self._logbook.open(trial, _about(self._study, trial, kind, config))
+        kind = "refinement" if trial.refines else "trial"
+        self._writer.open(trial.name, _about(self._study, trial.name, kind, config))
 
-    def epoch_ended(self, trial: str, epoch: int, metrics: Metrics) -> None:
-        if trial not in self._charted:
-            self._charted.add(trial)
+    def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
+        if trial.name not in self._charted:
+            self._charted.add(trial.name)
             # what a defense yields beside the rung score, an accuracy, are losses
             extremes: dict[str, Extreme] = {name: "max" if name == "cheap" else "min" for name in metrics}
-            self._logbook.write(trial, partial(wandb_panels.define, "epoch", extremes))
-        self._logbook.write(trial, partial(wandb_panels.log, {"epoch": epoch, **metrics}))
+            self._writer.write(trial.name, partial(wandb_panels.define, "epoch", extremes))
+        self._writer.write(trial.name, partial(wandb_panels.log, {"epoch": epoch, **metrics}))
 
     def trial_ended(
-        self, trial: str, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
+        self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
-        self._states[state] += not _refines(trial)
+        self._states[state] += not trial.refines
         self._candidates += len(candidates)
         self._best = feasible(self._study, [*self._best, *candidates])[:1]
         best = next(iter((*feasible(self._study, candidates), *ranked(candidates))), None)
         outcome = {**self._threat(), **(best.row() if best else {}), "state": state, "reason": reason}
         if candidates:
             table = partial(wandb_panels.show_table, "candidates", self._study, tuple(candidates))
-            self._logbook.write(trial, table)
+            self._writer.write(trial.name, table)
         if picture is not None:
-            shown = [trial, *([SEARCH] if best in self._best else [])]
+            shown = [trial.name, *([SEARCH] if best in self._best else [])]
             for run in shown:
-                self._logbook.write(run, partial(wandb_panels.show_picture, picture))
-        self._logbook.write(trial, partial(wandb_panels.sum_up, outcome))
-        self._logbook.finish(trial, EXIT[state])
-        self._logbook.write(SEARCH, partial(wandb_panels.log, self._progress(best)))
+                self._writer.write(run, partial(wandb_panels.show_picture, picture))
+        self._writer.write(trial.name, partial(wandb_panels.sum_up, outcome))
+        self._writer.finish(trial.name, EXIT[state])
+        self._writer.write(SEARCH, partial(wandb_panels.log, self._progress(best)))
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         known = tuple(candidates)
         if known:
-            self._logbook.write(SEARCH, partial(wandb_panels.show_table, "leaderboard", self._study, known))
-            self._logbook.write(SEARCH, partial(wandb_panels.show_charts, self._study, self._undefended, known))
-        self._logbook.write(SEARCH, partial(wandb_panels.sum_up, self._outcome(state, known)))
-        self._logbook.finish(SEARCH, EXIT[state])
+            self._writer.write(SEARCH, partial(wandb_panels.show_table, "leaderboard", self._study, known))
+            self._writer.write(SEARCH, partial(wandb_panels.show_charts, self._study, self._undefended, known))
+        self._writer.write(SEARCH, partial(wandb_panels.sum_up, self._outcome(state, known)))
+        self._writer.finish(SEARCH, EXIT[state])
 
     def close(self) -> None:
         """Finish every run and stop, waiting a minute or so at most. It may be called again."""
-        self._logbook.close()
+        self._writer.close()
 
     def _threat(self) -> dict[str, Any]:
         threat = self._undefended.score.threat
@@ -182,8 +181,3 @@ def log_exports(study: Study, folders: Sequence[Path], say: Callable[[str], None
 def _about(study: Study, name: str, job_type: str, config: dict[str, Any]) -> dict[str, Any]:
     tags = (study.defense, study.task, study.threat)
     return {"group": study.name, "tags": tags, "name": name, "job_type": job_type, "config": config}
-
-
-def _refines(trial: str) -> bool:
-    """Say whether a trial is a refinement, which trains nothing."""
-    return trial.startswith("r")

@@ -5,9 +5,7 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, lru_cache
 
 import torch
 from safetensors.torch import load_file, save
@@ -19,57 +17,92 @@ from attacks.black_box import BlackBoxAttacker
 from attacks.gradient_view import View
 from attacks.threat import ThreatModel
 from defenses.base import Defense
-from search.classifiers import training
 from search.classifiers.architectures import ARCHITECTURES
-from search.classifiers.training import Classifier
+from search.classifiers.training import classifier_key, train
 from search.data import splits
 from search.storage.fingerprint import code_digests, fingerprint
-from search.storage.store import Store
+from search.storage.store import Content, Store, to_bytes
 from search.study.study import Study
 from search.trial.device_lock import DeviceLock
 from search.trial.evaluator import Evaluator
 
 
-class Materials:
-    """Data, classifiers and adversarial images of a study, on the device; each made on first use.
+class Assets:
+    """Data, classifiers and adversarial images of a study, on the device; each is made on first use.
 
-    Attributes:
-        trained: the study as the fingerprints of what is trained see it; search/final/retraining.py says there
-            that it takes the validation images too.
+    Args:
+        with_validation: train on the validation images too, as a final run does.
     """
 
-    def __init__(self, study: Study, store: Store) -> None:
+    def __init__(self, study: Study, store: Store, *, with_validation: bool = False) -> None:
         self.study = study
-        self.trained = study
-        self.store = store
         self.resolved = study.resolved
+        self.store = store
+        self.with_validation = with_validation
         uses_gpu = torch.cuda.is_available() and study.gpus_per_trial != 0
         self.device = torch.device("cuda" if uses_gpu else "cpu")
         self.device_lock = DeviceLock(self.device)
-        self._classifiers: dict[str, Classifier] = {}
-        self._identities: dict[str, str] = {}
+        self._classifiers: dict[str, nn.Module] = {}
+        self._keys: dict[str, str] = {}
 
-    @cached_property
-    def training(self) -> tuple[Tensor, Tensor]:
-        return self._load("train", self.study.train_images)
+    # What is trained on.
 
     @property
-    def target(self) -> Classifier:
+    def training_key(self) -> object:
+        """Which images are trained on, as fingerprints name them; no search can say what a final run says."""
+        return ["train and validation", self.study.train_images] if self.with_validation else self.study.train_images
+
+    @cached_property
+    def training_set(self) -> tuple[Tensor, Tensor]:
+        """The images that are trained on, x_NCHW and y_N, on the device."""
+        task, study = self.resolved.task, self.study
+        if self.with_validation:
+            return _whole(task.dataset, study.data_dir, study.train_images, self.device)
+        x_NCHW, y_N = self._load("train", study.train_images)
+        return x_NCHW.to(self.device), y_N.to(self.device)
+
+    @cached_property
+    def data_sha256(self) -> str:
+        return splits.checksum(self.resolved.task.dataset, self.study.data_dir)
+
+    def _load(self, split: splits.Split, limit: int | None) -> tuple[Tensor, Tensor]:
+        return splits.load(self.resolved.task.dataset, split, self.study.data_dir, limit)
+
+    # Classifiers.
+
+    @property
+    def target(self) -> nn.Module:
         """The classifier that is attacked."""
         return self.classifier(self.resolved.protected)
 
-    def classifier(self, architecture: str) -> Classifier:
+    def classifier(self, architecture: str) -> nn.Module:
+        """Return a frozen classifier, from the store or trained there first; whoever comes second waits."""
         if architecture not in self._classifiers:
-            task, store = self.resolved.task, self.store
-            found = training.obtain(self.trained, task, architecture, store, lambda: self.training, self.device)
-            self._classifiers[architecture] = found
+            network = ARCHITECTURES[architecture].build(self.resolved.task.shape).to(self.device)
+
+            def trained() -> Content:
+                x_NCHW, y_N = self.training_set
+                with self.device_lock.working():
+                    accuracy = train(network, x_NCHW, y_N, self.study.classifier_epochs, self.study.seed)
+                about = {"task": self.resolved.task.dataset, "architecture": architecture}
+                return {"weights.safetensors": to_bytes(network)}, {**about, "training_accuracy": accuracy}
+
+            entry = self.store.cached("classifiers", self.classifier_key(architecture), trained)
+            network.load_state_dict(load_file(entry / "weights.safetensors", device=str(self.device)))
+            self._classifiers[architecture] = network.eval().requires_grad_(False)
         return self._classifiers[architecture]
 
-    def identity(self, architecture: str) -> str:
+    def classifier_key(self, architecture: str) -> str:
         """Return the fingerprint of a classifier, which need not be trained yet."""
-        if architecture not in self._identities:
-            self._identities[architecture] = training.identity(self.trained, self.resolved.task, architecture)
-        return self._identities[architecture]
+        if architecture not in self._keys:
+            self._keys[architecture] = classifier_key(
+                architecture,
+                data=self.data_sha256,
+                images=self.training_key,
+                epochs=self.study.classifier_epochs,
+                seed=self.study.seed,
+            )
+        return self._keys[architecture]
 
     def consulted(self, defense: Defense) -> tuple[str, ...]:
         """Return the architectures that the defense's training may consult: one, or its `bases`."""
@@ -78,36 +111,31 @@ class Materials:
 
     def needed(self) -> set[str]:
         """Return the architectures whose classifiers the study's usual setting asks for."""
-        space = self.resolved.space
+        space, task = self.resolved.space, self.resolved.task
         usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
         with torch.device("meta"):
-            defense = self.resolved.defense(usual, space.usual(), self.resolved.task.shape)
-        adopted = {self.resolved.task.classifier} if type(defense).adopt is not Defense.adopt else set()
+            defense = self.resolved.defense(usual, space.usual(), task.shape)
+        adopted = {task.classifier} if type(defense).adopt is not Defense.adopt else set()
         return {self.resolved.protected, *self.consulted(defense), *adopted}
+
+    # What candidates are attacked with.
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        x_NCHW, y_N = self._load("validation", self.resolved.eval_images)
-        images, threat = self._oblivious(x_NCHW, y_N), self.resolved.threat
-        attacker = self._attacker() if threat.knowledge == "black-box" else None
-        return Evaluator(self.resolved.suite, threat, x_NCHW, y_N, images, self.study.seed, attacker)
+        """The images and attacks that every candidate of the study faces."""
+        resolved = self.resolved
+        x_NCHW, y_N = (part.to(self.device) for part in self._load("validation", resolved.eval_images))
+        oblivious = {
+            attack.name: self.adversarial(attack, x_NCHW, y_N, resolved.threat)
+            for attack in resolved.suite.with_rungs().oblivious
+        }
+        attacker = self._attacker() if resolved.threat.knowledge == "black-box" else None
+        return Evaluator(resolved.suite, resolved.threat, x_NCHW, y_N, oblivious, self.study.seed, attacker)
 
     def _attacker(self) -> BlackBoxAttacker:
-        """Return the black-box attacker: its images are the last of the validation split, which are not attacked."""
-        x_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir)
-        return BlackBoxAttacker(x_NCHW.to(self.device), lambda: self._substitute().to(self.device))
-
-    def _substitute(self) -> nn.Module:
-        return ARCHITECTURES[self.resolved.substitute].build(self.resolved.task.shape)
-
-    def _load(self, split: Literal["train", "validation"], limit: int | None) -> tuple[Tensor, Tensor]:
-        x_NCHW, y_N = splits.load(self.resolved.task.dataset, split, self.study.data_dir, limit)
-        return x_NCHW.to(self.device), y_N.to(self.device)
-
-    def _oblivious(self, x_NCHW: Tensor, y_N: Tensor) -> Mapping[str, Tensor]:
-        """Return the images that depend on the classifier alone."""
-        suite, threat = self.resolved.suite.with_rungs(), self.resolved.threat
-        return {attack.name: self.adversarial(attack, x_NCHW, y_N, threat) for attack in suite.oblivious}
+        held_out_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir).to(self.device)
+        architecture = ARCHITECTURES[self.resolved.substitute]
+        return BlackBoxAttacker(held_out_NCHW, lambda: architecture.build(self.resolved.task.shape).to(self.device))
 
     def adversarial(self, attack: Attack, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel) -> Tensor:
         """Return the images that an attack makes of the bare classifier, made once for all searches.
@@ -120,17 +148,24 @@ class Materials:
             attack=str(attack),
             norm=threat.norm,
             eps=threat.eps,
-            classifier=self.identity(self.resolved.protected),
+            classifier=self.classifier_key(self.resolved.protected),
             images=len(y_N),
             seed=self.study.seed,
         )
-        with self.store.lock("oblivious", key):
-            entry = self.store.get("oblivious", key)
-            if entry is None:
-                target = self.target.network  # first: it may wait for a lock
-                with self.device_lock.working():
-                    made = attack.craft(View(target), x_NCHW, y_N, threat, self.study.seed)
-                content = save({"images": made.cpu().contiguous()})
-                about = {"task": self.study.task, **attack.budget(threat)}
-                entry = self.store.put("oblivious", key, {"images.safetensors": content}, about)
+
+        def crafted() -> Content:
+            target = self.target  # first: it may wait for a lock
+            with self.device_lock.working():
+                images_NCHW = attack.craft(View(target), x_NCHW, y_N, threat, self.study.seed)
+            about = {"task": self.study.task, **attack.budget(threat)}
+            return {"images.safetensors": save({"images": images_NCHW.cpu().contiguous()})}, about
+
+        entry = self.store.cached("oblivious", key, crafted)
         return load_file(entry / "images.safetensors", device=str(self.device))["images"]
+
+
+@lru_cache(maxsize=1)
+def _whole(dataset: str, data_dir: str | None, limit: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the training and the validation images together, which all trainings of a final run share."""
+    parts = [splits.load(dataset, "train", data_dir, limit), splits.load(dataset, "validation", data_dir)]
+    return torch.cat([x for x, _ in parts]).to(device), torch.cat([y for _, y in parts]).to(device)

@@ -5,36 +5,23 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from attacks.catalog import IFGSM_TARGETED
-from attacks.risk_coverage import Point, pick, risk_coverage
 from attacks.seeding import reproducible
-from defenses.base import Defended, Defense
-from search.data.splits import HELD_OUT
+from defenses.base import Defended
 from search.storage.atomic import write_atomic
-from search.storage.fingerprint import code_digests, fingerprint
-from search.storage.mirror import Mirror
 from search.storage.store import Store
 from search.study.candidate import Candidate, Latency
 from search.study.study import Study
-from search.trial.evaluator import Evaluation
-from search.trial.latency import device_name, measure
+from search.trial.assets import Assets
 from search.trial.pictures import drawn
-from search.trial.training import Fits, Report, silent
-from spaces.domain import Scalar
-from spaces.space import GRID_LIMIT, Params
-
-SAMPLE = 5
-"""Further inference settings at which a fit is scored where the inference space is not finite and small."""
+from search.trial.scoring import Scorer
+from search.trial.training import Report, Trainer, silent
+from spaces.space import Params
 
 
 def run_trial(study: Study, params: Params, store: Store, report: Report, *, alone: bool = False) -> list[Candidate]:
@@ -49,172 +36,68 @@ def run_trial(study: Study, params: Params, store: Store, report: Report, *, alo
     Raises:
         TrialError: the training diverged.
     """
-    bench = Bench.of(study, store)
-    key, defense = bench.fit(params, report)
-    return bench.candidates(key, defense, [params] if alone else bench.settings(params))
+    runner = TrialRunner.of(study, store)
+    key, defense = runner.trainer.fit(params, report)
+    return runner.scorer.candidates(key, defense, [params] if alone else runner.scorer.settings(params))
 
 
 def baseline(study: Study, store: Store) -> Candidate:
     """Return the bare classifier as a candidate, scored by the same suite on the same images."""
-    bench = Bench.of(study, store)
-    probed = bench.probed("undefended", None)
-    score = bench.evaluator.score(probed, probed.found.limits_S, None)
+    runner = TrialRunner.of(study, store)
+    evaluation = runner.scorer.evaluation("undefended", None)
     return Candidate(
         candidate="undefended",
-        fit=bench.identity(bench.resolved.protected),
+        fit=runner.assets.classifier_key(study.resolved.protected),
         defense="none",
         task=study.label,
         params=Params({}, {}),
-        score=score,
+        score=runner.assets.evaluator.score(evaluation, evaluation.found.limits_S, None),
     )
 
 
-class Bench(Fits):
-    """Where the trials of a study are run: its materials, its fits and their scores."""
+class TrialRunner:
+    """Where the trials of a study are run.
+
+    Attributes:
+        assets: what all trials share.
+        trainer: the fits.
+        scorer: their candidates.
+    """
+
+    def __init__(self, study: Study, store: Store, *, with_validation: bool = False) -> None:
+        self.study = study
+        self.assets = Assets(study, store, with_validation=with_validation)
+        self.trainer = Trainer(self.assets)
+        self.scorer = Scorer(self.assets)
 
     @staticmethod
-    def of(study: Study, store: Store) -> Bench:
-        """Return the process's bench of this study, made on first use."""
-        return _bench(study.model_dump_json(), store.root, store.mirror)
+    def of(study: Study, store: Store) -> TrialRunner:
+        """Return the runner of this study, kept for the next trial of the process: its images lie on the device."""
+        global _LAST
+        asked = study, store.root, store.mirror
+        if _LAST is None or (_LAST.study, _LAST.assets.store.root, _LAST.assets.store.mirror) != asked:
+            _LAST = None  # its images go before the next one's come
+            _LAST = TrialRunner(study, store)
+        return _LAST
 
-    def settings(self, params: Params) -> list[Params]:
-        """Return the inference settings at which a fit is scored, the proposed one first."""
-        space = self.resolved.space.at(params.train)
-        size = space.size()
-        if size is not None and size <= GRID_LIMIT:
-            others = list(space.grid())
-        else:
-            rng = np.random.default_rng(self.study.seed)
-            # The same for all fits, so that they compare.
-            others = [space.drawn(rng) for _ in range(SAMPLE)]
-        return [params, *(other for other in others if other != params)]
-
-    def candidates(self, key: str, defense: Defense, settings: Sequence[Params]) -> list[Candidate]:
-        """Return the candidates of one fit; settings that differ in thresholds alone share what the model said.
-
-        To the settings of each such group comes the one that the group's risk-coverage curve picks where thresholds
-        are searched: the least attacked error at the clean rejection that the study allows.
-        """
-        evaluator, scored = self.evaluator, dict[str, Candidate]()
-        groups: dict[str, Evaluation] = {}
-        for params in settings:
-            thresholds, aimed = defense.thresholds(), self.aimed(params)
-            rest = fingerprint(**aimed.inference)
-            latency, wanted = self.latency(defense.at(params.inference)), [params]
-            if rest not in groups:
-                groups[rest] = self.probed(key, defense.at(aimed.inference))
-                curve = risk_coverage(groups[rest].found) if thresholds and evaluator.attacker is None else []
-                wanted += self._picked(params, thresholds, curve)
-            for one in wanted:
-                score = evaluator.score(groups[rest], defense.at(one.inference).limits(), latency)
-                if one is not params:
-                    score = replace(score, risk_coverage=tuple((p.clean_rejection, p.attacked_error) for p in curve))
-                mark = fingerprint(**one.inference)
-                name = f"{key[:8]}-{mark[:6]}"
-                if name in scored and scored[name].params != one:
-                    name = f"{key[:8]}-{mark}"
-                scored[name] = Candidate(
-                    candidate=name,
-                    fit=key,
-                    defense=self.study.defense,
-                    task=self.study.label,
-                    params=one,
-                    score=score,
-                )
-        return list(scored.values())
-
-    def probed(self, fit: str, defense: Defense | None) -> Evaluation:
-        """Return what a target says under attack, attacked once by all searches of the storage.
-
-        Args:
-            fit: the defense's fingerprint.
-            defense: at the setting at which the attacks aim; None: the bare classifier.
-        """
-        key = self.scores_key(fit, defense)
-        with self.store.lock("scores", key):
-            entry = self.store.get("scores", key)
-            if entry is None:
-                evaluator, bare = self.evaluator, self.target.network
-                with self.device_lock.working():
-                    said = evaluator.probe(bare if defense is None else Defended(defense, bare))
-                entry = self.store.put("scores", key, {"said.safetensors": said.tensors()}, said.about())
-            return Evaluation.of(load_file(entry / "said.safetensors"), self.store.about("scores", key))
-
-    def scores_key(self, fit: str, defense: Defense | None) -> str:
-        """Return the fingerprint of one exam: everything that shapes what a target says in it."""
-        threat = self.resolved.threat
-        return fingerprint(
-            source=code_digests(Evaluation.__module__),
-            fit=fit,
-            setting=dict(defense.params.inference) if defense else {},
-            classifier=self.identity(self.resolved.protected),
-            suite=repr(self.resolved.suite),
-            threat=repr(threat),
-            attacker=[self.resolved.substitute, HELD_OUT] if threat.knowledge == "black-box" else [],
-            images=self.resolved.eval_images,
-            seed=self.study.seed,
-        )
-
-    def aimed(self, params: Params) -> Params:
-        """Return the setting at which the attacks aim: that of the thresholds is the same for all of a fit.
-
-        But what a black-box attacker learns depends on what is rejected.
-        """
-        if self.resolved.threat.knowledge == "black-box":
-            return params
-        usual, names = self.resolved.space.usual(), self.resolved.defense.thresholds()
-        return Params(params.train, {**params.inference, **{name: usual[name] for name in names}})
-
-    def _picked(self, params: Params, thresholds: Sequence[str], curve: Sequence[Point]) -> list[Params]:
-        """Return the setting with the thresholds that the curve picks; a threshold that the space fixes stays."""
-        if any(self.resolved.space.inference[name].single() for name in thresholds):
-            return []
-        point = pick(curve, self.study.max_clean_rejection)
-        limits = dict(zip(thresholds, point.limits, strict=True)) if point else {}
-        return [Params(params.train, {**params.inference, **limits})] if limits else []
-
-    def latency(self, defense: Defense) -> Latency:
-        """Return the latency, measured once for each setting of the knobs that can change it and each device."""
-        knobs = {**_latency_knobs(defense.train_knobs), **_latency_knobs(defense.inference_knobs)}
-        key = fingerprint(
-            source=code_digests(type(defense).__module__, measure.__module__),
-            defense=type(defense).__qualname__,
-            knobs=knobs,
-            shape=str(defense.shape),
-            device=device_name(self.device),
-        )
-        with self.store.lock("latency", key):
-            if self.store.get("latency", key) is None:
-                found = measure(defense, self.device_lock, self.device)
-                self.store.put("latency", key, {}, {**found.to_json(), "knobs": knobs})
-        about = self.store.about("latency", key)
-        about.pop("knobs")
-        return Latency(**about)
-
-    def clock(self, params: Params) -> Latency:
+    def remeasured(self, params: Params) -> Latency:
         """Measure the latency of a stored fit's setting again; what the store holds stays."""
-        _, defense = self.fit(params, silent)
-        return measure(defense, self.device_lock, self.device)
+        _, defense = self.trainer.fit(params, silent)
+        return self.scorer.measured(defense)
 
     def picture(self, params: Params, path: Path, images: int = 10) -> Path:
         """Write a PNG with rows of clean, attacked (oblivious targeted iFGSM) and purified images.
 
         A last row has how far the purified images are from the clean ones; the predictions stand in its caption.
         """
-        _, defense = self.fit(params, silent)
-        attack, evaluator = IFGSM_TARGETED.name, self.evaluator
+        _, defense = self.trainer.fit(params, silent)
+        attack, assets, evaluator = IFGSM_TARGETED.name, self.assets, self.assets.evaluator
         sample = evaluator.x_NCHW[:images], evaluator.oblivious[attack][:images], evaluator.y_N[:images]
-        under = f"{attack}, {replace(self.resolved.threat, knowledge='oblivious')}"
-        target = Defended(defense, self.target.network)
-        with torch.no_grad(), reproducible(defense, self.study.seed), self.device_lock.working():
+        under = f"{attack}, {replace(self.study.resolved.threat, knowledge='oblivious')}"
+        target = Defended(defense, assets.target)
+        with torch.no_grad(), reproducible(defense, self.study.seed), assets.device_lock.working():
             return write_atomic(path, drawn(target, *sample, under))
 
 
-def _latency_knobs(knobs: Any) -> dict[str, Scalar]:
-    """Return the values of the knobs that can change the latency."""
-    return {f.name: getattr(knobs, f.name) for f in fields(knobs) if f.metadata["latency"]}
-
-
-@lru_cache(maxsize=1)
-def _bench(study: str, root: Path, mirror: Mirror | None) -> Bench:
-    return Bench(Study.model_validate_json(study), Store(root, mirror))
+_LAST: TrialRunner | None = None
+"""The runner of the study that this process worked for last."""

@@ -20,7 +20,7 @@ from search.data import splits
 from search.data.splits import HELD_OUT
 from search.trial.evaluator import Evaluator
 from search.trial.latency import REPEATS, WARM_UP, device_name
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 from spaces.space import Params
 
 STEPS = 8
@@ -41,18 +41,18 @@ class Training:
 class Step:
     """Times the parts of a trial; what they take scales with images and epochs."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.resolved, self.study = bench.resolved, bench.study
-        if bench.device.type == "cpu":
+    def __init__(self, runner: TrialRunner) -> None:
+        self.runner = runner
+        self.resolved, self.study = runner.assets.resolved, runner.study
+        if runner.assets.device.type == "cpu":
             torch.set_num_threads(max(1, int(self.study.cpus_per_trial)))  # as Ray has its workers do
-        self.device = device_name(bench.device)
+        self.device = device_name(runner.assets.device)
         space = self.resolved.space
         self.usual: Params = space.setting(space.usual_of)
         self.defense: Defense = self.resolved.defense(self.usual.train, self.usual.inference, self.resolved.task.shape)
         if type(self.defense).adopt is not Defense.adopt:
             self.defense.adopt(self._network(self.resolved.task.classifier))
-        self.defense.to(bench.device)
+        self.defense.to(runner.assets.device)
         self.epochs = int(self.defense.train_knobs.epochs)
         self.images = self.study.train_images or splits.sizes(self.resolved.task.dataset, self.study.data_dir).train
         self.target = self._network(self.resolved.protected)
@@ -70,7 +70,7 @@ class Step:
             made += self._now() - begin
             return tensors
 
-        networks = nn.ModuleList([self._network(name) for name in self.bench.consulted(self.defense)])
+        networks = nn.ModuleList([self._network(name) for name in self.runner.assets.consulted(self.defense)])
         batches = Batches(x_NCHW, y_N, epochs=1, batch_size=size, boundary=lambda: ticks.append(self._now()), once=once)
         begin = self._now()
         fit = self.defense.fit(batches, networks if self.defense.bases() else networks[0])
@@ -120,17 +120,17 @@ class Step:
     def classifier(self) -> float:
         """Return the seconds of one classifier's training."""
         x_NCHW, y_N = self._random(min(self.images, STEPS * 128))
-        network = ARCHITECTURES[self.resolved.protected].build(self.resolved.task.shape).to(self.bench.device)
+        network = ARCHITECTURES[self.resolved.protected].build(self.resolved.task.shape).to(self.runner.assets.device)
         training.train(network, x_NCHW[:128], y_N[:128], 1, 0)
         short_s = self._timed(lambda: training.train(network, x_NCHW, y_N, 1, 0))
         return short_s * self.images / len(y_N) * self.study.classifier_epochs
 
     def _network(self, architecture: str) -> nn.Module:
         network = ARCHITECTURES[architecture].build(self.resolved.task.shape)
-        return network.to(self.bench.device).eval().requires_grad_(False)
+        return network.to(self.runner.assets.device).eval().requires_grad_(False)
 
     def _random(self, images: int) -> tuple[Tensor, Tensor]:
-        shape, device = self.resolved.task.shape, self.bench.device
+        shape, device = self.resolved.task.shape, self.runner.assets.device
         x_NCHW = torch.rand(images, shape.channels, shape.height, shape.width, device=device)
         return x_NCHW, torch.randint(shape.classes, (images,), device=device)
 
@@ -140,6 +140,6 @@ class Step:
         return self._now() - begin
 
     def _now(self) -> float:
-        if self.bench.device.type == "cuda":
-            torch.cuda.synchronize(self.bench.device)
+        if self.runner.assets.device.type == "cuda":
+            torch.cuda.synchronize(self.runner.assets.device)
         return time.perf_counter()

@@ -5,8 +5,7 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,12 +16,10 @@ import defenses
 from attacks.seeding import seeded
 from attacks.suites import SUITES
 from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
-from search.classifiers.training import Classifier
-from search.data import splits
 from search.exceptions import TrialError
 from search.storage.fingerprint import code_digests, fingerprint
-from search.storage.store import to_bytes
-from search.trial.assets import Materials
+from search.storage.store import Content, to_bytes
+from search.trial.assets import Assets
 from search.trial.evaluator import Evaluator
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -37,25 +34,35 @@ def silent(epoch: int, metrics: Metrics) -> None:
     """Report to nobody."""
 
 
-class Fits(Materials):
-    """The fits of a study."""
+class Trainer:
+    """Trains the defenses of a study, or loads them."""
+
+    def __init__(self, assets: Assets) -> None:
+        self.assets = assets
+        self.study, self.resolved, self.store = assets.study, assets.resolved, assets.store
 
     def build(self, params: Params) -> Defense:
         torch.manual_seed(self.study.seed)
         defense = self.resolved.defense(params.train, params.inference, self.resolved.task.shape)
         if type(defense).adopt is not Defense.adopt:
-            defense.adopt(self.classifier(self.resolved.task.classifier).network)
-        return defense.to(self.device)
+            defense.adopt(self.assets.classifier(self.resolved.task.classifier))
+        return defense.to(self.assets.device)
 
     def fit(self, params: Params, report: Report) -> tuple[str, Defense]:
         """Return the fit of `params` and its fingerprint: from the store, or trained from where it stopped."""
         defense = self.build(params)
-        key = self._fingerprint(defense)
+        key = self._key(defense)
         with self.store.lock("fits", key):
             entry = self.store.get("fits", key)
             if entry is None:
-                entry = self._train(key, defense, params, report)
-            defense.load_state_dict(load_file(entry / "weights.safetensors", device=str(self.device)))
+                curve, rungs = self._train(key, defense, report)
+                about = {"defense": self.study.defense, "task": self.study.task, "knobs": dict(params.train)}
+                weights = {"weights.safetensors": to_bytes(defense)}
+                entry = self.store.put("fits", key, weights, {**about, "curve": curve, "rungs": rungs})
+                self.store.drop_progress(key)
+                if len(curve) == defense.train_knobs.epochs:  # one that stopped early has reported its last epoch
+                    report(len(curve), curve[-1])
+            defense.load_state_dict(load_file(entry / "weights.safetensors", device=str(self.assets.device)))
         return key, defense.at(params.inference).eval().requires_grad_(False)
 
     def curve(self, key: str) -> list[float]:
@@ -70,27 +77,33 @@ class Fits(Materials):
             threat=str(self.resolved.threat),
             attacks=str(SUITES["quick"]),
             images=min(self.study.cheap_images, self.resolved.eval_images),
-            classifier=self.identity(self.resolved.protected),
+            classifier=self.assets.classifier_key(self.resolved.protected),
             setting=self.resolved.space.usual(),
             seed=self.study.seed,
         )
 
-    def fingerprint(self, params: Params) -> str:
+    def key(self, params: Params) -> str:
         """Return the fit's fingerprint: everything that shapes it."""
         with torch.device("meta"):
-            return self._fingerprint(self.resolved.defense(params.train, params.inference, self.resolved.task.shape))
+            return self._key(self.resolved.defense(params.train, params.inference, self.resolved.task.shape))
 
-    def _fingerprint(self, defense: Defense) -> str:
+    def _key(self, defense: Defense) -> str:
         adopted = [self.resolved.task.classifier] if type(defense).adopt is not Defense.adopt else []
         return fingerprint(
             source=code_digests(type(defense).__module__),
             defense=type(defense).__qualname__,
             knobs=dict(defense.params.train),
-            data=splits.checksum(self.resolved.task.dataset, self.study.data_dir),
-            images=self.trained.train_images,
-            classifiers=[self.identity(architecture) for architecture in (*adopted, *self.consulted(defense))],
-            seed=self.study.seed,
+            **self._trained_on((*adopted, *self.assets.consulted(defense))),
         )
+
+    def _trained_on(self, architectures: tuple[str, ...]) -> dict[str, object]:
+        """Return what a fit depends on beside its defense, as parts of a fingerprint."""
+        return {
+            "data": self.assets.data_sha256,
+            "images": self.assets.training_key,
+            "classifiers": [self.assets.classifier_key(architecture) for architecture in architectures],
+            "seed": self.study.seed,
+        }
 
     def adversarially_trained(self) -> dict[str, nn.Module]:
         """Return the static baseline beside a winner: the adversarially trained classifier, where there is one.
@@ -108,23 +121,26 @@ class Fits(Materials):
                 defense = defenses.find(ADVERSARIAL)(about["knobs"], {}, self.resolved.task.shape)
             except (TypeError, InputError):
                 continue  # of another version of the defense
-            defense.adopt(self.classifier(self.resolved.task.classifier).network)
-            entry = self.store.get("fits", key) if self._fingerprint(defense) == key else None
+            defense.adopt(self.assets.classifier(self.resolved.task.classifier))
+            entry = self.store.get("fits", key) if self._key(defense) == key else None
             if entry is not None:
                 defense.load_state_dict(load_file(entry / "weights.safetensors"))
-                beside = Defended(defense, self.target.network).to(self.device)
+                beside = Defended(defense, self.assets.target).to(self.assets.device)
                 return {"adversarially trained": beside.eval().requires_grad_(False)}
         return {}
 
-    def _train(self, key: str, defense: Defense, params: Params, report: Report) -> Path:
-        state = self.store.load_progress(key, self.device) or {"curve": []}
+    def _train(self, key: str, defense: Defense, report: Report) -> tuple[list[Metrics], str]:
+        """Train from the last epoch that was kept, and return the metrics of every epoch and what scored them."""
+        assets, device_lock = self.assets, self.assets.device_lock
+        state = self.store.load_progress(key, assets.device) or {"curve": []}
         if "defense" in state:
             defense.resume(state["defense"])
         curve: list[Metrics] = state["curve"]
         rungs = self.rungs() if state.get("rungs", self.rungs()) == self.rungs() else "several"
-        (x_NCHW, y_N), evaluator, knobs = self.training, self.evaluator, defense.train_knobs
-        consulted = [self.classifier(architecture) for architecture in self.consulted(defense)]
-        target = self.target.network
+        (x_NCHW, y_N), evaluator, knobs = assets.training_set, assets.evaluator, defense.train_knobs
+        consulted = assets.consulted(defense)
+        networks = nn.ModuleList([assets.classifier(architecture) for architecture in consulted])
+        target = assets.target
         # A fit's rungs must not depend on the inference setting at which it happened to be proposed.
         defense.at(self.resolved.space.usual())
         batches = Batches(
@@ -134,52 +150,34 @@ class Fits(Materials):
             batch_size=knobs.batch_size,
             seed=self.study.seed,
             start=len(curve),
-            boundary=self.device_lock.boundary,
+            boundary=device_lock.boundary,
             once=lambda words, make: self._once(words, make, consulted),
         )
         torch.manual_seed(self.study.seed)  # whatever was trained or loaded before
-        networks = nn.ModuleList([classifier.network for classifier in consulted])
-        with self.device_lock.working():
+        with device_lock.working():
             for metrics in defense.fit(batches, networks if defense.bases() else networks[0]):
                 _finite(metrics, len(curve) + 1)
                 metrics["cheap"] = evaluator.cheap(Defended(defense, target), self.study.cheap_images)
                 curve.append(metrics)
                 if len(curve) < knobs.epochs:
-                    with self.device_lock.away():
+                    with device_lock.away():
                         self.store.save_progress(key, {"defense": defense.progress(), "curve": curve, "rungs": rungs})
                         report(len(curve), metrics)
-        about = {
-            "defense": self.study.defense,
-            "task": self.study.task,
-            "knobs": dict(params.train),
-            "curve": curve,
-            "rungs": rungs,
-        }
-        entry = self.store.put("fits", key, {"weights.safetensors": to_bytes(defense)}, about)
-        self.store.drop_progress(key)
-        if len(curve) == knobs.epochs:  # one that stopped early has reported its last epoch
-            report(len(curve), curve[-1])
-        return entry
+        return curve, rungs
 
-    def _once(self, words: str, make: Callable[[], Tensors], consulted: Sequence[Classifier]) -> Tensors:
+    def _once(self, words: str, make: Callable[[], Tensors], consulted: tuple[str, ...]) -> Tensors:
         """Return tensors that depend on the training images and the consulted classifiers, made once for all fits."""
-        key = fingerprint(
-            words=words,
-            source=code_digests(self.resolved.defense.__module__),
-            data=splits.checksum(self.resolved.task.dataset, self.study.data_dir),
-            images=self.trained.train_images,
-            classifiers=[classifier.fingerprint for classifier in consulted],
-            seed=self.study.seed,
-        )
-        with self.device_lock.away():  # whoever holds the lock may be waiting for the lane
-            held = self.store.lock("made", key).acquire()
-        with held:
-            entry = self.store.get("made", key)
-            if entry is None:
-                with seeded(self.study.seed):
-                    made = {name: tensor.cpu().contiguous() for name, tensor in halved(make()).items()}
-                entry = self.store.put("made", key, {"tensors.safetensors": save(made)}, {"words": words})
-        return load_file(entry / "tensors.safetensors", device=str(self.device))
+        source = code_digests(self.resolved.defense.__module__)
+        key = fingerprint(words=words, source=source, **self._trained_on(consulted))
+
+        def made() -> Content:
+            with seeded(self.study.seed):
+                tensors = {name: tensor.cpu().contiguous() for name, tensor in halved(make()).items()}
+            return {"tensors.safetensors": save(tensors)}, {"words": words}
+
+        # Whoever holds the entry's lock may be waiting for the device.
+        entry = self.store.cached("made", key, made, waiting=self.assets.device_lock.away())
+        return load_file(entry / "tensors.safetensors", device=str(self.assets.device))
 
 
 def _finite(metrics: Metrics, epoch: int) -> None:

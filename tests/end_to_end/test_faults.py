@@ -61,7 +61,7 @@ INSTANT = Work(
     simulated.classifier,
     simulated.undefended,
     partial(simulated.execute, seconds=0.0),
-    simulated.clock,
+    simulated.remeasure,
 )
 TINY = ["--task", "digits/A", "--suite", "quick", "--eval-images", "40", "--cheap-images", "20", "--refine", "0"]
 TINY += ["--train-images", "300", "--classifier-epochs", "2", "--wandb", "disabled", "--concurrent", "1"]
@@ -141,7 +141,7 @@ def test_a_lock_that_a_killed_driver_left_on_the_journal_is_not_waited_for(tmp_p
     path = journal_path(study)
     path.with_name(f"{path.name}.lock").symlink_to(path)
     begin = time.monotonic()
-    Proposer(study).note("here", True)
+    Proposer(study).optuna.set_user_attr("here", True)
     assert time.monotonic() - begin < 10  # Optuna would wait for 30 s
 
 
@@ -155,9 +155,9 @@ def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(StorageError, match="No space left"):
-            proposer.note("lost", 1)
+            proposer.optuna.set_user_attr("lost", 1)
     assert journal_path(proposer.study).read_bytes() == before
-    proposer.note("kept", 2)
+    proposer.optuna.set_user_attr("kept", 2)
     assert SearchHistory(proposer.study).optuna.user_attrs["kept"] == 2
 
 
@@ -197,7 +197,7 @@ def lacks_room(study: Study, proposal: Proposal, report: Report) -> dict[str, An
 
 def test_a_trial_that_its_storage_let_down_is_no_failure_and_ends_the_search(tmp_path: Path) -> None:
     study = digits_study(tmp_path, trials=4, refine=0)
-    work = Work(INSTANT.needed, INSTANT.classifier, INSTANT.undefended, lacks_room, INSTANT.clock)
+    work = Work(INSTANT.needed, INSTANT.classifier, INSTANT.undefended, lacks_room, INSTANT.remeasure)
     with pytest.raises(StorageError, match="weights: No space left on device"):
         run(study, [], debug=True, work=work)
     assert [state_of(trial) for trial in SearchHistory(study).trials()] == ["finished", "running"]

@@ -57,7 +57,7 @@ class Pretence:
             classifier=lambda study, architecture: None,
             undefended=lambda study: scored(Params({}, {}), 0.1),
             execute=self.execute,
-            clock=lambda study, candidate: LATENCY,
+            remeasure=lambda study, candidate: LATENCY,
         )
 
     def execute(self, study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Trained(Pretence):
 
 
 def settings_of(study: Study, params: Params) -> Sequence[Params]:
-    """Return the settings at which a fit is scored, as Bench.settings has them."""
+    """Return the settings at which a fit is scored, as Scorer.settings has them."""
     space = study.resolved.space.at(params.train)
     rng = np.random.default_rng(study.seed)
     whole = (space.size() or GRID_LIMIT + 1) <= GRID_LIMIT

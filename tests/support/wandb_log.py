@@ -17,7 +17,7 @@ import wandb
 from wandb.util import get_core_path
 
 from attacks.threat import ThreatModel
-from search.study.candidate import Candidate, Score
+from search.study.candidate import Candidate, Proposal, Score
 from search.study.study import Study
 from search.tracking.wandb_tracker import WandbTracker
 from spaces.space import Params
@@ -26,6 +26,12 @@ KEY = "0123456789abcdef" * 2 + "planted1"
 SECRET = "planted-secret-in-the-environment"
 HOST = "planted-host-name"
 PARAMS = Params({"latent": 128}, {"draws": 6})
+
+
+def trial(name: str) -> Proposal:
+    return Proposal(name, PARAMS, refines=name == "r001")
+
+
 STUDY = Study.model_validate({"name": "shown", "seed": 3, "min_clean_accuracy": 0.8})
 
 
@@ -120,7 +126,7 @@ def timed(call: Callable[..., None], *args: Any) -> float:
 
 def told(tracker: WandbTracker) -> list[float]:
     """Tell of a whole search but its end; return how long each call took."""
-    calls: list[tuple[Any, ...]] = [(tracker.search_started, STUDY, BARE), (tracker.trial_started, "t", PARAMS)]
+    calls: list[tuple[Any, ...]] = [(tracker.search_started, STUDY, BARE), (tracker.trial_started, trial("t"))]
     calls += [(tracker.epoch_ended, "t", epoch, {"cheap": 0.5}) for epoch in range(1, 20)]
     calls += [(tracker.trial_ended, "t", "finished", SIX, None, "")]
     return [timed(*call) for call in calls]

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from defenses.base import Shape
 from search.classifiers.architectures import ARCHITECTURES, PARTNERS, Stack, least
 from search.classifiers.task import TASKS, find_task
-from search.classifiers.training import obtain, train
+from search.classifiers.training import train
 from search.data.datasets import DATASETS
+from search.trial.assets import Assets
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 
@@ -195,13 +196,12 @@ def right(network: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> float:
 def test_resnet29_learns_the_digits_and_is_stored_frozen_in_eval_mode(
     tmp_path_factory: pytest.TempPathFactory, digits: tuple[Tensor, Tensor]
 ) -> None:
-    study = digits_study(tmp_path_factory.mktemp("resnet")).model_copy(update={"classifier_epochs": 5})
+    storage = tmp_path_factory.mktemp("resnet")
+    study = digits_study(storage, task="digits/resnet29").model_copy(update={"classifier_epochs": 5})
     x_NCHW, y_N = digits
 
     def found() -> nn.Module:
-        device = torch.device("cpu")
-        training = x_NCHW[:1257], y_N[:1257]
-        return obtain(study, find_task("digits/resnet29"), "resnet29", study.store, lambda: training, device).network
+        return Assets(study, study.store).classifier("resnet29")
 
     network = found()
     before = [tensor.clone() for tensor in network.state_dict().values()]

@@ -119,8 +119,8 @@ def test_checksum_is_the_same_on_every_machine(dataset: str) -> None:
 
 def test_limit_takes_the_first_images() -> None:
     for split in splits.SPLITS:
-        x_NCHW, y_N = load("mnist", split, limit=100)  # type: ignore[arg-type]  # a str, for the loop
-        all_NCHW, all_N = load("mnist", split)  # type: ignore[arg-type]
+        x_NCHW, y_N = load("mnist", split, limit=100)
+        all_NCHW, all_N = load("mnist", split)
         assert torch.equal(x_NCHW, all_NCHW[:100]) and torch.equal(y_N, all_N[:100])
     assert len(load("digits", "validation", limit=10_000)[0]) == 180
 

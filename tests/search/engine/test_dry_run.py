@@ -70,12 +70,12 @@ def test_a_dry_run_refuses_what_the_search_would_refuse(
 def test_a_training_is_scaled_from_its_batches_to_all_its_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from search.trial.runner import Bench
+    from search.trial.runner import TrialRunner
 
     ticks = iter(range(10_000))
     monkeypatch.setattr(Step, "_now", lambda self: float(next(ticks)))
     study = brief(tmp_path, train_images=1200)
-    found = Step(Bench(study, study.store))
+    found = Step(TrialRunner(study, study.store))
     size = found.defense.train_knobs.batch_size
     training = found.training()
     # A tick a batch: of an epoch's batches one after the other, each takes one.

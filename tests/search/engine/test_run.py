@@ -15,8 +15,8 @@ from search import session
 from search.engine.run import run
 from search.optimizer.history import SearchHistory, state_of
 from search.study.callbacks import Callback
+from search.study.candidate import Proposal
 from search.study.study import Study
-from spaces.space import Params
 from tests.conftest import digits_study
 
 
@@ -24,14 +24,14 @@ class Diary(Callback):
     def __init__(self) -> None:
         self.heard: list[str] = []
 
-    def trial_started(self, trial: str, params: Params) -> None:
-        self.heard.append(f"{trial} started")
+    def trial_started(self, trial: Proposal) -> None:
+        self.heard.append(f"{trial.name} started")
 
-    def epoch_ended(self, trial: str, epoch: int, metrics: Metrics) -> None:
-        self.heard.append(f"{trial} {epoch}")
+    def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
+        self.heard.append(f"{trial.name} {epoch}")
 
-    def trial_ended(self, trial: str, state: str, *rest: object) -> None:
-        self.heard.append(f"{trial} {state}")
+    def trial_ended(self, trial: Proposal, state: str, *rest: object) -> None:
+        self.heard.append(f"{trial.name} {state}")
 
 
 def test_the_in_process_twin_tells_the_same_story(tmp_path: Path) -> None:

@@ -49,13 +49,13 @@ from search.final import final_run as finals
 from search.final.evaluation import TestEvaluator, TestVerdicts
 from search.final.final_run import final, judge_export, train_seed
 from search.final.page import forms, page
-from search.final.retraining import ExportedWinner, Retrained, contenders
+from search.final.retraining import ExportedWinner, contenders
 from search.final.table import COLUMNS, _rows
 from search.storage.atomic import write_atomic
 from search.storage.store import Store
 from search.study.study import Study
 from search.trial.device_lock import DeviceLock
-from search.trial.runner import Bench, run_trial
+from search.trial.runner import TrialRunner, run_trial
 from search.trial.training import silent
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -164,7 +164,7 @@ def test_a_second_call_reads_all_from_the_store(judged: Found, exported: Path, m
         raise AssertionError("done again")
 
     for kind, name in (
-        (Retrained, "_train"),
+        (TrialRunner, "_train"),
         (TestEvaluator, "_struck"),
         (TestEvaluator, "_compared"),
         (evaluation, "measure"),
@@ -226,14 +226,14 @@ def test_what_is_trained_has_train_and_validation_and_nothing_else(judged: Found
     (case,) = cases_of(exported)
     sizes = splits.sizes("digits")
     for _, study, _ in case.trainings():
-        x_NCHW, y_N = case.bench(study.model_copy(update={"train_images": None}), 1000).training
+        x_NCHW, y_N = case.runner(study.model_copy(update={"train_images": None}), 1000).assets.training_set
         assert len(x_NCHW) == len(y_N) == sizes.train + sizes.validation
         for split, part in (("train", slice(sizes.train)), ("validation", slice(sizes.train, None))):
             wanted_NCHW, wanted_N = splits.load("digits", split)  # type: ignore[arg-type]
             assert torch.equal(x_NCHW[part], wanted_NCHW) and torch.equal(y_N[part], wanted_N)
     tested = {image.numpy().tobytes() for image in splits.open_test("digits")[0]}
     assert not tested & {image.numpy().tobytes() for image in x_NCHW}
-    assert len(case.bench(study, 1000).training[0]) == 150 + sizes.validation
+    assert len(case.runner(study, 1000).assets.training_set[0]) == 150 + sizes.validation
 
 
 @pytest.mark.parametrize("limit", [None, 100, 1257])
@@ -241,9 +241,9 @@ def test_no_search_takes_a_fit_of_a_final_run_nor_the_other_way_round(exported: 
     (case,) = cases_of(exported)
     for _, study, params in case.trainings():
         study = study.model_copy(update={"train_images": limit, "seed": 1000})
-        theirs, ours = Bench(study, study.store), case.bench(study, 1000)
-        assert theirs.fingerprint(params) != ours.fingerprint(params)
-        assert theirs.identity("A") != ours.identity("A")
+        theirs, ours = TrialRunner(study, study.store), case.runner(study, 1000)
+        assert theirs.trainer.key(params) != ours.trainer.key(params)
+        assert theirs.assets.classifier_key("A") != ours.assets.classifier_key("A")
 
 
 def test_the_page_says_what_the_numbers_are(judged: Found) -> None:

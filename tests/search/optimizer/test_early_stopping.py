@@ -162,7 +162,7 @@ PRETENDED = Work(
     classifier=lambda study, architecture: None,
     undefended=lambda study: scored(Params({}, {}), 0.0),
     execute=execute,
-    clock=lambda study, candidate: Latency(5.5, 6.0, 1.0, 0.0, "", 30),
+    remeasure=lambda study, candidate: Latency(5.5, 6.0, 1.0, 0.0, "", 30),
 )
 
 

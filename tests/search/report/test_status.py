@@ -154,7 +154,7 @@ def test_status_says_pace_rule_constraints_correlation_and_faults(
 def test_what_failed_is_told_in_its_own_words(study: Study) -> None:
     console = Console(width=300)
     with console.capture() as shown, closing(LiveTable(console, study, [], 1, 0)) as display:
-        display.trial_ended("t002", "failed", [], None, REASON)
+        display.trial_ended(Proposal("t002", Params({}, {})), "failed", [], None, REASON)
     assert shown.get() == f"t002 failed: {REASON}\n"
 
 
@@ -191,4 +191,4 @@ def test_two_searches_at_once_share_classifiers_and_fits(tmp_path: Path) -> None
         ("one", 2, False),
         ("other", 2, False),
     ]
-    assert set(SearchHistory(digits_study(tmp_path, name="one")).clocked()) <= {row["candidate"] for row in ours}
+    assert set(SearchHistory(digits_study(tmp_path, name="one")).remeasured()) <= {row["candidate"] for row in ours}

@@ -33,7 +33,7 @@ from search.reproduce.paper_tables import Cell, Summary, Table
 from search.reproduce.progress import Pace
 from search.reproduce.reproduction import _named, _order, _summed, beside, reproduce
 from search.study.loading import make_study
-from search.trial.runner import Bench
+from search.trial.runner import TrialRunner
 from spaces.exceptions import InputError
 from spaces.space import SearchSpace
 
@@ -117,13 +117,13 @@ def test_a_cell_is_what_an_independent_evaluation_of_the_same_attack_finds(
             "storage": str(storage),
         }
     )
-    bench = Bench(study, study.store)
-    assert bench.fingerprint(params) in bench.store.held("fits")
-    _, defense = bench.fit(params, lambda epoch, metrics: pytest.fail("it was trained again"))
-    x_NCHW, y_N = bench.evaluator.x_NCHW, bench.evaluator.y_N
-    made = FGSM_TARGETED.craft(View(bench.target.network), x_NCHW, y_N, ThreatModel("Linf", 0.2, "oblivious"), 0)
+    runner = TrialRunner(study, study.store)
+    assert runner.trainer.key(params) in runner.assets.store.held("fits")
+    _, defense = runner.trainer.fit(params, lambda epoch, metrics: pytest.fail("it was trained again"))
+    x_NCHW, y_N = runner.assets.evaluator.x_NCHW, runner.assets.evaluator.y_N
+    made = FGSM_TARGETED.craft(View(runner.assets.target), x_NCHW, y_N, ThreatModel("Linf", 0.2, "oblivious"), 0)
     torch.manual_seed(0)
-    right = Defended(defense, bench.target.network)(made).argmax(1) == y_N
+    right = Defended(defense, runner.assets.target)(made).argmax(1) == y_N
     assert row["ours"] == pytest.approx(float(right.double().mean()))
     assert row["interval"] == pytest.approx(wilson(row["ours"], row["images"]))
     assert row["distance"] == pytest.approx(row["ours"] - 0.5)
@@ -132,8 +132,8 @@ def test_a_cell_is_what_an_independent_evaluation_of_the_same_attack_finds(
 def test_a_second_run_trains_and_attacks_nothing(
     storage: Path, finished: tuple[dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Bench, "fit", lambda *given: pytest.fail("a fit was asked for"))
-    monkeypatch.setattr(Bench, "adversarial", lambda *given: pytest.fail("an attack was run"))
+    monkeypatch.setattr(TrialRunner, "fit", lambda *given: pytest.fail("a fit was asked for"))
+    monkeypatch.setattr(TrialRunner, "adversarial", lambda *given: pytest.fail("an attack was run"))
     whole = tiny()
     sound = tuple(c for c in whole.cells if c.labels[1] != "Broken")
     again, printed = run(storage, replace(whole, cells=sound), "again")
@@ -292,8 +292,8 @@ def test_one_fit_serves_all_classifiers_where_the_training_looks_at_none(storage
     cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
     for defense, one in (("magnet", True), ("defense_gan", True), ("puvae", False)):
         settings = [Setting(task=f"digits/{name}", defense=defense) for name in "AB"]
-        assert (len({cells.bench(s).fingerprint(cells.params(s)) for s in settings}) == 1) == one
-        assert [cells.bench(s).resolved.protected for s in settings] == ["A", "B"]
+        assert (len({cells.runner(s).trainer.key(cells.params(s)) for s in settings}) == 1) == one
+        assert [cells.runner(s).assets.resolved.protected for s in settings] == ["A", "B"]
 
 
 @pytest.mark.parametrize("defense", UNTAUGHT)

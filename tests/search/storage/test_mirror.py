@@ -45,6 +45,7 @@ from search.tracking.csv_log import CsvLog
 from search.trial.pictures import png
 from search.trial.runner import run_trial
 from spaces.exceptions import InputError
+from spaces.space import Params
 from tests.conftest import digits_study
 from tests.search.optimizer.test_early_stopping import PRETENDED
 from tests.support.paths import ROOT
@@ -301,8 +302,8 @@ class Away(Callback):
     def __init__(self, far: Path) -> None:
         self.far = far
 
-    def trial_ended(self, trial: str, *rest: object) -> None:
-        if trial == "t001":
+    def trial_ended(self, trial: Proposal, *rest: object) -> None:
+        if trial.name == "t001":
             until = time.monotonic() + 60
             while not list(self.far.glob("*/study.yaml")) and time.monotonic() < until:
                 time.sleep(0.05)
@@ -331,7 +332,7 @@ def test_a_search_runs_on_one_machine_at_a_time(tmp_path: Path, monkeypatch: pyt
     study.root.mkdir(parents=True)
     study.write()
     with sync.sending(study, print) as couriers:
-        couriers[0].trial_ended("t001", "pruned", [], None, "")
+        couriers[0].trial_ended(Proposal("t001", Params({}, {})), "pruned", [], None, "")
         until = time.monotonic() + 20
         while not (tmp_path / "far" / "smoke" / "driver.json").exists():
             assert time.monotonic() < until

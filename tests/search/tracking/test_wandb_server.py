@@ -19,7 +19,7 @@ from search.tracking import wandb_run
 from search.tracking.wandb_tracker import WandbTracker
 from tests.conftest import digits_study
 from tests.support.engine import Pretence
-from tests.support.wandb_log import BARE, KEY, PARAMS, SIX, STUDY, folder_of, held, machine, points, timed
+from tests.support.wandb_log import BARE, KEY, SIX, STUDY, folder_of, held, machine, points, timed, trial
 from tests.support.wandb_server import Server, Trouble, serving
 
 EPOCHS = 6
@@ -37,17 +37,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def tell(tracker: WandbTracker, first: int = 1) -> None:
     """Tell of a search with one trial, but for its end."""
     tracker.search_started(STUDY, BARE)
-    tracker.trial_started("t", PARAMS)
+    tracker.trial_started(trial("t"))
     for epoch in range(first, EPOCHS + 1):
-        tracker.epoch_ended("t", epoch, {"loss": 1 / epoch, "cheap": 0.1 * epoch})
+        tracker.epoch_ended(trial("t"), epoch, {"loss": 1 / epoch, "cheap": 0.1 * epoch})
 
 
 def end(tracker: WandbTracker) -> None:
-    tracker.trial_ended("t", "finished", SIX, None, "")
-    tracker.trial_started("bad", PARAMS)
-    tracker.trial_ended("bad", "failed", [], None, "CUDA out of memory")
-    tracker.trial_started("dull", PARAMS)
-    tracker.trial_ended("dull", "pruned", [], None, "")
+    tracker.trial_ended(trial("t"), "finished", SIX, None, "")
+    tracker.trial_started(trial("bad"))
+    tracker.trial_ended(trial("bad"), "failed", [], None, "CUDA out of memory")
+    tracker.trial_started(trial("dull"))
+    tracker.trial_ended(trial("dull"), "pruned", [], None, "")
     tracker.search_ended("finished", SIX)
     tracker.close()
 

@@ -25,7 +25,6 @@ from tests.support.wandb_log import (
     FRONT,
     HOST,
     KEY,
-    PARAMS,
     SECRET,
     SIX,
     STUDY,
@@ -37,6 +36,7 @@ from tests.support.wandb_log import (
     records,
     summaries,
     told,
+    trial,
 )
 
 
@@ -55,15 +55,15 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said: list[str] = []
     tracker = WandbTracker("offline", folder, said.append)
     tracker.search_started(STUDY, BARE)
-    for trial in ("good", "bad", "dull", "open", "r001"):
-        tracker.trial_started(trial, PARAMS)
+    for name in ("good", "bad", "dull", "open", "r001"):
+        tracker.trial_started(trial(name))
     for epoch in (1, 2, 3):
-        tracker.epoch_ended("good", epoch, {"loss": 1 / epoch, "cheap": 0.1 * epoch})
-        tracker.epoch_ended("bad", epoch, {"loss": 10.0 * epoch, "cheap": 0.0})
-    tracker.trial_ended("bad", "failed", [], None, "CUDA out of memory")
-    tracker.trial_ended("dull", "pruned", [], None, "")
-    tracker.trial_ended("good", "finished", SIX, picture, "")
-    tracker.trial_ended("r001", "finished", [CURVED], None, "")
+        tracker.epoch_ended(trial("good"), epoch, {"loss": 1 / epoch, "cheap": 0.1 * epoch})
+        tracker.epoch_ended(trial("bad"), epoch, {"loss": 10.0 * epoch, "cheap": 0.0})
+    tracker.trial_ended(trial("bad"), "failed", [], None, "CUDA out of memory")
+    tracker.trial_ended(trial("dull"), "pruned", [], None, "")
+    tracker.trial_ended(trial("good"), "finished", SIX, picture, "")
+    tracker.trial_ended(trial("r001"), "finished", [CURVED], None, "")
     tracker.search_ended("finished", [*SIX, CURVED])
     tracker.close()
     assert said == []

@@ -16,7 +16,7 @@ from wandb.sdk import wandb_setup
 from search.tracking import wandb_run, wandb_writer
 from search.tracking.wandb_run import Mode
 from search.tracking.wandb_tracker import WandbTracker
-from tests.support.wandb_log import KEY, PARAMS, SIX, held, inspect, machine, timed, told
+from tests.support.wandb_log import KEY, SIX, held, inspect, machine, timed, told, trial
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,23 +104,23 @@ def test_a_search_outlives_the_death_of_wandbs_own_process(tmp_path: Path) -> No
     process = wandb_setup.singleton().assert_service()._proc
     assert process is not None
     process._process.kill()
-    tracker.trial_started("u", PARAMS)
-    tracker.trial_ended("u", "failed", [], None, "CUDA out of memory")
+    tracker.trial_started(trial("u"))
+    tracker.trial_ended(trial("u"), "failed", [], None, "CUDA out of memory")
     tracker.search_ended("finished", SIX)
     tracker.close()
     assert tracker.mode == "offline" and len(said) == 1 and "logs offline" in said[0]
     logs = {key: list((tmp_path / "wandb").glob(f"offline-run-*-{key}-*/*.wandb")) for key in ("u", "search")}
     latest = [max(found, key=lambda log: log.stat().st_mtime_ns).parent for found in logs.values()]
-    trial, search = (json.loads(inspect(run, "--summary")) for run in latest)
-    assert trial["exit_code"] == 1 and search["summary"]["trials/finished"] == 1
+    one, search = (json.loads(inspect(run, "--summary")) for run in latest)
+    assert one["exit_code"] == 1 and search["summary"]["trials/finished"] == 1
 
 
 def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> None:
     said: list[str] = []
     tracker = WandbTracker("offline", tmp_path, said.append)
     told(tracker)
-    tracker.trial_started("u", PARAMS)
-    tracker.trial_ended("u", "finished", SIX, tmp_path / "missing.png", "")
+    tracker.trial_started(trial("u"))
+    tracker.trial_ended(trial("u"), "finished", SIX, tmp_path / "missing.png", "")
     tracker.search_ended("finished", SIX)
     tracker.close()
     assert len(said) == 1 and "logs offline" in said[0]

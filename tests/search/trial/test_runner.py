@@ -22,7 +22,7 @@ from search.study.study import Study
 from search.trial import evaluator, latency, runner
 from search.trial.evaluator import Evaluator
 from search.trial.pictures import caption, png
-from search.trial.runner import Bench, baseline, run_trial
+from search.trial.runner import TrialRunner, baseline, run_trial
 from spaces.space import Params
 from tests.conftest import digits_study
 
@@ -141,11 +141,11 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
 ) -> None:
     def key(fit: str = "fit", over: dict[str, object] | None = None, **fields: object) -> str:
         study = brief(tmp_path, **fields)
-        bench = Bench(study, study.store)
-        params = bench.aimed(setting(study, **(over or {})))
+        runner = TrialRunner(study, study.store)
+        params = runner.scorer.aimed(setting(study, **(over or {})))
         with torch.device("meta"):
-            defense = bench.resolved.defense(params.train, params.inference, bench.resolved.task.shape)
-        return bench.scores_key(fit, defense)
+            defense = runner.assets.resolved.defense(params.train, params.inference, runner.assets.resolved.task.shape)
+        return runner.scorer.scores_key(fit, defense)
 
     first = key()
     variants: list[dict[str, object]] = [
@@ -190,14 +190,12 @@ def test_what_was_said_serves_every_threshold_and_every_budget(tmp_path: Path, m
 def test_a_black_box_attacker_learns_of_each_threshold_anew(tmp_path: Path) -> None:
     def sittings(threat: str) -> int:
         study = brief(tmp_path, defense="magnet", threat=threat)
-        bench, found = Bench(study, study.store), set()
+        runner, found = TrialRunner(study, study.store), set()
         for limit in (0.99, 1e6):
-            params = bench.aimed(setting(study, detector_1=limit))
-            found.add(
-                bench.scores_key(
-                    "fit", bench.resolved.defense(params.train, params.inference, bench.resolved.task.shape)
-                )
-            )
+            params = runner.scorer.aimed(setting(study, detector_1=limit))
+            resolved = study.resolved
+            defense = resolved.defense(params.train, params.inference, resolved.task.shape)
+            found.add(runner.scorer.scores_key("fit", defense))
         return len(found)
 
     assert sittings("white-box") == 1 and sittings("black-box") == 2
@@ -229,16 +227,16 @@ def test_a_fit_that_was_killed_goes_on_from_its_last_epoch_bit_for_bit(tmp_path:
 
 def test_the_rungs_of_another_threat_model_are_not_taken_for_ones_own(study: Study) -> None:
     (first, *_) = run_trial(study, setting(study), study.store, silent)
-    assert len(Bench.of(study, study.store).curve(first.fit)) == 2
+    assert len(TrialRunner.of(study, study.store).trainer.curve(first.fit)) == 2
     other = study.model_copy(update={"name": "other", "threat": "oblivious"})
     (again, *_) = run_trial(other, setting(other), other.store, silent)
-    assert again.fit == first.fit and Bench.of(other, other.store).curve(first.fit) == []
+    assert again.fit == first.fit and TrialRunner.of(other, other.store).trainer.curve(first.fit) == []
 
 
 def test_rung_scores_compare_where_as_many_images_were_attacked(tmp_path: Path) -> None:
     def rungs(**fields: object) -> str:
         study = digits_study(tmp_path, **fields)
-        return Bench.of(study, study.store).rungs()
+        return TrialRunner.of(study, study.store).trainer.rungs()
 
     assert rungs(eval_images=60, cheap_images=100) == rungs(eval_images=60, cheap_images=60)
     assert rungs(eval_images=60, cheap_images=100) != rungs(eval_images=90, cheap_images=100)
@@ -264,7 +262,7 @@ def test_a_training_that_diverges_fails_with_the_reason(study: Study) -> None:
 def test_everything_that_shapes_a_fit_is_in_its_fingerprint(tmp_path: Path) -> None:
     def key(**fields: object) -> str:
         study = digits_study(tmp_path, **fields)
-        return Bench(study, study.store).fingerprint(setting(study))
+        return TrialRunner(study, study.store).trainer.key(setting(study))
 
     variants: list[dict[str, object]] = [
         {},
@@ -281,18 +279,19 @@ def test_everything_that_shapes_a_fit_is_in_its_fingerprint(tmp_path: Path) -> N
 
 
 def test_puvae_consults_the_partner_of_the_protected_classifier(study: Study) -> None:
-    bench = Bench(study, study.store)
-    assert bench.resolved.task.classifier == "A"
-    assert bench.consulted(bench.build(PARAMS)) == ("B",) and bench.target.fingerprint == bench.identity("A")
+    runner = TrialRunner(study, study.store)
+    assert runner.assets.resolved.task.classifier == "A"
+    assert runner.assets.consulted(runner.trainer.build(PARAMS)) == ("B",)
+    assert runner.assets.target is runner.assets.classifier("A")
 
 
 def test_a_fit_leaves_the_classifiers_alone(study: Study) -> None:
-    bench = Bench.of(study, study.store)
-    source = bench.classifier("B")
-    before = {name: tensor.clone() for name, tensor in source.network.state_dict().items()}
+    runner = TrialRunner.of(study, study.store)
+    source = runner.assets.classifier("B")
+    before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     run_trial(study, setting(study), study.store, silent)
-    assert all(torch.equal(before[n], t) for n, t in source.network.state_dict().items())
-    assert not any(p.requires_grad for p in source.network.parameters())
+    assert all(torch.equal(before[n], t) for n, t in source.state_dict().items())
+    assert not any(p.requires_grad for p in source.parameters())
 
 
 def test_the_undefended_classifier_is_scored_by_the_same_suite(study: Study) -> None:
@@ -317,7 +316,7 @@ def test_a_picture_has_a_row_for_each_kind_of_image(study: Study, tmp_path: Path
     from PIL import Image
 
     run_trial(study, setting(study), study.store, silent)
-    path = Bench.of(study, study.store).picture(setting(study), tmp_path / "p.png", images=7)
+    path = TrialRunner.of(study, study.store).picture(setting(study), tmp_path / "p.png", images=7)
     assert Image.open(path).size == (7 * 8 * 3, 4 * 8 * 3)
     rows, *said = caption(path).splitlines()
     assert rows.startswith("rows: clean; attacked (ifgsm-targeted, oblivious, Linf eps")
@@ -353,8 +352,8 @@ def test_rung_scores_of_another_study_are_not_taken_over_from_half_done_progress
         run_trial(studies[0], setting(studies[0]), studies[0].store, stop)
     run_trial(studies[1], setting(studies[1]), studies[1].store, silent)
     for study in studies:
-        bench = Bench.of(study, study.store)
-        assert bench.curve(bench.fingerprint(setting(study))) == []
+        runner = TrialRunner.of(study, study.store)
+        assert runner.trainer.curve(runner.trainer.key(setting(study))) == []
 
 
 def test_what_is_made_once_is_shared_by_fits_and_kept_as_float16(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,8 +373,8 @@ def test_what_is_made_once_is_shared_by_fits_and_kept_as_float16(study: Study, m
     curves = []
     for lambda_rc in (0.1, 1.0):
         run_trial(study, setting(study, lambda_rc=lambda_rc), study.store, silent)
-        bench = Bench.of(study, study.store)
-        key = bench.fingerprint(setting(study, lambda_rc=lambda_rc))
+        runner = TrialRunner.of(study, study.store)
+        key = runner.trainer.key(setting(study, lambda_rc=lambda_rc))
         curves.append([metrics["loss"] for metrics in study.store.about("fits", key)["curve"]])
     assert made == [1] and curves[0] == curves[1] and len(fits(study)) == 2
 
@@ -383,7 +382,7 @@ def test_what_is_made_once_is_shared_by_fits_and_kept_as_float16(study: Study, m
 def test_the_usual_setting_says_which_classifiers_are_trained_first(tmp_path: Path) -> None:
     def needed(**fields: object) -> set[str]:
         study = digits_study(tmp_path, **fields)
-        return Bench(study, study.store).needed()
+        return TrialRunner(study, study.store).assets.needed()
 
     assert needed() == {"A", "B"}
     assert needed(protect="digits/C") == {"C", "B"}

@@ -1,0 +1,157 @@
+"""Scores a fit at its inference settings: attacked once, timed once, and judged at every threshold.
+
+Shapes: S columns of suspicion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+
+from attacks.risk_coverage import Point, pick, risk_coverage
+from defenses.base import Defended, Defense
+from search.data.splits import HELD_OUT
+from search.storage.fingerprint import code_digests, fingerprint
+from search.storage.store import Content
+from search.study.candidate import Candidate, Latency
+from search.trial.assets import Assets
+from search.trial.evaluator import Evaluation
+from search.trial.latency import device_name, measure
+from spaces.domain import Scalar
+from spaces.space import GRID_LIMIT, Params
+
+SAMPLE = 5
+"""Further inference settings at which a fit is scored where the inference space is not finite and small."""
+
+
+class Scorer:
+    """Scores the fits of a study."""
+
+    def __init__(self, assets: Assets) -> None:
+        self.assets = assets
+        self.study, self.resolved, self.store = assets.study, assets.resolved, assets.store
+
+    def settings(self, params: Params) -> list[Params]:
+        """Return the inference settings at which a fit is scored, the proposed one first."""
+        space = self.resolved.space.at(params.train)
+        size = space.size()
+        if size is not None and size <= GRID_LIMIT:
+            others = list(space.grid())
+        else:
+            rng = np.random.default_rng(self.study.seed)
+            # The same for all fits, so that they compare.
+            others = [space.drawn(rng) for _ in range(SAMPLE)]
+        return [params, *(other for other in others if other != params)]
+
+    def candidates(self, key: str, defense: Defense, settings: Sequence[Params]) -> list[Candidate]:
+        """Return the candidates of one fit; settings that differ in thresholds alone share what the model said.
+
+        To the settings of each such group comes the one that the group's risk-coverage curve picks where thresholds
+        are searched: the least attacked error at the clean rejection that the study allows.
+        """
+        evaluator, scored = self.assets.evaluator, dict[str, Candidate]()
+        groups: dict[str, Evaluation] = {}
+        for params in settings:
+            thresholds, aimed = defense.thresholds(), self.aimed(params)
+            rest = fingerprint(**aimed.inference)
+            latency, wanted = self.latency(defense.at(params.inference)), [params]
+            if rest not in groups:
+                groups[rest] = self.evaluation(key, defense.at(aimed.inference))
+                curve = risk_coverage(groups[rest].found) if thresholds and evaluator.attacker is None else []
+                wanted += self._picked(params, thresholds, curve)
+            for one in wanted:
+                score = evaluator.score(groups[rest], defense.at(one.inference).limits(), latency)
+                if one is not params:
+                    score = replace(score, risk_coverage=tuple((p.clean_rejection, p.attacked_error) for p in curve))
+                mark = fingerprint(**one.inference)
+                name = f"{key[:8]}-{mark[:6]}"
+                if name in scored and scored[name].params != one:
+                    name = f"{key[:8]}-{mark}"
+                scored[name] = Candidate(
+                    candidate=name,
+                    fit=key,
+                    defense=self.study.defense,
+                    task=self.study.label,
+                    params=one,
+                    score=score,
+                )
+        return list(scored.values())
+
+    def evaluation(self, fit: str, defense: Defense | None) -> Evaluation:
+        """Return what a target says under attack, attacked once by all searches of the storage.
+
+        Args:
+            fit: the defense's fingerprint.
+            defense: at the setting at which the attacks aim; None: the bare classifier.
+        """
+
+        def attacked() -> Content:
+            evaluator, bare = self.assets.evaluator, self.assets.target
+            with self.assets.device_lock.working():
+                said = evaluator.probe(bare if defense is None else Defended(defense, bare))
+            return {"said.safetensors": said.tensors()}, said.about()
+
+        key = self.scores_key(fit, defense)
+        entry = self.store.cached("scores", key, attacked)
+        return Evaluation.of(load_file(entry / "said.safetensors"), self.store.about("scores", key))
+
+    def scores_key(self, fit: str, defense: Defense | None) -> str:
+        """Return the fingerprint of one evaluation: everything that shapes what a target says in it."""
+        threat = self.resolved.threat
+        return fingerprint(
+            source=code_digests(Evaluation.__module__),
+            fit=fit,
+            setting=dict(defense.params.inference) if defense else {},
+            classifier=self.assets.classifier_key(self.resolved.protected),
+            suite=repr(self.resolved.suite),
+            threat=repr(threat),
+            attacker=[self.resolved.substitute, HELD_OUT] if threat.knowledge == "black-box" else [],
+            images=self.resolved.eval_images,
+            seed=self.study.seed,
+        )
+
+    def aimed(self, params: Params) -> Params:
+        """Return the setting at which the attacks aim: that of the thresholds is the same for all of a fit.
+
+        But what a black-box attacker learns depends on what is rejected.
+        """
+        if self.resolved.threat.knowledge == "black-box":
+            return params
+        usual, names = self.resolved.space.usual(), self.resolved.defense.thresholds()
+        return Params(params.train, {**params.inference, **{name: usual[name] for name in names}})
+
+    def _picked(self, params: Params, thresholds: Sequence[str], curve: Sequence[Point]) -> list[Params]:
+        """Return the setting with the thresholds that the curve picks; a threshold that the space fixes stays."""
+        if any(self.resolved.space.inference[name].single() for name in thresholds):
+            return []
+        point = pick(curve, self.study.max_clean_rejection)
+        limits = dict(zip(thresholds, point.limits, strict=True)) if point else {}
+        return [Params(params.train, {**params.inference, **limits})] if limits else []
+
+    def latency(self, defense: Defense) -> Latency:
+        """Return the latency, measured once for each setting of the knobs that can change it and each device."""
+        knobs = {**_latency_knobs(defense.train_knobs), **_latency_knobs(defense.inference_knobs)}
+        key = fingerprint(
+            source=code_digests(type(defense).__module__, measure.__module__),
+            defense=type(defense).__qualname__,
+            knobs=knobs,
+            shape=str(defense.shape),
+            device=device_name(self.assets.device),
+        )
+        self.store.cached("latency", key, lambda: ({}, {**self.measured(defense).to_json(), "knobs": knobs}))
+        about = self.store.about("latency", key)
+        about.pop("knobs")
+        return Latency(**about)
+
+    def measured(self, defense: Defense) -> Latency:
+        """Measure the latency now; what the store holds stays."""
+        return measure(defense, self.assets.device_lock, self.assets.device)
+
+
+def _latency_knobs(knobs: Any) -> dict[str, Scalar]:
+    """Return the values of the knobs that can change the latency."""
+    return {f.name: getattr(knobs, f.name) for f in fields(knobs) if f.metadata["latency"]}
