@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attacks.algorithms.base import slope
-from attacks.evaluation import craft_oblivious
 from attacks.seeding import evaluating, seeded
-from attacks.suites import Suite
+from attacks.suites import Suite, craft_oblivious
 from attacks.threat import ThreatModel
 from spaces.exceptions import InputError
 
@@ -35,17 +34,26 @@ class BlackBoxAttacker:
     Args:
         x_NCHW: the images that it starts from; none of them is attacked.
         build: makes its untrained substitute.
+        rounds: of augmentation.
+        asked: the model whose classes it asks for; None: the one that is attacked.
     """
 
     x_NCHW: Tensor
     build: Callable[[], nn.Module]
+    rounds: int = 6
+    asked: nn.Module | None = None
 
     def craft(
         self, suite: Suite, target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int
     ) -> tuple[dict[str, Tensor], int]:
         """Return the images of each of the suite's attacks on the substitute, and how many queries it took."""
-        substitute = train_substitute(target, self.x_NCHW, self.build, step=-STEP, seed=seed)
+        substitute = self.substitute(target, seed)
         return craft_oblivious(suite, substitute.network, x_NCHW, y_N, threat, seed), substitute.queries
+
+    def substitute(self, target: nn.Module, seed: int) -> Substitute:
+        """Return the substitute that is trained on the answers of the target, or of the model that is `asked`."""
+        asked = target if self.asked is None else self.asked
+        return train_substitute(asked, self.x_NCHW, self.build, rounds=self.rounds, step=-STEP, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ draws of a stochastic defense's noise (one where there is none).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any, cast
@@ -15,20 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from attacks.attack import BATCH, Attack
+from attacks.black_box import BlackBoxAttacker
 from attacks.gradient_view import Gradient, Guarded, View, bare, gradients, limits, openings, stochastic
 from attacks.seeding import reproducible
-from attacks.suites import Suite
+from attacks.suites import Suite, craft_oblivious
 from attacks.threat import ThreatModel
 from attacks.verdicts import Observation, Robustness, Seen, share
 from spaces.exceptions import InputError
-
-
-def craft_oblivious(
-    suite: Suite, classifier: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int
-) -> dict[str, Tensor]:
-    """Return the adversarial images of each oblivious attack: they depend on the bare classifier alone."""
-    attacks = suite.within(threat).oblivious
-    return {attack.name: attack.craft(View(classifier), x_NCHW, y_N, threat, seed) for attack in attacks}
 
 
 def evaluate(
@@ -52,6 +45,7 @@ def observe(
     *,
     oblivious: Mapping[str, Tensor] | None = None,
     black_box: Mapping[str, Tensor] | None = None,
+    attacker: BlackBoxAttacker | None = None,
     seed: int = 0,
     white_box: bool = False,
     standing_N: Tensor | None = None,
@@ -65,7 +59,8 @@ def observe(
     Args:
         target: logits_NK from images in [0, 1]; with `accept` where it can reject.
         oblivious: images of `craft_oblivious`, where they are at hand.
-        black_box: images of `Outsider.craft`.
+        black_box: adversarial images of a substitute, where they are at hand.
+        attacker: trains a substitute and makes those images where they are not.
         seed: of the attacks and of the defense's noise.
         white_box: run the white-box attacks too where the threat model is another.
         standing_N: the images to which white-box attacks keep, bool; None: all.
@@ -87,28 +82,57 @@ def observe(
 
     if oblivious is None:
         oblivious = craft_oblivious(suite, bare(target), x_NCHW, y_N, threat, seed)
+    queries = 0
+    if attacker is not None:
+        black_box, queries = attacker.craft(suite, target, x_NCHW, y_N, threat, seed)
     clean, blind = look(target, x_NCHW, y_N, seed, looks), fed(oblivious)
     dark = None if black_box is None else fed(black_box)
-    seen: dict[str, Seen] | None = None
+    white = None
     if threat.knowledge == "white-box" or white_box:
-        seen = {}
-        fallen = [one.right for one in (clean, *blind.values(), *(dark or {}).values()) if one.bounded]
-        standing = reduce(torch.logical_and, fallen)
-        rejects = clean.suspicion_DNS.shape[-1] > 0
-        for attack, gradient in strikes(suite, target):
-            # What is no part of the worst case cannot rely on it: it is run on all.
-            wanted_N = standing.any(dim=0) | (rejects or attack.exceeds(threat))
-            chosen = (wanted_N if standing_N is None else wanted_N & standing_N).nonzero().flatten()
-            view = View(target, gradient, suite.draws if stochastic(target) else 1)
-            stops = not (stochastic(target) or rejects or gradient == "surrogate")
-            x, y = x_NCHW[chosen], y_N[chosen]
-            made_NCHW = attack.craft(view, x, y, threat, seed + start, ids_N=chosen, stops=stops)
-            one = _met(target, made_NCHW, chosen, x_NCHW, y_N, seed, clean, bounded=not attack.exceeds(threat))
-            seen[f"{attack.name} ({gradient})" if attack.through == "each" else attack.name] = one
-            standing = standing & one.right if one.bounded else standing
+        earlier = [clean, *blind.values(), *(dark or {}).values()]
+        white = _white_box(suite, target, x_NCHW, y_N, threat, earlier, seed, start, standing_N)
     return Observation(
-        threat=threat, clean=clean, oblivious=blind, black_box=dark, white_box=seen, limits_S=limits(target)
+        threat=threat,
+        clean=clean,
+        oblivious=blind,
+        black_box=dark,
+        white_box=white,
+        limits_S=limits(target),
+        queries=queries,
     )
+
+
+def _white_box(
+    suite: Suite,
+    target: nn.Module,
+    x_NCHW: Tensor,
+    y_N: Tensor,
+    threat: ThreatModel,
+    earlier: Sequence[Seen],
+    seed: int,
+    start: int,
+    standing_N: Tensor | None,
+) -> dict[str, Seen]:
+    """Return the versions of the white-box attacks, each run on what the earlier versions left; see `observe`.
+
+    Args:
+        earlier: the clean images, and the versions that were made before.
+    """
+    clean, seen = earlier[0], dict[str, Seen]()
+    standing_DN = reduce(torch.logical_and, [one.right for one in earlier if one.bounded])
+    rejects = clean.suspicion_DNS.shape[-1] > 0
+    for attack, gradient in strikes(suite, target):
+        # An attack whose images may exceed the bound is no part of the worst case: it is run on all images.
+        wanted_N = standing_DN.any(dim=0) | (rejects or attack.exceeds(threat))
+        chosen = (wanted_N if standing_N is None else wanted_N & standing_N).nonzero().flatten()
+        view = View(target, gradient, suite.draws if stochastic(target) else 1)
+        stops = not (stochastic(target) or rejects or gradient == "surrogate")
+        x, y = x_NCHW[chosen], y_N[chosen]
+        made_NCHW = attack.craft(view, x, y, threat, seed + start, ids_N=chosen, stops=stops)
+        one = _met(target, made_NCHW, chosen, x_NCHW, y_N, seed, clean, bounded=not attack.exceeds(threat))
+        seen[f"{attack.name} ({gradient})" if attack.through == "each" else attack.name] = one
+        standing_DN = standing_DN & one.right if one.bounded else standing_DN
+    return seen
 
 
 def strikes(suite: Suite, target: nn.Module) -> list[tuple[Attack, Gradient]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from torch import Tensor, nn
+
 from attacks.attack import Attack
 from attacks.catalog import (
     APGD_CE,
@@ -39,6 +41,7 @@ from attacks.catalog import (
     SELECTIVE_40,
     SQUARE,
 )
+from attacks.gradient_view import View
 from attacks.threat import ThreatModel
 
 
@@ -151,3 +154,11 @@ SUITES: Mapping[str, Suite] = {
         ),
     )
 }
+
+
+def craft_oblivious(
+    suite: Suite, classifier: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int
+) -> dict[str, Tensor]:
+    """Return the adversarial images of each oblivious attack: they depend on the bare classifier alone."""
+    attacks = suite.within(threat).oblivious
+    return {attack.name: attack.craft(View(classifier), x_NCHW, y_N, threat, seed) for attack in attacks}

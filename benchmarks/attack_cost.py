@@ -27,10 +27,10 @@ from dataclasses import asdict, dataclass
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.evaluation import craft_oblivious, look, observe, strikes
+from attacks.evaluation import look, observe, strikes
 from attacks.gradient_view import View
 from attacks.seeding import reproducible
-from attacks.suites import SUITES, Suite
+from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import ThreatModel
 from search.data import splits
 from search.study.loading import make_study

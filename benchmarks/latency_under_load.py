@@ -27,8 +27,8 @@ from statistics import median
 
 import torch
 
-from attacks.evaluation import craft_oblivious, evaluate
-from attacks.suites import SUITES
+from attacks.evaluation import evaluate
+from attacks.suites import SUITES, craft_oblivious
 from attacks.threat import ThreatModel
 from defenses.base import Batches, Defended, Shape
 from defenses.puvae import PuVAE

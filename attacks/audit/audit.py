@@ -18,9 +18,9 @@ from attacks.audit.probes import PROBES, Probe
 from attacks.audit.quick_gates import noise_gate, noisy, quick_gates
 from attacks.black_box import BlackBoxAttacker
 from attacks.catalog import PGD_40
-from attacks.evaluation import check, craft_oblivious, evaluate
+from attacks.evaluation import check, evaluate
 from attacks.gradient_view import bare, gradients, limits, openings
-from attacks.suites import SUITES, Suite
+from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import ThreatModel
 from attacks.verdicts import Robustness
 
@@ -77,14 +77,13 @@ def audit(
     check(target, *images)
     oblivious = craft_oblivious(suite, bare(target), *images, threat, seed)  # the baselines' classifier is the same
 
-    def struck(model: nn.Module) -> Robustness:
-        asked = (None, 0) if attacker is None else attacker.craft(suite, model, *images, threat, seed)
-        made: dict[str, Any] = {"oblivious": oblivious, "black_box": asked[0], "seed": seed, "white_box": True}
-        return replace(evaluate(suite, model, *images, threat, **made), queries=asked[1])
+    def attacked(model: nn.Module) -> Robustness:
+        more: dict[str, Any] = {"oblivious": oblivious, "attacker": attacker, "seed": seed, "white_box": True}
+        return evaluate(suite, model, *images, threat, **more)
 
-    found = struck(target)
+    found = attacked(target)
     undefended = {} if bare(target) is target else {"undefended": bare(target)}
-    beside = {name: struck(model) for name, model in {**undefended, **(baselines or {})}.items()}
+    beside = {name: attacked(model) for name, model in {**undefended, **(baselines or {})}.items()}
     heavier, lost = _heavier(target, x_NCHW, y_N, threat, found, seed)
     probe = Probe(target, x_NCHW, y_N, replace(threat, knowledge="white-box"), seed)
     standing_DN = heavier.survivors

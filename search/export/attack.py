@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,10 +22,10 @@ from attacks.algorithms.mixture import fool
 from attacks.black_box import BlackBoxAttacker
 from attacks.catalog import MIXTURE
 from attacks.confidence import wilson
-from attacks.evaluation import craft_oblivious, observe
+from attacks.evaluation import evaluate
 from attacks.gradient_view import View, bare, openings, stochastic
 from attacks.seeding import Draws, reproducible
-from attacks.suites import SUITES, Suite
+from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import Norm, ThreatModel
 from attacks.verdicts import Robustness, Verdict
 from search.classifiers.architectures import ARCHITECTURES
@@ -32,6 +33,7 @@ from search.classifiers.task import Task, find_task
 from search.console import working
 from search.data import splits
 from search.export.loader import load
+from search.formatting import percent
 from search.storage.atomic import write_atomic
 from search.trial.device_lock import DeviceLock
 from spaces.domain import as_written
@@ -39,7 +41,7 @@ from spaces.exceptions import InputError, choose
 
 FOOLING = 100
 """Fooling images, spread over the classes as targets. Source: GMVAE, section 4."""
-LOOKS = 20
+DRAWS = 20
 """Draws of a stochastic defense's noise over which a final verdict is taken (docs/honest-numbers.md, check 8)."""
 
 
@@ -71,24 +73,24 @@ def attack(
     Raises:
         InputError: the folder is no export, or a word stands for nothing.
     """
-    bout = _bout(folder, suite, knowledge, norm, eps, images, substitute, data_dir, seed)
+    prepared = _prepared(folder, suite, knowledge, norm, eps, images, substitute, data_dir, seed)
     (folder / "attacks").mkdir(exist_ok=True)  # before hours are spent
-    said = f"attacking {bout.known['candidate']}, then the bare classifier: suite {suite}, {bout.images} images"
-    start, device_lock = time.monotonic(), DeviceLock(bout.x_NCHW.device)  # a search may be measuring here
-    with working(console or Console(quiet=True), f"{said}, {bout.threat}"), device_lock.working():
-        oblivious = bout.oblivious()
-        found, undefended = bout.struck(bout.target, oblivious), bout.struck(bare(bout.target), oblivious)
-    table = _table(bout, found, undefended, time.monotonic() - start)
-    threat = bout.threat
-    by = f"-by-{bout.substitute}" if bout.blind else ""
-    name = f"{suite}-{threat.knowledge}{by}-{threat.norm}-{threat.eps:g}-images-{bout.images}-seed-{seed}"
+    said = f"attacking {prepared.known['candidate']}, then the bare classifier: suite {suite}, {prepared.images} images"
+    start, device_lock = time.monotonic(), DeviceLock(prepared.x_NCHW.device)  # a search may be measuring here
+    with working(console or Console(quiet=True), f"{said}, {prepared.threat}"), device_lock.working():
+        oblivious = prepared.oblivious()
+        found, undefended = prepared.run(prepared.target, oblivious), prepared.run(bare(prepared.target), oblivious)
+    table = _table(prepared, found, undefended, time.monotonic() - start)
+    threat = prepared.threat
+    by = f"-by-{prepared.substitute}" if prepared.blind else ""
+    name = f"{suite}-{threat.knowledge}{by}-{threat.norm}-{threat.eps:g}-images-{prepared.images}-seed-{seed}"
     write_atomic(folder / "attacks" / f"{name}.json", json.dumps(table, indent=1).encode())
     write_atomic(folder / "attacks" / f"{name}.md", page(table).encode())
     return table
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bout:
+class _Preparation:
     """An export, and what attacks it on which images.
 
     Args:
@@ -115,19 +117,19 @@ class _Bout:
     def blind(self) -> bool:
         return self.threat.knowledge == "black-box"
 
+    def run(self, model: nn.Module, oblivious: Mapping[str, Tensor]) -> Robustness:
+        """Attack a model; the images of the oblivious attacks are those made of the bare classifier."""
+        attacker = self.attacker if self.blind else None
+        options: dict[str, Any] = {"oblivious": oblivious, "attacker": attacker, "seed": self.seed}
+        return evaluate(self.attacks, model, self.x_NCHW, self.y_N, self.threat, **options)
+
     def oblivious(self) -> dict[str, Tensor]:
-        """Return the images that are made against the bare classifier, by attack."""
+        """Return the images that are made of the bare classifier, by attack."""
         images = (self.x_NCHW, self.y_N)
         return {} if self.blind else craft_oblivious(self.attacks, bare(self.target), *images, self.threat, self.seed)
 
-    def struck(self, model: nn.Module, oblivious: Mapping[str, Tensor]) -> Robustness:
-        images, threat = (self.x_NCHW, self.y_N), self.threat
-        asked = self.attacker.craft(self.attacks, model, *images, threat, self.seed) if self.blind else (None, 0)
-        made = observe(self.attacks, model, *images, threat, oblivious=oblivious, black_box=asked[0], seed=self.seed)
-        return replace(made, queries=asked[1]).judge()
 
-
-def _bout(
+def _prepared(
     folder: Path,
     suite: str,
     knowledge: str | None,
@@ -137,9 +139,9 @@ def _bout(
     substitute: str | None,
     data_dir: str | None,
     seed: int,
-) -> _Bout:
+) -> _Preparation:
     """Return what `attack` asks for; see there."""
-    attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=LOOKS)
+    attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=DRAWS)
     target = load(folder).unchecked()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     known = json.loads((folder / "evidence.json").read_text())
@@ -157,7 +159,7 @@ def _bout(
     if not 1 <= wanted <= free:
         raise InputError(f"images must be from 1 to {free} of {task.dataset}'s validation split, but is {wanted}")
     held_out_NCHW = splits.load_held_out(task.dataset, data_dir)
-    return _Bout(
+    return _Preparation(
         target=target.to(device),
         known=known,
         task=task,
@@ -171,30 +173,33 @@ def _bout(
     )
 
 
-def _table(bout: _Bout, found: Robustness, undefended: Robustness, seconds: float) -> dict[str, Any]:
+def _table(prepared: _Preparation, found: Robustness, undefended: Robustness, seconds: float) -> dict[str, Any]:
     """Return what is written, as JSON."""
-    attacks, noisy = bout.attacks, stochastic(bout.target)
+    attacks, noisy = prepared.attacks, stochastic(prepared.target)
     return {
-        "export": bout.known["candidate"],
-        "alarms": bout.known["alarms"],
+        "export": prepared.known["candidate"],
+        "alarms": prepared.known["alarms"],
         "suite": attacks.name,
-        "threat": asdict(bout.threat),
-        "images": bout.images,
+        "threat": asdict(prepared.threat),
+        "images": prepared.images,
         "split": "validation",
-        "draws": LOOKS if noisy else 1,
+        "draws": DRAWS if noisy else 1,
         "draws_in_a_gradient": attacks.draws if noisy else 1,
-        "seed": bout.seed,
+        "seed": prepared.seed,
         "seconds": round(seconds, 1),
-        "clean": _figures(found.clean, bout.images),
-        "attacked": _figures(found.attacked, bout.images),
-        "undefended": _figures(undefended.attacked, bout.images),
+        "clean": _figures(found.clean, prepared.images),
+        "attacked": _figures(found.attacked, prepared.images),
+        "undefended": _figures(undefended.attacked, prepared.images),
         "black_box_queries": found.queries,
-        "substitute": bout.substitute if bout.blind else None,
-        "fooling_images_accepted": _fooled(bout),
+        "substitute": prepared.substitute if prepared.blind else None,
+        "fooling_images_accepted": _fooled(prepared),
         "trail": dict(found.trail),
         "undefended_trail": dict(undefended.trail),
-        "budgets": _budgets(attacks, bout.threat),
+        "budgets": _budgets(attacks, prepared.threat),
     }
+
+
+_percent = partial(percent, unit=" %", absent="-")
 
 
 def page(table: Mapping[str, Any]) -> str:
@@ -236,15 +241,17 @@ def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: floa
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
-def _fooled(bout: _Bout) -> float | None:
+def _fooled(prepared: _Preparation) -> float | None:
     """Return how many of 100 fooling images are accepted, a fraction; None where nothing aims at the mixture."""
-    target = bout.target
-    if MIXTURE not in bout.attacks.white_box or "mixture" not in openings(target):
+    target = prepared.target
+    if MIXTURE not in prepared.attacks.white_box or "mixture" not in openings(target):
         return None
-    ids = torch.arange(FOOLING, device=bout.x_NCHW.device)
-    _, channels, height, width = bout.x_NCHW.shape
-    images_NCHW = fool(View(target), ids % bout.task.shape.classes, (channels, height, width), Draws(bout.seed, ids))
-    with torch.no_grad(), reproducible(target, bout.seed):
+    ids = torch.arange(FOOLING, device=prepared.x_NCHW.device)
+    _, channels, height, width = prepared.x_NCHW.shape
+    images_NCHW = fool(
+        View(target), ids % prepared.task.shape.classes, (channels, height, width), Draws(prepared.seed, ids)
+    )
+    with torch.no_grad(), reproducible(target, prepared.seed):
         return float(target.accept(images_NCHW).double().mean())  # type: ignore[operator]
 
 
@@ -263,7 +270,3 @@ def _figures(verdict: Verdict, images: int) -> dict[str, Any]:
         "error": verdict.error,
         "rejection": verdict.rejection,
     }
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from attacks.threat import ThreatModel
-from search.formatting import spoken_device
+from search.templates import render
 
+TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
 KNOWS = {
     "white-box": "sees the classifier and the defense, differentiates through both (or through stand-ins, BPDA) and "
     "averages over the defense's noise (EOT)",
@@ -26,7 +25,8 @@ SHAPING = ("python", "torch", "torchattacks", "numpy", "scipy", "safetensors", "
 def card(evidence: Mapping[str, Any]) -> str:
     """Return the page."""
     threat = ThreatModel(**evidence["threat"])
-    return _template().render(
+    return render(
+        TEMPLATE,
         e=evidence,
         m=evidence["model"],
         threat=threat,
@@ -43,18 +43,3 @@ def strongest(trail: Mapping[str, float], threat: ThreatModel) -> tuple[str, flo
     """
     own = {name: left for name, left in trail.items() if name.startswith(threat.knowledge)}
     return min((own or trail).items(), key=lambda item: item[1])
-
-
-def _template() -> jinja2.Template:
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=False,  # it is markdown, and every word in it is the study's
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    env.filters["percent"] = lambda share: "not measured" if share is None else f"{100 * share:.1f} %"
-    env.filters["device"] = spoken_device
-    env.filters["range"] = lambda ends: " to ".join(f"{100 * end:.1f}" for end in ends)
-    return env.get_template("card.md.j2")

@@ -14,20 +14,19 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-import attacks.evaluation
+import attacks.black_box
 from attacks.attack import Attack, AttackError
 from attacks.audit.audit import audit
-from attacks.black_box import STEP, train_substitute
-from attacks.evaluation import craft_oblivious, observe
+from attacks.evaluation import observe
 from attacks.gradient_view import bare
-from attacks.suites import SUITES, Suite
+from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.verdicts import Verdict
 from defenses.base import Defended
 from search.engine.jobs import Tell
 from search.export.evidence import worse
 from search.final.retraining import EvaluatedModel, ExportedWinner
 from search.storage.fingerprint import code_digests, fingerprint
-from search.storage.store import Store
+from search.storage.store import Content, Store
 from search.study.candidate import Latency
 from search.trial.device_lock import DeviceLock
 from search.trial.evaluator import Evaluator
@@ -41,7 +40,7 @@ FULL, AUTOATTACK = "full", "standard"
 
 
 @dataclass(frozen=True)
-class TestVerdicts:
+class FinalVerdicts:
     """Verdicts on some images by what was asked (`clean`, `full/oblivious`, ...), and what else is known.
 
     Args:
@@ -59,13 +58,13 @@ class TestVerdicts:
         return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in parts.items()})
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> TestVerdicts:
+    def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> FinalVerdicts:
         named = sorted(name.removeprefix("right ") for name in tensors if name.startswith("right "))
         verdicts = {what: Verdict(tensors[f"right {what}"], tensors[f"wrong {what}"]) for what in named}
         return cls(verdicts, about["trail"], about["about"])
 
     @classmethod
-    def joined(cls, blocks: Sequence[TestVerdicts]) -> TestVerdicts:
+    def joined(cls, blocks: Sequence[FinalVerdicts]) -> FinalVerdicts:
         """Return what blocks of images say together."""
         images = [next(iter(block.verdicts.values())).right.shape[1] for block in blocks]
         verdicts = {
@@ -80,7 +79,7 @@ class TestVerdicts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told(Attack):
+class ReportedAttack(Attack):
     """An attack that says when it is run."""
 
     say: Callable[[str], None]
@@ -90,11 +89,13 @@ class Told(Attack):
         return super().craft(*images, **more)
 
 
-def told(suite: Suite, say: Callable[[str], None]) -> Suite:
+def reported(suite: Suite, say: Callable[[str], None]) -> Suite:
     """Return a suite whose attacks say when they are run."""
 
     def each(group: Sequence[Attack]) -> tuple[Attack, ...]:
-        return tuple(Told(**{f.name: getattr(attack, f.name) for f in fields(attack)}, say=say) for attack in group)
+        return tuple(
+            ReportedAttack(**{f.name: getattr(attack, f.name) for f in fields(attack)}, say=say) for attack in group
+        )
 
     oblivious, white_box, transfer = map(each, (suite.oblivious, suite.white_box, suite.transfer))
     return replace(suite, oblivious=oblivious, white_box=white_box, transfer=transfer)
@@ -105,7 +106,7 @@ def blocks(images: int) -> list[slice]:
     return [slice(start, min(start + BLOCK, images)) for start in range(0, images, BLOCK)]
 
 
-class TestEvaluator:
+class FinalEvaluator:
     """The test images of one seed, and what has been made of them for all who are judged on them.
 
     Args:
@@ -124,19 +125,19 @@ class TestEvaluator:
         self._ended = 0
         self._substitutes: dict[str, tuple[nn.Module, int]] = {}
 
-    def judge(self, contenders: Sequence[EvaluatedModel]) -> list[TestVerdicts]:
+    def evaluate(self, contenders: Sequence[EvaluatedModel]) -> list[FinalVerdicts]:
         """Return what each contender keeps: `full` under all threat models, and AutoAttack."""
-        found: list[list[TestVerdicts]] = [[] for _ in contenders]
+        found: list[list[FinalVerdicts]] = [[] for _ in contenders]
         for block in blocks(len(self.y_N)):
             crafted: dict[str, Mapping[str, Tensor]] = {}
             for contender, told in zip(contenders, found, strict=True):
                 told.append(self._kept(contender, block, crafted))
-        return [TestVerdicts.joined(each) for each in found]
+        return [FinalVerdicts.joined(each) for each in found]
 
-    def _kept(self, contender: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]) -> TestVerdicts:
+    def _kept(self, contender: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]) -> FinalVerdicts:
         suites = [repr(SUITES[name].within(contender.threat)) for name in (FULL, AUTOATTACK)]
         key = self.key(contender, suites=suites, block=[block.start, block.stop])
-        return self.once(key, lambda: self._struck(contender, block, crafted), contender.name)
+        return self.once(key, lambda: self._attack_block(contender, block, crafted), contender.name)
 
     def _say(self, contender: EvaluatedModel, doing: str, attack: str = "") -> None:
         self._tell(f"{contender.name}, {doing} {attack}", self._ended / self.steps)
@@ -144,7 +145,7 @@ class TestEvaluator:
     def key(self, contender: EvaluatedModel, **more: object) -> str:
         """Return the fingerprint of all that shapes a verdict."""
         return fingerprint(
-            source=code_digests(attacks.evaluation.__name__, __name__, Evaluator.__module__, worse.__module__),
+            source=code_digests(attacks.black_box.__name__, __name__, Evaluator.__module__, worse.__module__),
             split="test",
             model=contender.identity,
             classifier=contender.classifier,
@@ -154,39 +155,40 @@ class TestEvaluator:
             **more,
         )
 
-    def once(self, key: str, make: Callable[[], TestVerdicts], name: str) -> TestVerdicts:
+    def once(self, key: str, make: Callable[[], FinalVerdicts], name: str) -> FinalVerdicts:
         """Return what the store holds, or what is made now."""
-        with self.store.lock("finals", key):
-            entry = self.store.get("finals", key)
-            if entry is None:
-                with self.device_lock.working():
-                    made = make()
-                about = {"model": name, "seed": self.seed, "trail": dict(made.trail), "about": dict(made.about)}
-                entry = self.store.put("finals", key, {"verdicts.safetensors": made.tensors()}, about)
-            else:
-                self._tell(f"{name}, kept from an earlier run", self._ended / self.steps)
-            self._ended += 1
-            return TestVerdicts.of(load_file(entry / "verdicts.safetensors"), self.store.about("finals", key))
+        kept = True
+
+        def made() -> Content:
+            nonlocal kept
+            kept = False
+            with self.device_lock.working():
+                verdicts = make()
+            about = {"model": name, "seed": self.seed, "trail": dict(verdicts.trail), "about": dict(verdicts.about)}
+            return {"verdicts.safetensors": verdicts.tensors()}, about
+
+        entry = self.store.cached("finals", key, made)
+        if kept:
+            self._tell(f"{name}, kept from an earlier run", self._ended / self.steps)
+        self._ended += 1
+        return FinalVerdicts.of(load_file(entry / "verdicts.safetensors"), self.store.about("finals", key))
 
     def timed(self, contender: EvaluatedModel) -> Latency:
-        """Return the latency of a contender's defense, measured once on each kind of device when all was quiet."""
-        device = self.x_NCHW.device
+        """Return the latency of a model's defense, measured once on each kind of device while it is quiet."""
+        device, defense = self.x_NCHW.device, cast(Defended, contender.target).defense
         key = self.key(contender, timed=device_name(device), by=code_digests(DeviceLock.__module__))
-        with self.store.lock("finals", key):
-            if self.store.get("finals", key) is None:
-                found = measure(cast(Defended, contender.target).defense, self.device_lock, device)
-                self.store.put("finals", key, {}, {**found.to_json()})
+        self.store.cached("finals", key, lambda: ({}, measure(defense, self.device_lock, device).to_json()))
         return Latency(**self.store.about("finals", key))
 
-    def _struck(
+    def _attack_block(
         self, contender: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]
-    ) -> TestVerdicts:
+    ) -> FinalVerdicts:
         """Attack one model on one block of images: by AutoAttack first, whose attacks `full` has too."""
         target, images = contender.target, (self.x_NCHW[block], self.y_N[block])
         blind, white = (replace(contender.threat, knowledge=knowledge) for knowledge in ("oblivious", "white-box"))
         rest = tuple(attack for attack in SUITES[FULL].white_box if attack not in SUITES[AUTOATTACK].white_box)
         auto, full = (
-            told(suite, partial(self._say, contender, f"images {block.start} to {block.stop}: {suite.name}"))
+            reported(suite, partial(self._say, contender, f"images {block.start} to {block.stop}: {suite.name}"))
             for suite in (SUITES[AUTOATTACK], replace(SUITES[FULL], white_box=rest))
         )
         bareness = fingerprint(classifier=contender.classifier, threat=repr(blind))
@@ -210,19 +212,18 @@ class TestEvaluator:
         # What fell to AutoAttack was spared by the rest: their share of the trail would say nothing.
         others = {name: left for name, left in found.trail.items() if not name.startswith("white-box")}
         trail = {f"{FULL}/{k}": v for k, v in others.items()} | {f"{AUTOATTACK}/{k}": v for k, v in alone.trail.items()}
-        return TestVerdicts(verdicts, trail, {"queries": queries, "images": [block.start, block.stop]})
+        return FinalVerdicts(verdicts, trail, {"queries": queries, "images": [block.start, block.stop]})
 
     def _substitute(self, contender: EvaluatedModel) -> tuple[nn.Module, int]:
         """Return what the black-box attacker learnt of a model, and how often it asked; learnt once for all blocks."""
         key = self.key(contender)
         if key not in self._substitutes:
             self._say(contender, "the black-box attacker learns")
-            attacker = contender.attacker
-            found = train_substitute(contender.target, attacker.x_NCHW, attacker.build, step=-STEP, seed=self.seed)
+            found = contender.attacker.substitute(contender.target, self.seed)
             self._substitutes[key] = found.network, found.queries
         return self._substitutes[key]
 
-    def compare(self, case: ExportedWinner, contender: EvaluatedModel, aimed: Params) -> TestVerdicts:
+    def compare(self, case: ExportedWinner, contender: EvaluatedModel, aimed: Params) -> FinalVerdicts:
         """Do to a model on the test split what the search and the audit did to the winner on validation images.
 
         Args:
@@ -235,12 +236,11 @@ class TestEvaluator:
         key = self.key(contender, compared=suites, **shaping)
         return self.once(key, lambda: self._compared(case, contender, aimed, images), contender.name)
 
-    def _compared(self, case: ExportedWinner, contender: EvaluatedModel, aimed: Params, images: int) -> TestVerdicts:
+    def _compared(self, case: ExportedWinner, contender: EvaluatedModel, aimed: Params, images: int) -> FinalVerdicts:
         self._say(contender, "the search's suite and the audit")
         x_NCHW, y_N, threat = self.x_NCHW[:images], self.y_N[:images], case.threat
-        target, attacker = cast(Defended, contender.target), None
-        if threat.knowledge == "black-box":
-            attacker = contender.attacker
+        target = cast(Defended, contender.target)
+        attacker = contender.attacker if threat.knowledge == "black-box" else None
         blind = craft_oblivious(case.resolved.suite, target.classifier, x_NCHW, y_N, threat, self.seed)
         evaluator = Evaluator(case.resolved.suite, threat, x_NCHW, y_N, blind, self.seed, attacker)
         limits_S = target.defense.limits()
@@ -253,4 +253,4 @@ class TestEvaluator:
             audited, alarms = worse(found.robustness.attacked, audited), list(found.alarms)
         except (AttackError, InputError) as error:
             alarms = [f"it cannot be audited: {error}"]
-        return TestVerdicts({"search": again.attacked, "audit": audited}, again.trail, {"alarms": alarms})
+        return FinalVerdicts({"search": again.attacked, "audit": audited}, again.trail, {"alarms": alarms})

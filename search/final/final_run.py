@@ -24,7 +24,7 @@ from search.data import splits
 from search.engine.jobs import Job, RunJobs, Tell, job_runner
 from search.exceptions import TrialError
 from search.export import loader
-from search.final.evaluation import TestEvaluator, TestVerdicts, blocks
+from search.final.evaluation import FinalEvaluator, FinalVerdicts, blocks
 from search.final.page import write
 from search.final.retraining import FIRST_SEED, EvaluatedModel, ExportedWinner, contenders, train
 from search.final.table import announced, only, table_of
@@ -122,7 +122,7 @@ def judge_seed(study: object, cases: Sequence[ExportedWinner], seed: int, images
             "found": found,
             "latency": test_evaluator.timed(contender).to_json() if contender.export else None,
         }
-        for contender, found in zip(judged, test_evaluator.judge(judged), strict=True)
+        for contender, found in zip(judged, test_evaluator.evaluate(judged), strict=True)
     ]
     own = {contender.export: contender for contender in judged if contender.export}
     return {
@@ -131,7 +131,7 @@ def judge_seed(study: object, cases: Sequence[ExportedWinner], seed: int, images
     }
 
 
-def judge_export(study: object, case: ExportedWinner, images: int, tell: Tell) -> TestVerdicts:
+def judge_export(study: object, case: ExportedWinner, images: int, tell: Tell) -> FinalVerdicts:
     """Do to the export itself, on the test split, what its search and audit did on validation images."""
     test_evaluator = _hearing([case], case.study.seed, images, tell, steps=1)
     device = test_evaluator.x_NCHW.device
@@ -148,11 +148,11 @@ def judge_export(study: object, case: ExportedWinner, images: int, tell: Tell) -
     return _compared(test_evaluator, case, contender)
 
 
-def _hearing(cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell, steps: int) -> TestEvaluator:
+def _hearing(cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell, steps: int) -> FinalEvaluator:
     case = cases[0]
     runner = case.runner(case.study, seed)
     x_NCHW, y_N = splits.open_test(case.resolved.task.dataset, case.study.data_dir, images)
-    return TestEvaluator(
+    return FinalEvaluator(
         x_NCHW.to(runner.assets.device),
         y_N.to(runner.assets.device),
         seed,
@@ -163,7 +163,7 @@ def _hearing(cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell
     )
 
 
-def _compared(test_evaluator: TestEvaluator, case: ExportedWinner, contender: EvaluatedModel) -> TestVerdicts:
+def _compared(test_evaluator: FinalEvaluator, case: ExportedWinner, contender: EvaluatedModel) -> FinalVerdicts:
     aimed = case.runner(case.study, test_evaluator.seed).scorer.aimed(case.params)
     return test_evaluator.compare(case, contender, aimed)
 

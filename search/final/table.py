@@ -9,7 +9,7 @@ from typing import Any
 
 from attacks.confidence import wilson
 from attacks.verdicts import Verdict
-from search.final.evaluation import AUTOATTACK, FULL, TestVerdicts
+from search.final.evaluation import AUTOATTACK, FULL, FinalVerdicts
 from search.final.retraining import ExportedWinner
 from search.final.test_set_log import opened_beside
 from search.formatting import counted
@@ -114,7 +114,7 @@ def spread(each: Sequence[float]) -> dict[str, Any]:
 
 def _export(case: ExportedWinner, looks: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> dict[str, Any]:
     known, own = case.evidence, found["exports"][case.name]
-    compared: list[TestVerdicts] = [seed["compared"][case.name] for seed in found["seeds"]]
+    compared: list[FinalVerdicts] = [seed["compared"][case.name] for seed in found["seeds"]]
     return {
         "export": case.name,
         "defense": case.study.defense,

@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -20,7 +19,7 @@ from search.classifiers.task import find_task
 from search.data.cache import caches, read_ledger
 from search.data.datasets import DATASETS
 from search.export import provenance
-from search.formatting import duration, milliseconds, percent, spoken_device, spoken_eps, spoken_value
+from search.formatting import milliseconds, percent, spoken_device, spoken_eps
 from search.report.charts import charts
 from search.report.cost import cost
 from search.report.importance import CHANCE
@@ -28,7 +27,9 @@ from search.report.summary import Summary, TrialRecord
 from search.storage.atomic import write_atomic
 from search.study.candidate import Score
 from search.study.study import Study
+from search.templates import render as template
 
+TEMPLATE = Path(__file__).parent / "templates" / "page.html.j2"
 TOP = 10
 """Rows of the leaderboard."""
 
@@ -53,7 +54,8 @@ def write(summary: Summary, path: Path) -> Path:
 def render(summary: Summary) -> str:
     """Return the page."""
     study, config = summary.study, summary.study.to_yaml()
-    return _template().render(
+    return template(
+        TEMPLATE,
         f=summary,
         study=study,
         top=summary.ranked[:TOP],
@@ -78,19 +80,6 @@ def render(summary: Summary) -> str:
         study_yaml="data:text/yaml;base64," + base64.b64encode(config.encode()).decode(),
         plotly=Markup(get_plotlyjs()),
     )
-
-
-def _template() -> jinja2.Template:
-    # Autoescape is always on: names and reasons of failures are not ours, and may hold markup.
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters.update(percent=percent, ms=milliseconds, duration=duration, value=spoken_value, device=spoken_device)
-    return env.get_template("page.html.j2")
 
 
 def interval(score: Score) -> tuple[float, float]:

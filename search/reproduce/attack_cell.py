@@ -10,10 +10,10 @@ from operator import and_
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attacks.attack import BATCH
-from attacks.black_box import STEP, train_substitute
+from attacks.black_box import BlackBoxAttacker
 from attacks.catalog import ATTACKS
 from attacks.evaluation import look, observe
 from attacks.gradient_view import View, limits
@@ -39,28 +39,31 @@ def threat(setting: Setting) -> ThreatModel:
     return ThreatModel(setting.norm, setting.eps or 0.0, setting.knowledge)
 
 
-def struck(runner: TrialRunner, target: nn.Module, setting: Setting, rounds: int) -> Verdict:
+def attacked(runner: TrialRunner, target: nn.Module, setting: Setting, rounds: int) -> Verdict:
     """Return the verdict on the attacked images alone; white-box, the worst of the gradient sources for each image.
 
     Args:
         target: bare or defended.
         rounds: in which a black-box attacker doubles its images.
     """
-    (x_NCHW, y_N), seed = (runner.assets.evaluator.x_NCHW, runner.assets.evaluator.y_N), runner.study.seed
-    if setting.attack is not None and setting.knowledge == "white-box":
-        suite = Suite(name="", oblivious=(), white_box=(ATTACKS[setting.attack],), draws=DRAWS)
-        with runner.assets.device_lock.working():
-            found = observe(suite, target, x_NCHW, y_N, threat(setting), oblivious={}, seed=seed)
-        return reduce(and_, (Verdict.of(seen, found.limits_S) for seen in (found.white_box or {}).values()))
-    if setting.attack is not None and setting.knowledge == "oblivious":
-        x_NCHW = runner.assets.adversarial(ATTACKS[setting.attack], x_NCHW, y_N, threat(setting))
-    with runner.assets.device_lock.working():
-        if setting.attack is not None and setting.knowledge == "black-box":
-            x_NCHW = _outside(runner, target, setting, rounds)
-        return Verdict.of(look(target, x_NCHW, y_N, seed), limits(target))
+    assets, seed = runner.assets, runner.study.seed
+    x_NCHW, y_N = assets.evaluator.x_NCHW, assets.evaluator.y_N
+    if setting.attack is None:
+        with assets.device_lock.working():
+            return Verdict.of(look(target, x_NCHW, y_N, seed), limits(target))
+    attack, knowledge, blind = ATTACKS[setting.attack], setting.knowledge, {}
+    if knowledge == "oblivious":
+        blind = {attack.name: assets.adversarial(attack, x_NCHW, y_N, threat(setting))}
+    blind_attacks = () if knowledge == "white-box" else (attack,)
+    suite = Suite(name="", oblivious=blind_attacks, white_box=(attack,), draws=DRAWS)
+    attacker = _attacker(runner, setting, rounds) if knowledge == "black-box" else None
+    with assets.device_lock.working():
+        found = observe(suite, target, x_NCHW, y_N, threat(setting), oblivious=blind, attacker=attacker, seed=seed)
+    seen = {"oblivious": found.oblivious, "black-box": found.black_box, "white-box": found.white_box}[knowledge]
+    return reduce(and_, (Verdict.of(one, found.limits_S) for one in (seen or {}).values()))
 
 
-def searched(runner: TrialRunner, target: nn.Module, setting: Setting) -> Verdict:
+def reclassified(runner: TrialRunner, target: nn.Module, setting: Setting) -> Verdict:
     """Return the verdict, whatever the thresholds say then, on the images that were rejected before the search.
 
     Raises:
@@ -83,17 +86,14 @@ def searched(runner: TrialRunner, target: nn.Module, setting: Setting) -> Verdic
     return Verdict(right, ~right)
 
 
-def _outside(runner: TrialRunner, target: nn.Module, setting: Setting, rounds: int) -> Tensor:
-    """Return the images that an attack makes of a substitute, trained on what its oracle answers."""
-    assert setting.attack is not None
-    x_NCHW, y_N, seed = runner.assets.evaluator.x_NCHW, runner.assets.evaluator.y_N, runner.study.seed
-    architecture = ARCHITECTURES[setting.substitute or runner.assets.resolved.protected]
-    substitute = train_substitute(
-        runner.assets.target if setting.oracle == "bare" else target,
-        splits.load_held_out(runner.assets.resolved.task.dataset, runner.study.data_dir).to(x_NCHW),
-        lambda: architecture.build(runner.assets.resolved.task.shape),
+def _attacker(runner: TrialRunner, setting: Setting, rounds: int) -> BlackBoxAttacker:
+    """Return the attacker whose substitute is trained on what its oracle answers."""
+    assets, resolved = runner.assets, runner.study.resolved
+    held_out_NCHW = splits.load_held_out(resolved.task.dataset, runner.study.data_dir).to(assets.device)
+    architecture = ARCHITECTURES[setting.substitute or resolved.protected]
+    return BlackBoxAttacker(
+        held_out_NCHW,
+        lambda: architecture.build(resolved.task.shape),
         rounds=rounds,
-        step=-STEP,
-        seed=seed,
+        asked=assets.target if setting.oracle == "bare" else None,
     )
-    return ATTACKS[setting.attack].craft(View(substitute.network), x_NCHW, y_N, threat(setting), seed)

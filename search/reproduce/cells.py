@@ -19,10 +19,11 @@ from defenses.base import Defended, Defense, Metrics
 from search.classifiers.task import TASKS
 from search.data import splits
 from search.exceptions import TrialError
-from search.reproduce.attack_cell import NotRun, searched, struck, threat
+from search.reproduce.attack_cell import NotRun, attacked, reclassified, threat
 from search.reproduce.cell_setting import Setting
 from search.reproduce.fraction import Fraction, counted
 from search.storage.fingerprint import code_digests, fingerprint
+from search.storage.store import Content
 from search.study.loading import make_study
 from search.study.study import Study
 from search.trial.runner import TrialRunner
@@ -155,7 +156,7 @@ class Cells:
         rounds = self.portion.root(ROUNDS) if setting.knowledge == "black-box" else 0
         search = setting.measure == "reclassified"
         key = fingerprint(
-            source=code_digests(struck.__module__),
+            source=code_digests(attacked.__module__),
             fit="" if setting.defense == "none" else runner.trainer.key(params),
             setting=dict(params.inference),
             classifier=runner.assets.classifier_key(runner.assets.resolved.protected),
@@ -166,17 +167,20 @@ class Cells:
             images=runner.assets.resolved.eval_images,
             seed=self.seed,
         )
-        with runner.assets.store.lock("cells", key):
-            if runner.assets.store.get("cells", key) is None:
-                begin = time.monotonic()
-                target = self.target(runner, params, setting)
-                verdict = searched(runner, target, setting) if search else struck(runner, target, setting, rounds)
-                figures = {name: getattr(verdict, name) for name in ("accuracy", "error", "rejection")}
-                asked = {"black_box_rounds": rounds} if rounds else {}
-                ran = {**self._ran(runner, params, setting), **asked}
-                spent = {"seconds": round(time.monotonic() - begin, 1), "ran": ran}
-                runner.assets.store.put("cells", key, {}, {**figures, "images": verdict.right.shape[1], **spent})
-            return runner.assets.store.about("cells", key)
+
+        def found() -> Content:
+            begin = time.monotonic()
+            target = self.target(runner, params, setting)
+            verdict = reclassified(runner, target, setting) if search else attacked(runner, target, setting, rounds)
+            figures = {name: getattr(verdict, name) for name in ("accuracy", "error", "rejection")}
+            asked = {"black_box_rounds": rounds} if rounds else {}
+            ran = {**self._ran(runner, params, setting), **asked}
+            spent = {"seconds": round(time.monotonic() - begin, 1), "ran": ran}
+            return {}, {**figures, "images": verdict.right.shape[1], **spent}
+
+        store = runner.assets.store
+        store.cached("cells", key, found)
+        return store.about("cells", key)
 
     def target(self, runner: TrialRunner, params: Params, setting: Setting) -> nn.Module:
         """Return the classifier that is attacked, behind its defense, trained if need be.
@@ -217,9 +221,8 @@ class Cells:
         return self._slope(runner, params, name)(int(params.inference[name]))
 
     def _batch_seconds(self, runner: TrialRunner, params: Params) -> float:
-        return (
-            runner.scorer.latency(runner.trainer.build(params).eval().requires_grad_(False)).ms_p50 / 1000
-        )  # weights do not matter
+        defense = runner.trainer.build(params).eval().requires_grad_(False)  # its weights do not matter
+        return runner.scorer.latency(defense).ms_p50 / 1000
 
     def _slope(self, runner: TrialRunner, params: Params, name: str) -> Callable[[int], float]:
         """Return the seconds by the number of steps, from two numbers: each step costs the same."""

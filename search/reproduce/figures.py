@@ -9,11 +9,9 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import jinja2
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -26,10 +24,12 @@ from search.reproduce.attack_cell import threat
 from search.reproduce.cells import Cells
 from search.reproduce.paper_tables import Table
 from search.storage.atomic import write_atomic
+from search.templates import render
 
 Draw = Callable[[Mapping[str, Any], Table, Cells, Path], list[Path]]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 """Of Okabe and Ito, which those who tell no red from green tell."""
+TEMPLATE = Path(__file__).parent / "templates" / "chart.svg.j2"
 SIDE, EDGE = 56, 4
 """Pixels of a picture's image and of the gap between two."""
 
@@ -143,10 +143,4 @@ def _charted(path: Path, curves: Sequence[Curve], x: str, *, log: bool = False) 
         (curve, " ".join(f"{place(at):.1f},{330 - 300 * share:.1f}" for at, share in curve.points)) for curve in curves
     ]
     marks = [(60 + 480 * (tick - low) / (high - low), f"{10**tick if log else tick:.3g}") for tick in ticks]
-    return write_atomic(path, _template().render(lines=lines, ticks=marks, x=x).encode())
-
-
-@cache
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("chart.svg.j2")
+    return write_atomic(path, render(TEMPLATE, lines=lines, ticks=marks, x=x).encode())

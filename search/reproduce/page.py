@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from search.formatting import duration, spoken_device
+from search.templates import render
 
 Row = Mapping[str, Any]
 LEGEND = ("within 2 points", "within 5", "within 10", "more")
@@ -140,7 +139,8 @@ def markdown(found: Mapping[str, Any]) -> str:
 def html(found: Mapping[str, Any], out: Path) -> str:
     """Return one page that needs nothing beside it; its pictures lie in `out`."""
     pictures = [_embedded(out / name) for name in found["pictures"]]
-    return _template().render(
+    return render(
+        Path(__file__).parent / "templates" / "reproduce.html.j2",
         found=found,
         lines=list(_lines(found)),
         figures=figures,
@@ -157,12 +157,6 @@ def html(found: Mapping[str, Any], out: Path) -> str:
 def _embedded(path: Path) -> str:
     kind = "svg+xml" if path.suffix == ".svg" else "png"
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-@cache
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("reproduce.html.j2")
 
 
 def _lines(found: Mapping[str, Any], *, blank: bool = True) -> Iterator[tuple[Sequence[str], list[Row | None]]]:

@@ -105,22 +105,17 @@ class Evaluator:
 
     def observe(self, target: nn.Module) -> Observation:
         """Attack under the oblivious and the white-box threat model, whichever the study's is, and under its own."""
-        black_box, queries = None, 0
-        if self.attacker is not None:
-            images = (self.x_NCHW, self.y_N)
-            black_box, queries = self.attacker.craft(self.suite, target, *images, self.threat, self.seed)
-        found = observe(
+        return observe(
             self.suite,
             target,
             self.x_NCHW,
             self.y_N,
             self.threat,
             oblivious={attack.name: self.oblivious[attack.name] for attack in self.suite.oblivious},
-            black_box=black_box,
+            attacker=self.attacker,
             seed=self.seed,
             white_box=True,
         )
-        return replace(found, queries=queries)
 
     def score(self, probed: Evaluation, limits_S: Tensor, latency: Latency | None) -> Score:
         """Return the figures of a bare or defended classifier.

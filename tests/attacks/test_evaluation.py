@@ -23,10 +23,10 @@ from attacks.catalog import (
     SELECTIVE_10,
     SQUARE,
 )
-from attacks.evaluation import craft_oblivious, evaluate, look, observe, strikes
+from attacks.evaluation import evaluate, look, observe, strikes
 from attacks.gradient_view import Opening, View
 from attacks.risk_coverage import risk_coverage
-from attacks.suites import SUITES, Suite
+from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import ThreatModel
 from tests.support.guards import Guard, Smooth
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks.catalog import APGD_CE, APGD_T, FAB_T, FGSM, PGD_10, SQUARE
-from attacks.evaluation import craft_oblivious, observe
-from attacks.suites import SUITES, Suite
+from attacks.evaluation import observe
+from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import ThreatModel
 from benchmarks.attack_cost import Counted, compare, main, plainly, stock
 

@@ -30,7 +30,8 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.nn import functional as F
 
-from attacks.black_box import train_substitute
+import attacks.black_box
+from attacks.black_box import Substitute, train_substitute
 from attacks.catalog import APGD_CE, FGSM, PGD_5, SELECTIVE_10
 from attacks.evaluation import evaluate
 from attacks.suites import SUITES, Suite
@@ -46,7 +47,7 @@ from search.export.exporter import export
 from search.export.loader import FILES, SEAL, seal
 from search.final import evaluation, test_set_log
 from search.final import final_run as finals
-from search.final.evaluation import TestEvaluator, TestVerdicts
+from search.final.evaluation import FinalEvaluator, FinalVerdicts
 from search.final.final_run import final, judge_export, train_seed
 from search.final.page import forms, page
 from search.final.retraining import ExportedWinner, contenders
@@ -56,7 +57,7 @@ from search.storage.store import Store
 from search.study.study import Study
 from search.trial.device_lock import DeviceLock
 from search.trial.runner import TrialRunner, run_trial
-from search.trial.training import silent
+from search.trial.training import Trainer, silent
 from spaces.exceptions import InputError
 from spaces.space import Params
 from tests.conftest import digits_study
@@ -81,8 +82,12 @@ def _small() -> Iterator[None]:
         for name, suite in SMALL.items():
             patch.setitem(cast(dict[str, Suite], SUITES), name, suite)
         patch.setattr(evaluation, "BLOCK", 16)  # two blocks
-        patch.setattr(evaluation, "train_substitute", partial(train_substitute, rounds=1))
+        patch.setattr(attacks.black_box, "train_substitute", quickly)
         yield
+
+
+def quickly(*given: Any, **options: Any) -> Substitute:
+    return train_substitute(*given, **{**options, "rounds": 1})
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,7 @@ class Counted:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.epochs, self.struck, self.interrupts = 0, 0, 0
-        save, strike = Store.save_progress, TestEvaluator._struck
+        save, strike = Store.save_progress, FinalEvaluator._attack_block
 
         def saving(store: Any, key: str, state: Any) -> None:
             save(store, key, state)
@@ -115,7 +120,7 @@ class Counted:
             return found
 
         patch.setattr(Store, "save_progress", saving)
-        patch.setattr(TestEvaluator, "_struck", striking)
+        patch.setattr(FinalEvaluator, "_attack_block", striking)
 
     def _dies(self, now: bool) -> None:
         if now:
@@ -164,9 +169,9 @@ def test_a_second_call_reads_all_from_the_store(judged: Found, exported: Path, m
         raise AssertionError("done again")
 
     for kind, name in (
-        (TrialRunner, "_train"),
-        (TestEvaluator, "_struck"),
-        (TestEvaluator, "_compared"),
+        (Trainer, "_train"),
+        (FinalEvaluator, "_attack_block"),
+        (FinalEvaluator, "_compared"),
         (evaluation, "measure"),
     ):
         monkeypatch.setattr(kind, name, never)
@@ -324,7 +329,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
     said = list[str]()
     (case,) = cases_of(exported)
     contender = contenders([case], 1000)[1]
-    heard = TestEvaluator(
+    heard = FinalEvaluator(
         *splits.open_test("digits", None, 3),
         7,
         case.study.store,
@@ -332,7 +337,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
         lambda doing, share: said.append(doing),
         steps=1,
     )
-    heard.judge([contender])
+    heard.evaluate([contender])
     assert any("images 0 to 3: standard apgd-ce" in line for line in said)
     assert any("images 0 to 3: full pgd-5" in line for line in said)
     screen = io.StringIO()
@@ -346,7 +351,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
     with job_runner(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
         work("training", [Job("seed 1000", speaks, ())])
     assert pipe.getvalue().startswith("training: seed 1000: puvae: epoch 1/2, 50 %\n")
-    heard.judge([contender])
+    heard.evaluate([contender])
     assert said[-1].endswith("kept from an earlier run")
 
 
@@ -388,7 +393,7 @@ def marks(study: Study, mark: Path, tell: Tell) -> None:
 
 def test_times_of_unlike_devices_are_no_mean() -> None:
     verdict = Verdict(torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool))
-    found = TestVerdicts(dict.fromkeys(COLUMNS, verdict), {}, {})
+    found = FinalVerdicts(dict.fromkeys(COLUMNS, verdict), {}, {})
     seeds = [
         {
             "export": "e",

@@ -33,7 +33,9 @@ from search.reproduce.paper_tables import Cell, Summary, Table
 from search.reproduce.progress import Pace
 from search.reproduce.reproduction import _named, _order, _summed, beside, reproduce
 from search.study.loading import make_study
+from search.trial.assets import Assets
 from search.trial.runner import TrialRunner
+from search.trial.training import Trainer
 from spaces.exceptions import InputError
 from spaces.space import SearchSpace
 
@@ -132,8 +134,8 @@ def test_a_cell_is_what_an_independent_evaluation_of_the_same_attack_finds(
 def test_a_second_run_trains_and_attacks_nothing(
     storage: Path, finished: tuple[dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TrialRunner, "fit", lambda *given: pytest.fail("a fit was asked for"))
-    monkeypatch.setattr(TrialRunner, "adversarial", lambda *given: pytest.fail("an attack was run"))
+    monkeypatch.setattr(Trainer, "fit", lambda *given: pytest.fail("a fit was asked for"))
+    monkeypatch.setattr(Assets, "adversarial", lambda *given: pytest.fail("an attack was run"))
     whole = tiny()
     sound = tuple(c for c in whole.cells if c.labels[1] != "Broken")
     again, printed = run(storage, replace(whole, cells=sound), "again")
@@ -277,7 +279,7 @@ def test_a_black_box_attacker_asks_whom_its_oracle_is(storage: Path, monkeypatch
         assert options["rounds"] == 2
         return Substitute(target, 0, 1.0)
 
-    monkeypatch.setattr("search.reproduce.attack_cell.train_substitute", trained)
+    monkeypatch.setattr("attacks.black_box.train_substitute", trained)
     cells = Cells(str(storage), None, Fraction(0.1), 0, lambda *heard: None)
     for oracle in ("bare", "defended"):
         trained_on = {"defense": "adversarial_training", "knobs": {"attack": "fgsm", "epochs": 1}, "oracle": oracle}
