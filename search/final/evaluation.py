@@ -125,32 +125,32 @@ class FinalEvaluator:
         self._ended = 0
         self._substitutes: dict[str, tuple[nn.Module, int]] = {}
 
-    def evaluate(self, contenders: Sequence[EvaluatedModel]) -> list[FinalVerdicts]:
-        """Return what each contender keeps: `full` under all threat models, and AutoAttack."""
-        found: list[list[FinalVerdicts]] = [[] for _ in contenders]
+    def evaluate(self, models: Sequence[EvaluatedModel]) -> list[FinalVerdicts]:
+        """Return what each model keeps: `full` under all threat models, and AutoAttack."""
+        found: list[list[FinalVerdicts]] = [[] for _ in models]
         for block in blocks(len(self.y_N)):
             crafted: dict[str, Mapping[str, Tensor]] = {}
-            for contender, told in zip(contenders, found, strict=True):
-                told.append(self._kept(contender, block, crafted))
+            for model, kept in zip(models, found, strict=True):
+                kept.append(self._kept(model, block, crafted))
         return [FinalVerdicts.joined(each) for each in found]
 
-    def _kept(self, contender: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]) -> FinalVerdicts:
-        suites = [repr(SUITES[name].within(contender.threat)) for name in (FULL, AUTOATTACK)]
-        key = self.key(contender, suites=suites, block=[block.start, block.stop])
-        return self.once(key, lambda: self._attack_block(contender, block, crafted), contender.name)
+    def _kept(self, model: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]) -> FinalVerdicts:
+        suites = [repr(SUITES[name].within(model.threat)) for name in (FULL, AUTOATTACK)]
+        key = self.key(model, suites=suites, block=[block.start, block.stop])
+        return self.once(key, lambda: self._attack_block(model, block, crafted), model.name)
 
-    def _say(self, contender: EvaluatedModel, doing: str, attack: str = "") -> None:
-        self._tell(f"{contender.name}, {doing} {attack}", self._ended / self.steps)
+    def _say(self, model: EvaluatedModel, doing: str, attack: str = "") -> None:
+        self._tell(f"{model.name}, {doing} {attack}", self._ended / self.steps)
 
-    def key(self, contender: EvaluatedModel, **more: object) -> str:
+    def key(self, model: EvaluatedModel, **more: object) -> str:
         """Return the fingerprint of all that shapes a verdict."""
         return fingerprint(
             source=code_digests(attacks.black_box.__name__, __name__, Evaluator.__module__, worse.__module__),
             split="test",
-            model=contender.identity,
-            classifier=contender.classifier,
-            threat=repr(contender.threat),
-            substitute=contender.substitute,
+            model=model.identity,
+            classifier=model.classifier,
+            threat=repr(model.threat),
+            substitute=model.substitute,
             seed=self.seed,
             **more,
         )
@@ -173,31 +173,31 @@ class FinalEvaluator:
         self._ended += 1
         return FinalVerdicts.of(load_file(entry / "verdicts.safetensors"), self.store.about("finals", key))
 
-    def timed(self, contender: EvaluatedModel) -> Latency:
+    def timed(self, model: EvaluatedModel) -> Latency:
         """Return the latency of a model's defense, measured once on each kind of device while it is quiet."""
-        device, defense = self.x_NCHW.device, cast(Defended, contender.target).defense
-        key = self.key(contender, timed=device_name(device), by=code_digests(DeviceLock.__module__))
+        device, defense = self.x_NCHW.device, cast(Defended, model.target).defense
+        key = self.key(model, timed=device_name(device), by=code_digests(DeviceLock.__module__))
         self.store.cached("finals", key, lambda: ({}, measure(defense, self.device_lock, device).to_json()))
         return Latency(**self.store.about("finals", key))
 
     def _attack_block(
-        self, contender: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]
+        self, model: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]
     ) -> FinalVerdicts:
         """Attack one model on one block of images: by AutoAttack first, whose attacks `full` has too."""
-        target, images = contender.target, (self.x_NCHW[block], self.y_N[block])
-        blind, white = (replace(contender.threat, knowledge=knowledge) for knowledge in ("oblivious", "white-box"))
+        target, images = model.target, (self.x_NCHW[block], self.y_N[block])
+        blind, white = (replace(model.threat, knowledge=knowledge) for knowledge in ("oblivious", "white-box"))
         rest = tuple(attack for attack in SUITES[FULL].white_box if attack not in SUITES[AUTOATTACK].white_box)
         auto, full = (
-            reported(suite, partial(self._say, contender, f"images {block.start} to {block.stop}: {suite.name}"))
+            reported(suite, partial(self._say, model, f"images {block.start} to {block.stop}: {suite.name}"))
             for suite in (SUITES[AUTOATTACK], replace(SUITES[FULL], white_box=rest))
         )
-        bareness = fingerprint(classifier=contender.classifier, threat=repr(blind))
+        bareness = fingerprint(classifier=model.classifier, threat=repr(blind))
         if bareness not in crafted:  # all that stand before one classifier meet the same images
             crafted[bareness] = craft_oblivious(full, bare(target), *images, blind, self.seed)
         seen: dict[str, Any] = {"seed": self.seed, "white_box": True}
         first = {attack.name: crafted[bareness][attack.name] for attack in auto.within(white).oblivious}
         alone = observe(auto, target, *images, white, oblivious=first, **seen).judge()
-        substitute, queries = self._substitute(contender)
+        substitute, queries = self._substitute(model)
         dark = craft_oblivious(full, substitute, *images, replace(blind, knowledge="black-box"), self.seed)
         seen |= {"oblivious": crafted[bareness], "black_box": dark, "standing_N": (~alone.strongest.wrong).any(dim=0)}
         found = observe(full, target, *images, blind, **seen).judge()
@@ -214,33 +214,33 @@ class FinalEvaluator:
         trail = {f"{FULL}/{k}": v for k, v in others.items()} | {f"{AUTOATTACK}/{k}": v for k, v in alone.trail.items()}
         return FinalVerdicts(verdicts, trail, {"queries": queries, "images": [block.start, block.stop]})
 
-    def _substitute(self, contender: EvaluatedModel) -> tuple[nn.Module, int]:
+    def _substitute(self, model: EvaluatedModel) -> tuple[nn.Module, int]:
         """Return what the black-box attacker learnt of a model, and how often it asked; learnt once for all blocks."""
-        key = self.key(contender)
+        key = self.key(model)
         if key not in self._substitutes:
-            self._say(contender, "the black-box attacker learns")
-            found = contender.attacker.substitute(contender.target, self.seed)
+            self._say(model, "the black-box attacker learns")
+            found = model.attacker.substitute(model.target, self.seed)
             self._substitutes[key] = found.network, found.queries
         return self._substitutes[key]
 
-    def compare(self, case: ExportedWinner, contender: EvaluatedModel, aimed: Params) -> FinalVerdicts:
+    def compare(self, case: ExportedWinner, model: EvaluatedModel, aimed: Params) -> FinalVerdicts:
         """Do to a model on the test split what the search and the audit did to the winner on validation images.
 
         Args:
-            contender: the winner, as it was exported or as it was retrained.
+            model: the winner, as it was exported or as it was retrained.
             aimed: the setting at which the search's attacks aim.
         """
         images = min(case.evidence["images"], len(self.y_N))
         suites = [repr(case.resolved.suite), repr(SUITES["audit"])]
         shaping = {"images": images, "knowledge": case.threat.knowledge, "aimed": dict(aimed.inference)}
-        key = self.key(contender, compared=suites, **shaping)
-        return self.once(key, lambda: self._compared(case, contender, aimed, images), contender.name)
+        key = self.key(model, compared=suites, **shaping)
+        return self.once(key, lambda: self._compared(case, model, aimed, images), model.name)
 
-    def _compared(self, case: ExportedWinner, contender: EvaluatedModel, aimed: Params, images: int) -> FinalVerdicts:
-        self._say(contender, "the search's suite and the audit")
+    def _compared(self, case: ExportedWinner, model: EvaluatedModel, aimed: Params, images: int) -> FinalVerdicts:
+        self._say(model, "the search's suite and the audit")
         x_NCHW, y_N, threat = self.x_NCHW[:images], self.y_N[:images], case.threat
-        target = cast(Defended, contender.target)
-        attacker = contender.attacker if threat.knowledge == "black-box" else None
+        target = cast(Defended, model.target)
+        attacker = model.attacker if threat.knowledge == "black-box" else None
         blind = craft_oblivious(case.resolved.suite, target.classifier, x_NCHW, y_N, threat, self.seed)
         evaluator = Evaluator(case.resolved.suite, threat, x_NCHW, y_N, blind, self.seed, attacker)
         limits_S = target.defense.limits()

@@ -26,9 +26,10 @@ from search.exceptions import TrialError
 from search.export import loader
 from search.final.evaluation import FinalEvaluator, FinalVerdicts, blocks
 from search.final.page import write
-from search.final.retraining import FIRST_SEED, EvaluatedModel, ExportedWinner, contenders, train
+from search.final.results import FinalResults, FinalSettings, ModelResult, SeedResult
+from search.final.retraining import FIRST_SEED, EvaluatedModel, ExportedWinner, evaluated_models, train
 from search.final.table import announced, only, table_of
-from search.final.test_set_log import looks, opened
+from search.final.test_set_log import looks, note_opening
 from search.storage.fingerprint import code_digests, fingerprint
 from search.study.loading import make_study
 from spaces.exceptions import InputError
@@ -79,21 +80,21 @@ def final(
     moves: dict[str, Any] = {"storage": home, "data_dir": data_dir, "address": address}
     moves |= {name: share for name, share in asks.items() if share is not None}
     cases = [_case(folder, moves) for folder in exports]
-    asked = _settings(cases, seeds, images)
-    study, chosen = cases[0].study, asked["seeds"]
+    settings = _settings(cases, seeds, images)
+    study, chosen = cases[0].study, settings.seeds
     _prepared(cases)
     for case in cases:
-        line = announced(case, asked, len(looks(case.folder, asked)))
+        line = announced(case, settings, len(looks(case.folder, settings)))
         console.print(line, highlight=False, soft_wrap=True)
     with job_runner(study, debug=debug, concurrent=concurrent, console=console) as work:
         diverged = work("training", [Job(f"seed {seed}", train_seed, (cases, seed)) for seed in chosen])
-        asked["failed"] = {str(seed): why for seed, why in zip(chosen, diverged, strict=True) if why}
-        asked["trained"] = [seed for seed in chosen if str(seed) not in asked["failed"]]
-        if not asked["trained"]:
+        failed = {str(seed): why for seed, why in zip(chosen, diverged, strict=True) if why}
+        settings = replace(settings, failed=failed, trained=[seed for seed in chosen if str(seed) not in failed])
+        if not settings.trained:
             raise InputError(f"a final run needs a training that ends, but of {len(chosen)} none did: {diverged[0]}")
-        taken = {case.name: opened(case.folder, asked) for case in cases}
-        found = _judged(work, cases, asked)
-    table = table_of(cases, asked, taken, found)
+        taken = {case.name: note_opening(case.folder, settings) for case in cases}
+        found = _evaluated(work, cases, settings)
+    table = table_of(cases, settings, taken, found)
     for case in cases:
         write(case.folder / "final", only(table, case.name))
     if len(cases) > 1:
@@ -110,32 +111,29 @@ def train_seed(study: object, cases: Sequence[ExportedWinner], seed: int, tell: 
     return ""
 
 
-def judge_seed(study: object, cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell) -> dict[str, Any]:
-    """Judge what was trained with a seed, and the baselines beside it; the seed's fits are in the store."""
-    judged = contenders(cases, seed)
-    test_evaluator = _hearing(cases, seed, images, tell, steps=len(judged) * len(blocks(images)) + len(cases))
-    models = [
-        {
-            "export": contender.export,
-            "model": contender.name,
-            "threat": contender.threat,
-            "found": found,
-            "latency": test_evaluator.timed(contender).to_json() if contender.export else None,
-        }
-        for contender, found in zip(judged, test_evaluator.evaluate(judged), strict=True)
+def evaluate_seed(study: object, cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell) -> SeedResult:
+    """Attack what was trained with a seed, and the baselines beside it; the seed's fits are in the store."""
+    models = evaluated_models(cases, seed)
+    evaluator = _evaluator(cases, seed, images, tell, steps=len(models) * len(blocks(images)) + len(cases))
+    results = [
+        ModelResult(
+            export=model.export,
+            model=model.name,
+            threat=model.threat,
+            verdicts=verdicts,
+            latency=evaluator.timed(model) if model.export else None,
+        )
+        for model, verdicts in zip(models, evaluator.evaluate(models), strict=True)
     ]
-    own = {contender.export: contender for contender in judged if contender.export}
-    return {
-        "models": models,
-        "compared": {case.name: _compared(test_evaluator, case, own[case.name]) for case in cases},
-    }
+    own = {model.export: model for model in models if model.export}
+    return SeedResult(results, {case.name: _compared(evaluator, case, own[case.name]) for case in cases})
 
 
-def judge_export(study: object, case: ExportedWinner, images: int, tell: Tell) -> FinalVerdicts:
+def evaluate_export(study: object, case: ExportedWinner, images: int, tell: Tell) -> FinalVerdicts:
     """Do to the export itself, on the test split, what its search and audit did on validation images."""
-    test_evaluator = _hearing([case], case.study.seed, images, tell, steps=1)
-    device = test_evaluator.x_NCHW.device
-    contender = EvaluatedModel(
+    evaluator = _evaluator([case], case.study.seed, images, tell, steps=1)
+    device = evaluator.x_NCHW.device
+    model = EvaluatedModel(
         export=case.name,
         name=f"{case.study.defense} as it was exported",
         identity=case.identity,
@@ -145,10 +143,10 @@ def judge_export(study: object, case: ExportedWinner, images: int, tell: Tell) -
         attacker=case.attacker(device),
         substitute=case.resolved.substitute,
     )
-    return _compared(test_evaluator, case, contender)
+    return _compared(evaluator, case, model)
 
 
-def _hearing(cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell, steps: int) -> FinalEvaluator:
+def _evaluator(cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell, steps: int) -> FinalEvaluator:
     case = cases[0]
     runner = case.runner(case.study, seed)
     x_NCHW, y_N = splits.open_test(case.resolved.task.dataset, case.study.data_dir, images)
@@ -163,19 +161,19 @@ def _hearing(cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell
     )
 
 
-def _compared(test_evaluator: FinalEvaluator, case: ExportedWinner, contender: EvaluatedModel) -> FinalVerdicts:
-    aimed = case.runner(case.study, test_evaluator.seed).scorer.aimed(case.params)
-    return test_evaluator.compare(case, contender, aimed)
+def _compared(evaluator: FinalEvaluator, case: ExportedWinner, model: EvaluatedModel) -> FinalVerdicts:
+    aimed = case.runner(case.study, evaluator.seed).scorer.aimed(case.params)
+    return evaluator.compare(case, model, aimed)
 
 
-def _judged(work: RunJobs, cases: Sequence[ExportedWinner], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluated(work: RunJobs, cases: Sequence[ExportedWinner], settings: FinalSettings) -> FinalResults:
     """Return what each seed and each export itself kept."""
-    images, trained = asked["images"], asked["trained"]
-    pieces = [Job(f"seed {seed}", judge_seed, (cases, seed, images)) for seed in trained]
-    pieces += [Job(f"export {case.name}", judge_export, (case, images)) for case in cases]
-    found = work("on the test split", pieces)
-    own = {case.name: judged for case, judged in zip(cases, found[len(trained) :], strict=True)}
-    return {"seeds": found[: len(trained)], "exports": own}
+    images, trained = settings.images, settings.trained
+    jobs = [Job(f"seed {seed}", evaluate_seed, (cases, seed, images)) for seed in trained]
+    jobs += [Job(f"export {case.name}", evaluate_export, (case, images)) for case in cases]
+    found = work("on the test split", jobs)
+    own = {case.name: verdicts for case, verdicts in zip(cases, found[len(trained) :], strict=True)}
+    return FinalResults(found[: len(trained)], own)
 
 
 def _storage(loader: Path) -> str:
@@ -209,7 +207,7 @@ def _case(folder: Path, moves: Mapping[str, Any]) -> ExportedWinner:
     )
 
 
-def _settings(cases: Sequence[ExportedWinner], seeds: int, images: int | None) -> dict[str, Any]:
+def _settings(cases: Sequence[ExportedWinner], seeds: int, images: int | None) -> FinalSettings:
     """Return what a look at the test split looks at.
 
     Raises:
@@ -229,15 +227,15 @@ def _settings(cases: Sequence[ExportedWinner], seeds: int, images: int | None) -
         raise InputError(f"images must be from 1 to {sizes.test} of {first}'s test split, but is {images}")
     used = {case.study.seed + k for case in cases for k in (0, 1)}  # an audit's is its search's and one
     fresh = (seed for seed in range(FIRST_SEED, 2**32) if seed not in used)
-    return {
-        "dataset": first,
-        "images": images or sizes.test,
-        "of": sizes.test,
-        "train": sizes.train,
-        "validation": sizes.validation,
-        "seeds": list(islice(fresh, seeds)),
-        "code": fingerprint(source=code_digests(attacks.black_box.__name__)),
-    }
+    return FinalSettings(
+        dataset=first,
+        images=images or sizes.test,
+        of=sizes.test,
+        train=sizes.train,
+        validation=sizes.validation,
+        seeds=list(islice(fresh, seeds)),
+        code=fingerprint(source=code_digests(attacks.black_box.__name__)),
+    )
 
 
 def _prepared(cases: Sequence[ExportedWinner]) -> None:

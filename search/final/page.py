@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from attacks.threat import ThreatModel
 from search.final.evaluation import AUTOATTACK, FULL
 from search.final.table import COLUMNS, INTERVAL
-from search.formatting import counted, spoken_device
+from search.formatting import counted, points, spoken_device
 from search.storage.atomic import write_atomic
 
 Row = Mapping[str, Any]
@@ -50,15 +50,7 @@ def as_csv(table: Mapping[str, Any]) -> str:
         }
         for row in table["rows"]
     ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")  # object: whole numbers stay so
 
 
 def _models(table: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Row]]:
@@ -76,8 +68,8 @@ def _cells(rows: Mapping[str, Row], plus_minus: str, dash: str) -> list[str]:
     cells = []
     for what in COLUMNS:
         row = rows[what]
-        spread = "" if row["deviation"] is None else f" {plus_minus} {_percent(row['deviation'])}"
-        cells.append(f"{_percent(row['mean'])}{spread} [{_percent(row['low'])}{dash}{_percent(row['high'])}]")
+        spread = "" if row["deviation"] is None else f" {plus_minus} {points(row['deviation'])}"
+        cells.append(f"{points(row['mean'])}{spread} [{points(row['low'])}{dash}{points(row['high'])}]")
     timed = [row for row in rows.values() if row["figure"] == "latency_ms_p50"]
     devices = [f" ({spoken_device(row['device'])})" if len(timed) > 1 else "" for row in timed]
     return [*cells, ", ".join(f"{row['mean']:.3g}{on}" for row, on in zip(timed, devices, strict=True)) or dash]
@@ -140,7 +132,7 @@ def _rejections(table: Mapping[str, Any]) -> list[str]:
     lines = []
     for (export, model), rows in _models(table).items():
         if any(rows[what]["rejection"] for what in COLUMNS):
-            told = (f"{COLUMNS[w]} {_percent(rows[w]['rejection'])} ({_percent(rows[w]['error'])})" for w in COLUMNS)
+            told = (f"{COLUMNS[w]} {points(rows[w]['rejection'])} ({points(rows[w]['error'])})" for w in COLUMNS)
             lines.append(f"{model} {export} rejects, and accepts wrongly (in brackets), percent: {', '.join(told)}.")
     return ["\n".join(lines)] if lines else []
 
@@ -149,13 +141,13 @@ def _spoken_optimism(one: Mapping[str, Any]) -> str:
     lines = [f"{one['export']}, attacked accuracy under {ThreatModel(**one['threat'])}:"]
     for each in one["optimism"]:
         again, way = each["retrained"], "optimistic" if each["optimistic"] >= 0 else "pessimistic"
-        deviation = "" if again["deviation"] is None else f" ± {_percent(again['deviation'])}"
+        deviation = "" if again["deviation"] is None else f" ± {points(again['deviation'])}"
         lines.append(
             f"- the {each['by']}'s figure (suite {each['suite']}, {each['validation_images']} validation images) was "
-            f"{_percent(each['validation'])} %; the same attacks leave the same weights {_percent(each['test'])} % of "
-            f"{each['test_images']} test images: {way} by {_percent(abs(each['optimistic']))} points (95 % interval of "
-            f"the difference {_percent(each['low'])} to {_percent(each['high'])}). Retrained: "
-            f"{_percent(again['mean'])}{deviation} %."
+            f"{points(each['validation'])} %; the same attacks leave the same weights {points(each['test'])} % of "
+            f"{each['test_images']} test images: {way} by {points(abs(each['optimistic']))} points (95 % interval of "
+            f"the difference {points(each['low'])} to {points(each['high'])}). Retrained: "
+            f"{points(again['mean'])}{deviation} %."
         )
     return "\n".join(lines)
 
@@ -177,29 +169,19 @@ def _audited(one: Mapping[str, Any]) -> str:
     )
 
 
-SPECIAL = str.maketrans(
-    {c: f"\\{c}" for c in "_%&#${}"}
-    | {"\\": r"\textbackslash{}", "^": r"\^{}", "–": "--", "±": r"$\pm$", "~": r"\textasciitilde{}"}
-)
-
-
 def latex(table: Mapping[str, Any]) -> str:
     """Return the table as a LaTeX tabular that needs no package."""
-    heads = " & ".join(("model", *(f"{name} \\%" for name in COLUMNS.values()), "p50 ms"))
-    lines = [
-        " & ".join(cell.translate(SPECIAL) for cell in (f"{model} {export}".strip(), *_cells(rows, "±", "–"))) + r" \\"
-        for (export, model), rows in _models(table).items()
+    heads = ["model", *(f"{name} %" for name in COLUMNS.values()), "p50 ms"]
+    rows = [(f"{m} {export}".strip(), *_cells(rows, "±", "–")) for (export, m), rows in _models(table).items()]
+    styled = pd.DataFrame(rows, columns=heads).style.hide(axis="index")
+    styled = styled.format(escape="latex").format_index(escape="latex", axis="columns")
+    begin, head, *body, end = styled.to_latex(column_format="l" + "r" * (len(heads) - 1)).splitlines()
+    lines = [begin, r"\hline", head, r"\hline", *body, r"\hline", end]
+    said = f"Test split of {table['dataset']}, {len(table['trained'])} seeds; AutoAttack is white-box. {INTERVAL}."
+    notes = [
+        said,
+        *_warnings(table),
+        *([f"print this beside the table: {table['smaller']}"] if table["smaller"] else []),
     ]
-    seeds = len(table["trained"])
-    said = [f"Test split of {table['dataset']}, {seeds} seeds; AutoAttack is white-box. {INTERVAL}.", *_warnings(table)]
-    comments = [f"% {line}" for text in said for line in text.splitlines()]
-    body = [
-        "\\begin{tabular}{l" + "r" * (len(COLUMNS) + 1) + "}",
-        r"\hline",
-        heads + r" \\",
-        r"\hline",
-        *lines,
-        r"\hline",
-    ]
-    notes = [rf"% print this beside the table: {table['smaller']}"] if table["smaller"] else []
-    return "\n".join((*comments, *notes, *body, r"\end{tabular}")) + "\n"
+    comments = [f"% {line}" for text in notes for line in text.splitlines()]
+    return "\n".join((*comments, *(line.replace("–", "--").replace("±", r"$\pm$") for line in lines))) + "\n"

@@ -148,7 +148,7 @@ def train(cases: Sequence[ExportedWinner], seed: int, tell: Tell) -> None:
         before += mine
 
 
-def contenders(cases: Sequence[ExportedWinner], seed: int) -> list[EvaluatedModel]:
+def evaluated_models(cases: Sequence[ExportedWinner], seed: int) -> list[EvaluatedModel]:
     """Return the models of one seed, which are all in the store; a baseline of several exports comes once."""
     found = dict[str, EvaluatedModel]()
     for case in cases:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import mean, stdev
 from typing import Any
 
 from attacks.confidence import wilson
 from attacks.verdicts import Verdict
 from search.final.evaluation import AUTOATTACK, FULL, FinalVerdicts
+from search.final.results import FinalResults, FinalSettings, ModelResult
 from search.final.retraining import ExportedWinner
 from search.final.test_set_log import opened_beside
 from search.formatting import counted
@@ -29,35 +31,34 @@ INTERVAL = (
 )
 
 
-def announced(case: ExportedWinner, asked: Mapping[str, Any], look: int) -> str:
+def announced(case: ExportedWinner, settings: FinalSettings, look: int) -> str:
     """Return what is said before anything is trained; `look` is how often, with this time, the split is opened."""
     return (
-        f"{case.name}: {case.study.defense} on {case.study.label}, {counted(len(asked['seeds']), 'training')} on "
-        f"train + validation, judged on {asked['images']} of {asked['of']} test images"
+        f"{case.name}: {case.study.defense} on {case.study.label}, {counted(len(settings.seeds), 'training')} on "
+        f"train + validation, judged on {settings.images} of {settings.of} test images"
         f"{f'; for it this is look {look} at the test split' if look > 1 else ''}"
     )
 
 
 def table_of(
-    cases: Sequence[ExportedWinner], asked: Mapping[str, Any], looks: Mapping[str, Any], found: Mapping[str, Any]
+    cases: Sequence[ExportedWinner], settings: FinalSettings, looks: Mapping[str, Any], found: FinalResults
 ) -> dict[str, Any]:
     """Return the whole table, as JSON.
 
     Args:
-        asked: what was asked for, and the seeds that diverged.
+        settings: what the run looks at, and the seeds that diverged.
         looks: by export, the looks at the test split so far.
         found: what each seed and each export itself kept.
     """
-    seeds = found["seeds"]
-    models = [[seed["models"][place] for seed in seeds] for place in range(len(seeds[0]["models"]))]
+    models = list(zip(*(seed.models for seed in found.seeds), strict=True))
     return {
-        **asked,
+        **asdict(settings),
         "split": "test",
-        "trained_on": _trained_on(cases, asked),
-        "smaller": _smaller(cases, asked),
+        "trained_on": _trained_on(cases, settings),
+        "smaller": _smaller(cases, settings),
         "interval": INTERVAL,
         "exports": [_export(case, looks[case.name], found) for case in cases],
-        "rows": [row for each in models for row in _rows(each, asked)],
+        "rows": [row for each in models for row in _rows(each, settings)],
         "trails": [_trail(each) for each in models],
     }
 
@@ -69,40 +70,40 @@ def only(table: Mapping[str, Any], export: str) -> dict[str, Any]:
     return {**table, "exports": one, **mine}
 
 
-def _trail(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _trail(seeds: Sequence[ModelResult]) -> dict[str, Any]:
     """Return what each attack left of one model, mean over the seeds."""
-    trails = [seed["found"].trail for seed in seeds]
+    trails = [seed.verdicts.trail for seed in seeds]
     left = {name: mean(trail[name] for trail in trails) for name in trails[0]}
-    return {"export": seeds[0]["export"], "model": seeds[0]["model"], "accuracy_after": left}
+    return {"export": seeds[0].export, "model": seeds[0].model, "accuracy_after": left}
 
 
-def _rows(seeds: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rows(seeds: Sequence[ModelResult], settings: FinalSettings) -> list[dict[str, Any]]:
     """Return the figures of one model over the seeds."""
-    first, threat = seeds[0], seeds[0]["threat"]
-    named = {"export": first["export"], "model": first["model"], "norm": threat.norm, "eps": threat.eps}
+    first, threat = seeds[0], seeds[0].threat
+    named = {"export": first.export, "model": first.model, "norm": threat.norm, "eps": threat.eps}
     rows = []
     for what in COLUMNS:
-        verdicts = [seed["found"].verdicts[what] for seed in seeds]
+        verdicts = [seed.verdicts.verdicts[what] for seed in seeds]
         suite, _, knowledge = what.partition("/")
         row = {"figure": "accuracy", "suite": suite, "knowledge": knowledge, **spread([v.accuracy for v in verdicts])}
-        low, high = wilson(row["mean"], asked["images"])
+        low, high = wilson(row["mean"], settings.images)
         rows.append(
             {
                 **named,
                 **row,
                 "low": low,
                 "high": high,
-                "images": asked["images"],
+                "images": settings.images,
                 "draws": len(verdicts[0].right),
                 "worst_draw": min(v.worst for v in verdicts),
                 "error": mean(v.error for v in verdicts),
                 "rejection": mean(v.rejection for v in verdicts),
             }
         )
-    timed = [seed["latency"] for seed in seeds if seed["latency"]]
-    for device in dict.fromkeys(each["device"] for each in timed):  # seeds may have been judged on unlike nodes
+    timed = [seed.latency for seed in seeds if seed.latency]
+    for device in dict.fromkeys(each.device for each in timed):  # seeds may have been judged on unlike nodes
         for name in LATENCIES:
-            times = spread([each[name] for each in timed if each["device"] == device])
+            times = spread([getattr(each, name) for each in timed if each.device == device])
             rows.append({**named, "figure": f"latency_{name}", **times, "device": device})
     return rows
 
@@ -112,9 +113,9 @@ def spread(each: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean(each), "deviation": stdev(each) if len(each) > 1 else None, "each": list(each)}
 
 
-def _export(case: ExportedWinner, looks: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> dict[str, Any]:
-    known, own = case.evidence, found["exports"][case.name]
-    compared: list[FinalVerdicts] = [seed["compared"][case.name] for seed in found["seeds"]]
+def _export(case: ExportedWinner, looks: Sequence[Mapping[str, Any]], found: FinalResults) -> dict[str, Any]:
+    known, own = case.evidence, found.exports[case.name]
+    compared: list[FinalVerdicts] = [seed.compared[case.name] for seed in found.seeds]
     return {
         "export": case.name,
         "defense": case.study.defense,
@@ -172,20 +173,20 @@ def difference(one: float, n: int, other: float, m: int) -> tuple[float, float]:
     )
 
 
-def _trained_on(cases: Sequence[ExportedWinner], asked: Mapping[str, Any]) -> str:
-    counts = {case.study.train_images or asked["train"] for case in cases}
-    return f"{' or '.join(map(str, sorted(counts)))} training and all {asked['validation']} validation images"
+def _trained_on(cases: Sequence[ExportedWinner], settings: FinalSettings) -> str:
+    counts = {case.study.train_images or settings.train for case in cases}
+    return f"{' or '.join(map(str, sorted(counts)))} training and all {settings.validation} validation images"
 
 
-def _smaller(cases: Sequence[ExportedWinner], asked: Mapping[str, Any]) -> str:
+def _smaller(cases: Sequence[ExportedWinner], settings: FinalSettings) -> str:
     """Return in what a run is smaller than the whole; empty where it is not."""
     parts = []
-    if asked["images"] < asked["of"]:
-        parts.append(f"{asked['images']} of {asked['of']} test images were attacked")
-    if any((case.study.train_images or asked["train"]) < asked["train"] for case in cases):
+    if settings.images < settings.of:
+        parts.append(f"{settings.images} of {settings.of} test images were attacked")
+    if any((case.study.train_images or settings.train) < settings.train for case in cases):
         parts.append(
-            f"trained on {_trained_on(cases, asked)}, of {asked['train'] + asked['validation']} that there are"
+            f"trained on {_trained_on(cases, settings)}, of {settings.train + settings.validation} that there are"
         )
-    if len(asked["trained"]) < len(asked["seeds"]):
-        parts.append(f"{len(asked['seeds']) - len(asked['trained'])} of {len(asked['seeds'])} trainings diverged")
+    if len(settings.trained) < len(settings.seeds):
+        parts.append(f"{len(settings.seeds) - len(settings.trained)} of {len(settings.seeds)} trainings diverged")
     return f"a smaller run, which shows the way and proves nothing: {'; '.join(parts)}" if parts else ""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from search.final.results import FinalSettings
 from search.storage.atomic import write_atomic
 
 OPENED = "final/opened.json"
@@ -19,9 +19,9 @@ SAME = ("dataset", "images", "of", "seeds", "code")
 Look = dict[str, Any]
 
 
-def looks(folder: Path, asked: Mapping[str, Any]) -> list[Look]:
+def looks(folder: Path, settings: FinalSettings) -> list[Look]:
     """Return the looks for an export up to the one that is asked for, which comes last and may not be taken yet."""
-    path, this = folder / OPENED, {name: asked[name] for name in SAME}
+    path, this = folder / OPENED, {name: getattr(settings, name) for name in SAME}
     taken: list[Look] = json.loads(path.read_text()) if path.exists() else []
     for place, look in enumerate(taken):
         if {name: look[name] for name in SAME} == this:
@@ -29,10 +29,10 @@ def looks(folder: Path, asked: Mapping[str, Any]) -> list[Look]:
     return [*taken, this]
 
 
-def opened(folder: Path, asked: Mapping[str, Any]) -> list[Look]:
+def note_opening(folder: Path, settings: FinalSettings) -> list[Look]:
     """Note that the test split is opened for an export, unless it was for the same, and return the looks so far."""
     with FileLock(f"{folder / OPENED}.lock"):  # another run may be at the same export
-        found = looks(folder, asked)
+        found = looks(folder, settings)
         if "when" not in found[-1]:
             found[-1] = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **found[-1]}
             write_atomic(folder / OPENED, json.dumps(found, indent=1).encode())

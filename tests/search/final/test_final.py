@@ -48,12 +48,14 @@ from search.export.loader import FILES, SEAL, seal
 from search.final import evaluation, test_set_log
 from search.final import final_run as finals
 from search.final.evaluation import FinalEvaluator, FinalVerdicts
-from search.final.final_run import final, judge_export, train_seed
+from search.final.final_run import evaluate_export, final, train_seed
 from search.final.page import forms, page
-from search.final.retraining import ExportedWinner, contenders
+from search.final.results import FinalSettings, ModelResult
+from search.final.retraining import ExportedWinner, evaluated_models
 from search.final.table import COLUMNS, _rows
 from search.storage.atomic import write_atomic
 from search.storage.store import Store
+from search.study.candidate import Latency
 from search.study.study import Study
 from search.trial.device_lock import DeviceLock
 from search.trial.runner import TrialRunner, run_trial
@@ -215,7 +217,7 @@ def test_the_figures_come_back_by_hand_on_the_test_split(judged: Found, exported
     y_N = torch.from_numpy(np.load(folder / "y_test.npy")[:IMAGES].astype(np.int64))
     clean, fooled = [], []
     for seed in SEEDS:
-        target = cast(Defended, contenders(cases_of(exported), seed)[0].target)
+        target = cast(Defended, evaluated_models(cases_of(exported), seed)[0].target)
         x = x_NCHW.clone().requires_grad_()
         (slope,) = torch.autograd.grad(F.cross_entropy(target.classifier(x), y_N, reduction="sum"), x)
         attacked = (x_NCHW + 0.1 * slope.sign()).clamp(0, 1)
@@ -328,7 +330,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
 ) -> None:
     said = list[str]()
     (case,) = cases_of(exported)
-    contender = contenders([case], 1000)[1]
+    contender = evaluated_models([case], 1000)[1]
     heard = FinalEvaluator(
         *splits.open_test("digits", None, 3),
         7,
@@ -366,7 +368,7 @@ def test_workers_of_ray_do_the_same(judged: Found, exported: Path) -> None:
     with job_runner(cases[0].study, debug=False, concurrent=1, console=console) as work:
         pieces = [Job(f"seed {seed}", train_seed, (cases, seed)) for seed in SEEDS]
         assert work("training", pieces) == ["", ""]
-        (found,) = work("on the test split", [Job("export", judge_export, (cases[0], IMAGES))])
+        (found,) = work("on the test split", [Job("export", evaluate_export, (cases[0], IMAGES))])
         mark = cases[0].folder / "final" / "mark"
         with pytest.raises(ValueError, match="this one fails"):
             work("failing", [Job("one", fails, ()), Job("two", marks, (mark,)), Job("three", fails, ())])
@@ -391,20 +393,24 @@ def marks(study: Study, mark: Path, tell: Tell) -> None:
     mark.touch()
 
 
+def settings(seed: int) -> FinalSettings:
+    return FinalSettings(dataset="digits", images=4, of=4, train=8, validation=2, seeds=[seed], code="")
+
+
 def test_times_of_unlike_devices_are_no_mean() -> None:
     verdict = Verdict(torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool))
     found = FinalVerdicts(dict.fromkeys(COLUMNS, verdict), {}, {})
     seeds = [
-        {
-            "export": "e",
-            "model": "m",
-            "threat": ThreatModel("Linf", 0.1, "white-box"),
-            "found": found,
-            "latency": {"ms_p50": ms, "ms_p95": ms, "single_ms_p50": ms, "device": device},
-        }
+        ModelResult(
+            export="e",
+            model="m",
+            threat=ThreatModel("Linf", 0.1, "white-box"),
+            verdicts=found,
+            latency=Latency(ms, ms, ms, 0.0, device, 30),
+        )
         for ms, device in ((7.0, "A100"), (9.0, "A100"), (40.0, "T4"))
     ]
-    rows = [row for row in _rows(seeds, {"images": 4}) if row["figure"] == "latency_ms_p50"]
+    rows = [row for row in _rows(seeds, settings(0)) if row["figure"] == "latency_ms_p50"]
     assert [(row["device"], row["mean"]) for row in rows] == [("A100", 8.0), ("T4", 40.0)]
 
 
@@ -416,9 +422,9 @@ def test_two_runs_at_one_export_lose_no_look(tmp_path: Path, monkeypatch: pytest
         write_atomic(path, data)
 
     monkeypatch.setattr(test_set_log, "write_atomic", slowly)
-    asked = [{name: seed for name in test_set_log.SAME} for seed in range(3)]
+    asked = [settings(seed) for seed in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(partial(test_set_log.opened, tmp_path), asked))
+        list(pool.map(partial(test_set_log.note_opening, tmp_path), asked))
     assert len(json.loads((tmp_path / test_set_log.OPENED).read_text())) == 3
 
 
