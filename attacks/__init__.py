@@ -1,1 +1,1 @@
-"""What an attacker does: threat models, attacks, suites and the audit."""
+"""Threat models, attacks, suites and the audit."""

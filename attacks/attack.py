@@ -1,4 +1,4 @@
-"""One attack with its budget: it runs a class of torchattacks or ours, and what that returns is verified.
+"""An attack with its budget: runs an attack class of torchattacks or of this project and verifies its output.
 
 Shapes: N images, C channels, H x W pixels, K classes.
 """
@@ -14,21 +14,20 @@ import torchattacks
 from torch import Tensor, nn
 
 from attacks.algorithms.base import lengths
-from attacks.gradient_view import Opening, rows
+from attacks.gradient_view import BATCH, Opening, rows
 from attacks.seeding import Draws, reproducible
 from attacks.threat import Norm, ThreatModel
 from spaces.exceptions import InputError
 
-BATCH = 256
 ROWS = 2560
-"""How many images pass through a network at once with their gradients: an image's draws and candidates each count."""
+"""Most images in one forward and backward pass; each noise draw and each candidate of an image counts as one."""
 ROUNDING = 1e-6
-"""How far a pixel may lie outside its bounds before it is a fault: float32 rounds x + eps."""
+"""Tolerance on the bounds of a pixel, since float32 rounds x + eps."""
 BOTH: tuple[Norm, ...] = get_args(Norm)
 
 
 class AttackError(RuntimeError):
-    """An attack returned images outside its threat model."""
+    """Raised when an attack returns images outside its threat model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +35,19 @@ class Attack:
     """One attack of a suite.
 
     Args:
-        name: what tables call it.
-        family: the torchattacks class, or ours of it.
+        name: name shown in tables.
+        family: the attack class, of torchattacks or of this project.
         source: the paper.
-        steps: gradient steps, where the class takes them.
-        pace: the step size as a fraction of eps, where the class takes it.
-        targeted: towards a random wrong label, drawn from the seed.
+        steps: number of gradient steps; None where the class takes no such argument.
+        pace: step size as a fraction of eps; None where the class takes no such argument.
+        targeted: whether to aim at a random wrong label, drawn from the seed.
         settings: further arguments of the class, by name.
         portions: further arguments of the class that are fractions of eps, by name.
-        norms: in which it can be bounded.
-        unbounded: it keeps to no eps, but seeks the least perturbation in the L2 norm. Under an L2 threat model what
-            lies beyond eps is given up; under an L-inf one it stands beside the worst case and is no part of it.
-        through: the gradient sources that it is run through: `each`, the defense's `first`, or the `exact` model alone.
-        aims: it is made for defenses with this opening, and is run on no other.
+        norms: norms in which the attack can be bounded.
+        unbounded: whether the attack ignores eps and minimises the L2 norm of the perturbation. Under an L2 threat
+            model results beyond eps are discarded; under an L-inf one they are reported but not part of the worst case.
+        through: gradient sources to run through: `each`, the defense's `first`, or the `exact` model alone.
+        aims: attack surface that the attack targets; it is run only on defenses that have it.
     """
 
     name: str
@@ -65,12 +64,12 @@ class Attack:
     aims: Opening | None = None
 
     def __repr__(self) -> str:
-        """Return the budget; the class without its module, so that moving it leaves a fingerprint as it is."""
+        """Return the budget; the class without its module, so that moving it does not change a fingerprint."""
         given = {field.name: getattr(self, field.name) for field in fields(self)} | {"family": self.family.__name__}
         return f"Attack({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def options(self, threat: ThreatModel) -> dict[str, Any]:
-        """Return what the class is made with."""
+        """Return the arguments of the attack class under a threat model."""
         bound = {} if self.unbounded else {"eps": threat.eps}
         norm = {"norm": threat.norm} if self.norms == BOTH and not self.unbounded else {}
         steps = {} if self.steps is None else {"steps": self.steps}
@@ -79,13 +78,13 @@ class Attack:
         return {**bound, **norm, **pace, **steps, **portions, **dict(self.settings)}
 
     def budget(self, threat: ThreatModel) -> dict[str, Any]:
-        """Return all that a number under this attack needs beside it, as JSON."""
+        """Return everything that must be reported with a result of this attack, as JSON."""
         family = f"{self.family.__module__.partition('.')[0]}.{self.family.__name__}"
         norm = "L2, least, not bounded by eps" if self.exceeds(threat) else threat.norm
         return {"attack": self.name, "class": family, "norm": norm, **self.options(threat), "targeted": self.targeted}
 
     def spoken(self) -> str:
-        """Return the parameters in words, those that scale with eps as multiples of it."""
+        """Return the parameters as text; those that scale with eps as multiples of it."""
         pace = {} if self.pace is None else {"alpha": f"{self.pace:g} eps"}
         steps = {} if self.steps is None else {"steps": self.steps}
         portions = {name: f"{share:g} eps" for name, share in self.portions}
@@ -93,7 +92,7 @@ class Attack:
         return ", ".join(f"{name} {value}" for name, value in words.items())
 
     def exceeds(self, threat: ThreatModel) -> bool:
-        """Say whether its images may lie outside the threat model."""
+        """Return whether the attack's images may lie outside the threat model."""
         return self.unbounded and threat.norm == "Linf"
 
     def craft(
@@ -107,16 +106,16 @@ class Attack:
         ids_N: Tensor | None = None,
         stops: bool = False,
     ) -> Tensor:
-        """Return adversarial images of `x_NCHW`, each within the threat model.
+        """Return adversarial examples of `x_NCHW`, each within the threat model.
 
         Args:
-            model: what the attacker sees, logits out.
-            seed: of random starts, targets and the defense's noise.
-            ids_N: the images' numbers, on which alone their random starts and targets depend; else their places.
-            stops: see `attacks.tidy.Tidy`.
+            model: the attacker's view of the target; returns logits.
+            seed: seed of the random starts, the target classes and the defense's noise.
+            ids_N: ids of the images, which with the seed determine their random numbers; None: places in the batch.
+            stops: see `attacks.algorithms.base.CorrectedAttack`.
 
         Raises:
-            AttackError: the attack left the ball or [0, 1].
+            AttackError: the attack left the eps ball or [0, 1].
             InputError: the attack cannot be bounded in the threat model's norm.
         """
         if threat.norm not in self.norms:
@@ -146,7 +145,7 @@ class Attack:
             step_NCHW = torch.where(beyond_N111, 0, step_NCHW)
         moved = float(step_NCHW.abs().max() if threat.norm == "Linf" else lengths(step_NCHW).max())
         low, high = (float(edge) for edge in adversarial_NCHW.aminmax())
-        # Written so that a NaN is a fault too.
+        # Negated, so that NaN also raises.
         reach = 1.0 if self.exceeds(threat) else threat.eps * (1 + ROUNDING)
         if not (moved <= reach + ROUNDING and low >= -ROUNDING and high <= 1 + ROUNDING):
             raise AttackError(
@@ -156,7 +155,7 @@ class Attack:
 
 
 def wrong_labels(y_N: Tensor, classes: int, draws: Draws) -> Tensor:
-    """Return for each label another one, uniformly."""
+    """Return a wrong label for each image, drawn uniformly."""
     return (y_N + 1 + draws.below(classes - 1)) % classes
 
 

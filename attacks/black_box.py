@@ -1,4 +1,4 @@
-"""The black-box attacker: a substitute, trained on nothing but the classes that the defended classifier answers.
+"""Black-box attacker: trains a substitute on the class predictions of the defended classifier and attacks that.
 
 Shapes: N images, C channels, H x W pixels, K classes; images lie in [0, 1].
 """
@@ -19,8 +19,8 @@ from attacks.threat import ThreatModel
 from spaces.exceptions import InputError
 
 STEP = 0.1
-"""Of the Jacobian augmentation. Papernot et al. 2017 and CleverHans alternate its sign; minus, across the substitute's
-boundary, was the stronger attacker in all that was measured (docs/decisions.md)."""
+"""Step size of the Jacobian augmentation, in pixel units. Papernot et al. 2017 and CleverHans alternate its sign; the
+negative sign, which crosses the substitute's boundary, was stronger in every measurement (docs/decisions.md)."""
 
 
 QUERY_BATCH = 256
@@ -32,10 +32,10 @@ class BlackBoxAttacker:
     """A black-box attacker.
 
     Args:
-        x_NCHW: the images that it starts from; none of them is attacked.
-        build: makes its untrained substitute.
-        rounds: of augmentation.
-        asked: the model whose classes it asks for; None: the one that is attacked.
+        x_NCHW: the attacker's initial images; none of them is attacked.
+        build: returns an untrained substitute.
+        rounds: rounds of augmentation.
+        asked: the model whose classes are queried; None: the attacked model.
     """
 
     x_NCHW: Tensor
@@ -46,31 +46,31 @@ class BlackBoxAttacker:
     def craft(
         self, suite: Suite, target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int
     ) -> tuple[dict[str, Tensor], int]:
-        """Return the images of each of the suite's attacks on the substitute, and how many queries it took."""
+        """Return the adversarial examples of each attack of the suite on the substitute, and the number of queries."""
         substitute = self.substitute(target, seed)
         return craft_oblivious(suite, substitute.network, x_NCHW, y_N, threat, seed), substitute.queries
 
     def substitute(self, target: nn.Module, seed: int) -> Substitute:
-        """Return the substitute that is trained on the answers of the target, or of the model that is `asked`."""
+        """Return a substitute trained on the classes that the target, or the model `asked`, returns."""
         asked = target if self.asked is None else self.asked
         return train_substitute(asked, self.x_NCHW, self.build, rounds=self.rounds, step=-STEP, seed=seed)
 
 
 @dataclass(frozen=True)
 class Substitute:
-    """What the attacker ends with.
+    """A trained substitute.
 
     Args:
-        network: trained, in eval mode, frozen; attacks on it are tried on the target.
-        queries: images whose class the attacker asked for, rejected ones too.
-        agreement: share of the last round's answered images where it says what the target says; 0 where none was
-            answered. It was trained on them, and of unseen images the share may be less: on digits 0.97 both with a
-            step of -0.1, but 1.00 and 0.78 with one of 0.1.
+        network: the substitute, in eval mode, frozen; attacks on it are transferred to the target.
+        queries: number of images whose class the attacker queried, rejected ones included.
+        agreement: share of the accepted images, all of them training images, on which substitute and target
+            agree; 0 where none was accepted. On unseen images it may be lower: on digits 0.97 on both with a step of
+            -0.1, but 1.00 and 0.78 with a step of 0.1.
     """
 
     network: nn.Module
     queries: int
-    rank_correlation: float
+    agreement: float
 
 
 def train_substitute(
@@ -85,25 +85,25 @@ def train_substitute(
 ) -> Substitute:
     """Train a substitute for the target by Jacobian-based dataset augmentation.
 
-    The attacker asks for the class of the given images, trains, and then `rounds` times moves every answered image
-    along the Jacobian, asks for the class of the moved ones, and trains on all. This takes N * 2 ** rounds queries (150
-    images, 6 rounds: 9,600), fewer where images are rejected: of those the attacker learns just that, and neither
-    trains on them nor moves them. Reservoir sampling and a step whose sign changes every few rounds are left out.
+    The attacker queries the classes of its images and trains on them; then, `rounds` times, it moves every accepted
+    image along the Jacobian, queries the moved images and trains on all. This takes N * 2 ** rounds queries (150
+    images, 6 rounds: 9,600), fewer where images are rejected: these are neither trained on nor moved. Reservoir
+    sampling and a step whose sign changes every few rounds are left out.
 
-    Algorithm 1 says train(F, D): here as CleverHans 2 and Defense-GAN do, 10 epochs of a new Adam (1e-3, batch 128)
-    from where the round before ended. They stop one round earlier: their `data_aug=6` is `rounds=5` here.
+    Algorithm 1 only names train(F, D): as in CleverHans 2 and Defense-GAN, it is 10 epochs of a new Adam (1e-3, batch
+    128) that continue from the previous round's weights. They run a round less: their `data_aug=6` is `rounds=5` here.
 
     Args:
-        target: the whole pipeline, logits_NK from images in [0, 1]; with `accept` where it can reject. Its gradient is
-            never asked for.
-        x_NCHW: the attacker's own images, held out from all else; their labels are not needed.
-        build: makes the untrained substitute, of any architecture, that turns images into logits_NK.
+        target: the whole pipeline, logits_NK from images in [0, 1], with `accept` where it can reject. Its gradient is
+            not used.
+        x_NCHW: the attacker's own images, held out from everything else; no labels are needed.
+        build: returns the untrained substitute, of any architecture, that maps images to logits_NK.
         epochs: passes over the images in each round.
-        step: lambda, in pixel units of [0, 1]; above 0 towards the class that the target answered, as the paper has
-            it, below 0 away from it, over the boundary, which makes a much stronger attacker. On MNIST (a convolutional
-            target, two dense layers of 200 as the substitute) 0.1 agrees on 78 % of unseen images, -0.1 on 92 %; PGD-20
-            at eps 0.15 on it fools the target on 20 % and on 44 %.
-        seed: of the substitute's weights, the order of the images and the target's noise.
+        step: lambda, in pixel units of [0, 1]. Positive moves towards the class that the target returned, as in the
+            paper; negative moves away from it, over the boundary, which gives a much stronger attacker. On MNIST
+            (convolutional target, substitute of two dense layers of 200) 0.1 agrees with the target on 78 % of unseen
+            images, -0.1 on 92 %; PGD-20 at eps 0.15 on the substitute fools the target on 20 % and on 44 %.
+        seed: seed of the substitute's weights, the order of the images and the target's noise.
 
     Raises:
         InputError: fewer than 2 images, images outside [0, 1], or fewer than 0 rounds.
@@ -140,12 +140,12 @@ def train_substitute(
 def augmented(network: nn.Module, x_NCHW: Tensor, y_N: Tensor, step: float) -> Tensor:
     """Return x + lambda sgn(J_F[O(x)]) of each image, clipped to [0, 1].
 
-    J_F[y] is the gradient of the probability of y. That of its log-odds has the same signs, also where float32 rounds
-    the probability to 1 and its gradient to 0.
+    J_F[y] is the gradient of the probability of y. The gradient of its log-odds, used here, has the same signs and does
+    not vanish where float32 rounds the probability to 1.
 
     Args:
-        network: F, in eval mode, logits_NK out.
-        y_N: O(x), the target's answers.
+        network: F, in eval mode; returns logits_NK.
+        y_N: O(x), the classes that the target returned.
         step: lambda, in pixel units of [0, 1].
 
     Source: Papernot et al. 2017, the last step of each round of Algorithm 1.
@@ -161,7 +161,7 @@ def augmented(network: nn.Module, x_NCHW: Tensor, y_N: Tensor, step: float) -> T
 
 @torch.no_grad()
 def _ask(target: nn.Module, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the images that the target does not reject, and the class that it gives each."""
+    """Return the images that the target accepts, and their predicted classes."""
     accept = getattr(target, "accept", lambda x: torch.ones(len(x), dtype=torch.bool, device=x.device))
     answers, accepted = [], []
     for x in x_NCHW.split(QUERY_BATCH):
@@ -172,12 +172,12 @@ def _ask(target: nn.Module, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _train(network: nn.Module, x_NCHW: Tensor, y_N: Tensor, epochs: int) -> None:
-    """Train from where the network stands, and leave it in eval mode."""
+    """Continue training the network from its present weights, and leave it in eval mode."""
     adam = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     network.train()
     batches = -(-len(x_NCHW) // TRAIN_BATCH)
     for _ in range(epochs):
-        # Batches of even size: batch norm fails on one image that is left over.
+        # Batches of almost equal size: batch norm fails on a last batch of one image.
         for chosen in torch.randperm(len(x_NCHW)).to(x_NCHW.device).tensor_split(batches):
             adam.zero_grad()
             F.cross_entropy(network(x_NCHW[chosen]), y_N[chosen]).backward()

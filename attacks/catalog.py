@@ -1,4 +1,4 @@
-"""Every attack with the budget of the paper that it comes from."""
+"""All attacks, each with the budget of its paper."""
 
 from __future__ import annotations
 
@@ -119,4 +119,4 @@ MIXTURE = Attack(
 )
 
 ATTACKS: Mapping[str, Attack] = {attack.name: attack for attack in list(vars().values()) if isinstance(attack, Attack)}
-"""The attacks of this file by their names."""
+"""The attacks of this file, by name."""

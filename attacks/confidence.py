@@ -1,4 +1,4 @@
-"""How far a measured accuracy may lie from the true one."""
+"""Confidence intervals of measured accuracies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def wilson(successes_fraction: float, n: int) -> tuple[float, float]:
 
     Args:
         successes_fraction: the measured proportion, in [0, 1].
-        n: of how many; 0 tells nothing, and the interval is the whole of [0, 1].
+        n: number of samples; for 0 the interval is the whole of [0, 1].
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22, 1927.
     """

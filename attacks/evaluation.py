@@ -1,7 +1,7 @@
-"""Accuracy under attack, sample by sample: what a model says of each version of an image, and the verdict on it.
+"""Accuracy under attack, per sample: runs a suite on a model and records its outputs on every version of each image.
 
-Shapes: N images, C channels, H x W pixels, K classes, S columns of suspicion (none where nothing can be rejected), D
-draws of a stochastic defense's noise (one where there is none).
+Shapes: N images, C channels, H x W pixels, K classes, S detector scores (0 where nothing can be rejected), D draws of a
+stochastic defense's noise (1 where there is none). A version of an image is the clean one or an adversarial example.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from attacks.attack import BATCH, Attack
+from attacks.attack import Attack
 from attacks.black_box import BlackBoxAttacker
-from attacks.gradient_view import Gradient, Guarded, View, bare, gradients, limits, openings, stochastic
+from attacks.gradient_view import BATCH, Gradient, Guarded, View, bare, gradients, limits, openings, stochastic
 from attacks.seeding import reproducible
 from attacks.suites import Suite, craft_oblivious
 from attacks.threat import ThreatModel
@@ -51,23 +51,23 @@ def observe(
     standing_N: Tensor | None = None,
     start: int = 0,
 ) -> Observation:
-    """Attack a bare or defended classifier.
+    """Attack a bare or defended classifier and return its outputs on every version of the images.
 
-    A white-box attack sees only what the earlier ones left (of a stochastic defense: what they left in some draw),
-    except where images can be rejected: what one brings past one threshold another may bring past a stricter one.
+    A white-box attack is run only on images that are still classified correctly (in some draw, if the defense is
+    stochastic). Where images can be rejected it is run on all, since another attack may pass a stricter threshold.
 
     Args:
-        target: logits_NK from images in [0, 1]; with `accept` where it can reject.
-        oblivious: images of `craft_oblivious`, where they are at hand.
-        black_box: adversarial images of a substitute, where they are at hand.
-        attacker: trains a substitute and makes those images where they are not.
-        seed: of the attacks and of the defense's noise.
-        white_box: run the white-box attacks too where the threat model is another.
-        standing_N: the images to which white-box attacks keep, bool; None: all.
-        start: another number gives the white-box attacks other random starts; the defense's noise stays.
+        target: logits_NK from images in [0, 1], with `accept` where it can reject.
+        oblivious: images returned by `craft_oblivious`; None: craft them here.
+        black_box: adversarial examples of a substitute, if already crafted.
+        attacker: trains a substitute and crafts these examples on it, in place of `black_box`.
+        seed: seed of the attacks and of the defense's noise.
+        white_box: whether to run the white-box attacks under any threat model.
+        standing_N: mask of the images that white-box attacks are run on, bool; None: all.
+        start: added to the seed of the white-box attacks, to change their random starts but not the verdicts' noise.
 
     Raises:
-        InputError: images, labels or the model's answers are not what they must be.
+        InputError: the images, the labels or the model's outputs are invalid.
     """
     check(target, x_NCHW, y_N)
     suite = suite.within(threat)
@@ -113,16 +113,16 @@ def _white_box(
     start: int,
     standing_N: Tensor | None,
 ) -> dict[str, Seen]:
-    """Return the versions of the white-box attacks, each run on what the earlier versions left; see `observe`.
+    """Return the outputs under each white-box attack, run on images that withstood the earlier ones; see `observe`.
 
     Args:
-        earlier: the clean images, and the versions that were made before.
+        earlier: outputs on the clean images, then on the versions crafted before.
     """
     clean, seen = earlier[0], dict[str, Seen]()
     standing_DN = reduce(torch.logical_and, [one.right for one in earlier if one.bounded])
     rejects = clean.suspicion_DNS.shape[-1] > 0
     for attack, gradient in strikes(suite, target):
-        # An attack whose images may exceed the bound is no part of the worst case: it is run on all images.
+        # An attack whose images may exceed the bound is not part of the worst case, so it is run on all images.
         wanted_N = standing_DN.any(dim=0) | (rejects or attack.exceeds(threat))
         chosen = (wanted_N if standing_N is None else wanted_N & standing_N).nonzero().flatten()
         view = View(target, gradient, suite.draws if stochastic(target) else 1)
@@ -136,7 +136,7 @@ def _white_box(
 
 
 def strikes(suite: Suite, target: nn.Module) -> list[tuple[Attack, Gradient]]:
-    """Return the white-box attacks that apply to the target, each with the gradient source it is run through."""
+    """Return the white-box attacks that apply to the target, each with a gradient source to run it through."""
     sources = gradients(target)
     once: dict[str, tuple[Gradient, ...]] = {"each": (), "first": sources[:1], "exact": ("exact",)}
     applies = [attack for attack in suite.white_box if attack.aims is None or attack.aims in openings(target)]
@@ -146,7 +146,7 @@ def strikes(suite: Suite, target: nn.Module) -> list[tuple[Attack, Gradient]]:
 
 @torch.no_grad()
 def look(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int, looks: int = 1, *, bounded: bool = True) -> Seen:
-    """Return what a model says of images; noise is drawn from `seed`, anew for each of `looks` draws."""
+    """Return the model's outputs on the images, for `looks` successive draws of noise that start from `seed`."""
     rights, held = [], []
     with reproducible(target, seed):
         for _ in range(looks):
@@ -159,7 +159,7 @@ def look(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int, looks: int =
 
 @torch.no_grad()
 def check(target: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> None:
-    """Raise InputError where images, labels or the model's answers to the first images are not what they must be."""
+    """Raise InputError if the images, the labels or the model's outputs on the first images are invalid."""
     if x_NCHW.ndim != 4 or len(x_NCHW) != len(y_N) or len(y_N) == 0:
         raise InputError(
             f"images must be N x C x H x W with N labels, N at least 1, but are {_shape(x_NCHW)} with {_shape(y_N)}"
@@ -195,10 +195,10 @@ def _met(
     *,
     bounded: bool,
 ) -> Seen:
-    """Return what a model says of the images made of the chosen ones; the others stay as they were.
+    """Return the model's outputs with the chosen images replaced by adversarial examples and the others left clean.
 
-    What draws noise sees the whole batch, so that each draw's noise is the same for every version of an image: else an
-    image would fall to the number of its versions.
+    A stochastic defense gets the whole batch, so that in each draw all versions of an image share the same noise;
+    otherwise each further version would be another chance of an error.
     """
     if len(chosen) == 0:
         return replace(clean, bounded=bounded)

@@ -1,4 +1,4 @@
-"""What an attacker sees of a defended classifier: behaviour by wrapping a model, not by a flag in every attack.
+"""The attacker's view of a defended classifier, as a wrapper around the model rather than a flag in every attack.
 
 Shapes: N images, C channels, H x W pixels, K classes, R draws.
 """
@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 Gradient = Literal["exact", "bpda", "surrogate"]
 Opening = Literal["rejection", "choice", "latent", "mixture"]
-"""What an attack made for a defense aims at: its detectors; the choice between its candidates; the latent space that it
-decodes images from; a mixture of Gaussians in which it classifies."""
+"""Attack surface that an adaptive attack targets: the defense's detectors; the choice between its candidates; the
+latent space that it decodes images from; the Gaussian mixture in which it classifies."""
+
+
+BATCH = 256
+"""Images that pass through a model at once where no gradient is taken."""
 
 
 class Purifier(Protocol):
-    """What a view needs of a defense."""
+    """Interface that a view needs of a defense."""
 
     @property
     def gradients(self) -> tuple[Gradient, ...]: ...
@@ -40,22 +44,22 @@ class Purifier(Protocol):
 
 
 class Guarded(Protocol):
-    """What a view needs of a defended classifier."""
+    """Interface that a view needs of a defended classifier."""
 
     defense: Purifier
     classifier: nn.Module
 
 
 class View(nn.Module):
-    """A model whose forward is the defended one and whose gradient is the chosen one.
+    """A model with the forward pass of the defended classifier and the chosen gradient.
 
     Args:
-        target: a bare classifier, or a defended one.
-        gradient: `exact` differentiates through everything; `bpda` takes the identity for the purifier's gradient
-            (Athalye et al., Obfuscated Gradients, 2018, section 4.1); `surrogate` uses the defense's stand-in
-            forward and backward.
-        draws: how many draws of the noise are averaged, as one batch (expectation over transformation, ibid., 4.2).
-            Logits are averaged, so the loss is that of the mean prediction.
+        target: a bare or defended classifier.
+        gradient: `exact` differentiates through everything; `bpda` replaces the purifier's gradient by the identity
+            (Athalye et al., Obfuscated Gradients, 2018, section 4.1); `surrogate` uses the defense's differentiable
+            surrogate, forward and backward.
+        draws: noise draws to average, as one batch (expectation over transformation, ibid., 4.2). Logits are
+            averaged, so the loss is that of the mean prediction.
     """
 
     def __init__(self, target: nn.Module, gradient: Gradient = "exact", draws: int = 1) -> None:
@@ -69,11 +73,11 @@ class View(nn.Module):
         return self._drawn(self._once, x_NCHW)
 
     def suspicion(self, x_NCHW: Tensor) -> Tensor:
-        """Return the mean over the draws of what the defense holds against each image, NS."""
+        """Return the detector scores of each image, averaged over the draws, NS."""
         return self._drawn(cast(Guarded, self.target).defense.suspicion, x_NCHW)
 
     def strain(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
-        """Return the mean over the draws of the defense's `strain`, N."""
+        """Return the defense's `strain`, averaged over the draws, N."""
         defense = cast(Guarded, self.target).defense
         return self._drawn(lambda x: defense.strain(x, y_N.repeat(len(x) // len(y_N))), x_NCHW)
 
@@ -87,37 +91,37 @@ class View(nn.Module):
         return guarded.classifier(x_NCHW + moved_NCHW.detach())
 
     def _drawn(self, ask: Callable[[Tensor], Tensor], x_NCHW: Tensor) -> Tensor:
-        """Return the mean answer over the draws, asked for as one batch."""
+        """Return the mean output over the draws, computed as one batch."""
         if self.draws == 1:
             return ask(x_NCHW)
         return ask(x_NCHW.repeat(self.draws, 1, 1, 1)).unflatten(0, (self.draws, -1)).mean(dim=0)
 
 
 def bare(target: nn.Module) -> nn.Module:
-    """Return the classifier that a target defends, or the target where nothing defends it."""
+    """Return the classifier that a target defends, or the target itself if it has no defense."""
     return cast(Guarded, target).classifier if hasattr(target, "defense") else target
 
 
 def gradients(target: nn.Module) -> tuple[Gradient, ...]:
-    """Return the gradient sources that an attacker of `target` has."""
+    """Return the gradient sources available to an attacker of `target`."""
     return cast(Guarded, target).defense.gradients if hasattr(target, "defense") else ("exact",)
 
 
 def rows(model: nn.Module) -> int:
-    """Return how many images one image becomes on its way through a model."""
+    """Return the number of images that the model processes for each input image."""
     target = getattr(model, "target", model)
     each = cast(Guarded, target).defense.candidates_each if hasattr(target, "defense") else 1
     return int(getattr(model, "draws", 1)) * each
 
 
 def openings(target: nn.Module) -> tuple[Opening, ...]:
-    """Return what attacks made for the target's defense aim at."""
+    """Return the attack surfaces of the target's defense."""
     return cast(Guarded, target).defense.openings if hasattr(target, "defense") else ()
 
 
 @contextmanager
 def deepened(target: nn.Module, factor: int) -> Iterator[Purifier | None]:
-    """Run with so many times the steps of the optimisation that purifies; yield the defense, None where it has none."""
+    """Multiply the purifier's optimisation steps by `factor`; yield the defense, or None if it optimises nothing."""
     if not hasattr(target, "defense"):
         yield None
         return
@@ -127,10 +131,10 @@ def deepened(target: nn.Module, factor: int) -> Iterator[Purifier | None]:
 
 
 def stochastic(target: nn.Module) -> bool:
-    """Say whether the target draws noise at inference."""
+    """Return whether the target draws noise at inference."""
     return hasattr(target, "defense") and cast(Guarded, target).defense.stochastic
 
 
 def limits(target: nn.Module) -> Tensor:
-    """Return the thresholds of the target's suspicion, S: none where it rejects nothing."""
+    """Return the thresholds of the target's detector scores, S; empty where it rejects nothing."""
     return cast(Guarded, target).defense.limits() if hasattr(target, "defense") else torch.zeros(0)

@@ -1,8 +1,8 @@
-"""Thresholds swept exactly over what a model said: the whole risk-coverage curve, with no forward pass.
+"""Exact threshold sweep over stored model outputs: the whole risk-coverage curve, without a forward pass.
 
 Source: GMVAE, section 3.4: the thresholds "determine the risk to coverage trade-off for this selective classifier";
 El-Yaniv and Wiener, On the Foundations of Noise-free Selective Classification, 2010.
-Shapes: N images (each draw of a stochastic defense's noise counts as one), S columns of suspicion, V versions of each.
+Shapes: N images (each draw of a stochastic defense's noise counts as one), S detector scores, V versions of each image.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from attacks.verdicts import Observation
 
 Floats = NDArray[np.float64]
 GRID = 1000
-"""Settings of all columns but the last that are tried at most; the last is swept at every value."""
+"""Most combinations of thresholds tried on all scores but the last; on the last, every value is tried."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the thresholds, and what it costs and brings, as fractions of all images.
+    """One setting of the thresholds with its cost and error, as fractions of all images.
 
     Args:
         clean_rejection: clean images that are rejected.
-        attacked_error: images of which some version is accepted and wrong.
-        limits: the thresholds, in the order of the columns.
+        attacked_error: images with some version that is accepted and misclassified.
+        limits: the thresholds, in the order of the scores.
     """
 
     clean_rejection: float
@@ -37,10 +37,10 @@ class Point:
 
 
 def risk_coverage(found: Observation) -> list[Point]:
-    """Return the settings that none beats in both, the least clean rejection first.
+    """Return the Pareto-optimal settings, by increasing clean rejection.
 
-    The limits lie at suspicions of clean images, since others reject as many of them and err as often or more. Exact
-    for one column, and for two with up to `GRID` images; with more, the columns before the last are thinned.
+    Only scores of clean images are tried as thresholds: any other rejects as many of them, at no lower error. Exact for
+    one score, and for two with up to `GRID` images; otherwise the values of all scores but the last are thinned.
     """
     clean_NS = found.clean.suspicion_DNS.flatten(0, 1).double().cpu().numpy()
     images, columns = clean_NS.shape
@@ -64,23 +64,23 @@ def risk_coverage(found: Observation) -> list[Point]:
 
 
 def pick(front: Sequence[Point], budget: float) -> Point | None:
-    """Return the setting with the least attacked error that rejects at most `budget` of the clean images."""
+    """Return the setting with the lowest attacked error that rejects at most `budget` of the clean images."""
     return next((point for point in reversed(front) if point.clean_rejection <= budget), None)
 
 
 def _values(column_N: Floats, outer: int) -> Floats:
-    """Return the limits of one column that are tried: its values, thinned so that all columns keep within `GRID`."""
+    """Return the thresholds to try on one score: its values, thinned so that all combinations stay within `GRID`."""
     values: Floats = np.unique(column_N[np.isfinite(column_N)])
     most = max(1, int(GRID ** (1 / outer)))
     return values if len(values) <= most else np.quantile(values, np.linspace(0, 1, most), method="nearest")
 
 
 def _sweep(clean_NS: Floats, versions_NVS: Floats, wrong_NV: NDArray[np.bool_], outer: Sequence[float]) -> list[Point]:
-    """Return every setting of the last limit under fixed other ones."""
+    """Return every setting of the last threshold with the other ones fixed."""
     images = len(clean_NS)
     passes_N = (clean_NS[:, :-1] <= outer).all(axis=1) & np.isfinite(clean_NS[:, -1])
     wrong_NV = wrong_NV & (versions_NVS[:, :, :-1] <= outer).all(axis=2)
-    # The least limit at which some wrong version of an image is accepted.
+    # The lowest threshold at which some misclassified version of an image is accepted.
     last_NV = versions_NVS[:, :, -1]
     falls_N = np.where(wrong_NV & ~np.isnan(last_NV), last_NV, np.inf).min(axis=1)
     limits = np.unique(clean_NS[passes_N, -1])

@@ -1,4 +1,4 @@
-"""Random numbers and modes that leave no trace: an attack is reproducible, and changes neither model nor generators.
+"""Reproducible random numbers and model modes that leave models and global generators unchanged.
 
 Shapes: N images.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with every submodule in eval mode, and leave each in the mode that it had."""
+    """Run with every submodule in eval mode, and restore the mode of each."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -27,11 +27,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int | None = None) -> Iterator[None]:
-    """Run with torch's generators seeded, and leave them as they were; None: as they are."""
+    """Run with torch's generators seeded (None: not seeded), and restore their state."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         if seed is not None:
-            # torch.manual_seed writes down the whole stack, 0.3 ms a time, wherever CUDA is not in use.
+            # torch.manual_seed records the stack, 0.3 ms a call, wherever CUDA is not in use.
             torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed_all(seed)
@@ -40,19 +40,19 @@ def seeded(seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def reproducible(model: nn.Module, seed: int) -> Iterator[None]:
-    """Run with every submodule in eval mode and the generators seeded; leave modes and generators as they were."""
+    """Run with every submodule in eval mode and the generators seeded; restore modes and generators."""
     with seeded(seed), evaluating(model):
         yield
 
 
 class Draws:
-    """Random numbers of each image, by its number and the seed alone.
+    """Random numbers of each image, determined only by the image's id and the seed.
 
-    They depend neither on the images beside it nor on the device; torch's generators are not touched. Each call gives
-    new ones.
+    They do not depend on the rest of the batch or on the device, and torch's generators are not used. Each call returns
+    new numbers.
 
     Args:
-        ids_N: the images' numbers.
+        ids_N: ids of the images.
 
     Source: the mixing function is that of SplitMix64 (Steele, Lea and Flood, 2014), on a counter.
     """
@@ -62,7 +62,7 @@ class Draws:
         self.calls = 0
 
     def uniform(self, *shape: int) -> Tensor:
-        """Return numbers from 0 to below 1, (N, *shape)."""
+        """Return uniform numbers in [0, 1), (N, *shape)."""
         self.calls += 1
         cells = torch.arange(math.prod(shape), device=self.keys_N.device) + (self.calls << 32)
         bits = _mixed(self.keys_N[:, None] + cells * _GOLDEN)
@@ -73,11 +73,11 @@ class Draws:
         return math.sqrt(2) * torch.erfinv(2 * self.uniform(*shape) - 1 + 2**-24)
 
     def sign(self, *shape: int) -> Tensor:
-        """Return -1 or 1, (N, *shape)."""
+        """Return random signs, -1 or 1, (N, *shape)."""
         return torch.where(self.uniform(*shape) < 0.5, -1.0, 1.0)
 
     def below(self, high: int, *shape: int) -> Tensor:
-        """Return integers from 0 to below `high`, (N, *shape)."""
+        """Return uniform integers in [0, high), (N, *shape)."""
         return (self.uniform(*shape) * high).long()
 
 
@@ -85,7 +85,7 @@ _GOLDEN, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -77235922
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """Return 64 bits in which each given bit has changed about half."""
+    """Return 64-bit hashes in which each input bit changes about half of the bits."""
     bits = bits + _GOLDEN
     bits = (bits ^ ((bits >> 30) & 0x3FFFFFFFF)) * _FIRST
     bits = (bits ^ ((bits >> 27) & 0x1FFFFFFFFF)) * _SECOND

@@ -1,4 +1,4 @@
-"""The named suites of attacks: what is run together."""
+"""Named suites: attacks that are run together."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ from attacks.threat import ThreatModel
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Attacks that are run together; a sample is robust when it withstands all.
+    """Attacks that are run together; a sample is robust when it withstands all of them.
 
     Args:
-        oblivious: crafted on the bare classifier, or in the black-box threat model on the attacker's substitute, and
-            fed to whatever defends it.
-        white_box: crafted on the whole, through each gradient source; they follow on the oblivious ones.
-        transfer: the oblivious attacks of the white-box threat model, where those that look for the nearest image,
-            which fools no other model, would cost most; empty: `oblivious`.
-        draws: draws of a stochastic defense's noise in each gradient.
-        looks: draws of a stochastic defense's noise over which each verdict is taken.
-        eps: of the paper whose suite it is; None: the task's.
+        oblivious: attacks crafted on the bare classifier, or in the black-box threat model on the attacker's
+            substitute, and evaluated on the defended classifier.
+        white_box: attacks crafted on the defended classifier through its gradient sources, after the oblivious ones.
+        transfer: replaces `oblivious` under the white-box threat model where minimum-norm attacks, whose images do not
+            transfer, would dominate the cost; empty: `oblivious`.
+        draws: noise draws averaged in each gradient, for a stochastic defense.
+        looks: noise draws over which each verdict is taken, for a stochastic defense.
+        eps: perturbation budget of the suite's paper; None: the task's.
     """
 
     name: str
@@ -69,11 +69,11 @@ class Suite:
     transfer: tuple[Attack, ...] = ()
 
     def with_rungs(self) -> Suite:
-        """Return the suite with the oblivious attacks that score a training's rungs."""
+        """Return the suite with the oblivious attacks that give the intermediate scores for early stopping added."""
         return replace(self, oblivious=tuple(dict.fromkeys((*self.oblivious, *SUITES["quick"].oblivious))))
 
     def within(self, threat: ThreatModel) -> Suite:
-        """Return the suite as it is run under a threat model: with the attacks that can be bounded in its norm."""
+        """Return the suite as it is run under a threat model: only attacks that can be bounded in its norm."""
         blind = self.transfer if self.transfer and threat.knowledge == "white-box" else self.oblivious
         oblivious, white_box = (
             tuple(attack for attack in group if threat.norm in attack.norms) for group in (blind, self.white_box)
@@ -159,6 +159,6 @@ SUITES: Mapping[str, Suite] = {
 def craft_oblivious(
     suite: Suite, classifier: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int
 ) -> dict[str, Tensor]:
-    """Return the adversarial images of each oblivious attack: they depend on the bare classifier alone."""
+    """Return the adversarial examples of each oblivious attack; they depend only on the bare classifier."""
     attacks = suite.within(threat).oblivious
     return {attack.name: attack.craft(View(classifier), x_NCHW, y_N, threat, seed) for attack in attacks}

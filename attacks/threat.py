@@ -1,4 +1,4 @@
-"""Threat models: no robustness number stands without one."""
+"""Threat models; every robustness figure is stated under one."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Knowledge = Literal["oblivious", "black-box", "white-box"]
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What an attacker may do and knows.
+    """The attacker's perturbation budget and knowledge.
 
     Args:
-        norm: the norm of the perturbation.
-        eps: its bound, in pixel units of [0, 1].
-        knowledge: `oblivious` sees the bare classifier; `black-box` sees neither, but asks the defended classifier
-            for its classes and trains a substitute (attacks/black_box.py); `white-box` sees classifier and defense.
+        norm: norm of the perturbation.
+        eps: bound of the perturbation, in pixel units of [0, 1].
+        knowledge: `oblivious` sees the bare classifier; `black-box` sees neither model, but queries the classes of the
+            defended classifier and trains a substitute (attacks/black_box.py); `white-box` sees classifier and defense.
             What PuVAE, Defense-VAE and Defense-GAN call white-box is oblivious.
 
     Raises:
-        InputError: a value is outside its law.
+        InputError: a value is not legal.
     """
 
     norm: Norm

@@ -1,6 +1,6 @@
-"""What a model says of each version of an image, and the verdicts that follow.
+"""A model's outputs on each version of an image, and the verdicts derived from them.
 
-Shapes: D draws, N images, S columns of suspicion.
+Shapes: D draws of noise, N images, S detector scores. A version of an image is the clean one or an adversarial example.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from attacks.threat import ThreatModel
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model says of one version of each image: whether its class is right, bool_DN, and what is held against it.
+    """A model's outputs on one version of each image: whether the class is correct, bool_DN, and the detector scores.
 
-    An attack that spares an image leaves it as it was.
+    An image that an attack is not run on keeps its clean outputs.
 
     Args:
-        bounded: whether the version lies within the threat model; else it stands beside the worst case.
+        bounded: whether the version lies within the threat model; otherwise it is not part of the worst case.
     """
 
     right: Tensor
@@ -30,11 +30,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows for each image in each draw, bool_DN, and the shares of both; rejection never counts as accuracy.
+    """The verdict on each image in each draw, bool_DN, and the resulting rates; a rejection never counts as accuracy.
 
     Args:
-        right: every version is accepted and right.
-        wrong: some version is accepted and wrong.
+        right: every version is accepted and classified correctly.
+        wrong: some version is accepted and misclassified.
     """
 
     right: Tensor
@@ -58,25 +58,25 @@ class Verdict:
 
     @property
     def rejection(self) -> float:
-        """The share of images that are neither: some version is rejected, and none is accepted and wrong."""
+        """The share of images with neither verdict: some version is rejected, none is accepted and misclassified."""
         return share(~self.right & ~self.wrong)
 
     @property
     def worst(self) -> float:
-        """The accuracy in the worst of the draws."""
+        """The accuracy in the worst draw."""
         return float(self.right.double().mean(dim=1).min())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness:
-    """Verdicts on the clean images and on them with their attacked versions.
+    """Verdicts on the clean images, and on the clean images together with their adversarial examples.
 
     Args:
-        oblivious: with every version crafted on the bare classifier.
-        black_box: with every version crafted on the attacker's substitute; None where they were not.
-        white_box: with all others and the white-box ones; None where they were not run.
-        trail: accuracy after each attack, by `knowledge/attack`; white-box ones cumulative, others over all images.
-        queries: images whose class the black-box attacker asked for.
+        oblivious: verdict with all examples crafted on the bare classifier.
+        black_box: verdict with all examples crafted on the attacker's substitute; None where they were not crafted.
+        white_box: verdict with all of these and the white-box examples; None where they were not crafted.
+        trail: accuracy after each attack, by `knowledge/attack`; white-box ones cumulative, the others each alone.
+        queries: number of images whose class the black-box attacker queried.
     """
 
     threat: ThreatModel
@@ -103,7 +103,7 @@ class Robustness:
 
     @property
     def robust(self) -> Tensor:
-        """Whether the clean image is accepted and right, and every version of it right or rejected, bool_DN."""
+        """Whether the clean image is accepted and correct and no version is accepted and misclassified, bool_DN."""
         return self.clean.right & ~self.attacked.wrong
 
     @property
@@ -114,11 +114,11 @@ class Robustness:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """All that a model said. Verdicts under other limits need no other forward pass.
+    """All outputs of a model under attack; verdicts at other thresholds need no further forward pass.
 
     Args:
-        black_box, white_box: None where they were not run.
-        queries: images whose class the black-box attacker asked for.
+        black_box, white_box: None where these attacks were not run.
+        queries: number of images whose class the black-box attacker queried.
         limits_S: the model's own thresholds.
     """
 
@@ -131,7 +131,7 @@ class Observation:
     queries: int = 0
 
     def judge(self, limits_S: Tensor | None = None) -> Robustness:
-        """Return the verdicts under the model's own thresholds, or others."""
+        """Return the verdicts at the model's own thresholds, or at the given ones."""
         limits_S = self.limits_S if limits_S is None else limits_S
         clean, trail = Verdict.of(self.clean, limits_S), dict[str, float]()
 
@@ -161,7 +161,7 @@ class Observation:
 
     @property
     def versions(self) -> tuple[Seen, ...]:
-        """The clean images and their versions under the threat model."""
+        """The outputs on the clean images and on all versions within the threat model."""
         white_box = self.threat.knowledge == "white-box"
         blind = {} if self.threat.knowledge == "black-box" else self.oblivious
         dark = {} if self.threat.knowledge == "oblivious" else self.black_box or {}

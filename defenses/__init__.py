@@ -1,4 +1,4 @@
-"""The defenses: one file each, found by name. A file dropped in here works everywhere."""
+"""The defenses, one file each, found by name; a file added to this folder works everywhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spaces.exceptions import choose
 
 
 def names() -> list[str]:
-    """Return the name of every defense: its file's."""
+    """Return the names of all defenses, which are their file names."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 

@@ -1,7 +1,7 @@
-"""AdvAE: an auto-encoder in front of a frozen classifier, adversarially trained through both.
+"""AdvAE: an autoencoder in front of a frozen classifier, adversarially trained through both.
 
 Source: Li et al., Purifying Adversarial Perturbation with Adversarially Trained Auto-encoders, 2019.
-Shapes: N images, C channels, H x W pixels; I base models, whose adversarial images are a list of x_NCHW.
+Shapes: N images, C channels, H x W pixels; I base models, whose adversarial examples are a list of x_NCHW.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from spaces.exceptions import InputError
 from spaces.space import knob
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 512
-"""Share of the training images that is held out (section 4.1), and how many of them are attacked after an epoch."""
+"""Share of the training images held out (section 4.1), and how many of them at most are attacked after each epoch."""
 
 HALVE_AFTER, STOP_AFTER = 4, 10
-"""Epochs without better validation loss until the learning rate is halved, and until the end. Source: section 4.1."""
+"""Epochs without better validation loss before the learning rate is halved, and before the end. Source: section 4.1."""
 
 BASES = ("task", "advae-X", "advae-X+advae-A+advae-B")
 
@@ -56,7 +56,7 @@ class Train(Knobs):
 
 
 class AdvAE(Defense):
-    """Purify by an auto-encoder that was trained on white-box adversarial images, made anew in every step."""
+    """Purify by an autoencoder trained on white-box adversarial examples that are crafted anew in every step."""
 
     Train = Train
 
@@ -74,23 +74,23 @@ class AdvAE(Defense):
         return self.network(x_NCHW).sigmoid()
 
     def adversarial(self, x_NCHW: Tensor, y_N: Tensor, base: nn.Module) -> Tensor:
-        """Return the inner maximum of Eq. 7: PGD with a random start, through the auto-encoder and its base model.
+        """Return the inner maximum of Eq. 7: PGD with a random start, through the autoencoder and its base model.
 
-        Running statistics lag behind the weights: attacked through them the cnn ended in constant images on MNIST, at
-        the paper's learning rate, where it trained with the batch's.
+        Running statistics lag behind the weights: with them, the cnn collapsed to constant images on MNIST at the
+        paper's learning rate; with batch statistics it trained.
         """
         k = self.train_knobs
         pgd = torchattacks.PGD(Defended(self, base), eps=k.eps, alpha=k.pgd_step_size, steps=k.pgd_steps)
         with evaluating(self) if k.attack_statistics == "running" else _unrecorded(self):
-            return pgd.forward(x_NCHW, y_N)  # not called, which would put all parts in another mode
+            return pgd.forward(x_NCHW, y_N)  # calling `pgd` itself would change the parts' modes
 
     def losses(
         self, adversarial: Sequence[Tensor], x_NCHW: Tensor, y_N: Tensor, bases: Sequence[nn.Module]
     ) -> tuple[Tensor, Tensor]:
-        """Return the sums over base models of the adversarial cross-entropy and of D, Eq. 8; for one it is Eq. 7.
+        """Return the adversarial cross-entropy and D, each summed over base models, Eq. 8; for one model this is Eq. 7.
 
-        D is the mean sigmoid cross-entropy. One pass over all images of the step, so that BatchNorm is trained for
-        clean images too where lambda is 0.
+        D is the mean sigmoid cross-entropy. All images of the step share one forward pass, so that BatchNorm also
+        learns from clean images where lambda is 0.
         """
         *raw_INCHW, raw_NCHW = self.network(torch.cat((*adversarial, x_NCHW))).split(len(x_NCHW))
         ce_I = [F.cross_entropy(base(raw.sigmoid()), y_N) for base, raw in zip(bases, raw_INCHW, strict=True)]
@@ -126,7 +126,7 @@ class AdvAE(Defense):
         best.restore()
 
     def validation(self, x_NCHW: Tensor, y_N: Tensor, bases: Sequence[nn.Module]) -> float:
-        """Return the objective on held-out images, attacked alike after every epoch."""
+        """Return the objective on held-out images, attacked in the same way after every epoch."""
         k, total = self.train_knobs, torch.zeros((), device=x_NCHW.device)
         with reproducible(self, seed=0):
             for x, y in zip(x_NCHW.split(k.batch_size), y_N.split(k.batch_size), strict=True):
@@ -138,7 +138,7 @@ class AdvAE(Defense):
 
 
 class Best:
-    """The weights with the least validation loss so far, and the epochs since."""
+    """The weights with the lowest validation loss so far, and the number of epochs since."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -165,9 +165,9 @@ class Best:
 
 
 class AutoEncoder(nn.Module):
-    """The auto-encoder to raw_NCHW, the logits of its images. Source: section 4.1, MNIST.
+    """Autoencoder that returns raw_NCHW, the logits of the pixels. Source: section 4.1, MNIST.
 
-    The decoder up-samples (nearest neighbour) to the sizes that the encoder had, so that odd sizes come back.
+    The decoder up-samples (nearest neighbour) to the encoder's sizes, so that odd sizes are restored.
     """
 
     def __init__(self, channels: int, maps: int, levels: int) -> None:
@@ -183,7 +183,7 @@ class AutoEncoder(nn.Module):
 
     @staticmethod
     def check(levels: int, height: int, width: int) -> None:
-        """Raise an InputError where an image is too small to be halved after each block."""
+        """Raise an InputError if an image is too small to be halved after each block."""
         _check_side(f"an auto-encoder of {levels} blocks", 2**levels, height, width)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -197,10 +197,10 @@ class AutoEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """A U-Net to raw_NCHW, the logits of its images. Source: section 3.1; Ronneberger et al. 2015.
+    """U-Net that returns raw_NCHW, the logits of the pixels. Source: section 3.1; Ronneberger et al. 2015.
 
     Each level has twice the maps of the one above. 2 x 2 max pooling leads down; nearest-neighbour up-sampling to the
-    exact size of the lateral maps, which are concatenated, leads up.
+    exact size of the lateral maps, which are then concatenated, leads up.
     """
 
     def __init__(self, channels: int, maps: int, levels: int) -> None:
@@ -212,7 +212,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def check(levels: int, height: int, width: int) -> None:
-        """Raise an InputError where an image is too small to be halved between all levels."""
+        """Raise an InputError if an image is too small to be halved between all levels."""
         _check_side(f"a U-Net of {levels} levels", 2 ** (levels - 1), height, width)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class UNet(nn.Module):
 
 @contextmanager
 def _unrecorded(network: nn.Module) -> Iterator[None]:
-    """Run with each part in the mode that it has, and without a trace in BatchNorm's running statistics."""
+    """Run without updating BatchNorm's running statistics; the mode of each part is unchanged."""
     norms = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
     for norm in norms:
         norm.track_running_stats = False
@@ -240,7 +240,7 @@ def _unrecorded(network: nn.Module) -> Iterator[None]:
 
 
 class _Norm(nn.BatchNorm2d):
-    """BatchNorm that falls back on its running statistics where a batch has one value a channel."""
+    """BatchNorm that uses its running statistics if a batch has only one value per channel."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if x_NCHW.numel() > x_NCHW.shape[1]:
@@ -251,7 +251,7 @@ class _Norm(nn.BatchNorm2d):
 def _level(inputs: int, outputs: int) -> nn.Sequential:
     """Return two 3 x 3 convolutions with BatchNorm and ReLU.
 
-    Without BatchNorm (the paper does not say; the authors' code has none) a short training ends in constant images.
+    Without BatchNorm (not stated in the paper; absent in the authors' code) short training ends in constant images.
     """
     first, second = (nn.Conv2d(maps, outputs, 3, padding=1, bias=False) for maps in (inputs, outputs))
     return nn.Sequential(first, _Norm(outputs), nn.ReLU(), second, _Norm(outputs), nn.ReLU())

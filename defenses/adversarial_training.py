@@ -1,8 +1,8 @@
-"""Adversarial training: the classifier itself is trained on its own adversarial images; nothing is purified.
+"""Adversarial training: the classifier itself is trained on its own adversarial examples; nothing is purified.
 
-Sources: `fgsm` is Goodfellow et al., Explaining and Harnessing Adversarial Examples, 2014, section 6, with which PuVAE
-compares itself (IEEE Access 2019, Eq. 4); `pgd` is Madry et al., Towards Deep Learning Models Resistant to Adversarial
-Attacks, 2017, which AdvAE compares itself with as iterative adversarial training (sections 2.3 and 4.1, Eq. 4).
+Sources: `fgsm` is Goodfellow et al., Explaining and Harnessing Adversarial Examples, 2014, section 6, a baseline of
+PuVAE (IEEE Access 2019, Eq. 4); `pgd` is Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks,
+2017, a baseline of AdvAE under the name of iterative adversarial training (sections 2.3 and 4.1, Eq. 4).
 Shapes: N images, C channels, H x W pixels, K classes.
 """
 
@@ -50,7 +50,7 @@ class Train(Knobs):
 
 
 class AdversarialTraining(Defense):
-    """Classify by a network of the protected classifier's architecture, trained on the attacks that it then faces."""
+    """Classify by a network of the protected classifier's architecture, adversarially trained."""
 
     Train = Train
 
@@ -58,7 +58,7 @@ class AdversarialTraining(Defense):
         self.network = copy.deepcopy(classifier).requires_grad_(True)
 
     def attacked(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
-        """Return x + delta: AdvAE Eq. 4's inner maximum, as the attack finds it on the network as it is now."""
+        """Return x + delta: the inner maximum of AdvAE's Eq. 4, found by the attack on the current network."""
         k = self.train_knobs
         if k.attack == "fgsm":
             attack = torchattacks.FGSM(self.network, eps=k.eps)
@@ -68,7 +68,7 @@ class AdversarialTraining(Defense):
             return attack(x_NCHW, y_N)
 
     def loss(self, x_NCHW: Tensor, adversarial_NCHW: Tensor, y_N: Tensor) -> Tensor:
-        """Return the batch's mean of L(theta; x + delta, y), AdvAE Eq. 4; under fgsm with clean images, PuVAE Eq. 4."""
+        """Return the batch's mean of L(theta; x + delta, y), AdvAE Eq. 4; for fgsm with clean images, PuVAE Eq. 4."""
         adversarial = F.cross_entropy(self.network(adversarial_NCHW), y_N)
         if self.train_knobs.attack == "pgd":
             return adversarial
@@ -80,7 +80,7 @@ class AdversarialTraining(Defense):
         adam = torch.optim.Adam(self.parameters(), lr=k.learning_rate, fused=True)
         self.track(adam=adam)
         for number, epoch in enumerate(batches, start=batches.start):
-            if number == 0 and k.start == "scratch":  # within the epoch: its seed alone decides the weights
+            if number == 0 and k.start == "scratch":  # here, so that the weights follow from the epoch's seed
                 self._forget()
             self.train()
             total, images = torch.zeros((), device=batches.x_NCHW.device), 0

@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a task's images look like."""
+    """The shape of a task's images, and its number of classes."""
 
     channels: int
     height: int
@@ -30,11 +30,11 @@ class Shape:
 
 @dataclass
 class Batches:
-    """Training images that already lie on the device, served by the epoch.
+    """Training images on the device, served by epoch.
 
-    Iterating yields one iterator of (x_NCHW, y_N) for each epoch from `start` on. Order and noise of an epoch depend
-    on `seed` and the epoch's number alone, so that a fit which stopped goes on bit for bit. `boundary` is called
-    before each batch: there others may have the device for a while.
+    Iterating yields one iterator of (x_NCHW, y_N) per epoch from `start` on. An epoch's order and noise depend only on
+    `seed` and its number, so that a resumed fit is bit-identical. `boundary` is called before each batch, where other
+    processes may take the device; `once` returns the tensors of a function under a key, cached by the trainer.
     """
 
     x_NCHW: Tensor
@@ -64,25 +64,25 @@ class Batches:
 
 
 def halved(tensors: Tensors) -> Tensors:
-    """Return the tensors with floating point as float16, which keeps images in [0, 1] to 1 / 2048."""
+    """Return the tensors with floating point as float16, which is accurate to 1 / 2048 for images in [0, 1]."""
     return {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """A set of knobs; a defense's Train and Inference extend it."""
+    """A set of knobs; base class of a defense's Train and Inference."""
 
 
 class Defense(nn.Module):
     """A purifier with its knobs.
 
     A defense is one file: it declares its knobs in `Train` and `Inference`, builds its networks in `build`, and
-    implements `fit` and `purify`. The rest has defaults.
+    implements `fit` and `purify`. Everything else has a default.
 
     Args:
         train: train-time knobs; a change needs a new training.
-        inference: inference-time knobs; set anew on a stored fit with `at`.
-        shape: the task's images.
+        inference: inference-time knobs; `at` changes them on a stored fit.
+        shape: the shape of the task's images.
 
     Raises:
         InputError: the combination cannot be built.
@@ -93,7 +93,7 @@ class Defense(nn.Module):
     consults: ClassVar[Literal["target", "partner"]] = "target"
     """Which classifier `fit` gets: the protected one, or its partner architecture (PuVAE's source classifier)."""
     differentiable: ClassVar[bool] = True
-    """Whether a gradient flows through `purify`; where not, `surrogate` is overridden."""
+    """Whether a gradient flows through `purify`; if not, override `surrogate`."""
 
     def __init__(self, train: Mapping[str, Scalar], inference: Mapping[str, Scalar], shape: Shape) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Defense(nn.Module):
         self.build()
 
     def at(self, inference: Mapping[str, Scalar]) -> Self:
-        """Set the inference-time knobs; the weights stay."""
+        """Set the inference-time knobs; the weights are unchanged."""
         self.inference_knobs: Any = self.Inference(**inference)
         return self
 
@@ -120,25 +120,25 @@ class Defense(nn.Module):
 
     @property
     def descends(self) -> str | None:
-        """The inference knob that counts the steps of an optimisation in `purify`; None: there is none."""
+        """The inference knob with the number of optimisation steps in `purify`; None: it does not optimise."""
         return None
 
     @property
     def candidates_each(self) -> int:
-        """How many images `purify` makes of one, all of which pass through its networks at once."""
+        """Number of candidate images that `purify` computes for each image, all in one forward pass."""
         return 1
 
     @property
     def gradients(self) -> tuple[Gradient, ...]:
-        """The gradient sources that an attacker of this defense tries, the likely strongest first."""
+        """The gradient sources that an attacker of this defense tries, the probably strongest first."""
         if type(self).classify is not Defense.classify:
-            return ("exact",)  # what is classified is not what `purify` and `surrogate` return
+            return ("exact",)  # `classify` does not use the output of `purify` or `surrogate`
         own = type(self).surrogate is not Defense.surrogate
         return (*(("surrogate",) if own else ()), "bpda", *(("exact",) if self.differentiable else ()))
 
     @property
     def openings(self) -> tuple[Opening, ...]:
-        """What attacks made for this defense aim at, beside its gradient."""
+        """The attack surfaces that adaptive attacks target, besides the gradient."""
         kind = type(self)
         own = {
             "rejection": kind.rejects(),
@@ -150,29 +150,29 @@ class Defense(nn.Module):
     def build(self) -> None:
         """Build the networks from `self.train_knobs` and `self.shape`.
 
-        It also runs on torch's meta device, where tensors have no values, to check a setting before any training.
+        Also called on torch's meta device, where tensors have no values, to check a setting before any training.
 
         Raises:
-            InputError: the combination cannot be built; one line with the law and the value.
+            InputError: the combination cannot be built; one line with the requirement and the value.
         """
 
     def adopt(self, classifier: nn.Module) -> None:
-        """Take what the defense needs of the protected classifier's architecture; called once, after `build`.
+        """Set up parts that depend on the protected classifier's architecture; called once, after `build`.
 
-        A defense that retrains a classifier keeps a deep copy here; the given one must stay as it is.
+        A defense that retrains a classifier stores a deep copy here; the given classifier must not change.
         """
 
     def bases(self) -> tuple[str, ...]:
-        """Return the architectures whose classifiers `fit` gets as an nn.ModuleList; none: the one of `consults`."""
+        """Return the architectures whose classifiers `fit` gets as an nn.ModuleList; empty: the one of `consults`."""
         return ()
 
     def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
         """Train, yielding the metrics of each epoch.
 
         Args:
-            batches: one iterator of batches an epoch.
-            classifier: what the training may consult, frozen and in eval mode; for PuVAE the source classifier M_s.
-                An nn.ModuleList where `bases` names several.
+            batches: one iterator of batches per epoch.
+            classifier: the classifier used in training, frozen and in eval mode; for PuVAE the source classifier M_s.
+                An nn.ModuleList if `bases` names several.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is trained")
 
@@ -184,10 +184,10 @@ class Defense(nn.Module):
         return classifier(self.purify(x_NCHW))
 
     def suspicion(self, x_NCHW: Tensor) -> Tensor:
-        """Return what is held against each image, NS: a column for each inference knob that is a threshold, in order.
+        """Return the detector scores of each image, NS: one column per inference knob that is a threshold, in order.
 
-        An image is accepted where no column exceeds its knob. Another threshold so needs no other forward pass.
-        A defense that overrides `accept` alone has one column: 0 for what it accepts, 1 for what it rejects.
+        An image is accepted if no score exceeds its threshold, so another threshold needs no new forward pass. A
+        defense that only overrides `accept` has one score: 0 for accepted images, 1 for rejected ones.
         """
         if type(self).accept is Defense.accept:
             return x_NCHW.new_zeros((len(x_NCHW), 0))
@@ -200,7 +200,7 @@ class Defense(nn.Module):
 
     @classmethod
     def rejects(cls) -> bool:
-        """Say whether the defense can reject at all."""
+        """Return whether the defense can reject images."""
         return bool(cls.thresholds()) or cls.accept is not Defense.accept
 
     def limits(self) -> Tensor:
@@ -210,33 +210,33 @@ class Defense(nn.Module):
         return torch.tensor([float(getattr(self.inference_knobs, name)) for name in self.thresholds()])
 
     def accept(self, x_NCHW: Tensor) -> Tensor:
-        """Return a bool for each image: False rejects it."""
+        """Return a bool for each image; False means rejected."""
         suspicion_NS = self.suspicion(x_NCHW)
         return (suspicion_NS <= self.limits().to(suspicion_NS)).all(dim=1)
 
     def surrogate(self, x_NCHW: Tensor) -> Tensor:
-        """Return a differentiable stand-in for `purify`, for an attacker's gradient."""
+        """Return a differentiable approximation of `purify`, for an attacker's gradient."""
         return self.purify(x_NCHW)
 
     def strain(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
-        """Return how near an image is to being purified into another class than its label, N, differentiable.
+        """Return how close each image is to being purified into another class than its label, N, differentiable.
 
-        A defense that chooses between candidates of the classes says here by how much the label's is behind the best
-        other one; an attack raises it beside the cross-entropy.
+        A defense that chooses between candidates of the classes returns by how much the label's candidate is worse than
+        the best other one; an attack maximises it together with the cross-entropy.
         """
         raise NotImplementedError(f"{type(self).__name__} does not choose between candidates")
 
     def latent(self, x_NCHW: Tensor) -> Tensor:
-        """Return the latent vectors, NZ, from which images are generated; for an attack in the latent space."""
+        """Return the latent vectors, NZ, from which images are generated, for an attack in the latent space."""
         raise NotImplementedError(f"{type(self).__name__} has no latent space")
 
     def generate(self, z_NZ: Tensor) -> Tensor:
-        """Return the images of latent vectors."""
+        """Return the images generated from latent vectors."""
         raise NotImplementedError(f"{type(self).__name__} has no latent space")
 
     @contextmanager
     def deepened(self, factor: int) -> Iterator[bool]:
-        """Run with so many times the steps of the optimisation in `purify`; yield whether there is one."""
+        """Run with `factor` times the optimisation steps in `purify`; yield whether there are any."""
         own = self.inference_knobs
         if self.descends is not None:
             self.inference_knobs = replace(own, **{self.descends: factor * getattr(own, self.descends)})
@@ -246,10 +246,10 @@ class Defense(nn.Module):
             self.inference_knobs = own
 
     def track(self, **parts: Any) -> None:
-        """Keep what a resumed fit needs beside the weights: optimisers, schedulers, auxiliary networks.
+        """Register what a resumed fit needs besides the weights: optimisers, schedulers, auxiliary networks.
 
-        Each part has state_dict and load_state_dict; call this in `fit` before the first batch. Where the fit goes
-        on from a stored epoch, the parts get their stored state here.
+        Each part has state_dict and load_state_dict; call this in `fit` before the first batch. If the fit is resumed
+        from a stored epoch, the parts' stored state is loaded here.
         """
         for name, part in parts.items():
             if name in self._resumed:
@@ -257,17 +257,17 @@ class Defense(nn.Module):
         self._tracked.update(parts)
 
     def progress(self) -> dict[str, Any]:
-        """Return everything that `resume` needs to go on after this epoch."""
+        """Return the state that `resume` needs to continue after this epoch."""
         return {"weights": self.state_dict(), **{n: part.state_dict() for n, part in self._tracked.items()}}
 
     def resume(self, progress: Mapping[str, Any]) -> None:
-        """Take up the state that `progress` returned."""
+        """Load the state returned by `progress`."""
         self._resumed = dict(progress)
         self.load_state_dict(self._resumed.pop("weights"))
 
 
 class Defended(nn.Module):
-    """A classifier behind a defense, as one model: images in [0, 1] in, logits_NK out."""
+    """A classifier behind a defense, as one model: logits_NK from images in [0, 1]."""
 
     def __init__(self, defense: Defense, classifier: nn.Module) -> None:
         super().__init__()

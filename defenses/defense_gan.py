@@ -1,7 +1,7 @@
-"""Defense-GAN: project an image on the range of a generator of clean images, by descent on its latent vector.
+"""Defense-GAN: projects an image on the range of a generator of clean images, by gradient descent on its latent vector.
 
 Source: Samangouei et al., Defense-GAN: Protecting Classifiers Against Adversarial Attacks Using Generative Models, ICLR
-2018, as the PuVAE and Defense-VAE papers compare with it; training: Gulrajani et al., Improved Training of Wasserstein
+2018, as the PuVAE and Defense-VAE papers evaluate it; training: Gulrajani et al., Improved Training of Wasserstein
 GANs, 2017, Algorithm 1. "The code" is kabkabm/defensegan.
 Shapes: N images, C channels, H x W pixels, Z latent dimensions, R restarts, L step counts.
 """
@@ -22,7 +22,7 @@ from defenses.base import Batches, Defense, Knobs, Metrics
 from spaces.space import knob
 
 ROWS = 2560
-"""How many latent vectors descend at once, which bounds the memory: 128 images under 20 restarts."""
+"""Most latent vectors optimised at once, which bounds the memory: 128 images with 20 restarts."""
 
 DAMPING = 0.01
 """Damping of the surrogate's Gauss-Newton step, as a fraction of the mean of J^T J's diagonal."""
@@ -52,7 +52,7 @@ class Inference(Knobs):
 
 
 class DefenseGAN(Defense):
-    """Purify by the nearest image that the generator was found to make."""
+    """Purify by the nearest image found in the generator's range."""
 
     Train = Train
     Inference = Inference
@@ -71,10 +71,10 @@ class DefenseGAN(Defense):
         return int(self.inference_knobs.restarts)
 
     def build(self) -> None:
-        """Build the generator: a dense layer to 4 x 4, and transposed convolutions that double. Source: the code.
+        """Build the generator: a dense layer to 4 x 4, then transposed convolutions that double it. Source: the code.
 
-        28 pixels come from 4, 8 cropped to 7, 14; 32 from 4, 8, 16. Larger images take further layers of `maps`, as the
-        code's generator for 64 pixels does; smaller ones start below 4 x 4.
+        The sizes are 4, 8 cropped to 7, 14, 28, or 4, 8, 16, 32. Larger images get further layers of `maps`, like the
+        code's generator for 64 pixels; smaller ones start below 4 x 4.
         """
         k, s = self.train_knobs, self.shape
         doublings = max(3, math.ceil(math.log2(max(s.height, s.width) / 4)))
@@ -89,7 +89,7 @@ class DefenseGAN(Defense):
 
     def generate(self, z_NZ: Tensor) -> Tensor:
         """Return G(z), x_NCHW."""
-        # Channels last, as in the code: the descent is 1.6 times as fast this way round (CPU, 16 and 64 maps).
+        # Channels last, as in the code, makes the descent 1.6 times as fast (CPU, 16 and 64 maps).
         maps = self.dense(z_NZ).unflatten(1, (*self.sizes[0], -1)).movedim(-1, 1)
         for deconvolution, (height, width) in zip(self.deconvolutions, self.sizes[1:], strict=True):
             maps = deconvolution(F.relu(maps))[:, :, :height, :width]
@@ -98,7 +98,7 @@ class DefenseGAN(Defense):
     # Training: WGAN-GP, Algorithm 1.
 
     def critic(self, seed: int) -> nn.Module:
-        """Return a critic D that mirrors the generator, its initial weights drawn from `seed` alone."""
+        """Return a critic D that mirrors the generator, its initial weights drawn only from `seed`."""
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(reversed(self.widths)):
             layers += [nn.Conv2d(inputs, outputs, 5, stride=2, padding=2), nn.LeakyReLU(0.2)]
@@ -107,17 +107,17 @@ class DefenseGAN(Defense):
         return network
 
     def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
-        """Train generator and critic on the clean images; the classifier has no part in it.
+        """Train generator and critic on the clean images; the classifier is not used.
 
-        Every batch is a critic step, and every fifth (`critic_steps`) is followed by a generator step, counted over all
-        epochs: as in the code, one of the 200,000 iterations is a generator step and five critic batches of 50.
+        Every batch is a critic step, and every fifth one (`critic_steps`), counted over all epochs, is followed by a
+        generator step. As in the code, each of 200,000 iterations is a generator step and five critic batches of 50.
         """
         k, betas = self.train_knobs, (self.train_knobs.beta_1, 0.9)
         critic = self.critic(batches.seed).to(batches.x_NCHW.device)
         adam_g = torch.optim.Adam(self.parameters(), lr=k.learning_rate, betas=betas, fused=True)
         adam_d = torch.optim.Adam(critic.parameters(), lr=k.learning_rate, betas=betas, fused=True)
         self.track(critic=critic, adam_g=adam_g, adam_d=adam_d)
-        # Where a resumed fit starts follows from the epoch, so that the count needs no state of its own.
+        # The step count of a resumed fit follows from the epoch and needs no stored state.
         steps = count(1 + batches.start * math.ceil(len(batches.x_NCHW) / batches.batch_size))
         for epoch in batches:
             self.train()
@@ -144,7 +144,7 @@ class DefenseGAN(Defense):
     def losses(self, critic: nn.Module, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the means of D(x) and D(G(z)), and the gradient penalty, for the critic. Source: Alg. 1.
 
-        The norm is over the whole image, as there; in the code it is over one axis alone.
+        As in the paper, the gradient's norm is over the whole image; in the code it is over one axis only.
         """
         with torch.no_grad():
             fake_NCHW = self.generate(self._noise(x_NCHW))
@@ -155,7 +155,7 @@ class DefenseGAN(Defense):
         return real_N.mean(), fake_N.mean(), (slope_NCHW.flatten(1).norm(dim=1) - 1).pow(2).mean()
 
     def _noise(self, x_NCHW: Tensor, *each: int) -> Tensor:
-        """Return latent vectors from N(0, I) for each image, one or a set."""
+        """Return latent vectors from N(0, I) for each image: one, or an array of shape `each`."""
         sizes = (len(x_NCHW), *each, self.train_knobs.latent)
         return torch.randn(sizes, device=x_NCHW.device, dtype=x_NCHW.dtype)
 
@@ -170,8 +170,8 @@ class DefenseGAN(Defense):
     def latents(self, x_NCHW: Tensor, at: Sequence[int]) -> Tensor:
         """Return the best latent vector of each image after each number of steps in `at`, z_LNZ.
 
-        Best is the least error over all restarts and all steps so far; the code takes the best restart of the last
-        step. Nothing depends on L: the code means to divide the rate by ten after 0.8 L steps, but never counts them.
+        Best means the lowest error over all restarts and all steps so far; the code takes the best restart of the last
+        step. Steps do not depend on L: the code means to divide the rate by ten after 0.8 L steps, but never counts.
         """
         k, images = self.inference_knobs, max(1, ROWS // self.inference_knobs.restarts)
         start_NRZ = k.spread * self._noise(x_NCHW, k.restarts)
@@ -192,19 +192,19 @@ class DefenseGAN(Defense):
             if step in at:
                 found[step] = best_NRZ[images_N, best_NR.argmin(dim=1)]
             if step < last:
-                # Each error falls by its own z alone, so that no image feels another.
+                # Each error depends only on its own z, so that images are independent.
                 (slope_NRZ,) = torch.autograd.grad(error_NR, z_NRZ, torch.ones_like(error_NR))
                 velocity_NRZ = k.momentum * velocity_NRZ + slope_NRZ
                 z_NRZ = z_NRZ - k.rate * velocity_NRZ
         return torch.stack([found[step] for step in at])
 
     def latent(self, x_NCHW: Tensor) -> Tensor:
-        """Return z* of the projection, NZ; no gradient flows through its descent."""
+        """Return z* of the projection, NZ; no gradient flows through the descent."""
         return self.latents(x_NCHW, [self.inference_knobs.steps])[0]
 
     @torch.no_grad()
     def trajectory(self, x_NCHW: Tensor, at: Sequence[int]) -> Tensor:
-        """Return what `purify` would after each number of steps in `at`, x_LNCHW, from one descent.
+        """Return the output of `purify` after each number of steps in `at`, x_LNCHW, from one descent.
 
         Args:
             at: numbers of steps, 0 for the best random start; they may exceed the knob `steps`.
@@ -212,14 +212,14 @@ class DefenseGAN(Defense):
         return torch.stack([self.generate(z_NZ) for z_NZ in self.latents(x_NCHW, at)])
 
     def purify(self, x_NCHW: Tensor) -> Tensor:
-        """Return the projection on the generator's range: G(z) of the least error over R descents of L steps."""
+        """Return the projection on the generator's range: G(z) of the lowest error over R descents of L steps."""
         return self.trajectory(x_NCHW, [self.inference_knobs.steps])[0]
 
     def surrogate(self, x_NCHW: Tensor) -> Tensor:
-        """Return the projection with the gradient of an exact one: on the tangent of the generator's range.
+        """Return the projection with the gradient of an exact one, along the tangent of the generator's range.
 
-        The value is G(z*), that of `purify`. With J = dG/dz at z*, the derivative is J (J^T J + damping)^-1 J^T: one
-        Gauss-Newton step from z*, differentiated. A plain step's, J J^T, favours the directions in which G is steep.
+        The value is G(z*), as in `purify`. With J = dG/dz at z*, the derivative is J (J^T J + damping)^-1 J^T: that of
+        one Gauss-Newton step from z*. The derivative of a gradient step, J J^T, favours directions in which G is steep.
         """
         (z_NZ,) = self.latents(x_NCHW, [self.inference_knobs.steps])
         gram_NZZ = torch.func.vmap(self._gram, chunk_size=max(1, ROWS // self.train_knobs.latent))(z_NZ).detach()
@@ -237,10 +237,10 @@ class DefenseGAN(Defense):
 
 
 def _initialise(network: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw weights by Glorot's rule, those of convolutions sqrt(2) as wide; zero biases. Source: the code."""
+    """Draw weights by Glorot's rule, with sqrt(2) times the range for convolutions; zero biases. Source: the code."""
     for part in network.modules():
         if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            # A stride of 2 divides the fan on the side of the larger maps by 4: in going up, out going down.
+            # A stride of 2 divides the fan of the larger maps' pixels by 4: fan-in going up, fan-out going down.
             outer, inner = part.weight.shape[:2]
             fans = 2 * (inner + outer) if isinstance(part, nn.Linear) else 25 * (inner + outer / 4)
             nn.init.uniform_(part.weight, -math.sqrt(12 / fans), math.sqrt(12 / fans), generator=generator)

@@ -1,4 +1,4 @@
-"""Defense-VAE: a VAE that maps an adversarial image to the clean one behind it; no label, no search, one pass.
+"""Defense-VAE: a VAE that maps an adversarial image to its clean version in one pass, without a label or a search.
 
 Source: Li and Ji, Defense-VAE, 2018 (arXiv 1812.06570), sections 2.2 and 4.1, Table 6; "the code" is its authors',
 lxuniverse/defense-vae. Shapes: N images, V adversarial versions of each, C channels, H x W pixels, L latent dimensions.
@@ -16,37 +16,27 @@ from itertools import islice, pairwise
 from typing import Any, Literal
 
 import torch
-import torchattacks
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.algorithms.carlini_wagner import CW
-from attacks.algorithms.deepfool import DeepFool
-from attacks.algorithms.rand_fgsm import RandFGSM
-from attacks.attack import BATCH
-from attacks.gradient_view import Gradient
+from attacks.gradient_view import BATCH, Gradient
 from attacks.seeding import reproducible
 from defenses.base import Batches, Defense, Knobs, Metrics, Tensors
 from spaces.exceptions import InputError
 from spaces.space import Condition, knob
 
 EPS = {"paper": (0.25, 0.3, 0.35, 0.4), "code": (0.2, 0.25, 0.3, 0.35)}
-"""Of FGSM and of RAND+FGSM, in pixel units of [0, 1]. Source: section 4.1, and the code."""
-ALPHA = 0.05
-"""RAND+FGSM's random step, in pixel units of [0, 1]. Source: Table 1."""
-CW_RATES = (6.0, 8.0, 10.0, 12.0)
-"""CW's learning rates. Source: section 4.1."""
-DEEPFOOL = {"steps": 50, "overshoot": 0.02}
-"""Of DeepFool's one version (inferred: section 4.2 names no setting); these are its authors' defaults."""
+"""Values of eps of FGSM and RAND+FGSM, in pixel units of [0, 1]. Source: section 4.1, and the code."""
+ALPHA = 0.05  # RAND+FGSM's random step, in pixel units of [0, 1]. Source: Table 1
+CW_RATES = (6.0, 8.0, 10.0, 12.0)  # CW's learning rates. Source: section 4.1
+DEEPFOOL = {"steps": 50, "overshoot": 0.02}  # defaults of its authors (inferred: section 4.2 names no setting)
 ATTACKS = ("fgsm+rand+cw", "fgsm+rand", "fgsm+cw", "rand+cw", "fgsm+rand+deepfool", "fgsm+rand+cw+clean")
-"""The paper's; those of Table 2, whose third is untrained; and, not the paper's, with the clean image itself."""
+"""The paper's; Table 2's, with an attack left out or DeepFool for CW; and ours, with the clean image itself."""
 WITH_CW: Condition = {"attacks": tuple(named for named in ATTACKS if "cw" in named)}
 RETRAINED: Condition = {"variant": ("rec", "e2e")}
 END_TO_END: Condition = {"variant": ("e2e",)}
-EDGE = 0.01
-"""How near to 0 and 1 a bn_relu pixel counts: the BCE of 0 and 1 is infinite; nearer than this it did not train."""
-
+EDGE = 0.01  # bn_relu pixels are clamped this far from 0 and 1, where the BCE is infinite; with less it did not train
 Phase = Literal["vae", "rec", "e2e"]
 
 
@@ -58,9 +48,7 @@ class Train(Knobs):
         "who classifies: the protected classifier, a copy retrained on reconstructions, or one tuned end to end",
     )
     attacks: str = knob(
-        "fgsm+rand+cw",
-        CategoricalDistribution(ATTACKS),
-        "whose images are mapped to clean ones, section 4.1",
+        "fgsm+rand+cw", CategoricalDistribution(ATTACKS), "whose images are mapped to clean ones, section 4.1"
     )
     eps_set: str = knob("paper", CategoricalDistribution(tuple(EPS)), "whose eps FGSM and RAND+FGSM have")
     eps_scale: float = knob(1.0, FloatDistribution(0.01, 2.0), "factor on these eps and on alpha; below 1 for colour")
@@ -109,11 +97,7 @@ class Inference(Knobs):
 
 
 class DefenseVAE(Defense):
-    """Purify by decoding the mean of q(z | x_hat).
-
-    The epochs are spent in up to three phases: the VAE alone (Eq. 4); for REC and E2E a copy of the protected
-    classifier, from the protected weights on (inferred), on reconstructions; for E2E then both together (Eq. 5).
-    """
+    """Purify by decoding the mean of q(z | x_hat)."""
 
     Train = Train
     Inference = Inference
@@ -125,28 +109,26 @@ class DefenseVAE(Defense):
 
     @property
     def gradients(self) -> tuple[Gradient, ...]:
-        return ("exact",) if self.retrains else ("bpda", "exact")  # BPDA would ask the protected classifier
+        return ("exact",) if self.retrains else ("bpda", "exact")  # BPDA would use the protected classifier
 
     def build(self) -> None:
-        """Build Table 6, for other sizes as it implies.
+        """Build the networks of Table 6, adapted to other image sizes.
 
-        Stride-2 layers follow until the longer side is at most 4: three at 28 and 32 pixels, one at 8, five at 128;
-        widths double up to 4 `maps`. The first one's padding makes up for what the halvings do not divide, as the
-        table's 3 does (28 -> 16), and the decoder mirrors it. For CelebA and CIFAR-10 the paper is "1 or 2 layers
-        deeper": the size gives 64 pixels one, `deeper` gives any size more (inferred: of stride 1).
+        Stride-2 layers follow until the longer side is at most 4; widths double up to 4 `maps`; the decoder mirrors it.
+        For CelebA and CIFAR-10 the paper is "1 or 2 layers deeper": a side of 64 adds one, `deeper` adds more.
         """
         k, channels, sides = self.train_knobs, self.shape.channels, (self.shape.height, self.shape.width)
-        depth = max(1, math.ceil(math.log2(max(sides) / 4)))
+        depth = max(1, math.ceil(math.log2(max(sides) / 4)))  # 3 at 28 and 32 pixels, 1 at 8, 5 at 128
         self.size = tuple(math.ceil(side / 2**depth) for side in sides)
         lacking = [2**depth * small - side for small, side in zip(self.size, sides, strict=True)]
         first = tuple(math.ceil(lack / 2) + 1 for lack in lacking), tuple(lack % 2 for lack in lacking)
         encoder, decoder = [*_layer(nn.Conv2d(channels, k.maps, 5, 1, 2, bias=False))], list[nn.Module]()
         widths = [k.maps, *(k.maps * min(2**i, 4) for i in range(depth))]
         for i, (thin, wide) in enumerate(pairwise(widths)):
-            pad, uneven = ((1, 1), (0, 0)) if i else first
+            pad, uneven = ((1, 1), (0, 0)) if i else first  # `first` pads what the strides do not divide: 3 at 28 -> 16
             encoder += _layer(nn.Conv2d(thin, wide, 4, 2, pad, bias=False))
             decoder = [*_layer(nn.ConvTranspose2d(wide, thin, 4, 2, pad, uneven, bias=False)), *decoder]
-        for _ in range(k.deeper):
+        for _ in range(k.deeper):  # inferred: of stride 1
             encoder += _layer(nn.Conv2d(widths[-1], widths[-1], 3, 1, 1, bias=False))
             decoder = [*_layer(nn.ConvTranspose2d(widths[-1], widths[-1], 3, 1, 1, bias=False)), *decoder]
         decoder.append(nn.ConvTranspose2d(k.maps, channels, 5, 1, 2, bias=False))
@@ -170,10 +152,8 @@ class DefenseVAE(Defense):
         if self.retrains:
             self.own = copy.deepcopy(classifier).requires_grad_(True)
 
-    # Training: sections 2.2 and 4.1.
-
     def pairs(self, batches: Batches, classifier: nn.Module) -> Batches:
-        """Return batches of adversarial images, float16, and of the index of the clean image behind each."""
+        """Return batches of adversarial images, float16, each with the index of its clean image."""
         forms = versions(self.train_knobs)
         x_hat_VNCHW = batches.x_NCHW.new_empty((len(forms), *batches.x_NCHW.shape), dtype=torch.float16)
         for x_hat_NCHW, (family, options) in zip(x_hat_VNCHW, forms, strict=True):
@@ -184,7 +164,7 @@ class DefenseVAE(Defense):
         return replace(batches, x_NCHW=x_hat_VNCHW.flatten(0, 1), y_N=index_VN)
 
     def phase(self, epoch: int) -> Phase:
-        """Return what an epoch, counted from 0, trains."""
+        """Return what an epoch (from 0) trains: the VAE, Eq. 4; in rec and e2e then a copy; in e2e then both, Eq. 5."""
         return "vae" if epoch < self.rec_from else "rec" if epoch < self.e2e_from else "e2e"
 
     def encode(self, x_NCHW: Tensor, together: bool = False) -> tuple[Tensor, Tensor]:
@@ -197,23 +177,19 @@ class DefenseVAE(Defense):
         return _through(self.decoder, F.relu(self.fc3(z_NL)).unflatten(1, (-1, *self.size)), together)
 
     def emit(self, raw_NCHW: Tensor) -> Tensor:
-        """Return the image in [0, 1] of what `decode` returned."""
+        """Return the image in [0, 1] from the output of `decode`."""
         return raw_NCHW.sigmoid() if self.train_knobs.last_layer == "sigmoid" else raw_NCHW.clamp(0, 1)
 
     def losses(self, phase: Phase, x_hat_NCHW: Tensor, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
-        """Return the loss of a phase, BCE, KL and cross-entropy: summed over an image, averaged over the batch.
-
-        Terms that the phase does not use are 0. Source: Eq. 4 with one draw of z; Eq. 5; for REC the cross-entropy of
-        the copy on reconstructions.
-        """
+        """Return a phase's loss, BCE, KL and cross-entropy (unused: 0), summed over an image, batch-averaged, 4."""
         k, none = self.train_knobs, x_NCHW.new_zeros(())
         if phase == "rec":
             with torch.no_grad():
                 rebuilt_NCHW = self.rebuild(x_hat_NCHW)
-            ce = F.cross_entropy(self.own(rebuilt_NCHW), y_N)
+            ce = F.cross_entropy(self.own(rebuilt_NCHW), y_N)  # of the copy, on reconstructions
             return torch.stack((ce, none, none, ce))
         mu_NL, log_var_NL = self.encode(x_hat_NCHW)
-        raw_NCHW = self.decode(mu_NL + torch.randn_like(mu_NL) * (log_var_NL / 2).exp())
+        raw_NCHW = self.decode(mu_NL + torch.randn_like(mu_NL) * (log_var_NL / 2).exp())  # one draw of z
         if k.last_layer == "sigmoid":
             bce_NCHW = F.binary_cross_entropy_with_logits(raw_NCHW, x_NCHW, reduction="none")
         else:
@@ -221,7 +197,7 @@ class DefenseVAE(Defense):
         bce = bce_NCHW.flatten(1).sum(1).mean()
         kl = (mu_NL**2 + log_var_NL.exp() - log_var_NL - 1).sum(1).mean() / 2
         ce = F.cross_entropy(self.own(self.emit(raw_NCHW)), y_N) if phase == "e2e" else none
-        return torch.stack((bce + k.kl_weight * kl + k.lambda_ce * ce, bce, kl, ce))
+        return torch.stack((bce + k.kl_weight * kl + k.lambda_ce * ce, bce, kl, ce))  # Eq. 4; with ce, Eq. 5
 
     def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
         k, x_NCHW, y_N = self.train_knobs, batches.x_NCHW, batches.y_N
@@ -230,14 +206,14 @@ class DefenseVAE(Defense):
         if self.retrains:
             groups.append({"params": list(self.own.parameters()), "lr": k.rec_learning_rate})
             if batches.start == 0:
-                self.own.load_state_dict(classifier.state_dict())
-        adam = torch.optim.Adam(groups, fused=True)  # it passes over those whom a phase gives no gradient
+                self.own.load_state_dict(classifier.state_dict())  # inferred: start from the protected weights
+        adam = torch.optim.Adam(groups, fused=True)  # skips the weights without a gradient in a phase
         self.track(adam=adam)
         pairs = self.pairs(batches, classifier)
         steps = math.ceil(k.epoch_share * len(pairs.x_NCHW) / batches.batch_size)
         for number, epoch in enumerate(pairs, start=batches.start):
             phase = self.phase(number)
-            self.train(phase != "rec")  # then the VAE stands still, its running statistics too
+            self.train(phase != "rec")  # there the VAE is fixed, its running statistics too
             if phase == "rec":
                 self.own.train()
             sums_4, images = torch.zeros(4, device=x_NCHW.device), 0
@@ -250,15 +226,13 @@ class DefenseVAE(Defense):
                 images += len(clean_N)
             yield dict(zip(("loss", "bce", "kl", "ce"), (sums_4 / images).tolist(), strict=True))
 
-    # Inference: Figure 3.
-
     @property
     def together(self) -> bool:
-        """Whether the batch norms use the batch's own statistics at inference; see `_through`."""
+        """Whether batch norms use the batch's own statistics at inference; see `_through`."""
         return bool(self.inference_knobs.bn_eval == "batch")
 
     def rebuild(self, x_NCHW: Tensor, together: bool = False) -> Tensor:
-        """Return the image decoded from z = mu; `together`: see `_through`."""
+        """Return the image decoded from z = mu, Figure 3; `together`: see `_through`."""
         return self.emit(self.decode(self.encode(x_NCHW, together)[0], together))
 
     def purify(self, x_NCHW: Tensor) -> Tensor:
@@ -275,7 +249,13 @@ class DefenseVAE(Defense):
 
 
 def versions(k: Train) -> list[tuple[Any, dict[str, float]]]:
-    """Return the attacks that make an image's V adversarial versions, with their options. Source: sections 4.1, 4.2."""
+    """Return the attacks that craft an image's V adversarial versions, with options. Source: sections 4.1, 4.2."""
+    import torchattacks  # only a training needs it and what is made of it
+
+    from attacks.algorithms.carlini_wagner import CW
+    from attacks.algorithms.deepfool import DeepFool
+    from attacks.algorithms.rand_fgsm import RandFGSM
+
     eps = [k.eps_scale * eps for eps in EPS[k.eps_set]]
     forms: dict[str, list[tuple[Any, dict[str, float]]]] = {
         "fgsm": [(torchattacks.FGSM, {"eps": e}) for e in eps],
@@ -288,7 +268,7 @@ def versions(k: Train) -> list[tuple[Any, dict[str, float]]]:
 
 
 def _craft(attack: Any, classifier: nn.Module, batches: Batches, salt: int) -> Tensors:
-    """Return one adversarial version of every training image, against its true label."""
+    """Return one adversarial version of every training image, crafted against its true label."""
     made = []
     with reproducible(classifier, batches.seed + salt), torch.enable_grad():
         for x_NCHW, y_N in zip(batches.x_NCHW.split(BATCH), batches.y_N.split(BATCH), strict=True):
@@ -302,7 +282,7 @@ def _layer(convolution: nn.Conv2d | nn.ConvTranspose2d) -> tuple[nn.Module, nn.M
 
 
 def _through(layers: nn.Sequential, maps_NCHW: Tensor, together: bool = False) -> Tensor:
-    """Run the layers; `together` normalises by the batch's own statistics and leaves the running ones as they are."""
+    """Run the layers; `together` normalises by the batch's own statistics and does not update the running ones."""
     for layer in layers:
         if together and isinstance(layer, nn.BatchNorm2d):
             maps_NCHW = F.batch_norm(maps_NCHW, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)

@@ -1,7 +1,7 @@
-"""GMVAE: a VAE with one Gaussian a class in its latent space; it classifies by the nearest mean and rejects the rest.
+"""GMVAE: a VAE with one Gaussian per class in latent space; it classifies by the nearest mean and rejects outliers.
 
 Source: Ghosh, Losalka and Black, Resisting Adversarial Attacks Using Gaussian Mixture Variational Autoencoders, AAAI
-2019. Shapes: N images, C channels, H x W pixels, K classes, L latent dimensions, 2 columns of suspicion.
+2019. Shapes: N images, C channels, H x W pixels, K classes, L latent dimensions, 2 detector scores.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from spaces.exceptions import InputError
 from spaces.space import knob
 
 THREE_SIGMA = 0.9973
-"""Share of a normal variable within three sigma: the chi-square quantile beyond which section 3.4 rejects."""
+"""Share of a normal variable within three sigma; section 3.4 rejects beyond the chi-square quantile at it."""
 LOGIT_SCALE = 5.0
-"""Logits per squared distance: at its own mean a class leads by 10. It is no knob and not alpha: a search that scales
-the logits would saturate the attacker's softmax and so hide the gradient."""
+"""Logits per squared distance: at its own mean a class leads by 10. It is neither a knob nor alpha: a search over the
+scale of the logits would saturate the attacker's softmax and so mask the gradient."""
 RIDGE = 1e-3
-"""Share of its mean variance that keeps a class's covariance invertible where latent dimensions lie idle (inferred)."""
+"""Share of the mean variance added to a class's covariance: unused dimensions would make it singular (inferred)."""
 PIXELS = 2**21
-"""How many pixels are decoded at once in reclassification: some 2 GB with the paper's maps."""
+"""Most pixels decoded at once in reclassification: about 2 GB with the paper's maps."""
 RECLASSIFIED = {"reclassify": (True,)}
 ENC, DEC = FloatDistribution(0.0, 1e9), FloatDistribution(-10.0, 1e9)
 
@@ -76,7 +76,7 @@ class Inference(Knobs):
 
 
 class GMVAE(Defense):
-    """Classify by the nearest mean, and reject what lies far from it or is reconstructed badly.
+    """Classify by the nearest mean, and reject images that lie far from it or are badly reconstructed.
 
     The encoder is the classifier; the protected one is not used.
     """
@@ -111,7 +111,7 @@ class GMVAE(Defense):
         self.to_latent = nn.Sequential(nn.Linear(features, k.dense), nn.ReLU(), nn.Linear(k.dense, latent))
         self.from_latent = nn.Sequential(nn.Linear(latent, k.dense), nn.ReLU(), nn.Linear(k.dense, features), nn.ReLU())
         for part in self.parameters():
-            # Under PyTorch's own start the decoder long emits the mean image, and few labels teach nothing.
+            # With PyTorch's default, the decoder long returns the mean image, and training on few labels fails.
             nn.init.zeros_(part) if part.ndim == 1 else nn.init.kaiming_normal_(part, nonlinearity="relu")
         self.quantile = float(chdtri(latent, 1 - THREE_SIGMA))
         self.register_buffer("means_KL", torch.eye(s.classes, latent))
@@ -121,7 +121,7 @@ class GMVAE(Defense):
 
     def encode(self, x_NCHW: Tensor) -> Tensor:
         """Return f(x), the mean of Q(z|x), NL. Source: section 3.3."""
-        # Convolutions are about 1.2 times as fast this way round (CPU, training and inference).
+        # Channels last makes convolutions about 1.2 times as fast (CPU, training and inference).
         return self.to_latent(self.down(x_NCHW.contiguous(memory_format=torch.channels_last)).flatten(1))
 
     def decode(self, z_NL: Tensor) -> Tensor:
@@ -144,9 +144,9 @@ class GMVAE(Defense):
 
         Source: Eq. 7 where the label is known, else Eq. 3 under the mixture. Eq. 7's second term is -log of a Gaussian
         around mu_y of variance 1 / (2 alpha), up to a constant; so the mixture's is minus the log-sum-exp of such
-        terms (inferred; the default alpha makes sigma 1/3, as in the first author's ParthaEth/DeepClustering). Known
-        and unknown labels are averaged apart (inferred): else the many unlabelled images settle on one mean (digits,
-        ten labels a class: 9 against 84 % right).
+        terms (inferred; the default alpha makes sigma 1/3, as in the first author's ParthaEth/DeepClustering). Images
+        with and without labels are averaged separately (inferred): otherwise the many unlabelled ones collapse to one
+        mean (digits, ten labels per class: 9 instead of 84 % correct).
         """
         f_NL = self.encode(x_NCHW)
         epsilon_NL = self.train_knobs.latent_variance**0.5 * torch.randn_like(f_NL)
@@ -176,7 +176,7 @@ class GMVAE(Defense):
             yield {"loss": rc + prior, "rc": rc, "prior": prior}
 
     def seen(self, y_N: Tensor) -> Tensor:
-        """Return the labels with -1 in place of those that the training does not see."""
+        """Return the labels, with -1 for those that are hidden in training."""
         if self.train_knobs.labels_per_class == 0:
             return y_N
         place_N = F.one_hot(y_N, self.shape.classes).cumsum(dim=0).gather(1, y_N[:, None])[:, 0]
@@ -184,9 +184,9 @@ class GMVAE(Defense):
 
     @torch.no_grad()
     def calibrate(self, batches: Batches) -> None:
-        """Keep each class's covariance around its mean and the spread of the errors, on all training images.
+        """Store each class's covariance around its mean and the mean and spread of the errors, on all training images.
 
-        Codes are free of noise, as at inference; an image whose label is not seen counts for the nearest mean.
+        Codes have no noise, as at inference; an image with a hidden label is assigned to the nearest mean.
         """
         outer_KLL, images_K, errors = torch.zeros_like(self.precision_KLL), torch.zeros_like(self.means_KL[:, 0]), []
         for x_NCHW, y_N in zip(batches.x_NCHW.split(512), batches.y_N.split(512), strict=True):
@@ -199,7 +199,7 @@ class GMVAE(Defense):
             outer_KLL += torch.einsum("nkl,nm->klm", member_NK[:, :, None] * off_NL[:, None], off_NL)
             images_K += member_NK.sum(dim=0)
         covariance_KLL = outer_KLL / images_K.clamp(min=1)[:, None, None]
-        # The floor is for a class without images: whatever is taken for it is rejected.
+        # The floor is for a class without images: every image assigned to it is rejected.
         ridge_K = (RIDGE * covariance_KLL.diagonal(dim1=1, dim2=2).mean(dim=1)).clamp(min=1e-9)
         eye_LL = torch.eye(off_NL.shape[1]).to(off_NL)
         self.precision_KLL.copy_(torch.linalg.inv(covariance_KLL + ridge_K[:, None, None] * eye_LL))
@@ -220,16 +220,16 @@ class GMVAE(Defense):
     def suspicion(self, x_NCHW: Tensor) -> Tensor:
         """Return the distance and the reconstruction error, N2, in the units of tau_enc and tau_dec.
 
-        With `reclassify` they are those of z* where f(x) is doubted. The paper doubts what tau_enc and tau_dec reject,
-        and applies them again to z*. Here two knobs of their own, at the paper's values, say what is doubted: so the
-        columns, the class and the latency do not depend on the thresholds, which stay exact to sweep.
+        With `reclassify`, they are those of z* where f(x) is doubted. The paper doubts what tau_enc and tau_dec reject,
+        and applies them to z* again. Here two further knobs, with the paper's values, decide what is doubted, so that
+        scores, class and latency do not depend on the thresholds, which can still be swept exactly.
         """
         return self._columns(x_NCHW, self.codes(x_NCHW))
 
     def codes(self, x_NCHW: Tensor) -> Tensor:
         """Return z_NL: f(x), or with `reclassify` z* in its place where f(x) is doubted.
 
-        The gradient is f's in either case, straight through the search: an attacker always has one.
+        The gradient is that of f in both cases (straight-through over the search), so that an attacker always has one.
         """
         f_NL, k = self.encode(x_NCHW), self.inference_knobs
         if not k.reclassify:
@@ -243,9 +243,9 @@ class GMVAE(Defense):
         return f_NL + (z_NL - f_NL).detach()
 
     def recode(self, x_NCHW: Tensor) -> Tensor:
-        """Return z*_NL, the code of least reconstruction error found from the K means, all starts as one batch.
+        """Return z*_NL, the code of lowest reconstruction error found from the K means, with all starts as one batch.
 
-        Each start keeps the best code that it met, itself included. Source: Eq. 9 with p = 2, section 3.5.
+        Each start keeps its best code, the start included. Source: Eq. 9 with p = 2, section 3.5.
         """
         images, (classes, latent) = len(x_NCHW), self.means_KL.shape
         x, z = x_NCHW.detach().repeat_interleave(classes, dim=0), self.means_KL.repeat(images, 1).requires_grad_()
@@ -270,8 +270,8 @@ class GMVAE(Defense):
     def ratios(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
         """Return ||x - g(f(x))||^2 / tau_dec and the distance to mu_y / tau_enc, N2, the terms of Eq. 10 and 11.
 
-        The taus are the paper's, in pixels and latent units. One looser than its default counts as that: where none
-        rejects, the class is still to be changed. Neither is less than a hundredth of it: nothing passes zero.
+        The taus are the paper's, in pixels and latent units. A threshold looser than its default counts as the default:
+        even if nothing is rejected, the class must change. Each is at least a hundredth of its default, hence positive.
         """
         usual, k, f_NL = Inference(), self.inference_knobs, self.encode(x_NCHW)
         dec, dec_usual = (self.error_mean + knob * self.error_sigma for knob in (k.tau_dec, usual.tau_dec))
@@ -281,7 +281,7 @@ class GMVAE(Defense):
         return torch.stack((errors_N / tau_dec, self.mahalanobis(f_NL, y_N) / tau_enc), dim=1).to(x_NCHW.dtype)
 
     def _columns(self, x_NCHW: Tensor, z_NL: Tensor) -> Tensor:
-        """Return both columns of `suspicion` for given codes. Source: section 3.4."""
+        """Return both scores of `suspicion` for given codes. Source: section 3.4."""
         distance_N = self.mahalanobis(z_NL, self.distances(z_NL).argmin(dim=1))
         sigmas_N = (self.errors(x_NCHW, z_NL).double() - self.error_mean) / self.error_sigma
         return torch.stack((distance_N / self.quantile, sigmas_N), dim=1).to(x_NCHW.dtype)

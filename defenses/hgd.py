@@ -1,16 +1,17 @@
-"""HGD: a U-Net that subtracts the adversarial noise, trained so that the classifier sees what it saw in clean images.
+"""HGD: a U-Net that subtracts adversarial noise, trained to restore the classifier's response to the clean image.
 
 Source: Liao et al., Defense against Adversarial Attacks Using High-Level Representation Guided Denoiser, CVPR 2018
 (arXiv 1712.02976), and the authors' lfz/Guided-Denoise. The U-Net is AdvAE's; the authors' has strided convolutions,
 bilinear up-sampling and 64, 128, 256, 256, 256 maps. Left out: the guide by the last convolution's features (FGD),
 since not every classifier has one.
-Shapes: N images, C channels, H x W pixels, K classes, P pairs of an image and its clean one.
+Shapes: N images, C channels, H x W pixels, K classes, P pairs of an image and its clean version.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -18,19 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from attacks.attack import BATCH, Attack
-from attacks.catalog import FGSM, IFGSM, PGD_40
+from attacks.gradient_view import BATCH
 from attacks.threat import ThreatModel
 from defenses.advae import UNet
 from defenses.base import Batches, Defense, Knobs, Metrics, Tensors
 from spaces.space import knob
 
 CONVERGED_AFTER, CONVERGED_BELOW = 2, 0.01
-"""The training loss has converged when it has not fallen by 1 % for more than two epochs. Inferred: the paper says that
-the rate falls from 1e-3 to 1e-4 on convergence, the authors' code falls by the epoch."""
+"""The training loss has converged when it has not fallen by 1 % for more than two epochs. Inferred: in the paper the
+learning rate falls from 1e-3 to 1e-4 on convergence, in the authors' code at fixed epochs."""
 
 SLOPE = 0.1
-"""Gradient of the surrogate outside of [0, 1], where a clip has none."""
+"""Gradient of the surrogate outside [0, 1], where a clip has none."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Train(Knobs):
 
 
 class HGD(Defense):
-    """Purify by subtracting what a U-Net takes for adversarial noise."""
+    """Purify by subtracting the adversarial noise that a U-Net estimates."""
 
     Train = Train
 
@@ -79,16 +79,16 @@ class HGD(Defense):
         return (x_NCHW - self.denoiser(x_NCHW)).clamp(0, 1)
 
     def surrogate(self, x_NCHW: Tensor) -> Tensor:
-        """Return the purified images, with a gradient also for the pixels that are clipped.
+        """Return the purified images, with a gradient for clipped pixels too.
 
-        On images with black and white areas most are, and a gradient attack on the clip itself then finds little.
+        In images with black and white areas most pixels are clipped, and a gradient attack on the clip itself is weak.
         """
         raw_NCHW = x_NCHW - self.denoiser(x_NCHW)
         outside_NCHW = raw_NCHW - raw_NCHW.clamp(0, 1)
         return raw_NCHW.clamp(0, 1) + SLOPE * (outside_NCHW - outside_NCHW.detach())
 
     def loss(self, x_NCHW: Tensor, target: Tensor, classifier: nn.Module) -> Tensor:
-        """Return the distance of purified images to what `targets` returned for them: L1, or the cross-entropy.
+        """Return the distance of the purified images to the output of `targets`: L1, or the cross-entropy.
 
         The L1 distance is the mean over batch and logits or pixels, as in the authors' code.
         """
@@ -100,20 +100,22 @@ class HGD(Defense):
 
     @torch.no_grad()
     def targets(self, x_NCHW: Tensor, y_N: Tensor, classifier: nn.Module) -> Tensor:
-        """Return for each clean image what its purified versions are held to: f(x), x or its label."""
+        """Return the target of each clean image's purified versions: f(x), x or the label."""
         if self.train_knobs.guide == "logits":
             return torch.cat([classifier(x) for x in x_NCHW.split(BATCH)])
         return x_NCHW if self.train_knobs.guide == "pixels" else y_N
 
-    def attacks(self) -> tuple[Attack, ...]:
-        """Return the attacks whose images are denoised, each on the bare classifier."""
+    def attacks(self) -> tuple[Any, ...]:
+        """Return the attacks whose examples are denoised in training, each on the bare classifier."""
+        from attacks.catalog import FGSM, IFGSM, PGD_40  # loads torchattacks, which only a training needs
+
         steps = self.train_knobs.pgd_steps
         pgd = replace(PGD_40, name="pgd", source="AdvAE", steps=steps, pace=4 / 3 / steps)
         ifgsm = (replace(IFGSM, name=f"ifgsm-{n}", source="HGD", steps=n, pace=1 / n) for n in (2, 4, 8))
         return {"mix": (FGSM, *ifgsm), "fgsm": (FGSM,), "pgd": (pgd,)}[self.train_knobs.attack]
 
     def adversarial(self, x_NCHW: Tensor, y_N: Tensor, classifier: nn.Module) -> Tensors:
-        """Return the images x_NCHW of each attack. Every image meets each attack at another of the strengths."""
+        """Return each attack's adversarial examples, x_NCHW; an image gets a different strength for each attack."""
         k, found = self.train_knobs, dict[str, Tensor]()
         for turn, attack in enumerate(self.attacks()):
             found[attack.name] = x_NCHW.clone()
@@ -129,7 +131,7 @@ class HGD(Defense):
         whole = ThreatModel("Linf", k.eps, "oblivious")
         shaped_by = f"hgd {[attack.budget(whole) for attack in self.attacks()]} in {k.strengths} strengths"
         made = batches.once(shaped_by, lambda: self.adversarial(x_NCHW, y_N, classifier))
-        # Clean images are pairs of their own, so that what needs no denoising is left as it is.
+        # Clean images form pairs too, so that the denoiser learns to leave them unchanged.
         x_PCHW = torch.cat((x_NCHW.half(), *(made[attack.name] for attack in self.attacks())))
         clean_P = torch.arange(len(x_NCHW), device=x_NCHW.device).repeat(len(x_PCHW) // len(x_NCHW))
         target = self.targets(x_NCHW, y_N, classifier)

@@ -1,4 +1,4 @@
-"""No defense: the bare classifier through the same search, attacks and export, as a baseline beside every winner."""
+"""No defense: the bare classifier, searched, attacked and exported like a defense, as the baseline of every winner."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Train(Knobs):
 
 
 class Identity(Defense):
-    """Purify by doing nothing."""
+    """Return the input unchanged."""
 
     Train = Train
 
     @property
     def gradients(self) -> tuple[Gradient, ...]:
-        return ("exact",)  # BPDA takes the identity for the purifier's gradient, which here is the exact one
+        return ("exact",)  # BPDA's identity gradient is the exact one here
 
     def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
         for _ in batches:

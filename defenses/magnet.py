@@ -1,9 +1,9 @@
-"""MagNet: two autoencoders of clean images; one reforms the input, and each detects it by its reconstruction error.
+"""MagNet: two autoencoders of clean images; one reforms the input, and each detects by its reconstruction error.
 
 Source: Meng and Chen, MagNet: a Two-Pronged Defense against Adversarial Examples, CCS 2017; architectures, norms and
 training as in the authors' Trevillie/MagNet (train_defense.py, test_defense.py, worker.py). Left out: the detectors
 by the Jensen-Shannon divergence of the classifier's softmax at temperatures 10 and 40 (CIFAR-10 only), since
-`suspicion` sees no classifier, and the activity regularizer of 1e-9.
+`suspicion` does not use the classifier, and the activity regularizer of 1e-9.
 Shapes: N images, C channels, H x W pixels, 2 detectors, Q quantiles.
 """
 
@@ -21,11 +21,11 @@ from defenses.base import Batches, Defense, Knobs, Metrics
 from spaces.space import knob
 
 HELD_OUT = 0.1
-"""Share of the training images that set the thresholds and are not trained on; the authors hold out 1/12."""
+"""Share of the training images that is not trained on but sets the thresholds; the authors hold out 1/12."""
 QUANTILES = 1001
-"""Held-out errors are kept as quantiles a thousandth apart, whatever their number."""
+"""Number of quantiles, a thousandth apart, in which held-out errors are stored, whatever the number of images."""
 NEVER = 1e6
-"""The largest suspicion there is, so a threshold that never rejects."""
+"""The largest detector score, so that as a threshold it never rejects."""
 LIMIT = FloatDistribution(0.0, NEVER)
 
 
@@ -77,7 +77,7 @@ class MagNet(Defense):
             for x_NCHW, _ in epoch:
                 losses_2 = self.losses(x_NCHW)
                 adam.zero_grad(set_to_none=True)
-                losses_2.sum().backward()  # they share no weight, so each trains as if alone
+                losses_2.sum().backward()  # no shared weights: each trains independently
                 adam.step()
                 sums_2 += losses_2.detach() * len(x_NCHW)
                 images += len(x_NCHW)
@@ -86,7 +86,7 @@ class MagNet(Defense):
             yield {"loss": first + second, "loss_1": first, "loss_2": second}
 
     def losses(self, x_NCHW: Tensor) -> Tensor:
-        """Return the mean square error of each autoencoder's reconstruction of the clean from the noisy images, 2.
+        """Return the mean squared error of each autoencoder's reconstruction of the clean images from noisy ones, 2.
 
         The noise is drawn anew for each batch; the authors draw it once.
         """
@@ -95,7 +95,7 @@ class MagNet(Defense):
 
     @torch.no_grad()
     def calibrate(self, held_out_NCHW: Tensor) -> None:
-        """Keep the quantiles of the held-out images' errors, from which every threshold follows."""
+        """Store the quantiles of the held-out images' errors, which determine every threshold."""
         self.eval()
         errors_N2 = torch.cat([self.errors(x_NCHW) for x_NCHW in held_out_NCHW.split(256)])
         levels_Q = torch.linspace(0, 1, QUANTILES, device=errors_N2.device)
@@ -111,16 +111,16 @@ class MagNet(Defense):
         return reformer(x_NCHW)
 
     def suspicion(self, x_NCHW: Tensor) -> Tensor:
-        """Return where each error stands among the held-out images' errors, N2: the share of them that is smaller.
+        """Return the detector scores, N2: for each error, the share of the held-out images' errors below it.
 
-        It is interpolated between the quantiles; beyond the largest it is the error in units of the largest.
+        It is interpolated between quantiles; beyond the largest, the score is the error divided by the largest.
         """
         columns = zip(self.errors(x_NCHW).T, self.quantiles_2Q, strict=True)
         return torch.stack([position(errors_N, quantiles_Q) for errors_N, quantiles_Q in columns], dim=1)
 
 
 class Autoencoder(nn.Module):
-    """Convolutions of 3 x 3 with sigmoids: 3-pool-3 | 3-up-3 | 1, or without a pooling 3 | 3 | 1 (3 are the maps)."""
+    """3 x 3 convolutions with sigmoids: 3-pool-3 | 3-up-3 | 1, or without a pooling 3 | 3 | 1 (3 are the maps)."""
 
     def __init__(self, channels: int, maps: int, pooling: str | None) -> None:
         super().__init__()
@@ -131,12 +131,12 @@ class Autoencoder(nn.Module):
         self.last = nn.Sequential(*_convolution(maps, channels))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        height, width = x_NCHW.shape[2:]  # an odd size comes back larger by one
+        height, width = x_NCHW.shape[2:]  # an odd size is larger by one after up-sampling
         return self.last(self.hidden(x_NCHW))[:, :, :height, :width]
 
 
 def position(errors_N: Tensor, quantiles_Q: Tensor) -> Tensor:
-    """Return the share of the held-out errors below each error, N; beyond their largest, the error divided by it."""
+    """Return the share of the held-out errors below each error, N; beyond the largest, the error divided by it."""
     last = len(quantiles_Q) - 1
     above_N = torch.searchsorted(quantiles_Q, errors_N.detach().contiguous(), right=True).clamp(1, last)
     low_N, high_N = quantiles_Q[above_N - 1], quantiles_Q[above_N]

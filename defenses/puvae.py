@@ -80,7 +80,7 @@ class PuVAE(Defense):
         self.dense_1 = nn.Linear(self.features + (0 if self.planes else s.classes), k.dense)
         self.dense_2 = nn.Linear(k.dense, k.dense)
         self.dense_3 = nn.Linear(k.dense, 2 * k.latent)
-        # Sizes of the decoder's four maps; each deconvolution doubles and what is too large is cropped: 4, 7, 14, 28.
+        # Sizes of the decoder's four maps; each deconvolution doubles the size, cropped where too large: 4, 7, 14, 28.
         self.sizes = [(-(-s.height // 2**i), -(-s.width // 2**i)) for i in (3, 2, 1, 0)]
         (height, width), maps = self.sizes[0], k.decoder_maps
         self.dense_4 = nn.Linear(k.latent + s.classes, maps * height * width)
@@ -96,14 +96,14 @@ class PuVAE(Defense):
     # Training: section IV-A.
 
     def encode(self, x_NCHW: Tensor, y_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mu_NL and sigma_NL of images under their one-hot labels. Source: Eq. 11."""
+        """Return mu_NL and sigma_NL of the images for their one-hot labels. Source: Eq. 11."""
         if self.planes:
             planes_NKHW = y_NK[:, :, None, None].expand(-1, -1, *x_NCHW.shape[2:])
             return self._head(self.dense_1(self._features(torch.cat((x_NCHW, planes_NKHW), dim=1))))
         return self._head(self.dense_1(torch.cat((self._features(x_NCHW), y_NK), dim=1)))
 
     def decode(self, z_NL: Tensor, y_NK: Tensor) -> Tensor:
-        """Return the logits of the image under latent vectors and one-hot labels. Source: Eq. 14."""
+        """Return the logits of the image decoded from latent vectors and one-hot labels. Source: Eq. 14."""
         return self._deconvolve(self.dense_4(torch.cat((z_NL, y_NK), dim=1)))
 
     def losses(self, x_NCHW: Tensor, y_N: Tensor, source: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,11 +143,11 @@ class PuVAE(Defense):
     def candidates(self, x_NCHW: Tensor, noise_NKL: Tensor | None = None) -> Tensor:
         """Return the projections of each image on the manifold of each class, x_NKCHW. Source: Eq. 20, 12, 13.
 
-        What depends on the image alone runs once an image: the convolutions, and the image's part of the first dense
-        layer, since W[h; y] = W_h h + W_y y. The rest runs K times, as one batch.
+        Computed once per image: the convolutions, and the image's part of the first dense layer, since
+        W[h; y] = W_h h + W_y y. Everything else is computed K times, as one batch.
 
         Args:
-            noise_NKL: standard normal; drawn where it is not given and sigma_eps > 0.
+            noise_NKL: standard normal noise; drawn if not given and sigma_eps > 0.
         """
         images, classes = len(x_NCHW), self.shape.classes
         if self.planes:
@@ -170,28 +170,28 @@ class PuVAE(Defense):
         return logits.sigmoid().unflatten(0, (images, classes))
 
     def purify(self, x_NCHW: Tensor) -> Tensor:
-        """Return the candidate of the class with the least RMSE. Source: Eq. 21, 22."""
+        """Return the candidate of the class with the lowest RMSE. Source: Eq. 21, 22."""
         candidates_NKCHW = self.candidates(x_NCHW)
         nearest_N = rmse(x_NCHW, candidates_NKCHW).argmin(dim=1)
         return candidates_NKCHW[torch.arange(len(x_NCHW), device=x_NCHW.device), nearest_N]
 
     def surrogate(self, x_NCHW: Tensor) -> Tensor:
-        """Return the candidates weighed by a soft choice, which has a gradient where the argmin has none."""
+        """Return the average of the candidates under a soft choice, which has a gradient unlike the argmin."""
         candidates_NKCHW = self.candidates(x_NCHW)
         weight_NK = F.softmax(-rmse(x_NCHW, candidates_NKCHW) / SOFT_CHOICE, dim=1)
         return (weight_NK[:, :, None, None, None] * candidates_NKCHW).sum(dim=1)
 
     def strain(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
-        """Return by how much the label's candidate is farther than the nearest other one, in units of SOFT_CHOICE, N.
+        """Return how much farther the label's candidate is than the nearest other one, in units of SOFT_CHOICE, N.
 
-        Source: the distances are Eq. 21's.
+        Source: the distances of Eq. 21.
         """
         distance_NK, y_N1 = rmse(x_NCHW, self.candidates(x_NCHW)), y_N[:, None]
         others_NK = distance_NK.scatter(1, y_N1, torch.inf)
         return (distance_NK.gather(1, y_N1)[:, 0] - others_NK.amin(dim=1)) / SOFT_CHOICE
 
     def _features(self, x_NCHW: Tensor) -> Tensor:
-        # Dilated convolutions are 1.3 to 2.4 times as fast this way round (training, CPU, 8 and 16 maps).
+        # Channels last makes dilated convolutions 1.3 to 2.4 times as fast (training, CPU, 8 and 16 maps).
         return self.trunk(x_NCHW.contiguous(memory_format=torch.channels_last)).flatten(1)
 
     def _head(self, first_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +213,7 @@ class PuVAE(Defense):
 
 
 def rmse(x_NCHW: Tensor, candidates_NKCHW: Tensor) -> Tensor:
-    """Return the root mean square error of each candidate to its image, NK. Source: Eq. 21's D."""
+    """Return the root mean squared error of each candidate to its image, NK. Source: D of Eq. 21."""
     squared_NK = (candidates_NKCHW - x_NCHW[:, None]).pow(2).flatten(2).mean(2)
     return squared_NK.clamp(min=1e-12).sqrt()  # the root has no gradient at zero
 

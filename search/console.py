@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @contextmanager
@@ -30,13 +38,35 @@ def _as_ctrl_c(*_: object) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def progress_bars(
+    console: Console, count: ProgressColumn | None = None, left: ProgressColumn | None = None
+) -> Progress:
+    """Return the progress display of every command; it shows nothing where the output is piped.
+
+    Args:
+        count: the column that says how much is done; else percent.
+        left: the column that says how long it will take still; else an estimate from the last hour.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        count or TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        left or TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=3600.0,
+    )
+
+
 @contextmanager
 def working(console: Console, doing: str) -> Iterator[None]:
     """Say what takes minutes and, on a terminal, for how long it has been going on."""
     console.print(doing, highlight=False, soft_wrap=True)
-    columns = (SpinnerColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        progress.add_task("")
+    with progress_bars(console) as progress:
+        progress.add_task("", total=None)
         try:
             yield
         except KeyboardInterrupt:

@@ -15,9 +15,9 @@ from typing import Any
 
 from filelock import Timeout
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.progress import DownloadColumn, TaskID
 
-from search.console import working
+from search.console import progress_bars, working
 from search.data import splits
 from search.data.datasets import DATASETS
 from search.engine import run
@@ -108,15 +108,15 @@ def fetch(datasets: Sequence[str], data_dir: str | None, console: Console) -> No
     """Fetch data sets with a progress bar."""
     for dataset in datasets:
         choose("a data set", dataset, list(DATASETS))
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as status_of:
+    with progress_bars(console, DownloadColumn()) as progress:
         for dataset in datasets:
-            bar = status_of.add_task(dataset, total=None)
+            bar = progress.add_task(dataset, total=None)
 
             def show(what: str, done: int, total: int, bar: TaskID = bar) -> None:
-                status_of.update(bar, description=what, completed=done, total=total or None)
+                progress.update(bar, description=what, completed=done, total=total or None)
 
             splits.fetch(dataset, data_dir, show)
-            status_of.remove_task(bar)
+            progress.remove_task(bar)
             console.print(f"{dataset}: {splits.check(dataset, data_dir).detail}", highlight=False, soft_wrap=True)
 
 
@@ -127,11 +127,12 @@ def check(datasets: Sequence[str], data_dir: str | None) -> list[dict[str, Any]]
 
 def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
     """Run what is left of a search, alone: two drivers on one study would undo each other's work."""
-    resolved = study.resolved
     _writable(study)
     if other := sync.driver(study):
         raise InputError(f"a search must run once at a time, but {study.name!r} runs on {other}, or did a minute ago")
-    splits.fetch(resolved.task.dataset, study.data_dir)  # and check them, before anything is trained
+    splits.fetch(study.resolved.task.dataset, study.data_dir)  # and check them, before anything is trained
+    study = study.model_copy()  # what was fetched may have other sizes than the official data
+    resolved = study.resolved
     if study.train_images is not None:
         console.print(
             f"a run of {study.train_images} training images and {resolved.eval_images} attacked validation images "
@@ -151,6 +152,11 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
             if new:
                 _new(study)  # another driver may have begun, and ended, since
             known, ended = _held(study)
+            if outdated := study.store.outdated_fits():
+                say(
+                    f"{outdated} fits in {study.store.root} are of an earlier version, which named them otherwise: "
+                    "they are kept, but not found, and trained anew where a search needs them"
+                )
             if not new:
                 say(f"{sum(ended.values())} of {study.trials} trainings have ended, {len(known)} candidates are kept")
             csv_log = CsvLog(study.folder / "candidates.csv", known)

@@ -1,4 +1,4 @@
-"""What can be searched: knobs, settings and the named spaces, one file a defense."""
+"""Search spaces: knobs, settings and the named spaces, one file per defense."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from spaces.exceptions import choose
 
 
 def names(defense: str) -> list[str]:
-    """Return the named spaces of a defense, in lower case; none where it has no file here."""
+    """Return the names of a defense's named spaces, in lower case; empty if it has no file here."""
     found = vars(_module(defense)) if defense in _files() else {}
     return [name.lower() for name, value in found.items() if name.isupper() and isinstance(value, dict)]
 
 
 def named(defense: str, space: str) -> Mapping[str, Domain]:
-    """Return a named space; a defense without a file has `default` alone, with nothing to search.
+    """Return a named space; a defense without a file only has `default`, with nothing to search.
 
     Raises:
         InputError: the defense has no space of this name.
@@ -29,7 +29,7 @@ def named(defense: str, space: str) -> Mapping[str, Domain]:
 
 
 def starts(defense: str) -> tuple[Mapping[str, Scalar], ...]:
-    """Return the settings that a search tries first where they lie in its space."""
+    """Return the settings that a search tries first if its space contains them."""
     return getattr(_module(defense), "STARTS", ()) if defense in _files() else ()
 
 

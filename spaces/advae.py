@@ -1,4 +1,4 @@
-"""Named spaces of AdvAE: knob -> domain, grid or value; knobs that are not named keep their default."""
+"""Named spaces of AdvAE: knob -> domain, grid or value; other knobs keep their default."""
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -13,7 +13,7 @@ PAPER: dict[str, Domain] = {
     "pgd_steps": (10, 20, 40),
     "pgd_step_size": (0.01, 0.02, 0.04),
 }
-"""Around the paper's MNIST: 40 steps of 0.01 within 0.3 through the small auto-encoder. Source: section 4.1."""
+"""Around the paper's MNIST setting: 40 steps of 0.01 within 0.3 through the small autoencoder. Source: section 4.1."""
 
 PAPER_CIFAR: dict[str, Domain] = {
     "lambda_rec": LAMBDAS,
@@ -23,7 +23,7 @@ PAPER_CIFAR: dict[str, Domain] = {
     "architecture": "unet",
     "levels": 5,
 }
-"""Around the paper's CIFAR-10: 10 steps of 1/255 (2/255 in the code) within 8/255 through a U-Net of 5 levels."""
+"""Around the paper's CIFAR-10 setting: 10 steps of 1/255 (code: 2/255) within 8/255 through a U-Net of 5 levels."""
 
 WIDE: dict[str, Domain] = {
     "lambda_rec": FloatDistribution(0.0, 10.0),
@@ -37,7 +37,7 @@ WIDE: dict[str, Domain] = {
     "levels": IntDistribution(1, 4),
     "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
 }
-"""Everything that may matter: the architecture (and so the latency) and the ensembles included."""
+"""All knobs that may matter, including the architecture (and hence the latency) and the ensembles."""
 
 DEFAULT: dict[str, Domain] = {
     "lambda_rec": (0.0, 0.2, 1.0),
@@ -52,7 +52,7 @@ DEFAULT: dict[str, Domain] = {
     "batch_size": 64,
     "epochs": 20,
 }
-"""Fewer and longer PGD steps, narrower networks: a step costs a tenth of the paper's."""
+"""Fewer and larger PGD steps and narrower networks: a training step costs a tenth of the paper's."""
 
 SMOKE: dict[str, Domain] = {
     "lambda_rec": (0.0, 1.0),
@@ -65,7 +65,7 @@ SMOKE: dict[str, Domain] = {
     "batch_size": 32,
     "epochs": 3,
 }
-"""Seconds on a CPU: for trying things out and for tests."""
+"""Takes seconds on a CPU; for trials and tests."""
 
 STARTS = (
     {"lambda_rec": 0.0, "eps": 0.3, "pgd_steps": 40, "pgd_step_size": 0.01, "architecture": "cnn", "levels": 2},
@@ -82,4 +82,4 @@ STARTS = (
         "learning_rate": 3e-3,
     },
 )
-"""Settings that a search tries first where they lie in its space: the paper's two, and our best short one on MNIST."""
+"""Settings that a search tries first if its space contains them: the paper's two, and our best short one on MNIST."""

@@ -1,4 +1,4 @@
-"""Named spaces of adversarial training: knob -> domain, grid or value; knobs that are not named keep their default."""
+"""Named spaces of adversarial training: knob -> domain, grid or value; other knobs keep their default."""
 
 from optuna.distributions import FloatDistribution, IntDistribution
 
@@ -7,7 +7,7 @@ from spaces.domain import Domain
 PAPER: dict[str, Domain] = {
     "attack": ("fgsm", "pgd"),
 }
-"""The two baselines on MNIST: PuVAE's and Defense-GAN's adversarial training, AdvAE's iterative one (section 4.1)."""
+"""The two baselines on MNIST: that of PuVAE and Defense-GAN, and AdvAE's iterative one (section 4.1)."""
 
 PAPER_CIFAR: dict[str, Domain] = {
     "attack": "pgd",
@@ -27,7 +27,7 @@ WIDE: dict[str, Domain] = {
     "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
     "batch_size": (32, 64, 128),
 }
-"""Everything that may matter; none of it can change the latency."""
+"""All knobs that may matter; none of them can change the latency."""
 
 DEFAULT: dict[str, Domain] = {
     "attack": ("fgsm", "pgd"),
@@ -38,7 +38,7 @@ DEFAULT: dict[str, Domain] = {
     "learning_rate": FloatDistribution(3e-4, 3e-3, log=True),
     "batch_size": 64,
 }
-"""Ten steps instead of forty: a fourth of the cost, and nearly the strength."""
+"""Ten steps instead of forty: a quarter of the cost at nearly the same strength."""
 
 SMOKE: dict[str, Domain] = {
     "attack": ("fgsm", "pgd"),
@@ -49,10 +49,10 @@ SMOKE: dict[str, Domain] = {
     "batch_size": 64,
     "epochs": 3,
 }
-"""Seconds on a CPU: for trying things out and for tests."""
+"""Takes seconds on a CPU; for trials and tests."""
 
 STARTS = (
     {"attack": "pgd", "eps": 0.3, "pgd_step_size": 0.05, "start": "scratch"},
     {"attack": "fgsm", "eps": 0.3, "clean_share": 0.5, "start": "scratch"},  # Goodfellow's
 )
-"""Settings that a search tries first where they lie in its space."""
+"""Settings that a search tries first if its space contains them."""

@@ -1,4 +1,4 @@
-"""Named spaces of Defense-GAN: knob -> domain, grid or value; knobs that are not named keep their default."""
+"""Named spaces of Defense-GAN: knob -> domain, grid or value; other knobs keep their default."""
 
 from optuna.distributions import FloatDistribution, IntDistribution
 
@@ -9,9 +9,9 @@ PAPER: dict[str, Domain] = {
     "steps": (25, 50, 100, 200, 400),
     "restarts": (1, 2, 5, 10, 20),
 }
-"""One training, the L and R that the papers trade for latency; the starts are those of the authors' code.
+"""One training with the values of L and R that the papers trade for latency; `spread` is that of the authors' code.
 
-L = 200 and R = 10 is recommended, R = 20 is PuVAE's (section V-B), and Defense-VAE's Table 4 also times L = 400.
+L = 200 and R = 10 is recommended, R = 20 is PuVAE's (section V-B), and Table 4 of Defense-VAE also times L = 400.
 """
 
 WIDE: dict[str, Domain] = {
@@ -28,7 +28,7 @@ WIDE: dict[str, Domain] = {
     "momentum": FloatDistribution(0.0, 0.95),
     "spread": FloatDistribution(0.05, 1.0, log=True),
 }
-"""Everything that may matter, the architecture and so the latency included."""
+"""All knobs that may matter, including the architecture and hence the latency."""
 
 DEFAULT: dict[str, Domain] = {
     "latent": 64,
@@ -41,7 +41,7 @@ DEFAULT: dict[str, Domain] = {
     "restarts": (2, 1),
     "rate": (10.0, 30.0),
 }
-"""Short trainings at ten times the paper's rate, and descents that an attack can be run through."""
+"""Short trainings at ten times the paper's learning rate, and descents short enough to run an attack through."""
 
 SMOKE: dict[str, Domain] = {
     "latent": 16,
@@ -53,11 +53,11 @@ SMOKE: dict[str, Domain] = {
     "steps": (10, 3),
     "restarts": (2, 1),
 }
-"""Seconds on a CPU: for trying things out and for tests."""
+"""Takes seconds on a CPU; for trials and tests."""
 
 STARTS = (
     {"spread": 128**-0.5, "steps": 200, "restarts": 10},  # recommended by its authors
-    {"spread": 128**-0.5, "steps": 200, "restarts": 20},  # PuVAE's comparison
+    {"spread": 128**-0.5, "steps": 200, "restarts": 20},  # used in PuVAE's comparison
     {"latent": 64, "maps": 16, "critic_steps": 3, "learning_rate": 1e-3, "steps": 25, "restarts": 2, "rate": 30.0},
 )
-"""Settings that a search tries first where they lie in its space; the last, of our short trainings, in DEFAULT."""
+"""Settings that a search tries first if its space contains them; the last, from our short trainings, is in DEFAULT."""

@@ -1,4 +1,4 @@
-"""Named spaces of Defense-VAE: knob -> domain, grid or value; knobs that are not named keep their default."""
+"""Named spaces of Defense-VAE: knob -> domain, grid or value; other knobs keep their default."""
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -13,10 +13,10 @@ PAPER: dict[str, Domain] = {
     "bn_eval": ("running", "batch"),
     "epochs": 5,
 }
-"""Table 1's Defense-VAE; the last layer is the code's and Table 6's, the batch norms' mode at test is not said."""
+"""Defense-VAE in Table 1; the last layer is the code's or Table 6's, the batch norms' mode at test is not stated."""
 
 PAPER_REC: dict[str, Domain] = {**PAPER, "variant": "rec", "last_layer": "sigmoid", "rec_share": 0.5, "epochs": 10}
-"""Table 1's Defense-VAE-REC: five epochs of the VAE, then five of the classifier (not said)."""
+"""Defense-VAE-REC in Table 1: five epochs of the VAE, then five of the classifier (not stated)."""
 
 PAPER_E2E: dict[str, Domain] = {
     **PAPER_REC,
@@ -26,13 +26,13 @@ PAPER_E2E: dict[str, Domain] = {
     "e2e_share": 1 / 3,
     "epochs": 15,
 }
-"""Table 1's Defense-VAE-E2E: five epochs a phase; neither these nor lambda are said."""
+"""Defense-VAE-E2E in Table 1: five epochs per phase; neither these nor lambda are stated."""
 
 PAPER_UNTRAINED: dict[str, Domain] = {
     **PAPER_REC,
     "attacks": ("fgsm+rand+cw", "rand+cw", "fgsm+cw", "fgsm+rand", "fgsm+rand+deepfool"),
 }
-"""Table 2: each attack left out in turn, and DeepFool in CW's place. Its last column is Table 1's REC."""
+"""Table 2: each attack left out in turn, and DeepFool instead of CW. Its last column is REC of Table 1."""
 
 CODE: dict[str, Domain] = {"variant": "plain", "eps_set": "code", "kl_weight": 0.0, "bn_eval": "batch", "epochs": 5}
 """The authors' published code: one training."""
@@ -54,7 +54,7 @@ WIDE: dict[str, Domain] = {
     "batch_size": (16, 32, 64, 128),
     "epochs": 10,
 }
-"""Everything that may matter, the architecture and so the latency included; not the transductive batch norms."""
+"""All knobs that may matter, including the architecture and hence the latency; without transductive batch norms."""
 
 DEFAULT: dict[str, Domain] = {
     "variant": ("plain", "rec", "e2e"),
@@ -81,11 +81,11 @@ SMOKE: dict[str, Domain] = {
     "batch_size": 32,
     "epochs": 3,
 }
-"""Seconds on a CPU: for trying things out and for tests."""
+"""Takes seconds on a CPU; for trials and tests."""
 
 STARTS = (
     {"variant": "plain", "attacks": "fgsm+rand+cw", "kl_weight": 1.0, "learning_rate": 5e-4},  # the paper's
-    # The best of our short trainings on digits, for clean images and attacked ones.
+    # The best of our short trainings on digits, for clean and attacked images.
     {"variant": "plain", "attacks": "fgsm+rand+cw+clean", "kl_weight": 1e-3, "learning_rate": 5e-3},
 )
-"""Settings that a search tries first where they lie in its space."""
+"""Settings that a search tries first if its space contains them."""

@@ -1,4 +1,4 @@
-"""Domains and values of knobs. A domain is an Optuna distribution: there is no second language."""
+"""Domains and values of knobs. A domain is an Optuna distribution; there is no notation of our own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spaces.exceptions import InputError
 
 Scalar = bool | int | float | str
 Domain = BaseDistribution | Sequence[Scalar] | Scalar
-"""What a named space may say of a knob: a range (LOW..HIGH or LOW..HIGH:log as text), a grid, or one value."""
+"""Domain of a knob in a named space: a range (LOW..HIGH or LOW..HIGH:log as text), a grid, or one value."""
 
 
 def finite(domain: BaseDistribution) -> tuple[Scalar, ...] | None:
@@ -34,7 +34,7 @@ def finite(domain: BaseDistribution) -> tuple[Scalar, ...] | None:
 
 
 def extremes(domain: BaseDistribution) -> tuple[Scalar, ...]:
-    """Return every choice of a categorical domain, and the two ends of another."""
+    """Return every choice of a categorical domain, or the two ends of another."""
     if isinstance(domain, CategoricalDistribution):
         return tuple(domain.choices)  # type: ignore[arg-type]  # no knob is None
     assert isinstance(domain, FloatDistribution | IntDistribution)
@@ -42,7 +42,7 @@ def extremes(domain: BaseDistribution) -> tuple[Scalar, ...]:
 
 
 def draw(domain: BaseDistribution, rng: np.random.Generator) -> Scalar:
-    """Return a value of the domain, uniformly, or log-uniformly on a log scale."""
+    """Return a value drawn uniformly from the domain, or log-uniformly on a log scale."""
     values = finite(domain)
     if values is not None:
         return values[int(rng.integers(len(values)))]
@@ -55,7 +55,7 @@ def draw(domain: BaseDistribution, rng: np.random.Generator) -> Scalar:
 
 
 def only(name: str, domain: BaseDistribution) -> Scalar:
-    """Return the value of a domain that has one."""
+    """Return the value of a domain with a single value."""
     values = finite(domain)
     if values is None or len(values) != 1:
         raise InputError(f"a setting names every knob that is searched: {name}, {spoken(domain)}, has no value")
@@ -63,7 +63,7 @@ def only(name: str, domain: BaseDistribution) -> Scalar:
 
 
 def contains(domain: BaseDistribution, value: object) -> bool:
-    """Say whether `value` is in `domain`, of its type."""
+    """Return whether `value` is in `domain` and has its type."""
     if isinstance(domain, CategoricalDistribution):
         return any(value == choice and type(value) is type(choice) for choice in domain.choices)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -75,7 +75,7 @@ def contains(domain: BaseDistribution, value: object) -> bool:
 
 
 def spoken(domain: BaseDistribution) -> str:
-    """Return the domain in words, for an error or a table."""
+    """Return the domain as text, for an error message or a table."""
     if isinstance(domain, CategoricalDistribution):
         return "one of " + ", ".join(map(written, domain.choices))
     assert isinstance(domain, FloatDistribution | IntDistribution)
@@ -94,7 +94,7 @@ def written(value: object) -> str:
 
 
 def as_written(text: Any) -> Any:
-    """Return the number that a text such as 8/255 stands for; what is none comes back as it is."""
+    """Return the number that a text such as 8/255 stands for; any other value is returned unchanged."""
     if not isinstance(text, str):
         return text
     try:
@@ -104,10 +104,10 @@ def as_written(text: Any) -> Any:
 
 
 def narrowed(name: str, declared: BaseDistribution, wish: Domain) -> BaseDistribution:
-    """Return the domain that a space wishes for a knob.
+    """Return the domain that a space gives for a knob.
 
     Raises:
-        InputError: it does not lie in the declared one.
+        InputError: it is not inside the declared domain.
     """
     if isinstance(wish, FloatDistribution | IntDistribution):
         inside = all(contains(declared, end) for end in (wish.low, wish.high))

@@ -1,4 +1,4 @@
-"""What is raised where a user's input is refused."""
+"""Errors in the user's input."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """Bad input: one line with the law, the value and the legal choices. The command line exits with 2."""
+    """Invalid input: one line with the requirement, the value and the legal choices. The command line exits with 2."""
 
 
 def choose(what: str, value: str, legal: Sequence[str]) -> str:
-    """Return `value` if it is legal; else raise an InputError that names the choices and the nearest one."""
+    """Return `value` if it is legal; otherwise raise an InputError with the choices and the nearest one."""
     if value in legal:
         return value
     near = difflib.get_close_matches(value, legal, n=1)

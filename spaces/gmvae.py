@@ -1,4 +1,4 @@
-"""Named spaces of GMVAE: knob -> domain, grid or value; knobs that are not named keep their default."""
+"""Named spaces of GMVAE: knob -> domain, grid or value; other knobs keep their default."""
 
 from optuna.distributions import FloatDistribution, IntDistribution
 
@@ -16,13 +16,13 @@ PAPER: dict[str, Domain] = {
     "tau_dec": TAU_DEC,
     "reclassify": (False, True),
 }
-"""MNIST and COIL-100, supervised: 12 trainings, 600 candidates. Alpha and COIL-100's smaller noise are not said."""
+"""MNIST and COIL-100, supervised: 12 trainings, 600 candidates. Alpha and COIL-100's smaller noise are not stated."""
 
 PAPER_SVHN: dict[str, Domain] = {**PAPER, "latent": 32}
 """SVHN: one-hot means padded to 32 dimensions."""
 
 PAPER_SEMI: dict[str, Domain] = {**PAPER, "labels_per_class": 100}
-"""MNIST with 100 labels a class; for SVHN add latent=32."""
+"""MNIST with 100 labels per class; for SVHN add latent=32."""
 
 WIDE: dict[str, Domain] = {
     "alpha": FloatDistribution(0.1, 1000.0, log=True),
@@ -36,7 +36,7 @@ WIDE: dict[str, Domain] = {
     "tau_dec": TAU_DEC,
     "reclassify": (False, True),
 }
-"""Everything that may matter, the architecture and so the latency included."""
+"""All knobs that may matter, including the architecture and hence the latency."""
 
 DEFAULT: dict[str, Domain] = {
     "alpha": FloatDistribution(0.5, 100.0, log=True),
@@ -48,7 +48,7 @@ DEFAULT: dict[str, Domain] = {
     "tau_enc": TAU_ENC,
     "tau_dec": TAU_DEC,
 }
-"""Where short trainings already classify; no reclassification, which costs hundreds of decoder passes an image."""
+"""Range in which short trainings already classify; no reclassification (hundreds of decoder passes per image)."""
 
 SMOKE: dict[str, Domain] = {
     "alpha": (4.5, 30.0),
@@ -60,7 +60,7 @@ SMOKE: dict[str, Domain] = {
     "tau_enc": (1.0, 10.0),
     "tau_dec": (3.0, NEVER),
 }
-"""Seconds on a CPU: for trying things out and for tests."""
+"""Takes seconds on a CPU; for trials and tests."""
 
 STARTS = ({"alpha": 4.5, "latent_variance": 1 / 3000, "tau_enc": 1.0, "tau_dec": 3.0},)
-"""Settings that a search tries first where they lie in its space: the paper's noise and thresholds."""
+"""Settings that a search tries first if its space contains them: the paper's noise and thresholds."""

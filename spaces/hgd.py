@@ -1,4 +1,4 @@
-"""Named spaces of HGD: knob -> domain, grid or value; knobs that are not named keep their default."""
+"""Named spaces of HGD: knob -> domain, grid or value; other knobs keep their default."""
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -13,7 +13,7 @@ PAPER: dict[str, Domain] = {
     "levels": 5,
     "epochs": 30,
 }
-"""The three guides that the paper compares, at its bound and at MNIST's."""
+"""The three guides that the paper compares, with its eps and with that of MNIST."""
 
 WIDE: dict[str, Domain] = {
     "guide": CategoricalDistribution(("logits", "pixels", "labels")),
@@ -26,7 +26,7 @@ WIDE: dict[str, Domain] = {
     "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
     "batch_size": (32, 60, 128),
 }
-"""Everything that may matter, the architecture and so the latency included."""
+"""All knobs that may matter, including the architecture and hence the latency."""
 
 DEFAULT: dict[str, Domain] = {
     "guide": ("logits", "labels"),
@@ -39,7 +39,7 @@ DEFAULT: dict[str, Domain] = {
     "learning_rate": FloatDistribution(1e-3, 1e-2, log=True),
     "epochs": 5,
 }
-"""Where short trainings already purify: narrow U-Nets, and few passes since each covers every attack."""
+"""Range in which short trainings already purify: narrow U-Nets, and few passes since each covers every attack."""
 
 SMOKE: dict[str, Domain] = {
     "guide": ("logits", "labels"),
@@ -51,10 +51,10 @@ SMOKE: dict[str, Domain] = {
     "learning_rate": 3e-3,
     "epochs": 2,
 }
-"""Seconds on a CPU: for trying things out and for tests."""
+"""Takes seconds on a CPU; for trials and tests."""
 
 STARTS = (
     {"guide": "logits", "attack": "mix", "strengths": 16},  # the paper's LGD
     {"guide": "labels", "attack": "pgd", "strengths": 1},  # AdvAE's baseline
 )
-"""Settings that a search tries first where they lie in its space."""
+"""Settings that a search tries first if its space contains them."""

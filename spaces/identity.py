@@ -1,15 +1,15 @@
-"""Named spaces of the identity: there is nothing to search, so each is its one setting."""
+"""Named spaces of the identity, which has nothing to search: each holds its only setting."""
 
 from spaces.domain import Domain
 
 PAPER: dict[str, Domain] = {}
-"""The row `no defense` of every paper's tables."""
+"""The row `no defense` in every paper's tables."""
 
 WIDE: dict[str, Domain] = {}
-"""As PAPER."""
+"""Same as PAPER."""
 
 DEFAULT: dict[str, Domain] = {}
-"""As PAPER."""
+"""Same as PAPER."""
 
 SMOKE: dict[str, Domain] = {}
-"""As PAPER."""
+"""Same as PAPER."""

@@ -1,11 +1,11 @@
-"""Named spaces of MagNet: knob -> domain, grid or value; knobs that are not named keep their default."""
+"""Named spaces of MagNet: knob -> domain, grid or value; other knobs keep their default."""
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from spaces.domain import Domain
 
 LIMITS = (0.95, 0.99, 0.995, 0.999, 0.9995, 1e6)
-"""1 - false-positive rate of a detector; the last never rejects."""
+"""1 - false-positive rate of a detector; the last value never rejects."""
 
 PAPER: dict[str, Domain] = {
     "noise": (0.025, 0.1),
@@ -14,7 +14,7 @@ PAPER: dict[str, Domain] = {
     "detector_1": (0.995, 0.999),
     "detector_2": (0.995, 0.999),
 }
-"""The settings that the paper uses: MNIST's (noise 0.1, I, 0.999), CIFAR-10's (0.025, II, 0.995)."""
+"""The settings of the paper: for MNIST (noise 0.1, I, 0.999), for CIFAR-10 (0.025, II, 0.995)."""
 
 WIDE: dict[str, Domain] = {
     "maps": IntDistribution(1, 64, log=True),
@@ -26,7 +26,7 @@ WIDE: dict[str, Domain] = {
     "detector_1": LIMITS,
     "detector_2": LIMITS,
 }
-"""Everything that may matter, the architecture and so the latency included."""
+"""All knobs that may matter, including the architecture and hence the latency."""
 
 DEFAULT: dict[str, Domain] = {
     "maps": IntDistribution(3, 32, log=True),
@@ -37,7 +37,7 @@ DEFAULT: dict[str, Domain] = {
     "detector_1": LIMITS,
     "detector_2": LIMITS,
 }
-"""Where short trainings already reconstruct: higher rates and smaller batches than the paper's 100 epochs need."""
+"""Range in which short trainings already reconstruct: higher learning rates and smaller batches than for 100 epochs."""
 
 SMOKE: dict[str, Domain] = {
     "maps": (8, 16),
@@ -49,7 +49,7 @@ SMOKE: dict[str, Domain] = {
     "detector_1": (0.99, 1e6),
     "detector_2": (0.99, 1e6),
 }
-"""Seconds on a CPU: for trying things out and for tests."""
+"""Takes seconds on a CPU; for trials and tests."""
 
 STARTS = ({"maps": 3, "pooling": "average", "noise": 0.1, "reformer": "I", "detector_1": 0.999, "detector_2": 0.999},)
-"""Settings that a search tries first where they lie in its space: the paper's on MNIST."""
+"""Settings that a search tries first if its space contains them: the paper's on MNIST."""

@@ -1,4 +1,4 @@
-"""Named spaces of PuVAE: knob -> domain, grid or value; knobs that are not named keep their default."""
+"""Named spaces of PuVAE: knob -> domain, grid or value; other knobs keep their default."""
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -13,7 +13,7 @@ PAPER: dict[str, Domain] = {
     "lambda_ce": LAMBDAS,
     "sigma_eps": SIGMA_EPS,
 }
-"""The paper's grid, exactly: 216 trainings, 1296 candidates. Source: IEEE Access 2019, sections IV-A and IV-B."""
+"""Exactly the paper's grid: 216 trainings, 1296 candidates. Source: IEEE Access 2019, sections IV-A and IV-B."""
 
 WIDE: dict[str, Domain] = {
     "lambda_rc": FloatDistribution(1e-3, 1e3, log=True),
@@ -27,7 +27,7 @@ WIDE: dict[str, Domain] = {
     "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
     "sigma_eps": SIGMA_EPS,
 }
-"""Everything that may matter, the architecture and so the latency included."""
+"""All knobs that may matter, including the architecture and hence the latency."""
 
 DEFAULT: dict[str, Domain] = {
     "lambda_rc": FloatDistribution(0.1, 10.0, log=True),
@@ -38,7 +38,7 @@ DEFAULT: dict[str, Domain] = {
     "batch_size": 32,
     "sigma_eps": SIGMA_EPS,
 }
-"""Where short trainings already purify: the reconstruction weighs enough to keep the digit's shape."""
+"""Range in which short trainings already purify: the reconstruction weight suffices to keep the digit's shape."""
 
 SMOKE: dict[str, Domain] = {
     "lambda_rc": (0.1, 1.0),
@@ -52,10 +52,10 @@ SMOKE: dict[str, Domain] = {
     "epochs": 3,
     "sigma_eps": SIGMA_EPS,
 }
-"""Seconds on a CPU: for trying things out and for tests."""
+"""Takes seconds on a CPU; for trials and tests."""
 
 STARTS = (
     {"lambda_rc": 0.01, "lambda_kl": 0.1, "lambda_ce": 10.0, "sigma_eps": 0.1},  # the paper's best
     {"lambda_rc": 1.0, "lambda_kl": 2.0, "lambda_ce": 10.0, "sigma_eps": 0.1},  # the best of our short trainings
 )
-"""Settings that a search tries first where they lie in its space."""
+"""Settings that a search tries first if its space contains them."""

@@ -14,10 +14,10 @@ from spaces.domain import Domain, Scalar, contains, draw, finite, narrowed, only
 from spaces.exceptions import InputError, choose
 
 Condition = Mapping[str, Sequence[Scalar]]
-"""When a knob matters: other knob -> the values at one of which that must be."""
+"""Condition under which a knob is active: another knob -> the values, one of which it must have."""
 
 GRID_LIMIT = 64
-"""A finite set of inference settings up to this size is scored whole."""
+"""Largest finite set of inference settings that is scored completely."""
 
 
 def knob(
@@ -32,13 +32,13 @@ def knob(
     """Declare one hyperparameter as a field of a defense's Train or Inference dataclass.
 
     Args:
-        default: the value where a space does not say another.
-        domain: every legal value.
-        meaning: what it is, with its unit and source.
+        default: the value used where a space does not give another.
+        domain: all legal values.
+        meaning: description, with unit and source.
         latency: whether it can change the purification latency.
-        threshold: whether it is the limit of a column of `Defense.suspicion` (an inference knob).
-        given: at which values of other knobs, declared before it and categorical, it matters; elsewhere it takes its
-            default. A train-time knob may name train-time knobs alone.
+        threshold: whether it is the threshold of a column of `Defense.suspicion` (inference knobs only).
+        given: values of other knobs, declared earlier and categorical, at which it is active; otherwise it has its
+            default. A train-time knob may only depend on train-time knobs.
     """
     about = {"domain": domain, "meaning": meaning, "latency": latency, "threshold": threshold, "given": given or {}}
     return field(default=default, metadata=about)
@@ -46,7 +46,7 @@ def knob(
 
 @dataclass(frozen=True)
 class Params:
-    """One setting of every knob of a defense: `train` shapes the fit, `inference` is set on a stored fit."""
+    """One setting of all knobs of a defense: `train` determines the fit, `inference` is set on a stored fit."""
 
     train: Mapping[str, Scalar]
     inference: Mapping[str, Scalar]
@@ -60,7 +60,7 @@ class SearchSpace:
     """The domains of a defense's knobs, split by whether a change needs a new training.
 
     Args:
-        given: the conditions of the knobs that do not always matter. Where one does not, it takes its default.
+        given: the conditions of conditional knobs. An inactive knob has its default.
     """
 
     train: Mapping[str, BaseDistribution]
@@ -70,7 +70,7 @@ class SearchSpace:
 
     @classmethod
     def of(cls, defense: Any) -> SearchSpace:
-        """Return every knob that `defense` (a class with Train and Inference dataclasses) declares."""
+        """Return the space of all knobs declared by `defense`, a class with Train and Inference dataclasses."""
         knobs = (*dataclasses.fields(defense.Train), *dataclasses.fields(defense.Inference))
         return cls(
             {f.name: f.metadata["domain"] for f in dataclasses.fields(defense.Train)},
@@ -83,7 +83,7 @@ class SearchSpace:
         return {**self.train, **self.inference}
 
     def narrow(self, named: Mapping[str, Domain]) -> SearchSpace:
-        """Return the space with the domains that `named` gives; every other knob keeps its default.
+        """Return the space with the domains in `named`; every other knob is fixed to its default.
 
         Raises:
             InputError: `named` has a knob that is not declared, or a value outside the declared domain.
@@ -94,11 +94,11 @@ class SearchSpace:
         return self._with({name: narrowed(name, domain, wishes[name]) for name, domain in self.flat().items()})
 
     def at(self, values: Mapping[str, Scalar]) -> SearchSpace:
-        """Return what is left of the space where knobs have these values, such as a fit's train-time knobs."""
+        """Return the space with knobs fixed to these values, such as a fit's train-time knobs."""
         return self._with({**self.flat(), **{name: CategoricalDistribution((v,)) for name, v in values.items()}})
 
     def _with(self, domains: Mapping[str, BaseDistribution]) -> SearchSpace:
-        """Return the space with other domains: a knob that can no longer matter takes its default for good."""
+        """Return the space with other domains; a knob that can no longer be active is fixed to its default."""
         kept, given, never = dict[str, BaseDistribution](), dict[str, Condition](), set[str]()
         for name, domain in domains.items():
             left = {o: [v for v in finite(kept[o]) or () if v in legal] for o, legal in self._asked(name)}
@@ -117,44 +117,44 @@ class SearchSpace:
         return self.given.get(name, {}).items()
 
     def matters(self, name: str, values: Mapping[str, Any]) -> bool:
-        """Say whether a knob matters where the knobs before it have these values."""
+        """Return whether a knob is active where the knobs before it have these values."""
         return all(self.matters(o, values) and values[o] in legal for o, legal in self._asked(name))
 
     def usual(self) -> dict[str, Scalar]:
-        """Return one inference setting: each knob's default where it lies in the space, else its first value.
+        """Return one inference setting: each knob's default if the space contains it, else its first value.
 
-        It is one that is scored: a knob that does not matter in it has its default.
+        It is one of the scored settings: inactive knobs have their default.
         """
         return dict(self.setting(self.usual_of).inference)
 
     def usual_of(self, name: str, domain: BaseDistribution) -> Scalar:
-        """Return a knob's default where it lies in the domain, else its first value."""
+        """Return a knob's default if the domain contains it, else the domain's first value."""
         if contains(domain, self.defaults[name]):
             return self.defaults[name]
         values = finite(domain)
         return values[0] if values else domain.low  # type: ignore[attr-defined]  # not finite, so a range
 
     def searched(self) -> dict[str, BaseDistribution]:
-        """Return the domains of the knobs that have more than one value, each after those that it depends on."""
+        """Return the domains of the knobs with more than one value, each after the knobs that it depends on."""
         return {name: domain for name, domain in self.flat().items() if not domain.single()}
 
     def setting(self, value: Callable[[str, BaseDistribution], Scalar]) -> Params:
-        """Return the setting in which each knob that matters has the `value` of its name and domain."""
+        """Return the setting in which each active knob has the `value` of its name and domain."""
         values = dict[str, Scalar]()
         for name, domain in self.flat().items():
             values[name] = value(name, domain) if self.matters(name, values) else self.defaults[name]
         return Params({n: values[n] for n in self.train}, {n: values[n] for n in self.inference})
 
     def complete(self, chosen: Mapping[str, Any]) -> Params:
-        """Return the setting with the `chosen` values and, elsewhere, the one value of each knob."""
+        """Return the setting with the `chosen` values and, for every other knob, its only value."""
         return self.setting(lambda name, domain: chosen[name] if name in chosen else only(name, domain))
 
     def drawn(self, rng: np.random.Generator) -> Params:
-        """Return a setting at random."""
+        """Return a random setting."""
         return self.setting(lambda name, domain: draw(domain, rng))
 
     def grid(self) -> Iterator[Params]:
-        """Yield every setting of a finite space once, the last knob moving fastest.
+        """Yield every setting of a finite space once; the last knob changes fastest.
 
         Raises:
             InputError: a searched knob is continuous.
@@ -175,15 +175,15 @@ class SearchSpace:
             yield from self._branches(rest, {**values, name: choice})
 
     def size(self) -> int | None:
-        """Return how many settings there are, or None where a knob is continuous."""
+        """Return the number of settings, or None if a knob is continuous."""
         return self._count(list(self.flat()), {})
 
     def trainings(self) -> int | None:
-        """Return how many trainings the whole space needs, or None where a train-time knob is continuous."""
+        """Return the number of trainings that the whole space needs, or None if a train-time knob is continuous."""
         return self._count(list(self.train), {})
 
     def _count(self, left: Sequence[str], values: Mapping[str, Scalar]) -> int | None:
-        """Count the settings of the knobs that are `left`, branching where others depend on a knob."""
+        """Count the settings of the knobs in `left`, branching at knobs that others depend on."""
         total, domains = 1, self.flat()
         for i, name in enumerate(left):
             if not self.matters(name, values):
@@ -200,7 +200,7 @@ class SearchSpace:
 
 
 def conditions(given: Condition) -> str:
-    """Return in words when a knob matters; nothing where it always does."""
+    """Return as text when a knob is active; empty if it always is."""
     return " and ".join(f"{name} is {' or '.join(map(str, values))}" for name, values in given.items())
 
 

@@ -1,9 +1,9 @@
-"""Auto-PGD, with the cross-entropy, the DLR loss or targeted: the first two parts of AutoAttack.
+"""Auto-PGD with the cross-entropy, DLR or targeted DLR loss: the first two attacks of AutoAttack.
 
 Source: Croce and Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
 attacks, 2020. Its standard version runs APGD with the cross-entropy, APGD targeted, FAB-T and Square in turn.
-Shapes: N images, A of them still attacked, C channels, H x W pixels, D = CHW, K classes, J rival classes.
-Of the papers' symbols x_..., d and d_orig are NCHW, f_... is N, alpha is N111.
+Shapes: N images, A of them still attacked, C channels, H x W pixels, D = CHW, K classes, J target classes.
+Of the papers' symbols, x_..., d and d_orig are NCHW, f_... is N and alpha is N111.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ Loss = Literal["ce", "dlr", "targeted"]
 
 
 class APGD(CorrectedAttack, torchattacks.APGD):  # type: ignore[misc]  # torchattacks is not typed
-    """Auto-PGD: gradient ascent with momentum that halves an image's step size where its loss stalls.
+    """Auto-PGD: gradient ascent with momentum that halves an image's step size where its loss stops improving.
 
-    Mends the stock APGD and APGDT: (1) they take 10 steps where AutoAttack takes 100; (2) they reset the global
-    generators at each call, which replays a stochastic defense's noise, and an image's start depends on who still
-    stands; (3) a fooled image takes part to the end; (4) APGDT raises an IndexError below four classes, and with nine
-    targets below ten; (5) in L2 all images take APGDT's step size of the first. Checkpoints and conditions are the
-    paper's: the stock ones round otherwise, and compare the first loss with 0.
+    Corrects torchattacks' APGD and APGDT: (1) they take 10 steps where AutoAttack takes 100; (2) they reset the global
+    generators at each call, which replays a stochastic defense's noise, and an image's start depends on which others
+    are still attacked; (3) a misclassified image is attacked to the end; (4) APGDT raises an IndexError below four
+    classes, and with nine targets below ten; (5) in L2, APGDT uses the first image's step size for all. Checkpoints and
+    conditions are the paper's; torchattacks rounds them differently and compares the first loss with 0.
 
-    Of each image the iterate with the highest lead of a wrong logit over the label's comes back, so that a wrong one
-    goes before a right one, whatever the loss; with `stops` the first that is wrong, be it the given one.
+    Returns each image's iterate with the highest logit margin, so that a misclassified one is preferred under any loss;
+    with `stops`, the first misclassified one, which may be the input itself.
 
     Args:
         eps: bound of the perturbation, in pixel units of [0, 1].
-        loss: `ce`, cross-entropy; `dlr`, the difference of logits ratio, which scaling the logits leaves as it is;
-            `targeted`, the targeted one, against the classes next to the label by the given image's logits. With
-            three classes its denominator is that of `dlr`. With two none is left and it is the plain margin:
-            signs, unit steps and comparisons of an image's losses ignore the scale as well.
-        restarts: random starts, of each target.
-        targets: how many classes `targeted` takes in turn.
-        rho: the share of steps between two checkpoints that must have raised the loss.
+        loss: `ce`, cross-entropy; `dlr`, difference of logits ratio, invariant to the scale of the logits; `targeted`,
+            targeted DLR, against the classes with the highest logits on the input other than the label. With three
+            classes its denominator is that of `dlr`. With two, both are the plain margin without a denominator:
+            signs, unit steps and comparisons of an image's losses do not depend on the scale either.
+        restarts: random starts for each target class.
+        targets: number of target classes that `targeted` tries in turn.
+        rho: share of the steps between two checkpoints that must increase the loss to keep the step size.
 
     Raises:
-        InputError: the norm or the loss is none of those.
+        InputError: the norm or the loss is not a legal one.
 
     Source: section 3, Algorithm 1, and section 4 for the losses.
     """
@@ -91,13 +91,13 @@ class APGD(CorrectedAttack, torchattacks.APGD):  # type: ignore[misc]  # torchat
         return best.x_NCHW
 
     def _start(self, x_NCHW: Tensor, draws: Draws) -> Tensor:
-        """Return random images at the distance eps, as the authors' code, but where clipped to [0, 1]."""
+        """Return random images at distance eps, as in the authors' code; nearer where clipped to [0, 1]."""
         shape = x_NCHW.shape[1:]
         way_NCHW = 2 * draws.uniform(*shape) - 1 if self.norm == "Linf" else draws.normal(*shape)
         return (x_NCHW + self.eps * way_NCHW / sizes(way_NCHW, self.norm)).clamp(0, 1)
 
     def _climb(self, x_NCHW: Tensor, y_N: Tensor, rival_N: Tensor, x_k: Tensor, best: Best) -> None:
-        """Climb once from `x_k`, and offer every iterate to `best`."""
+        """Run the ascent once from `x_k`, and offer every iterate to `best`."""
         left = best.left(self.stops)
         x_NCHW, y_N, rival_N, x_k = (t_N[left] for t_N in (x_NCHW, y_N, rival_N, x_k))
         going, checkpoints, last = torch.arange(len(left), device=left.device), _checkpoints(self.steps), 0
@@ -126,7 +126,7 @@ class APGD(CorrectedAttack, torchattacks.APGD):  # type: ignore[misc]  # torchat
             x_before, x_k = x_k, project(moved_NCHW, x_NCHW, self.eps, self.norm)
 
     def _ask(self, x_NCHW: Tensor, y_N: Tensor, rival_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss's gradient, the loss, and the lead."""
+        """Return the gradient of the loss, the loss, and the logit margin."""
         x_NCHW = x_NCHW.detach().requires_grad_()
         logits_NK = self.get_logits(x_NCHW)
         f_N = self._loss(logits_NK, y_N, rival_N)

@@ -1,5 +1,5 @@
-"""What every corrected attack has in common: it leaves model and generators as they were, and its random numbers belong
-to the image, not to the batch.
+"""Common parts of the corrected attacks, which leave the model and the global generators unchanged and whose random
+numbers depend on the image, not on the batch.
 
 Shapes: N images, C channels, H x W pixels, K classes.
 """
@@ -18,18 +18,18 @@ from attacks.threat import Norm
 
 
 class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torchattacks is not typed
-    """An attack that leaves its model and torch's generators as they were, also where it raises.
+    """An attack that leaves its model and torch's generators unchanged, even if it raises.
 
-    The stock `__call__` puts the top module alone back, with train(), so that a frozen submodule ends up in train
-    mode; and restores nothing on an error. Some stock attacks add to the `grad` of the model's parameters, and some
-    reset the global generators at each call, which replays a stochastic defense's noise: those here differentiate by
-    their input alone, and draw from `draws`. Losses are summed over the batch, so that no image's gradient depends on
-    who is attacked beside it.
+    torchattacks' `__call__` restores the mode of the top module only, with train(), so that a frozen submodule ends up
+    in train mode, and restores nothing on an error. Some of its attacks add to the `grad` of the model's parameters,
+    and some reset the global generators at each call, which replays a stochastic defense's noise. Attacks here
+    differentiate with respect to the input only and draw from `draws`. Losses are summed over the batch, so that an
+    image's gradient does not depend on the other images.
 
     Attributes:
-        draws: the images' random numbers; None: those of seed 0 and the places in the batch, at each call.
-        stops: whether an image that is found wrong needs no further step, and is returned as it was found. Not so
-            where the model draws noise or can reject, nor where the images are meant to fool another model.
+        draws: random numbers of the images; None: at each call, those of seed 0 and the places in the batch.
+        stops: whether a misclassified image is returned at once, without further steps. False where the model is
+            stochastic or can reject, and where the images are meant to fool another model.
     """
 
     draws: Draws | None = None
@@ -44,21 +44,21 @@ class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torc
             self._set_normalization_applied(applied)
 
     def _given(self, x_NCHW: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images on the model's device, and the labels to leave or, if targeted, to reach."""
+        """Return the images on the model's device, and the labels to move away from or, if targeted, to reach."""
         x_NCHW, y_N = x_NCHW.detach().to(self.device), y_N.detach().to(self.device)
         return x_NCHW, self.get_target_label(x_NCHW, y_N) if self.targeted else y_N
 
     def _random(self, x_NCHW: Tensor) -> Draws:
-        """Return the images' random numbers."""
+        """Return the random numbers of the images."""
         return self.draws or Draws(0, torch.arange(len(x_NCHW), device=x_NCHW.device))
 
     def _gain(self, x_NCHW: Tensor, aim_N: Tensor, logits_NK: Tensor) -> Tensor:
-        """Return what the attack raises of each image, N: the cross-entropy of `aim_N`, or minus it if targeted."""
+        """Return the objective that the attack maximises, N: the cross-entropy of `aim_N`, negated if targeted."""
         loss_N = F.cross_entropy(logits_NK, aim_N, reduction="none")
         return -loss_N if self.targeted else loss_N
 
     def _look(self, x_NCHW: Tensor, aim_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradient of the gain, the gain, and whether the attack has succeeded already, bool_N."""
+        """Return the gradient of the gain, the gain, and whether the attack already succeeds, bool_N."""
         x_NCHW = x_NCHW.detach().requires_grad_()
         logits_NK = self.get_logits(x_NCHW)
         gain_N = self._gain(x_NCHW, aim_N, logits_NK)
@@ -66,9 +66,9 @@ class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torc
 
 
 def slope(gain_N: Tensor, x_NCHW: Tensor, *, again: bool = False) -> Tensor:
-    """Return the gradient of each image's gain, zero where none flows.
+    """Return the gradient of each image's gain with respect to the image; zero where there is none.
 
-    The stock attacks raise where a purifier has none; here the audit says so.
+    torchattacks raises where a purifier has no gradient; here the audit reports it.
 
     Args:
         again: keep the graph for another gradient.
@@ -80,9 +80,9 @@ def slope(gain_N: Tensor, x_NCHW: Tensor, *, again: bool = False) -> Tensor:
 
 
 def project(moved_NCHW: Tensor, x_NCHW: Tensor, eps: float, norm: Norm) -> Tensor:
-    """Return the images within eps of the given ones that are nearest to the moved ones, and in [0, 1].
+    """Return the images nearest to the moved ones within eps of the given ones and in [0, 1].
 
-    In L2 the ball comes first and the clip to [0, 1] second, which stays in the ball, as torchattacks does.
+    In L2, as in torchattacks, the projection onto the ball comes before the clip to [0, 1], which stays in the ball.
     """
     step_NCHW = moved_NCHW - x_NCHW
     if norm == "Linf":
@@ -92,9 +92,9 @@ def project(moved_NCHW: Tensor, x_NCHW: Tensor, eps: float, norm: Norm) -> Tenso
 
 
 def steepest(slope_NCHW: Tensor, norm: Norm) -> Tensor:
-    """Return the step of length 1 in the norm that climbs most: the signs, or the gradient over its length.
+    """Return the direction of steepest ascent, of length 1 in the norm: the signs, or the normalised gradient.
 
-    Where the gradient is zero there is none; the stock PGDL2 adds 1e-10 to a length that the batch's mean shortens.
+    It is zero where the gradient is zero; torchattacks' PGDL2 adds 1e-10 to the norm of a gradient of the batch's mean.
     """
     if norm == "Linf":
         return slope_NCHW.sign()
@@ -103,18 +103,18 @@ def steepest(slope_NCHW: Tensor, norm: Norm) -> Tensor:
 
 
 def lengths(step_NCHW: Tensor) -> Tensor:
-    """Return the L2 norm of each, N111."""
+    """Return the L2 norm of each perturbation, N111."""
     return step_NCHW.flatten(1).norm(dim=1)[:, None, None, None]
 
 
 class Best:
-    """The best image so far of each, by a rank that is above 0 where it needs no better one."""
+    """The best adversarial example of each image so far; a rank above 0 means that no better one is needed."""
 
     def __init__(self, x_NCHW: Tensor, rank_N: Tensor) -> None:
         self.x_NCHW, self.rank_N = x_NCHW.clone(), rank_N
 
     def left(self, stops: bool) -> Tensor:
-        """Return the places of the images to attack on: with `stops` those that need a better one, else all."""
+        """Return the indices of the images still to attack: with `stops` those without a success, else all."""
         every = torch.arange(len(self.rank_N), device=self.rank_N.device)
         return every[self.rank_N <= 0] if stops else every
 
@@ -125,24 +125,24 @@ class Best:
 
 
 def lead(logits_NK: Tensor, y_N: Tensor) -> Tensor:
-    """Return by how much the best wrong logit exceeds the label's; NaN, which fools nobody, counts as least."""
+    """Return the logit margin, the best wrong logit minus the label's; NaN, which is no success, counts as -inf."""
     others_NK = logits_NK.scatter(1, y_N[:, None], -torch.inf)
     lead_N = others_NK.amax(1) - logits_NK.gather(1, y_N[:, None])[:, 0]
     return torch.where(lead_N.isnan(), -torch.inf, lead_N)
 
 
 def wide(t_N: Tensor) -> Tensor:
-    """Return a number of each image so that it multiplies the image, N111."""
+    """Return one number per image, shaped to multiply the images, N111."""
     return t_N[:, None, None, None]
 
 
 def where(take_N: Tensor, one_NCHW: Tensor, other_NCHW: Tensor) -> Tensor:
-    """Return of each image the one or the other."""
+    """Return, per image, the first image where `take_N` is true, else the second."""
     return torch.where(wide(take_N), one_NCHW, other_NCHW)
 
 
 def rivals(logits_NK: Tensor, y_N: Tensor, count: int) -> Tensor:
-    """Return the classes next to the label, NJ, the likeliest first."""
+    """Return the classes with the highest logits other than the label, NJ, in descending order."""
     return logits_NK.scatter(1, y_N[:, None], -torch.inf).topk(min(count, logits_NK.shape[1] - 1)).indices
 
 

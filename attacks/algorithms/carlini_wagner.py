@@ -1,4 +1,4 @@
-"""The attack of Carlini and Wagner in L2.
+"""The L2 attack of Carlini and Wagner.
 
 Shapes: N images, C channels, H x W pixels, K classes; images lie in [0, 1].
 """
@@ -13,24 +13,24 @@ from attacks.algorithms.base import CorrectedAttack, where
 
 
 class CW(CorrectedAttack, torchattacks.CW):  # type: ignore[misc]  # torchattacks is not typed
-    """CW L2, image by image.
+    """The Carlini-Wagner L2 attack, with independent images.
 
-    Mends the stock CW: (1) pixels at 0 and 1 map to atanh(+-1), infinite, and never move; (2) the best other logit
-    is taken as 0 where all are negative, since the label's is multiplied away; (3) the early stop looks at the
-    batch's sum, so that an image's result depends on the others': here none stops early; (4) an image counts as
-    found below the confidence kappa, which so has no effect; (5) c is not searched.
+    Corrects torchattacks' CW: (1) pixels at 0 and 1 map to atanh(+-1), which is infinite, and never move; (2) the best
+    other logit is taken as 0 where all are negative, since the label's is masked by a multiplication with 0; (3) early
+    stopping uses the loss of the whole batch, so that an image's result depends on the others: here there is none;
+    (4) a success does not require the confidence kappa, which so has no effect; (5) there is no search for c.
 
-    Of an image for which nothing is found the original is returned.
+    The original is returned for an image without a success.
 
     Args:
-        c: weight of the classification term; the first one tried if it is searched.
-        kappa: by how much, in logits, the wrong class (or the target) must lead.
-        lr: of Adam, on w = atanh(2x - 1). Pixels at 0 and 1 start at w = -+7.25, where tanh is flat, and take part
-            only where lr * steps is about 10: on binarised digits lr 0.1 and 50 steps find 8 %, 0.2 finds 94 %.
+        c: weight of the classification term; the first value tried if it is searched.
+        kappa: confidence: the margin, in logits, by which the wrong class (or the target) must lead.
+        lr: Adam's learning rate on w = atanh(2x - 1). Pixels at 0 and 1 start at w = -+7.25, where tanh is flat, and
+            move only if lr * steps is about 10: on binarised digits, 50 steps succeed on 8 % at lr 0.1, on 94 % at 0.2.
         binary_search_steps: values of c tried for each image; 0 and 1: `c` alone.
 
     Source: Carlini and Wagner, Towards Evaluating the Robustness of Neural Networks, 2017, sections V.B, VI.A, and
-    for (1) and the search's bounds CleverHans 4.0, carlini_wagner_l2.
+    for (1) and the bounds of the search CleverHans 4.0, carlini_wagner_l2.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class CW(CorrectedAttack, torchattacks.CW):  # type: ignore[misc]  # torchattack
         return best_NCHW
 
     def _minimise(self, x_NCHW: Tensor, aim_N: Tensor, c_N: Tensor, best_NCHW: Tensor, best_N: Tensor) -> Tensor:
-        """Descend once, improve `best_NCHW` and its squared distances `best_N` in place; return who succeeded."""
+        """Run one descent, improve `best_NCHW` and its squared distances `best_N` in place; return the successes, N."""
         w_NCHW = self.inverse_tanh_space(x_NCHW).requires_grad_()
         adam = torch.optim.Adam([w_NCHW], lr=self.lr)
         found_N = torch.zeros_like(aim_N, dtype=torch.bool)
@@ -80,7 +80,7 @@ class CW(CorrectedAttack, torchattacks.CW):  # type: ignore[misc]  # torchattack
         return torch.atanh((2 * x_NCHW - 1) * 0.999999)
 
     def f(self, logits_NK: Tensor, aim_N: Tensor) -> Tensor:
-        """Return what is left of the margin to lose, at least -kappa. Source: section V.A, f_6."""
+        """Return the margin still to overcome, at least -kappa. Source: section V.A, f_6."""
         aim_N1 = aim_N[:, None]
         real_N = logits_NK.gather(1, aim_N1).squeeze(1)
         other_N = logits_NK.scatter(1, aim_N1, -torch.inf).max(1).values

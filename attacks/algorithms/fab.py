@@ -1,7 +1,7 @@
-"""FAB-T, the third part of AutoAttack.
+"""FAB-T, the third attack of AutoAttack.
 
-Shapes: N images, C channels, H x W pixels, D = CHW, K classes; images lie in [0, 1]. Of the paper's symbols x_..., d
-and d_orig are NCHW, f_... is N.
+Shapes: N images, C channels, H x W pixels, D = CHW, K classes; images lie in [0, 1]. Of the paper's symbols, x_..., d
+and d_orig are NCHW and f_... is N.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from spaces.exceptions import choose
 
 
 class FAB(CorrectedAttack, torchattacks.FAB):  # type: ignore[misc]  # torchattacks is not typed
-    """FAB-T: the least perturbation towards each rival class, along the linearised boundary.
+    """FAB-T: the smallest perturbation to each target class, by steps to the linearised boundary.
 
-    Mends the stock FAB: (1) it takes 10 steps where AutoAttack takes 100; (2) it resets the global generators at each
-    call, and adds to the `grad` of the model's parameters; (3) it raises an IndexError below ten classes; (4) it goes
-    on with an image that is within eps already; (5) in L2 it takes partial derivatives below 1e-8 for zero, so that
-    logits divided by 1e9 look robust. Here a step depends on the gradient's direction alone.
+    Corrects torchattacks' FAB: (1) it takes 10 steps where AutoAttack takes 100; (2) it resets the global generators at
+    each call, and adds to the `grad` of the model's parameters; (3) it raises an IndexError below ten classes; (4) it
+    continues with an image that is already within eps; (5) in L2 it treats partial derivatives below 1e-8 as zero, so
+    that logits divided by 1e9 look robust. Here a step depends only on the direction of the gradient.
 
-    Of each image the nearest wrong one comes back if it is within eps, else the given one.
+    Returns each image's nearest misclassified iterate if it is within eps, else the given image.
 
     Args:
-        eps: what counts as found, in pixel units of [0, 1].
-        targets: how many classes are taken in turn: those next to the label by the given image's logits.
+        eps: perturbation budget that a success must keep, in pixel units of [0, 1].
+        targets: number of target classes tried in turn: those with the highest logits on the input, without the label.
 
     Raises:
-        InputError: the norm is none of those.
+        InputError: the norm is not a legal one.
 
     Source: Croce and Hein, Minimally distorted adversarial examples with a fast adaptive boundary attack, 2020,
-    Algorithm 1, with one start and without the final search, as AutoAttack has it.
+    Algorithm 1, with one start and without the final search, as in AutoAttack.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class FAB(CorrectedAttack, torchattacks.FAB):  # type: ignore[misc]  # torchatta
         x_NCHW, y_N = self._given(x_NCHW, y_N)
         with torch.no_grad():
             logits_NK = self.get_logits(x_NCHW)
-        # The rank is what is left of eps.
+        # The rank is the unused part of eps.
         best = Best(x_NCHW, torch.where(lead(logits_NK, y_N) > 0, self.eps, x_NCHW.new_tensor(-torch.inf)))
         for rival_N in rivals(logits_NK, y_N, self.n_target_classes).unbind(1):
             self._approach(x_NCHW, y_N, rival_N, best)
         return where(best.rank_N >= 0, best.x_NCHW, x_NCHW)
 
     def _approach(self, x_NCHW: Tensor, y_N: Tensor, rival_N: Tensor, best: Best) -> None:
-        """Go to the boundary with the rivals, and offer every wrong iterate to `best`."""
+        """Step towards the boundary to the target classes, and offer every misclassified iterate to `best`."""
         moved_NCHW = x_NCHW.clone()
         for _ in range(self.steps):
             going = best.left(self.stops)
@@ -77,7 +77,7 @@ class FAB(CorrectedAttack, torchattacks.FAB):  # type: ignore[misc]  # torchatta
             w_NCHW = slope(f_N, x_i)
             with torch.no_grad():
                 off_N = (w_NCHW * (x_orig - x_i)).flatten(1).sum(1)
-                # Both projections, of the iterate and of the given image, are one batch.
+                # The projections of the iterate and of the given image are computed as one batch.
                 both_NCHW, gap_N = torch.cat((x_i, x_orig)), torch.cat((-f_N, -f_N - off_N))
                 d_NCHW = to_plane(both_NCHW, gap_N, w_NCHW.repeat(2, 1, 1, 1), self.norm)
                 (d, d_orig), (size, size_orig) = d_NCHW.chunk(2), sizes(d_NCHW, self.norm).chunk(2)
@@ -90,10 +90,10 @@ class FAB(CorrectedAttack, torchattacks.FAB):  # type: ignore[misc]  # torchatta
 
 
 def to_plane(x_NCHW: Tensor, gap_N: Tensor, w_NCHW: Tensor, norm: Norm) -> Tensor:
-    """Return the least step d, in the norm, with <w, d> = gap and x + d in [0, 1]; if none, the one that comes nearest.
+    """Return the smallest step d, in the norm, with <w, d> = gap and x + d in [0, 1]; if there is none, the closest.
 
-    That is d = sign(w) min(t |v|, room) with v = sign(w) in L-inf and w in L2: <w, d> rises with t, linearly between
-    the values of t at which a pixel reaches 0 or 1. Where w is zero or not finite d is zero.
+    It is d = sign(w) min(t |v|, room) with v = sign(w) in L-inf and w in L2: <w, d> rises with t, linearly between
+    the values of t at which a pixel reaches 0 or 1. Where w is zero or not finite, d is zero.
 
     Source: the projections of FAB, section 2, both solved by one sort.
     """

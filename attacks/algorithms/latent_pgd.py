@@ -1,4 +1,4 @@
-"""An attack in the latent space of a defense that generates images.
+"""Attack in the latent space of a generative defense.
 
 Shapes: N images, C channels, H x W pixels, K classes, Z latent dimensions; images lie in [0, 1].
 """
@@ -12,32 +12,32 @@ from attacks.algorithms.base import CorrectedAttack, project, slope, steepest
 from attacks.threat import Norm
 
 LEAD = 5.0
-"""By how much, in logits, a generated image must be taken for another class: one that barely is, is purified back. On
-digits at eps 0.1 Defense-VAE then keeps 43 % and Defense-GAN 59 %; at a lead of 0 they keep 73 and 79 %."""
+"""Logit margin required of a generated image of another class; one with less is purified back. At this margin, digits
+at eps 0.1 leave Defense-VAE 43 % and Defense-GAN 59 % accuracy; at a margin of 0, 73 and 79 %."""
 PACE = 2.5
-"""How many times eps all steps of the descent in the ball are long together."""
+"""Total length of the descent steps in the ball, as a multiple of eps."""
 
 
 class LatentPGD(CorrectedAttack):
-    """Search the latent space for an image of another class near the given one, then an image that is purified to it.
+    """Find a latent vector of another class near the image, then an image in the ball that is purified to it.
 
-    (1) From the image's own latent vector descend to z*: where the image G(z) is not taken for another class by `LEAD`,
-    raise that lead; where it is, lower its squared L2 distance to the ball. z* is the z of the least distance among the
-    latter, else the last one. (2) Take the point of the ball nearest to G(z*). (3) Where the defense has an encoder, it
-    and not the distance decides what that is purified to: descend in the ball to a latent vector near z*. The image of
-    (3) is returned, but that of (2) where the defended model gets it alone wrong.
+    (1) From the image's latent vector descend to z*: while G(z) has a logit margin below `LEAD` for another class,
+    increase the margin; otherwise decrease the squared L2 distance of G(z) to the ball. z* is the z of least distance
+    among the latter, else the last one. (2) Take the point of the ball nearest to G(z*). (3) If the defense has an
+    encoder, it decides what this point is purified to: descend in the ball to a latent vector near z*. Returns
+    the image of (3), or that of (2) where only this one fools the defended model.
 
-    Mends PGD by BPDA, whose steps leave the range of G and are purified away. With `stops` an image that the defended
-    model gets wrong as given, or after (2), goes no further.
+    PGD by BPDA is weak here: its steps leave the range of G and are purified away. With `stops`, an image that the
+    defended model misclassifies as given, or after (2), is not attacked further.
 
     Args:
         model: a View of a classifier behind a defense with `latent` and `generate`.
         eps: bound of the perturbation, in pixel units of [0, 1].
-        steps: of (1), and of (3).
-        lr: of Adam in (1), in latent units.
+        steps: steps of (1), and of (3).
+        lr: Adam's learning rate in (1), in latent units.
 
     Source: Athalye et al., Obfuscated Gradients, 2018, section 5.4.2, for the search on the generator's range; Tramer
-    et al., On Adaptive Attacks, 2020, for aiming at what the defense decides by. The split in three is ours.
+    et al., On Adaptive Attacks, 2020, for attacking the decisive component. The split in three steps is ours.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LatentPGD(CorrectedAttack):
     def _seek(self, x_NCHW: Tensor, aim_N: Tensor) -> tuple[Tensor, bool]:
         """Return z*, NZ, of step (1), and whether the latent vector of an image is differentiable."""
         target = self.model.target
-        # A classifier that the defense retrained sees what it generates in place of the protected one.
+        # A classifier that the defense retrained replaces the protected one on generated images.
         classifier = getattr(target.defense, "own", target.classifier)
         start_NZ = target.defense.latent(x_NCHW.clone().requires_grad_())
         z_NZ = start_NZ.detach().clone().requires_grad_()
@@ -92,7 +92,7 @@ class LatentPGD(CorrectedAttack):
         return torch.where(least_N.isfinite()[:, None], best_NZ, z_NZ.detach()), start_NZ.requires_grad
 
     def _approach(self, moved_NCHW: Tensor, x_NCHW: Tensor, z_NZ: Tensor) -> Tensor:
-        """Return images of the ball whose latent vectors are near z*: step (3)."""
+        """Return images in the ball whose latent vectors are near z*: step (3)."""
         alpha = PACE * self.eps / self.steps
         for _ in range(self.steps):
             moved_NCHW = moved_NCHW.detach().requires_grad_()
@@ -102,7 +102,7 @@ class LatentPGD(CorrectedAttack):
         return moved_NCHW
 
     def _lead(self, logits_NK: Tensor, aim_N: Tensor) -> Tensor:
-        """Return by how much the best wrong class, or the target, leads."""
+        """Return the logit margin of the best wrong class or, if targeted, of the target class."""
         aim_N1 = aim_N[:, None]
         own_N = logits_NK.gather(1, aim_N1)[:, 0]
         other_N = logits_NK.scatter(1, aim_N1, -torch.inf).amax(dim=1)
@@ -110,11 +110,11 @@ class LatentPGD(CorrectedAttack):
 
     @torch.no_grad()
     def _found(self, moved_NCHW: Tensor, aim_N: Tensor) -> Tensor:
-        """Say of each image whether the defended model is fooled, bool_N."""
+        """Return whether the defended model is fooled by each image, bool_N."""
         return (self.get_logits(moved_NCHW).argmax(1) == aim_N) == self.targeted
 
     def _left(self, moved_NCHW: Tensor, aim_N: Tensor) -> Tensor:
-        """Return the places of the images that are worked on further."""
+        """Return the indices of the images to attack further."""
         if not self.stops:
             return torch.arange(len(aim_N), device=aim_N.device)
         return (~self._found(moved_NCHW, aim_N)).nonzero().flatten()

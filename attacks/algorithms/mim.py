@@ -15,15 +15,14 @@ from attacks.algorithms.base import CorrectedAttack
 class MIM(CorrectedAttack, torchattacks.MIFGSM):  # type: ignore[misc]  # torchattacks is not typed
     """The momentum iterative method.
 
-    Mends the stock MIFGSM, which divides by the gradient's mean size (the paper's L1 norm, up to a factor that its
-    signs ignore): where a gradient is zero, once, the momentum
-    becomes NaN, whose sign is 0, and the image never moves again. Here such a gradient adds nothing and the
-    momentum carries on.
+    Corrects torchattacks' MIFGSM, which divides by the mean absolute gradient (the paper's L1 norm up to a factor that
+    the sign ignores): after a single zero gradient the momentum is NaN, whose sign is 0, and the image never moves
+    again. Here a zero gradient adds nothing and the momentum is kept.
 
     Args:
         eps: bound of the perturbation, L-inf, in pixel units of [0, 1].
         alpha: step size, in the same units.
-        decay: what is left of the momentum after a step, mu.
+        decay: decay factor of the momentum, mu.
 
     Source: Dong et al., Boosting Adversarial Attacks with Momentum, 2018, Algorithm 1.
     """

@@ -1,4 +1,4 @@
-"""The attack of the GMVAE paper on a classifier in a mixture of Gaussians, and its fooling images."""
+"""The GMVAE paper's attack on a classifier in a Gaussian mixture, and its fooling images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from attacks.gradient_view import Guarded
 from attacks.seeding import Draws, evaluating
 
 A, B = 2, 2
-"""The exponents of Eq. 10 and 11, a and b (inferred: section 4 has them above 1)."""
+"""Exponents a and b of Eq. 10 and 11 (inferred: section 4 only states that they exceed 1)."""
 
 
 class Mixture(Protocol):
-    """What an attack needs of a defense that classifies in a mixture of Gaussians."""
+    """Interface that the attack needs of a defense that classifies in a Gaussian mixture."""
 
     means_KL: Tensor
 
@@ -24,20 +24,20 @@ class Mixture(Protocol):
 
 
 class MixtureAttack(CorrectedAttack):
-    """The white-box attack of the GMVAE paper: an image near the given one that encoder and decoder take for a class.
+    """White-box attack of the GMVAE paper: finds a near image that is encoded and decoded as another class.
 
-    It is bounded by no eps: the squared length of the perturbation is a term of the loss. After each step pixels are
-    cut off at 0 and 1. The class is a random wrong one, or the label where it is targeted. Of each image the iterate of
-    the least loss is returned: what is found wrong may be rejected, and `stops` is ignored.
+    No eps bounds it: the squared length of the perturbation is a term of the loss. Pixels are clipped to [0, 1] after
+    each step. The target class is a random wrong one, or the label given if targeted. Returns each image's iterate of
+    least loss; a misclassified one may still be rejected, so `stops` is ignored.
 
-    Mends nothing: torchattacks has no such attack.
+    torchattacks has no such attack.
 
     Args:
-        model: a View of a classifier behind a defense that has `ratios`.
-        lr: of Adam, in pixel units of [0, 1].
+        model: a View of a classifier behind a defense with `ratios`.
+        lr: Adam's learning rate, in pixel units of [0, 1].
 
     Source: Ghosh et al., Resisting Adversarial Attacks Using Gaussian Mixture Variational Autoencoders, 2019, Eq. 10,
-    where Sigma_t is read as its inverse; Adam, its rate and the steps are inferred.
+    where Sigma_t is read as its inverse; Adam, its learning rate and the number of steps are inferred.
     """
 
     def __init__(self, model: nn.Module, steps: int = 1000, lr: float = 1e-2) -> None:
@@ -58,15 +58,15 @@ class MixtureAttack(CorrectedAttack):
 def fool(
     model: nn.Module, target_N: Tensor, shape: tuple[int, int, int], draws: Draws, steps: int = 1000, lr: float = 1e-2
 ) -> Tensor:
-    """Return fooling images, x_NCHW: uniform noise, changed until it is taken for the given classes and accepted.
+    """Return fooling images, x_NCHW: uniform noise optimised until it is accepted as the given classes.
 
     Args:
-        model: as that of `MixtureAttack`.
+        model: as for `MixtureAttack`.
         shape: channels, height and width.
-        draws: of the uniform images.
-        lr: of Adam, in pixel units of [0, 1].
+        draws: random numbers of the initial noise images.
+        lr: Adam's learning rate, in pixel units of [0, 1].
 
-    Source: Ghosh et al. 2019, Eq. 11, read as Eq. 10 is.
+    Source: Ghosh et al. 2019, Eq. 11, with Sigma_t read as in Eq. 10.
     """
     with evaluating(model), torch.enable_grad():
         defense = cast(Mixture, cast(Guarded, model.target).defense)
@@ -74,7 +74,7 @@ def fool(
 
 
 def objective(defense: Mixture, x_NCHW: Tensor, target_N: Tensor, origin_NCHW: Tensor | None = None) -> Tensor:
-    """Return the loss of each image, N. Source: Eq. 10; Eq. 11 where there is no original."""
+    """Return the loss of each image, N. Source: Eq. 10, or Eq. 11 without an original image."""
     error_N, distance_N = defense.ratios(x_NCHW, target_N).T
     loss_N = error_N**A + distance_N**B
     return loss_N if origin_NCHW is None else loss_N + (x_NCHW - origin_NCHW).square().flatten(1).sum(1)
@@ -83,7 +83,7 @@ def objective(defense: Mixture, x_NCHW: Tensor, target_N: Tensor, origin_NCHW: T
 def _descend(
     defense: Mixture, x_NCHW: Tensor, target_N: Tensor, steps: int, lr: float, origin_NCHW: Tensor | None = None
 ) -> Tensor:
-    """Return of each image the iterate of the least loss."""
+    """Return each image's iterate of least loss."""
     x_NCHW = x_NCHW.clone().requires_grad_()
     best_NCHW, least_N = x_NCHW.detach().clone(), x_NCHW.new_full((len(x_NCHW),), torch.inf)
     adam = torch.optim.Adam([x_NCHW], lr=lr)

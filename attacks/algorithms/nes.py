@@ -1,6 +1,6 @@
-"""NES: projected gradient ascent along a gradient that is estimated from answers alone.
+"""NES: projected gradient ascent along a gradient estimated from model outputs only.
 
-Shapes: N images, A of them still attacked, P pairs of neighbours, C channels, H x W pixels, K classes.
+Shapes: N images, A of them still attacked, P antithetic pairs, C channels, H x W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from attacks.algorithms.base import Best, CorrectedAttack, lead, project, steepe
 from attacks.threat import Norm
 
 CHUNK = 2048
-"""Neighbours that are asked for at once."""
+"""Most perturbed images in one forward pass."""
 
 
 class NES(CorrectedAttack):
-    """Ascend the lead of the best wrong logit, smoothed by a Gaussian, and look at every iterate.
+    """Maximise the logit margin, smoothed by a Gaussian, and evaluate every iterate.
 
-    It finds what hides behind steps: where votes, look-ups or levels decide, the gradient is that of the smooth rest.
-    Of each image the iterate of the highest lead is returned; with `stops` the first that is wrong.
+    It also attacks models with steps: where votes, look-ups or quantisation decide, the exact gradient is that of the
+    smooth remainder. Returns each image's iterate of highest margin; with `stops`, the first misclassified one.
 
-    Mends nothing: torchattacks has no such attack; Square moves in windows, and needs thousands of queries here.
+    torchattacks has no such attack; Square changes whole windows, and needs thousands of queries here.
 
     Args:
         eps: bound of the perturbation, in pixel units of [0, 1].
-        pairs: antithetic pairs of neighbours from which each gradient is estimated.
-        sigma: of the Gaussian, in the same units.
+        pairs: antithetic pairs of samples in each gradient estimate.
+        sigma: standard deviation of the Gaussian, in the same units.
 
     Source: Ilyas et al., Black-box Adversarial Attacks with Limited Queries and Information, 2018, section 2.1.
     """
@@ -60,7 +60,7 @@ class NES(CorrectedAttack):
         return best.x_NCHW
 
     def _slope(self, x_NCHW: Tensor, y_N: Tensor, u_APCHW: Tensor) -> Tensor:
-        """Return sum_i (L(x + sigma u_i) - L(x - sigma u_i)) u_i, where L is the lead. Source: section 2.1."""
+        """Return sum_i (L(x + sigma u_i) - L(x - sigma u_i)) u_i, where L is the logit margin. Source: section 2.1."""
         near = torch.cat((x_NCHW[:, None] + self.sigma * u_APCHW, x_NCHW[:, None] - self.sigma * u_APCHW), dim=1)
         asked = zip(near.flatten(0, 1).split(CHUNK), y_N.repeat_interleave(near.shape[1]).split(CHUNK), strict=True)
         leads_A2P = torch.cat([lead(self.get_logits(x), y) for x, y in asked]).view(len(x_NCHW), -1)

@@ -14,19 +14,19 @@ from attacks.threat import Norm
 
 
 class PGD(CorrectedAttack, torchattacks.PGD):  # type: ignore[misc]  # torchattacks is not typed
-    """Projected gradient ascent of the cross-entropy, in either norm; FGSM and iFGSM are special cases.
+    """Projected gradient ascent on the cross-entropy, in either norm; FGSM and iFGSM are special cases.
 
-    Mends the stock FGSM, BIM, PGD and PGDL2: (1) an image's random start comes from the global generator and so depends
-    on the images beside it; (2) the L2 one takes the mean loss of the batch, and so divides small gradients by its
-    1e-10, and starts inside the ball at uniform radii (as here); (3) an image that an earlier iterate has fooled
-    may come back right: with `stops` it is returned as found, and costs no further step.
+    Corrects torchattacks' FGSM, BIM, PGD and PGDL2: (1) a random start comes from the global generator and so depends
+    on the other images of the batch; (2) PGDL2 differentiates the batch's mean loss, so that the 1e-10 it adds to the
+    norm matters for small gradients (its starts, at uniform radii in the ball, are kept); (3) the last iterate may be
+    correct though an earlier one was not: with `stops`, the first misclassified one is returned without further steps.
 
     Args:
         eps: bound of the perturbation, in pixel units of [0, 1].
         alpha: step size, in the same units.
-        random_start: from a uniform point of the ball (L2: uniform direction and radius), else from the image.
+        random_start: start at a random point of the ball (L2: uniform direction and radius) instead of the image.
 
-    After a call `gains` holds the mean gain of the images that were still attacked, before each step.
+    After a call, `gains` holds the mean gain of the images still attacked, before each step.
 
     Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2017, section 2.1; FGSM,
     Goodfellow et al. 2014, is one step of eps without a random start, iFGSM, Kurakin et al. 2016, several.

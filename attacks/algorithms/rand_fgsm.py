@@ -12,17 +12,17 @@ from spaces.exceptions import InputError
 
 
 class RandFGSM(CorrectedAttack):
-    """RAND+FGSM: a random sign step of alpha, then FGSM with what is left of eps.
+    """RAND+FGSM: a random sign step of alpha, then FGSM with the remaining eps - alpha.
 
-    The stock RFGSM takes alpha for the noise and for each step too: with eps 0.3, alpha 0.05 and one step it moves
-    a pixel by 0.1 at most.
+    torchattacks' RFGSM uses alpha for the noise and for each step: with eps 0.3, alpha 0.05 and one step it moves a
+    pixel by at most 0.1.
 
     Args:
         eps: bound of the perturbation, L-inf, in pixel units of [0, 1].
-        alpha: how much of eps is the random step.
+        alpha: size of the random step, in the same units; a part of eps.
 
     Raises:
-        InputError: alpha is not from 0 to below eps.
+        InputError: alpha is not in [0, eps).
 
     Source: Tramer et al., Ensemble Adversarial Training, 2018, section 3.3: x' = x + alpha sign(N(0, I)),
     x_adv = x' + (eps - alpha) sign(grad J(x', y)).

@@ -1,4 +1,4 @@
-"""Square: a random search that needs no gradient.
+"""Square: random search, without gradients.
 
 Shapes: N images, C channels, H x W pixels, K classes, U random numbers, S x S pixels of a window.
 """
@@ -20,27 +20,27 @@ from attacks.threat import Norm
 from spaces.exceptions import choose
 
 HALVINGS = 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000
-"""After which queries Square halves the share of the pixels in its window; not rescaled to the queries that it has."""
+"""Query counts after which Square halves the share of pixels in its window; not rescaled to the number of queries."""
 
 
 class Square(CorrectedAttack, torchattacks.Square):  # type: ignore[misc]  # torchattacks is not typed
-    """Square: random search over windows, without gradients.
+    """Square attack: random search over windows, without gradients.
 
-    Mends the stock Square: (1) a window's place, and in L-inf its signs, are the same for the whole batch, and an
-    image's draws depend on who still stands; (2) it resets the global generators at each call; (3) it rescales the
-    schedule of the windows' sizes to the number of queries, as AutoAttack does not; (4) no window reaches the last row
-    and the last column; (5) in L2, images below 5 x 5 and windows wider than the image raise.
+    Corrects torchattacks' Square: (1) a window's place, and in L-inf its signs, are shared by the batch, and an image's
+    random numbers depend on which others are still attacked; (2) it resets the global generators at each call; (3) it
+    rescales the schedule of window sizes to the number of queries, unlike AutoAttack; (4) no window reaches the last
+    row or column; (5) in L2, images below 5 x 5 and windows wider than the image raise an error.
 
-    Of each image the query with the highest lead of a wrong logit over the label's comes back; with `stops` the first
-    that is wrong. After a call `queries_N` holds how many each has cost.
+    Returns each image's query with the highest logit margin; with `stops`, the first misclassified one. After a call,
+    `queries_N` holds the number of queries of each image.
 
     Args:
         eps: bound of the perturbation, in pixel units of [0, 1].
-        queries: of each image at most.
-        p_init: share of the image's pixels that lie in the window, at first.
+        queries: most queries per image.
+        p_init: initial share of the image's pixels in the window.
 
     Raises:
-        InputError: the norm is none of those.
+        InputError: the norm is not a legal one.
 
     Source: Andriushchenko et al., Square Attack, 2020, Algorithms 1 to 3 and Eq. 2.
     """
@@ -71,7 +71,7 @@ class Square(CorrectedAttack, torchattacks.Square):  # type: ignore[misc]  # tor
         return best.x_NCHW
 
     def _start(self, x_NCHW: Tensor, draws: Draws) -> Tensor:
-        """Return stripes, or in L2 a tiling, of random signs."""
+        """Return images perturbed by vertical stripes or, in L2, tiles, of random signs."""
         _, C, H, W = x_NCHW.shape
         if self.norm == "Linf":
             return (x_NCHW + self.eps * draws.sign(C, 1, W)).clamp(0, 1)
@@ -82,7 +82,7 @@ class Square(CorrectedAttack, torchattacks.Square):  # type: ignore[misc]  # tor
         return (x_NCHW + self.eps * nu_NCHW / lengths(nu_NCHW)).clamp(0, 1)
 
     def _jump(self, i: int, x_NCHW: Tensor, best_NCHW: Tensor, u_NU: Tensor) -> Tensor:
-        """Return the best images, changed in a window."""
+        """Return the best images with one window changed."""
         _, C, H, W = x_NCHW.shape
         side = self._side(i, H, W)
         rows_NH1, cols_N1W, in_N1HW = _window(u_NU[:, 0:2], side, H, W)
@@ -100,14 +100,14 @@ class Square(CorrectedAttack, torchattacks.Square):  # type: ignore[misc]  # tor
         return project(x_NCHW + nu_NCHW, x_NCHW, self.eps, self.norm)
 
     def _side(self, i: int, height: int, width: int) -> int:
-        """Return the side of the i-th query's window, h: odd in L2."""
+        """Return the side h of the window of query i; odd in L2."""
         p = self.p_init / 2 ** bisect_left(HALVINGS, i)
         side, most = round(math.sqrt(p * height * width)), min(height, width)
         return min(max(side, 3) | 1, (most - 1) | 1) if self.norm == "L2" else min(max(side, 1), most)
 
 
 def _window(u_N2: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each pixel's row, NH1, and column, N1W, in a window at a random place, and whether it lies in it, N1HW."""
+    """Return each pixel's row, NH1, and column, N1W, in a randomly placed window, and whether it lies inside, N1HW."""
     top_N, left_N = (u_N2[:, 0] * (height - side + 1)).long(), (u_N2[:, 1] * (width - side + 1)).long()
     rows_NH1 = torch.arange(height, device=u_N2.device)[:, None] - top_N[:, None, None]
     cols_N1W = torch.arange(width, device=u_N2.device) - left_N[:, None, None]
@@ -117,7 +117,7 @@ def _window(u_N2: Tensor, side: int, height: int, width: int) -> tuple[Tensor, T
 
 @lru_cache
 def _eta(side: int, device: torch.device) -> Tensor:
-    """Return the window of length 1 that an L2 step adds, SS: squares in squares, one half up, one down."""
+    """Return the L2 step's window of norm 1, SS: nested squares, positive in one half, negative in the other."""
     n = side // 2
     tails = torch.arange(1, n + 2).float().pow(-2).flip(0).cumsum(0).flip(0)
     cols = (torch.arange(side) - n).abs()
@@ -127,5 +127,5 @@ def _eta(side: int, device: torch.device) -> Tensor:
 
 
 def _norms(step_NCHW: Tensor) -> Tensor:
-    """Return the L2 norm of each channel, NC11, above 0."""
+    """Return the L2 norm of each channel, NC11, at least 1e-12."""
     return torch.linalg.vector_norm(step_NCHW, dim=(2, 3), keepdim=True).clamp(min=1e-12)

@@ -1,8 +1,8 @@
-"""The audit: checks that a winner must pass before its number may be believed. Each is a gate with figure and limit.
+"""The audit: checks that a winner must pass before its robustness is trusted. Each is a gate with figure and limit.
 
-Source: the numbers are those of docs/honest-numbers.md; Carlini et al., On Evaluating Adversarial Robustness, 2019;
-Athalye et al., Obfuscated Gradients, 2018; Croce and Hein, AutoAttack, 2020; Zimmermann et al., Increasing Confidence
-in Adversarial Robustness Evaluations, 2022. Shapes: N images, C channels, H x W pixels, K classes.
+Source: the check numbers are those of docs/honest-numbers.md; Carlini et al., On Evaluating Adversarial Robustness,
+2019; Athalye et al., Obfuscated Gradients, 2018; Croce and Hein, AutoAttack, 2020; Zimmermann et al., Increasing
+Confidence in Adversarial Robustness Evaluations, 2022. Shapes: N images, C channels, H x W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ TWICE = Suite(
     looks=SUITES["audit"].looks,
 )
 DISAGREE = 0.1
-"""How often two draws of a defense's noise may disagree on a clean image."""
+"""Largest rate at which two draws of a defense's noise may disagree on a clean image."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The gates, and the verdicts under the heaviest attacks that were run, white-box ones in any case.
+    """The gates, and the verdicts under the strongest attacks run, white-box ones included under any threat model.
 
     Args:
-        baselines: verdicts of the same suite on models that stand beside this one.
+        baselines: verdicts of the same suite on the baseline models.
     """
 
     gates: tuple[Gate, ...]
@@ -62,16 +62,16 @@ def audit(
     attacker: BlackBoxAttacker | None = None,
     baselines: Mapping[str, nn.Module] | None = None,
 ) -> Audit:
-    """Attack a model anew, harder than the suite `search` does, and check that the attack itself can be believed.
+    """Attack a model again, harder than the suite `search` does, and check that the attacks themselves can be trusted.
 
     Args:
         target: a bare or defended classifier, logits_NK from images in [0, 1].
-        seed: another one than the search's, so that the budget that selects is not the one that audits.
-        outsider: the black-box attacker; needed where the threat model is its.
-        baselines: models that are attacked alike; the classifier that the target defends always is.
+        seed: different from the search's seed, so that the attacks that select are not those that audit.
+        attacker: the black-box attacker; required under the black-box threat model.
+        baselines: further models to attack in the same way; the classifier that the target defends is always included.
 
     Raises:
-        InputError: images, labels or the model's answers are not what they must be.
+        InputError: the images, the labels or the model's outputs are invalid.
     """
     suite, images = SUITES["audit"], (x_NCHW, y_N)
     check(target, *images)
@@ -110,9 +110,9 @@ def audit(
 def _heavier(
     target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, found: Robustness, seed: int
 ) -> tuple[Robustness, float]:
-    """Check 5: attack what is left with twice the steps and draws and another start; return also what that took.
+    """Check 5: attack surviving images again, with twice the steps and draws and another random start.
 
-    It keeps to some images, of which the share is taken.
+    Return the updated verdicts, and the newly broken share of the first `2 * PROBES` images, the only ones attacked.
     """
     standing_N = found.survivors.any(dim=0)
     standing_N[2 * PROBES :] = False
@@ -139,13 +139,13 @@ def _draws(found: Robustness) -> Gate:
 
 
 def _baseline(found: Robustness, undefended: Robustness) -> Gate:
-    """Check 10: at the same budget the defense errs on fewer images than the classifier that it defends."""
+    """Check 10: with the same attack budget, the defense errs on fewer images than the classifier that it defends."""
     more = found.attacked.error - undefended.attacked.error
     return at_most(10, "baseline", "it errs on fewer attacked images than the undefended classifier", more, -SLACK)
 
 
 def _tailored(target: nn.Module, found: Robustness) -> Gate:
-    """Check 11: for each thing at which an attack made for the defense aims, one was run."""
+    """Check 11: an adaptive attack was run for each attack surface of the defense."""
     ran = {name.partition("/")[2] for name in found.trail}
     aimed = {attack.aims for attack in SUITES["audit"].white_box if attack.aims and any(attack.name in r for r in ran)}
     return at_most(11, "tailored", "attacks made for this defense were run", len(set(openings(target)) - aimed), 0.0)

@@ -1,11 +1,11 @@
-"""A gate: one check of the audit, with the figure that was found and the limit that it is held to."""
+"""A gate: one check of the audit, with its measured figure and its limit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 SLACK = 0.05
-"""What chance may do to a share of a few dozen images before it counts."""
+"""Tolerance for chance in a share of a few dozen images."""
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class Gate:
 
     Args:
         check: its number in docs/honest-numbers.md.
-        law: what must hold, in words.
-        figure: what was found.
-        limit: what it is held to, at most.
+        law: the requirement, in words.
+        figure: the measured value.
+        limit: the largest value that passes.
     """
 
     check: int
@@ -32,5 +32,5 @@ class Gate:
 
 
 def at_most(check: int, name: str, law: str, figure: float, limit: float) -> Gate:
-    """Return the gate that passes where the figure keeps to the limit; NaN does not."""
+    """Return the gate that passes if the figure is at most the limit; NaN fails."""
     return Gate(check, name, law, figure, limit, figure <= limit)

@@ -1,4 +1,4 @@
-"""The audit's checks that attack a winner anew.
+"""Audit checks that attack a winner again.
 
 Source: see attacks/audit/audit.py. Shapes: N images, C channels, H x W pixels, K classes.
 """
@@ -26,26 +26,26 @@ from attacks.verdicts import Observation, Robustness
 
 PGD_20 = replace(PGD_10, name="pgd-20", steps=20, pace=0.1)
 PROBES = 32
-"""Images of the checks that attack anew; twice as many where few more are looked for."""
+"""Number of images attacked by these checks; doubled where a check must detect a few broken images."""
 DRAWS, LOOKS = SUITES["audit"].draws, 5
-"""Of a stochastic defense's noise: in each of their gradients, and those over which they judge."""
+"""Draws of a stochastic defense's noise, in each gradient and for each verdict of these checks."""
 TRANSFERRED = 0.1
-"""What one attack alone may leave of what all transferred images break."""
+"""Largest share of images that transferred examples break and a single white-box attack does not."""
 SQUARE_GAIN = 0.002
-"""What Square may find that the gradient attacks left, or one image. Source: AutoAttack's flag, 0.2 %."""
+"""Largest share that Square may break beyond the gradient attacks, or one image. Source: AutoAttack's flag, 0.2 %."""
 MOVING = 0.05
-"""By what share the loss may still rise in the last ten steps."""
+"""Largest relative increase of the loss in the last ten steps."""
 GAP = 0.15
-"""By how much fresh noise may be worth more than noise that the attacker knows."""
+"""Largest accuracy gain of fresh noise over noise that the attacker knows."""
 PLANT = 0.9
-"""How much of a known neighbour's step the planted boundary asks for."""
+"""Position of the planted boundary, as a fraction of the step to a known adversarial neighbour."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a check attacks anew: the first images, under the white-box threat model.
+    """The images that the checks attack again: the first `images`, under the white-box threat model.
 
-    The others lie beside them, so that a defense's noise is that of the verdicts which a check is compared with.
+    The rest of the batch is kept, so that the defense's noise is the same as in the verdicts compared with.
     """
 
     target: nn.Module
@@ -63,7 +63,7 @@ class Probe:
         return float(verdicts_DN[:, self.few_N].double().mean())
 
     def _more(self, attack: Attack, standing_DN: Tensor, draws: int = DRAWS) -> float:
-        """Return the share of the images that an attack takes of those that stand."""
+        """Return the share of the images that the attack breaks although they survived so far."""
         found = self._alone(attack, self.threat, standing_DN.any(dim=0), draws).judge()
         return self._share(standing_DN[: len(found.survivors)] & ~found.survivors)
 
@@ -82,36 +82,36 @@ class Probe:
         )
 
     def single_step(self, standing_DN: Tensor) -> Gate:
-        """Check 4: per example, many steps are at least as strong as one."""
+        """Check 4: per image, many steps are at least as strong as one."""
         law = "one step breaks nothing that withstood many"
         return at_most(4, "single-step", law, self._more(FGSM, standing_DN), SLACK)
 
     def square(self, standing_DN: Tensor) -> Gate:
-        """Check 4: a search without gradients finds nothing that the gradient attacks left."""
+        """Check 4: a gradient-free search breaks no image that survived the gradient attacks."""
         queries = 200 if stochastic(self.target) else 1000
         law = f"Square ({queries} queries) finds nothing that the gradient attacks left"
         return self._blind("square", law, replace(SQUARE, settings=(("queries", queries),)), standing_DN)
 
     def estimated(self, standing_DN: Tensor) -> Gate:
-        """Check 4: a gradient that is estimated from answers alone finds nothing that the model's own did not."""
+        """Check 4: a gradient estimated from model outputs breaks no image that survived the model's own gradients."""
         law = "an estimated gradient finds nothing that the model's own gradients left"
         return self._blind("estimated", law, NES_30, standing_DN)
 
     def _blind(self, name: str, law: str, attack: Attack, standing_DN: Tensor) -> Gate:
-        """Return the gate of an attack that sees no gradient; it is allowed one image."""
+        """Return the gate of an attack that uses no gradient; it may break one image."""
         more = replace(self, images=2 * PROBES)
         limit = SLACK if stochastic(self.target) else max(SQUARE_GAIN, 1 / int(more.few_N.sum()))
         return at_most(4, name, law, more._more(attack, standing_DN, draws=1), limit)
 
     def transfer(self, found: Robustness) -> Gate:
-        """Check 4: who sees all breaks at least what images made on the bare classifier break."""
+        """Check 4: a white-box attack breaks at least what examples transferred from the bare classifier break."""
         fell_DN = found.clean.right & found.oblivious.wrong
         alone = self._alone(PGD_40, self.threat, fell_DN.any(dim=0)).judge()
         missed = self._share(fell_DN[: len(alone.survivors)] & alone.survivors)
         return at_most(4, "transfer", "white-box attacks break what transferred images break", missed, TRANSFERRED)
 
     def trajectory(self, standing_DN: Tensor) -> Gate:
-        """Check 5: the loss of what withstands moves no more, as a share of it, or of a tie's loss where it is less."""
+        """Check 5: the loss of surviving images has stopped rising, relative to it or, if larger, to a tie's loss."""
         law = "the loss of what stands rises no more in the last ten steps"
         left = (standing_DN.any(dim=0) & self.few_N).nonzero().flatten()
         if len(left) == 0:
@@ -128,9 +128,9 @@ class Probe:
         return at_most(5, "trajectory", law, rise, MOVING)
 
     def budget(self) -> tuple[Gate, Gate]:
-        """Check 6: more budget never leaves more, and with any image allowed at most chance is left.
+        """Check 6: a larger eps never leaves a higher accuracy, and an unbounded attack leaves at most chance.
 
-        Without a bound what would be rejected counts too: a detector is no excuse for a hidden gradient.
+        The unbounded attack ignores rejection, since a detector does not justify a masked gradient.
         """
         left = [self._at(replace(self.threat, eps=share * self.threat.eps), PGD_10) for share in (0.25, 0.5, 1.0)]
         rise = max(after - before for before, after in pairwise(left))
@@ -144,13 +144,13 @@ class Probe:
         )
 
     def _at(self, threat: ThreatModel, attack: Attack, *, limited: bool = True) -> float:
-        """Return what an attack leaves under another bound."""
+        """Return the share of images that survive an attack under another bound."""
         seen = self._alone(attack, threat, draws=1, looks=1)
         found = seen.judge(None if limited else torch.full_like(seen.limits_S, torch.inf))
         return self._share(found.survivors)
 
     def randomness(self, heavier: Robustness) -> Gate:
-        """Check 8: noise that the attacker cannot know is worth little more than noise that it knows."""
+        """Check 8: noise unknown to the attacker gives little more accuracy than known noise."""
         law = "noise that the attacker does not know saves few"
         if not stochastic(self.target):
             return at_most(8, "randomness", "the defense draws no noise", 0.0, GAP)
@@ -165,11 +165,11 @@ class Probe:
         return at_most(8, "randomness", law, saved, GAP)
 
     def planted(self) -> Gate:
-        """Check 9: where an adversarial neighbour is known, the attack finds one.
+        """Check 9: the attack finds an adversarial neighbour that is known to exist.
 
-        A random corner of the ball is the neighbour x*. The model's logits z are read out by their component along
-        z(x*) - z(x): what lies beyond `PLANT` of x*'s own value counts as another class. Source: Zimmermann et al.
-        2022, section 4: a readout of the model's own features that has an adversarial image inside the ball.
+        The neighbour x* is a random corner of the ball. The model's logits z are projected on z(x*) - z(x): beyond
+        `PLANT` of the value of x* they count as another class. Source: Zimmermann et al. 2022, section 4: a readout of
+        the model's own features that has an adversarial example inside the ball.
         """
         law = "attacks find what was planted where an adversarial neighbour is known"
         x_NCHW = self.x_NCHW[self.few_N]
@@ -192,7 +192,7 @@ class Probe:
 
 
 class _Known(nn.Module):
-    """A model whose noise is the same at every call."""
+    """A model that draws the same noise at every call."""
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class _Known(nn.Module):
 
 
 class _Planted(nn.Module):
-    """Two logits, read out of a model's: the second leads beyond `PLANT` of the way from z to z + w."""
+    """Two logits read out of a model's logits: the second is larger beyond `PLANT` of the way from z to z + w."""
 
     def __init__(self, model: nn.Module, z_NK: Tensor, w_NK: Tensor) -> None:
         super().__init__()

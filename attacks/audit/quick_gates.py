@@ -1,8 +1,8 @@
-"""The audit's checks that need no attack, or a few steps of one: cheap enough for every candidate of a search.
+"""Audit checks that need no attack or a few steps of one, cheap enough for every candidate of a search.
 
-Source: the numbers are those of docs/honest-numbers.md; Carlini et al., On Evaluating Adversarial Robustness, 2019;
-Athalye et al., Obfuscated Gradients, 2018; Croce and Hein, AutoAttack, 2020, flags of its checks.py; Pintor et al.,
-Indicators of Attack Failure, 2022. Shapes: N images, C channels, H x W pixels, K classes.
+Source: the check numbers are those of docs/honest-numbers.md; Carlini et al., On Evaluating Adversarial Robustness,
+2019; Athalye et al., Obfuscated Gradients, 2018; Croce and Hein, AutoAttack, 2020, flags of its checks.py; Pintor et
+al., Indicators of Attack Failure, 2022. Shapes: N images, C channels, H x W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from attacks.threat import ThreatModel
 from attacks.verdicts import Robustness, Seen, Verdict
 
 WAY = 16
-"""Points of a way along which gradients are added up."""
+"""Number of points on a path at which gradients are summed."""
 LONGER = 8
-"""Times the steps of an inner optimisation. On digits Defense-GAN's error then falls by 35 to 50 % from 1 to 5 steps,
-by 6 to 18 % from 100 or 200 on; with twice the steps the two overlap."""
+"""Factor on the steps of an inner optimisation. On digits it lowers Defense-GAN's error by 35 to 50 % from 1 to 5 of
+its own steps, and by 6 to 18 % from 100 or 200 of them; with a factor of two these ranges overlap."""
 UNDERFLOW = 88.0
-"""The lead of a logit beyond which exp(-lead) is no normal float32, and the softmax has no gradient."""
+"""Logit margin beyond which exp(-margin) is not a normal float32 and the softmax has no gradient."""
 
 
 def quick_gates(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, seed: int) -> tuple[Gate, ...]:
     """Return the gates that cost a few passes over 32 images, for every candidate of a search.
 
-    Where an optimisation purifies it is run once as long as always and once `LONGER` times.
+    A purifier that optimises is run once with its own number of steps and once with `LONGER` times as many.
 
     Args:
         target: a bare or defended classifier, logits_NK from images in [0, 1].
@@ -51,21 +51,21 @@ def quick_gates(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, seed: int) ->
 
 
 def noisy(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int, looks: int = 1) -> Seen:
-    """Return what a model says of the images under random signs of size eps."""
+    """Return the model's outputs on the images under random signs of size eps."""
     sign_NCHW = Draws(seed, torch.arange(len(y_N), device=x_NCHW.device)).sign(*x_NCHW.shape[1:])
     noisy_NCHW = project(x_NCHW + threat.eps * steepest(sign_NCHW, threat.norm), x_NCHW, threat.eps, threat.norm)
     return look(target, noisy_NCHW, y_N, seed, looks)
 
 
 def noise_gate(noise: Seen, found: Robustness, limits_S: Tensor) -> Gate:
-    """Check 4: an attack is at least as strong as noise of the same size."""
+    """Check 4: the attacks are at least as strong as noise of the same size."""
     lost = float((found.robust & Verdict.of(noise, limits_S).wrong).double().mean())
     return at_most(4, "noise", "random signs of size eps break nothing that withstood the attacks", lost, SLACK)
 
 
 @torch.no_grad()
 def _determinism(target: nn.Module, x_NCHW: Tensor) -> Gate:
-    """Check 2: a defense that draws noise says so, since then the gradient must be averaged over it."""
+    """Check 2: a defense that draws noise declares it, since gradients must then be averaged over draws."""
     with reproducible(target, 0):
         first, *others = (target(x_NCHW) for _ in range(5))
     moved = max(float((other - first).abs().max()) for other in others)
@@ -77,20 +77,20 @@ def _determinism(target: nn.Module, x_NCHW: Tensor) -> Gate:
 
 
 def _logits(target: nn.Module, x_NCHW: Tensor) -> Gate:
-    """Check 3: on probabilities the cross-entropy saturates."""
+    """Check 3: the model returns logits; on probabilities the cross-entropy saturates."""
     figure = probabilities(_answers(target, x_NCHW, 0))
     return at_most(3, "logits", "the model returns logits, not probabilities", figure, 0.5)
 
 
 def _saturation(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
-    """Check 3: logits so far apart that the cross-entropy has no gradient in float32."""
+    """Check 3: the logits are close enough for the cross-entropy to have a gradient in float32."""
     top_N2 = _answers(target, x_NCHW, seed).topk(2).values
     figure = float((top_N2[:, 0] - top_N2[:, 1] > UNDERFLOW).double().mean())
     return at_most(3, "saturation", "no logit leads so far that the softmax has no gradient", figure, 0.1)
 
 
 def _gradient(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> Gate:
-    """Check 3: through every source that the defense names each image gets a finite gradient that is not zero."""
+    """Check 3: every gradient source of the defense gives each image a finite, non-zero gradient."""
     without = 0.0
     for gradient in gradients(target):
         view, x = View(target, gradient), x_NCHW.clone().requires_grad_()
@@ -111,10 +111,10 @@ def _unusable(slope_ND: Tensor) -> float:
 
 
 def _completeness(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> Gate:
-    """Check 3: along a way from each image to one of another class the gradient adds up to what the logits do.
+    """Check 3: on a path from each image to one of another class, the gradient sums to the change of the logits.
 
-    Where a vote, a look-up or a level decides, it does not: the gradient is that of a smooth rest. Of the sources the
-    one that adds up best counts. Source: the completeness of Sundararajan et al., Axiomatic Attribution, 2017.
+    It does not where a vote, a look-up or quantisation decides: the gradient is only that of a smooth remainder. The
+    best source counts. Source: the completeness of Sundararajan et al., Axiomatic Attribution, 2017.
     """
     law = "along a way to another class the gradient adds up to the change of the logits"
     far_NN = torch.cdist(x_NCHW.flatten(1), x_NCHW.flatten(1)) + 1e9 * (y_N[:, None] == y_N)
@@ -139,14 +139,14 @@ def _completeness(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> 
 
 
 def _stand_in(target: nn.Module) -> Gate:
-    """Check 3: what has no gradient is attacked through a stand-in, which the defense has to bring."""
+    """Check 3: a defense that is not differentiable provides a surrogate to attack through."""
     missing = float(not {"exact", "surrogate"} & set(gradients(target)))
     return at_most(3, "stand-in", "a defense that is not differentiable brings a stand-in that is", missing, 0.0)
 
 
 @torch.no_grad()
 def _inner_loop(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
-    """Check 3: a purifier that descends has arrived, or its attacker differentiates a path and not a projection."""
+    """Check 3: a purifier that optimises has converged; otherwise attackers differentiate a path, not a projection."""
     law = f"{LONGER} times the steps of an optimisation that purifies lower its error by little"
     errors = []
     for steps in (1, LONGER):
@@ -158,16 +158,16 @@ def _inner_loop(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
 
 
 def _batch(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
-    """Check 12: what is said of an image does not depend on the images beside it (batch statistics at test time)."""
+    """Check 12: an image's logits do not depend on the rest of the batch (no batch statistics at test time)."""
     half = len(x_NCHW) // 2
-    other_NCHW = torch.cat((x_NCHW[:half], 1 - x_NCHW[half:]))  # the same batch to a defense that draws noise
+    other_NCHW = torch.cat((x_NCHW[:half], 1 - x_NCHW[half:]))  # same size: a stochastic defense draws the same noise
     alone, beside = (_answers(target, x, seed)[:half] for x in (x_NCHW, other_NCHW))
     moved = float((alone - beside).abs().max()) if half else 0.0
     return at_most(12, "batch", "the logits of an image do not depend on the images beside it", moved, 1e-2)
 
 
 def _order(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
-    """Check 12: what is said of an image does not depend on its place, where a label could be looked up."""
+    """Check 12: an image's class does not depend on its place in the batch, from which a label could be looked up."""
     turned = torch.arange(len(x_NCHW), device=x_NCHW.device).roll(1)
     here, again, there = (
         _answers(target, x, s).argmax(1) for x, s in ((x_NCHW, seed), (x_NCHW, seed + 1), (x_NCHW[turned], seed))

@@ -1,8 +1,8 @@
-"""The architectures of the classifiers that are protected, layer by layer as in the papers' tables.
+"""The architectures of the protected classifiers, layer by layer as in the papers' tables.
 
-Sources: PuVAE (IEEE Access 2019), Table 1, where D is garbled and read as in docs/decisions.md; Defense-GAN's five as
-Defense-VAE, Appendix A, Table 5 gives them; AdvAE, Table 2 and section 4.1. Shapes: images x_NCHW of C channels, H x W
-pixels, in K classes.
+Sources: PuVAE (IEEE Access 2019), Table 1 (D is garbled there, docs/decisions.md explains our reading); Defense-GAN's
+five architectures from Defense-VAE, Appendix A, Table 5; AdvAE, Table 2 and section 4.1. Shapes: images x_NCHW of C
+channels, H x W pixels, in K classes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from defenses.base import Shape
 from spaces.exceptions import InputError
 
 PAPER_SIZE = 20
-"""Smaller images (digits) would vanish in convolutions whose table names no padding: there it is half the kernel."""
+"""Below this side, a convolution whose table gives no padding is padded by half its kernel, or digits would vanish."""
 
 
 class Conv(NamedTuple):
-    """A convolution and its ReLU; padding None: the table names none, and there is none (but see PAPER_SIZE)."""
+    """A convolution and its ReLU; padding None: the table gives none, and none is used (except below PAPER_SIZE)."""
 
     maps: int
     size: int
@@ -44,19 +44,19 @@ class FC(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """Dropout; `rate` is the share that is dropped."""
+    """Dropout; `rate` is the fraction that is dropped."""
 
     rate: float
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers one after the other, then a dense layer to the K logits."""
+    """A sequence of layers, followed by a dense layer to the K logits."""
 
     layers: Sequence[Conv | Pool | FC | Drop]
 
     def build(self, shape: Shape) -> nn.Sequential:
-        """Return the network, which turns x_NCHW into logits_NK.
+        """Return the network, which maps x_NCHW to logits_NK.
 
         Raises:
             InputError: the images are too small.
@@ -71,7 +71,7 @@ class Stack:
             match layer:
                 case Conv(wide, size, stride, _):
                     convolution = nn.Conv2d(maps, wide, size, stride, _padding(layer, shape))
-                    # Trains up to 1.6 times as fast this way round (CPU, B).
+                    # Trains up to 1.6 times as fast in this memory format (CPU, B).
                     convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
                     modules += [convolution, nn.ReLU()]
                     maps = wide
@@ -87,11 +87,11 @@ class Stack:
         return nn.Sequential(*modules[:-1])
 
     def fits(self, shape: Shape) -> bool:
-        """Return whether anything is left of the images before the first dense layer."""
+        """Return whether the feature maps have at least one pixel before the first dense layer."""
         return min(self._sides(shape)) > 0
 
     def _sides(self, shape: Shape) -> list[int]:
-        """Return the height and width of the last maps, 0 where nothing is left."""
+        """Return the height and width of the last feature maps, or 0 and 0 if nothing is left."""
         sides = [shape.height, shape.width]
         for layer in self.layers:
             match layer:
@@ -113,9 +113,9 @@ def _padding(layer: Conv, shape: Shape) -> int:
 class ResNetV2:
     """The ResNet v2 of Keras' CIFAR-10 example, 9 n + 2 layers deep, which AdvAE protects.
 
-    Three stages of n bottlenecks, 1 x 1, 3 x 3 and 1 x 1 with BatchNorm and ReLU before each; then the mean over all
-    pixels, which on CIFAR-10 is Keras' pool of 8 x 8. BatchNorm moves its averages as PyTorch does, by 0.1 a batch:
-    Keras' 0.01 takes a thousand batches. He, Zhang, Ren, Sun, Identity Mappings (2016).
+    Three stages of n bottlenecks (1 x 1, 3 x 3 and 1 x 1, each after BatchNorm and ReLU), then the mean over all
+    pixels, which on CIFAR-10 equals Keras' 8 x 8 pooling. BatchNorm has PyTorch's momentum of 0.1: Keras' 0.01 needs
+    a thousand batches. Source: He, Zhang, Ren, Sun, Identity Mappings (2016).
     """
 
     n: int
@@ -136,7 +136,7 @@ class ResNetV2:
 
 
 class Bottleneck(nn.Module):
-    """A residual unit of full pre-activation; its first BatchNorm and ReLU are left out where x is `activated`."""
+    """A residual unit with full pre-activation; its first BatchNorm and ReLU are omitted if x is `activated`."""
 
     def __init__(self, maps: int, narrow: int, wide: int, stride: int, *, activated: bool) -> None:
         super().__init__()
@@ -162,15 +162,15 @@ ARCHITECTURES: dict[str, Stack | ResNetV2] = {
     "B": Stack([Conv(128, 3), Conv(64, 3, 2), Drop(0.25), FC(128), Drop(0.5)]),
     "C": Stack([Conv(64, 5), Conv(128, 5), Conv(256, 5, 2), Drop(0.25), FC(512), Drop(0.5), FC(256)]),
     "D": Stack([Conv(128, 3), Conv(256, 3), Conv(512, 3, 2), Drop(0.25), FC(512), Drop(0.5)]),
-    # Defense-GAN. Its code took the drop rates for TensorFlow 1's keep probabilities, so that B kept 20 % of the
+    # Defense-GAN. Its code passed the drop rates as TensorFlow 1's keep probabilities, so that B kept 20 % of the
     # pixels; these are the rates that the table means.
     "defensegan-A": Stack([Conv(64, 5, 1, 2), Conv(64, 5, 2, 0), Drop(0.25), FC(128), Drop(0.5)]),
     "defensegan-B": Stack([Drop(0.2), Conv(64, 8, 2, 5), Conv(128, 6, 2, 0), Conv(128, 5, 1, 0), Drop(0.5)]),
     "defensegan-C": Stack([Conv(128, 3, 1, 1), Conv(64, 5, 2, 0), Drop(0.25), FC(128), Drop(0.5)]),
     "defensegan-D": Stack([FC(200), Drop(0.5), FC(200), Drop(0.25)]),
     "defensegan-E": Stack([FC(200), FC(200)]),
-    # AdvAE. Its table names no padding; its code (lihebi/AdvAE) has "same" in the first convolution of A, B and C,
-    # which is 2, 3 and 1, and "valid" elsewhere. X's "FC(200,10)" is there one layer of 200 and the logits.
+    # AdvAE. Its table gives no padding; its code (lihebi/AdvAE) uses "same" in the first convolution of A, B and C,
+    # which is 2, 3 and 1, and "valid" elsewhere. X's "FC(200,10)" is one layer of 200 and the logits in that code.
     "advae-X": Stack([Conv(32, 3), Conv(32, 3), Pool(), Conv(64, 3), Conv(64, 3), Pool(), FC(200), Drop(0.5), FC(200)]),
     "advae-A": Stack([Conv(64, 5, 1, 2), Conv(64, 5, 2), Drop(0.25), FC(128), Drop(0.5)]),
     "advae-B": Stack([Drop(0.2), Conv(64, 8, 2, 3), Conv(128, 6, 2), Conv(128, 5), Drop(0.5)]),
@@ -178,7 +178,7 @@ ARCHITECTURES: dict[str, Stack | ResNetV2] = {
     "advae-D": Stack([FC(200), Drop(0.5), FC(200), Drop(0.5)]),
     "resnet29": ResNetV2(n=3),
 }
-"""A letter that two papers use says whose it is; a bare one is PuVAE's."""
+"""A letter that several papers use has the paper as a prefix; a letter without a prefix is PuVAE's."""
 
 PARTNERS = {
     "A": "B",
@@ -197,11 +197,11 @@ PARTNERS = {
     "advae-D": "advae-A",
     "resnet29": "C",
 }
-"""PuVAE is trained on a source classifier that is not the attacked one (section V-B). Beyond PuVAE's own four it is one
-of the same paper, like in kind, and never a B, which needs larger images than the others."""
+"""PuVAE is trained on a source classifier that is not the attacked one (section V-B). Except for PuVAE's own four, it
+is a similar one of the same paper, and never a B, which needs larger images than the others."""
 
 
 def least(architecture: str, shape: Shape) -> int:
-    """Return the side of the smallest square image, from the given one's on, that an architecture can be built for."""
+    """Return the side of the smallest square image, at least the given one's, that an architecture can be built for."""
     sides = itertools.count(min(shape.height, shape.width))
     return next(n for n in sides if ARCHITECTURES[architecture].fits(replace(shape, height=n, width=n)))

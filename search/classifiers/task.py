@@ -35,7 +35,7 @@ TASKS = [f"{dataset}/{classifier}" for dataset in DATASETS for classifier in _fi
 
 
 def find_task(name: str) -> Task:
-    """Return the task called `name`, such as mnist/A or mnist/advae-X; an InputError names the legal ones.
+    """Return the task called `name`, such as mnist/A or mnist/advae-X; an InputError lists the legal names.
 
     Raises:
         InputError: an unknown data set or classifier, or images that are too small for the classifier.

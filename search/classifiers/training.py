@@ -1,4 +1,4 @@
-"""The training recipe of the classifiers that are protected, and the fingerprint of what comes of it."""
+"""The training recipe of the protected classifiers, and the fingerprint of a trained one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from search.storage.fingerprint import code_digests, fingerprint
 
 
 def classifier_key(architecture: str, *, data: str, images: object, epochs: int, seed: int) -> str:
-    """Return the fingerprint of a trained classifier: everything that shapes it.
+    """Return the fingerprint of a trained classifier, which covers everything that shapes it.
 
     Args:
         data: the SHA-256 of the data set.
-        images: how many of its training images, None being all; or other JSON that says which.
+        images: the number of training images, None for all; or other JSON that identifies them.
     """
     source = code_digests(architectures.__name__, __name__)
     return fingerprint(source=source, architecture=architecture, data=data, images=images, epochs=epochs, seed=seed)

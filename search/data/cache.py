@@ -1,4 +1,4 @@
-"""The decoded cache of a data set: uint8 images that are memory-mapped, with a ledger of their digests."""
+"""The decoded cache of a data set: memory-mapped uint8 images, with an index file of their digests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEDGER = "decoded.json"
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Show nothing."""
+    """Ignore the progress."""
 
 
 def data_folder(data_dir: str | Path | None = None) -> Path:
@@ -37,12 +37,12 @@ def data_folder(data_dir: str | Path | None = None) -> Path:
 
 
 def roots(data_dir: str | Path | None) -> tuple[Path, Path]:
-    """Return the data folder, and the folder in which what is downloaded and decoded is kept.
+    """Return the data folder, and the folder that keeps downloaded and decoded files.
 
-    They are the same, but for a data folder that must not be written: what belongs to it lies in the home cache.
+    They are the same unless the data folder is read-only: then these files are kept in the home cache.
     """
     root = data_folder(data_dir)
-    # The mode counts for the superuser too, whom os.access always lets through.
+    # The mode is checked too, because os.access reports everything as writable for the superuser.
     if not root.is_dir() or (os.access(root, os.W_OK) and root.stat().st_mode & 0o222):
         return root, root
     mark = hashlib.sha256(str(root).encode()).hexdigest()[:12]
@@ -50,15 +50,15 @@ def roots(data_dir: str | Path | None) -> tuple[Path, Path]:
 
 
 def caches(dataset: str, data_dir: str | Path | None) -> list[Path]:
-    """Return where the decoded cache of a data set may lie."""
+    """Return the folders that may hold the decoded cache of a data set."""
     return [folder / "decoded" / dataset for folder in dict.fromkeys(roots(data_dir))]
 
 
 def ensure(dataset: str, data_dir: str | Path | None, progress: Progress = silent, *, thorough: bool = False) -> Path:
-    """Return the folder of the decoded cache, building it first where it is not there or damaged.
+    """Return the folder of the decoded cache; build it first if it is missing or damaged.
 
     Raises:
-        InputError: an altered file, no source, or no space; one line.
+        InputError: an altered file, no source, or no disk space; the message is one line.
     """
     for decoded in caches(dataset, data_dir):
         if fault(decoded, thorough) is None:
@@ -74,7 +74,7 @@ def ensure(dataset: str, data_dir: str | Path | None, progress: Progress = silen
 
 
 def fault(decoded: Path, thorough: bool) -> str | None:
-    """Return what is wrong with a decoded cache, by its files' sizes or, if `thorough`, their digests."""
+    """Return what is wrong with a decoded cache, or None; checks file sizes and, if `thorough`, digests."""
     try:
         csv_log = read_ledger(decoded)
         files, _ = csv_log["files"], csv_log["checksum"]
@@ -91,7 +91,7 @@ def fault(decoded: Path, thorough: bool) -> str | None:
 
 
 def read_ledger(decoded: Path) -> dict[str, Any]:
-    """Return what is known of a decoded cache: `files`, `checksum` and, where the files say it, `train`."""
+    """Return the index of a decoded cache: `files`, `checksum` and, where recorded, `train` (the training images)."""
     csv_log: dict[str, Any] = json.loads((decoded / LEDGER).read_text())
     return csv_log
 
@@ -112,17 +112,17 @@ def _clear_errors(dataset: str, root: Path) -> Iterator[None]:
 
 
 def pack(dataset: str, data_dir: str | Path | None) -> dict[str, Pixels]:
-    """Return the files of the decoded cache by name, memory-mapped: with them another machine needs no network."""
+    """Return the memory-mapped files of the decoded cache by name, so that another machine needs no network."""
     decoded = ensure(dataset, data_dir)
     names = [*read_ledger(decoded)["files"], LEDGER]
     return {name: np.asarray(np.memmap(decoded / name, np.uint8, "r")) for name in names}
 
 
 def adopt(dataset: str, data_dir: str | Path | None, packed: Callable[[], Mapping[str, Pixels]]) -> None:
-    """Write a packed cache where there is none that is whole; of several processes one does it.
+    """Write a packed cache if no whole cache exists; only one of several processes does it.
 
     Raises:
-        InputError: no space, or a folder that cannot be used; one line.
+        InputError: no disk space, or an unusable folder; the message is one line.
     """
     if any(fault(decoded, thorough=False) is None for decoded in caches(dataset, data_dir)):
         return
@@ -140,7 +140,7 @@ def adopt(dataset: str, data_dir: str | Path | None, packed: Callable[[], Mappin
 
 
 def _build(data: DataSet, root: Path, home: Path, progress: Progress) -> None:
-    """Fetch what is missing and decode it; the caller holds the lock."""
+    """Download missing files and decode them; the caller holds the lock."""
     origin = data.origin
     with _placing(origin.dataset, home) as work:
         folder = gather(origin, origin.places(root, home), origin.raw(home), work, progress)
@@ -150,7 +150,7 @@ def _build(data: DataSet, root: Path, home: Path, progress: Progress) -> None:
 
 @contextmanager
 def _placing(dataset: str, home: Path) -> Iterator[Path]:
-    """Yield a path for what is half done; the cache that lies in `new` in it then takes its place by a rename."""
+    """Yield the path of a temporary folder; afterwards its subfolder `new` replaces the cache by a rename."""
     work, decoded = home / ".work" / dataset, home / "decoded" / dataset
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -164,7 +164,7 @@ def _placing(dataset: str, home: Path) -> Iterator[Path]:
 
 
 def _decode(data: DataSet, folder: Path, new: Path, progress: Progress) -> None:
-    """Write the cache into the folder `new`; its ledger, which `fault` reads, comes last."""
+    """Write the cache into the folder `new`; its index, which `fault` reads, is written last."""
     new.mkdir(parents=True)
     shape = (data.shape.channels, data.shape.height, data.shape.width)
     csv_log: dict[str, Any] = {"files": {}}
@@ -193,7 +193,7 @@ def _heard(blocks: Iterable[Pixels], what: str, total: int, progress: Progress) 
 
 
 def _save(path: Path, shape: tuple[int, ...], blocks: Iterable[Pixels]) -> None:
-    # numpy.save writes through C and loses the errno that tells a full disk.
+    # numpy.save writes through C and loses the errno of a full disk.
     with path.open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)

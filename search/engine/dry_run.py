@@ -1,4 +1,4 @@
-"""What a search would run and cost, from one timed step on this machine. It trains nothing and writes nothing."""
+"""Forecast what a search would run and cost, from one timed step on this machine, without training or writing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spaces.domain import spoken
 from spaces.exceptions import InputError
 
 MOST = 1000
-"""Trainings of a space that are looked up in the store."""
+"""Largest number of trainings of a space that are looked up in the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +25,16 @@ class Forecast:
     """What a search would run; seconds are those of one worker, with the device to itself.
 
     Args:
-        trainings: at most; `of` so many in the space, of which `known` are in the store. None: no finite number.
-        candidates: that each training gives.
+        trainings: the maximum; `of` in the whole space, of which `known` are in the store. None: not finite or unknown.
+        candidates: candidates of each training.
         refinements: further settings tried at the end, on stored fits.
-        classifiers: to be trained first; the others that it needs are in the store.
+        classifiers: classifiers to train first; the others that are needed are in the store.
         slots: trials at once.
-        train_s: of one training to its last epoch, at the usual setting.
-        score_s: of one fit's candidates.
-        first_s: of the classifiers, and of what all trainings share.
-        wall_s: of the whole search. Trainings that are stopped early make it less.
-        fit_bytes: of one fit in the store.
+        train_s: seconds of one training to its last epoch, at the usual setting.
+        score_s: seconds to score one fit's candidates.
+        first_s: seconds for the classifiers, and for what all trainings share.
+        wall_s: seconds of the whole search, less if trainings are stopped early.
+        fit_bytes: size of one fit in the store.
     """
 
     task: str
@@ -61,10 +61,10 @@ class Forecast:
 
 
 def forecast(study: Study, slots: int) -> Forecast:
-    """Time a step of training, scoring and measuring, and return what the whole search would take.
+    """Time a step of training, scoring and measuring latency, and return what the whole search would take.
 
     Args:
-        slots: how many trials the machine or the cluster holds at once.
+        slots: how many trials the machine or the cluster can run at once.
     """
     step = Step(TrialRunner(study, study.store))
     runner, space, held = step.runner, step.runner.assets.resolved.space, step.runner.assets.store.held("fits")
@@ -83,7 +83,7 @@ def forecast(study: Study, slots: int) -> Forecast:
     missing = sorted(runner.assets.needed() - _trained(runner))
     refinements = study.refine if refinable(study) else 0
 
-    classifier_s = step.classifier()  # before the others: the first optimiser of a process imports half of torch
+    classifier_s = step.classifier()  # first, as the first optimiser of a process imports half of torch
     training, (sitting_s, rung_s) = step.training(), step.scoring()
     train_s = training.fit + step.epochs * (training.epoch + rung_s)
     score_s = sittings * sitting_s + latencies * step.latency()
@@ -92,7 +92,6 @@ def forecast(study: Study, slots: int) -> Forecast:
     new = trainings - (known or 0) if trainings == whole else trainings
     trial_s = math.ceil(new / at_once) * train_s + math.ceil(trainings / at_once) * score_s
     wall_s = first_s + trial_s + math.ceil(refinements / at_once) * sitting_s
-    share = 0.25 if study.gpus_per_trial is None else study.gpus_per_trial
     return Forecast(
         task=study.label,
         defense=study.defense,
@@ -113,21 +112,20 @@ def forecast(study: Study, slots: int) -> Forecast:
         score_s=score_s,
         first_s=first_s,
         wall_s=wall_s,
-        gpu_hours=share * at_once * wall_s / 3600 if runner.assets.device.type == "cuda" else None,
+        gpu_hours=study.gpu_share(True) * at_once * wall_s / 3600 if runner.assets.device.type == "cuda" else None,
         fit_bytes=len(to_bytes(step.defense)),
     )
 
 
 def slots_here(study: Study) -> int:
-    """Return how many trials this machine holds at once.
+    """Return how many trials this machine can run at once.
 
     Raises:
-        InputError: not even one.
+        InputError: it cannot run even one.
     """
     gpus = torch.cuda.device_count()
-    share = (0.25 if gpus else 0.0) if study.gpus_per_trial is None else study.gpus_per_trial
     held = {"cpu": float(os.cpu_count() or 1), "gpu": float(gpus)}
-    asked = {"cpu": study.cpus_per_trial, "gpu": share}
+    asked = {"cpu": study.cpus_per_trial, "gpu": study.gpu_share(gpus > 0)}
     for kind, amount in asked.items():
         if amount > held[kind]:
             raise InputError(
@@ -137,7 +135,7 @@ def slots_here(study: Study) -> int:
 
 
 def said(found: Forecast) -> str:
-    """Return the forecast for people."""
+    """Return the forecast as text for people."""
     knobs = "; ".join(f"{name}: {domain}" for name, domain in found.knobs.items()) or "none"
     of = "" if found.of is None else f" of the {found.of} in the space"
     known = "" if found.known is None else f", {found.known} of the space's in the store"

@@ -1,4 +1,4 @@
-"""The workers of a final run, each with one piece of it: under Ray, or one after the other in this process."""
+"""Run the jobs of a final run on workers: under Ray, or one after the other in this process."""
 
 from __future__ import annotations
 
@@ -9,26 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from search.console import terminable
+from search.console import progress_bars, terminable
 from search.study.study import Study
 
 Tell = Callable[[str, float], None]
-"""Hears what is being done, and what share of the whole piece is done."""
-PERIOD_S = 3600.0
-"""How far back the time left is reckoned from."""
+"""Called with what is being done, and the fraction of the job that is done."""
 BEAT_S = 60.0
-"""Where the output is piped, each piece says as often what it does."""
+"""Seconds between two progress lines of a job if the output is piped."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is asked for.
+    """One job for a worker.
 
     Args:
-        label: what its line of the progress begins with.
-        what: a function of a module, which gets the study, `more`, and a Tell.
+        label: the beginning of its progress line.
+        what: a module-level function, called with the study, `more` and a Tell.
     """
 
     label: str
@@ -37,57 +34,48 @@ class Job:
 
 
 RunJobs = Callable[[str, Sequence[Job]], list[Any]]
-"""Does pieces of work under a title, and returns what each found."""
+"""Runs jobs under a title, and returns the result of each."""
 
 
 @contextmanager
 def job_runner(study: Study, *, debug: bool, concurrent: int | None, console: Console) -> Iterator[RunJobs]:
-    """Yield who works.
+    """Yield the function that runs jobs.
 
     Args:
-        debug: this process, without Ray.
-        concurrent: pieces at once; else what the cluster holds.
+        debug: run them in this process, without Ray.
+        concurrent: jobs at once; else as many as the cluster can run.
 
     Raises:
-        InputError: the cluster does not hold what the study asks for a trial.
+        InputError: the cluster does not have the resources of one trial of the study.
     """
     try:
         if debug:
             with terminable():
-                yield lambda title, pieces: _in_process(study, title, pieces, console)
+                yield lambda title, jobs: _in_process(study, title, jobs, console)
             return
         from search.engine.cluster import joined  # Ray takes a second to import
 
         with joined(study) as resources, terminable():
-            yield lambda title, pieces: _under_ray(study, resources, title, pieces, console, concurrent)
+            yield lambda title, jobs: _under_ray(study, resources, title, jobs, console, concurrent)
     except KeyboardInterrupt:
         console.print("interrupted; what is finished is kept: the same command goes on", highlight=False)
         raise
 
 
-class Board:
-    """How far each piece is: bars on a terminal; lines where the output is piped."""
+class JobsDisplay:
+    """Shows the progress of each job: bars on a terminal, lines if the output is piped."""
 
-    def __init__(self, title: str, pieces: Sequence[Job], console: Console) -> None:
-        self.title, self.pieces, self.console = title, pieces, console
-        self._shares = [0.0] * len(pieces)
-        self._said = [time.monotonic()] * len(pieces)
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self.progress = Progress(
-            *columns,
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-            speed_estimate_period=PERIOD_S,
-        )
-        self._whole = self.progress.add_task(title, total=len(pieces))
-        self._bars = [self.progress.add_task(f"  {piece.label}", total=1.0, visible=False) for piece in pieces]
+    def __init__(self, title: str, jobs: Sequence[Job], console: Console) -> None:
+        self.title, self.jobs, self.console = title, jobs, console
+        self._shares = [0.0] * len(jobs)
+        self._said = [time.monotonic()] * len(jobs)
+        self.progress = progress_bars(console)
+        self._whole = self.progress.add_task(title, total=len(jobs))
+        self._bars = [self.progress.add_task(f"  {job.label}", total=1.0, visible=False) for job in jobs]
 
     def hear(self, place: int, doing: str, share: float) -> None:
         self._shares[place] = share
-        line = f"  {self.pieces[place].label}: {doing}"
+        line = f"  {self.jobs[place].label}: {doing}"
         self.progress.update(self._bars[place], description=line, completed=share, visible=share < 1)
         self.progress.update(self._whole, completed=sum(self._shares))
         if not self.console.is_terminal and time.monotonic() - self._said[place] >= BEAT_S:
@@ -97,23 +85,23 @@ class Board:
     def done(self, place: int) -> None:
         self.hear(place, "done", 1.0)
         ended = sum(share >= 1 for share in self._shares)
-        self._say(f"{self.pieces[place].label} is done, {ended} of {len(self.pieces)}")
+        self._say(f"{self.jobs[place].label} is done, {ended} of {len(self.jobs)}")
 
     def _say(self, line: str) -> None:
         self.console.print(f"{self.title}: {line}", highlight=False, soft_wrap=True)
 
 
-def _in_process(study: Study, title: str, pieces: Sequence[Job], console: Console) -> list[Any]:
-    board, found = Board(title, pieces, console), []
-    with board.progress:
-        for place, piece in enumerate(pieces):
-            found.append(piece.what(study, *piece.more, lambda doing, share, at=place: board.hear(at, doing, share)))
-            board.done(place)
+def _in_process(study: Study, title: str, jobs: Sequence[Job], console: Console) -> list[Any]:
+    display, found = JobsDisplay(title, jobs, console), []
+    with display.progress:
+        for place, job in enumerate(jobs):
+            found.append(job.what(study, *job.more, lambda doing, share, at=place: display.hear(at, doing, share)))
+            display.done(place)
     return found
 
 
 def _under_ray(
-    study: Study, resources: Any, title: str, pieces: Sequence[Job], console: Console, concurrent: int | None
+    study: Study, resources: Any, title: str, jobs: Sequence[Job], console: Console, concurrent: int | None
 ) -> list[Any]:
     import ray
     from ray.util.queue import Queue
@@ -122,33 +110,33 @@ def _under_ray(
     from search.engine.controller import RESTARTS
 
     remote: Any = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=RESTARTS)(at_work)
-    queue, board = Queue(actor_options={"num_cpus": 0}), Board(title, pieces, console)
-    left, running, found = list(enumerate(pieces)), dict[Any, int](), dict[int, Any]()
+    queue, display = Queue(actor_options={"num_cpus": 0}), JobsDisplay(title, jobs, console)
+    left, running, found = list(enumerate(jobs)), dict[Any, int](), dict[int, Any]()
     failed: Exception | None = None
-    with board.progress:
+    with display.progress:
         while left or running:
-            while left and len(running) < (concurrent or len(pieces)):
-                place, piece = left.pop(0)
-                running[remote.remote(study, resources, piece.what, *piece.more, Wire(queue, place))] = place
+            while left and len(running) < (concurrent or len(jobs)):
+                place, job = left.pop(0)
+                running[remote.remote(study, resources, job.what, *job.more, RemoteTell(queue, place))] = place
             ready, _ = ray.wait(list(running), timeout=0.5)
             for said in queue.get_nowait_batch(queue.qsize()):
-                board.hear(*said)
+                display.hear(*said)
             for one in ready:
                 place = running.pop(one)
                 try:
                     found[place] = ray.get(one)
-                except Exception as error:  # the others keep what they are at
+                except Exception as error:  # the running jobs are still completed
                     failed, left = failed or error, []
                     continue
-                board.done(place)
+                display.done(place)
     queue.shutdown()
     if failed is not None:
         raise failed
-    return [found[place] for place in range(len(pieces))]
+    return [found[place] for place in range(len(jobs))]
 
 
-class Wire:
-    """A Tell of a worker of Ray: it waits for nobody."""
+class RemoteTell:
+    """A Tell for a Ray worker, which does not block."""
 
     def __init__(self, queue: Any, place: int) -> None:
         self.queue, self.place = queue, place

@@ -11,7 +11,7 @@ from search.study.callbacks import State
 
 
 class Stopped(BaseException):
-    """A rung stopped the trial of this process; no defense may swallow it."""
+    """Early stopping ended the trial of this process; a BaseException, so that no defense catches it."""
 
 
 def run(controller: Controller, work: Work) -> State:

@@ -1,4 +1,4 @@
-"""Runs a search's trials under Ray Tune: proposals, rungs and ends go through the conductor."""
+"""Runs a search's trials under Ray Tune: proposals, early stopping and results go through the controller."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "100000")  # how many are handed out is for Ask to say
-# A worker whose last trial, which a rung stopped, has not let go by then is never used again, nor is the next trial.
+os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "100000")  # RaySearcher limits them
+# If a trial that was stopped early has not ended by then, its worker is never used again, and the next trial fails.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
 
 from tempfile import TemporaryDirectory
@@ -37,13 +37,13 @@ from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
 
-logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # a worker that died is no news: its trial goes on
+logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # a dead worker is no error: its trial restarts
 
 
 class RayCallbacks(Callback):
-    """What Ray Tune's searcher and scheduler share: the conductor, and our names of Ray's trials.
+    """The state that Ray Tune's searcher and scheduler share: the controller, and our names of Ray's trials.
 
-    Ray pickles all three again and again; what they hold stays behind, since the study's journal is the truth.
+    Ray pickles all three repeatedly; their state is excluded, since the study's journal is the source of truth.
     """
 
     def __init__(self, controller: Controller) -> None:
@@ -58,7 +58,7 @@ class RayCallbacks(Callback):
         self._ended.append(trial)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Forget what a trial said: the study has it, and Ray would keep all candidates, and write them, for ever."""
+        """Delete the reports of ended trials: the study has them, and Ray would keep and write all of them for ever."""
         while self._ended:
             told = self._ended.pop().run_metadata
             told.last_result, told.metric_analysis, told.metric_n_steps = {}, {}, {}
@@ -68,10 +68,10 @@ class RayCallbacks(Callback):
 
 
 class RaySearcher(Searcher):
-    """Proposes to Ray Tune, and hears how its trials end.
+    """Proposes trials to Ray Tune, and receives their results.
 
-    A trial is proposed when a slot is free for it, and not before: so its proposal knows all that has ended, and all
-    slots start their workers at once. Ray's own rule is one trial ahead of those that run.
+    A trial is proposed only when a slot is free for it, so that its proposal uses all results so far, and all slots
+    start their workers at once. Ray's own rule proposes one trial ahead of the running ones.
     """
 
     def __init__(self, callbacks: RayCallbacks, resources: WorkerResources) -> None:
@@ -83,7 +83,7 @@ class RaySearcher(Searcher):
         if len(self.callbacks.names) >= (self.callbacks.controller.study.concurrent or slots(self.resources)):
             return None
         proposal = self.callbacks.controller.next()
-        if proposal is None:  # asked again later, unless nothing more can come
+        if proposal is None:  # Ray asks again later, unless the search is done
             return Searcher.FINISHED if self.callbacks.controller.done else None
         self.callbacks.names[trial_id] = proposal.name
         params = proposal.params
@@ -98,21 +98,21 @@ class RaySearcher(Searcher):
             settle(self.callbacks.controller, name, result)
 
     def save(self, checkpoint_path: str) -> None:
-        """Keep nothing: the study's journal is the truth."""
+        """Save nothing: the study's journal is the source of truth."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise RuntimeError("a search is resumed from its study, not from Ray Tune")
 
 
 class RayScheduler(FIFOScheduler):
-    """Stops trials at rungs."""
+    """Stops trials early at rungs."""
 
     def __init__(self, callbacks: RayCallbacks) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated in Ray
         self.callbacks = callbacks
 
     def choose_trial_to_run(self, tune_controller: Any) -> None:
-        """Leave it to Ray: a trial that is chosen here takes the next free worker and drops its own, half started."""
+        """Leave it to Ray: a trial chosen here takes the next free worker and abandons its own, which is starting."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if "epoch" not in result:
@@ -123,7 +123,7 @@ class RayScheduler(FIFOScheduler):
 
 
 def run(controller: Controller, resources: WorkerResources, work: Work) -> State:
-    """Run the trials that are left on the cluster that was joined."""
+    """Run the remaining trials on the joined cluster."""
     study, callbacks = controller.study, RayCallbacks(controller)
     remote = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=RESTARTS)(at_work)
     try:
@@ -132,7 +132,7 @@ def run(controller: Controller, resources: WorkerResources, work: Work) -> State
             try:
                 with TemporaryDirectory(prefix="crucible-tune-") as scratch:
                     _tuner(study, callbacks, resources, work, scratch).fit()
-            except RuntimeError as error:  # Ray Tune knows no worker that Ray's memory monitor killed
+            except RuntimeError as error:  # Ray Tune cannot handle a worker killed by Ray's memory monitor
                 if not callbacks.names:
                     raise
                 for name in callbacks.names.values():
@@ -153,7 +153,7 @@ def _tuner(study: Study, callbacks: RayCallbacks, resources: WorkerResources, wo
     return tune.Tuner(
         tune.with_resources(trainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
         tune_config=tune.TuneConfig(
-            num_samples=-1,  # the conductor says when there are enough
+            num_samples=-1,  # the controller decides when there are enough
             search_alg=RaySearcher(callbacks, resources),
             scheduler=RayScheduler(callbacks),
             reuse_actors=True,
@@ -161,7 +161,7 @@ def _tuner(study: Study, callbacks: RayCallbacks, resources: WorkerResources, wo
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=scratch,  # nothing is ever read from there, and a full or absent storage must not end Ray Tune
+            storage_path=scratch,  # never read; a full or unavailable storage must not end Ray Tune
             callbacks=[callbacks],
             verbose=0,
         ),
@@ -169,10 +169,10 @@ def _tuner(study: Study, callbacks: RayCallbacks, resources: WorkerResources, wo
 
 
 def _trainable(config: dict[str, Any], study: Study, resources: WorkerResources, work: Work) -> None:
-    """Run one trial in a worker of Ray."""
+    """Run one trial in a Ray worker."""
     try:
         ready(study, resources)
-    except InputError as error:  # its node cannot hold the data: no trial is to blame, and each would end here
+    except InputError as error:  # its node cannot hold the data: every trial would fail here, whatever its setting
         tune.report({"interrupted": str(error)})
         return
     proposal = Proposal(config["name"], Params(config["train"], config["inference"]), config["refines"])
@@ -191,7 +191,7 @@ def _trainable(config: dict[str, Any], study: Study, resources: WorkerResources,
 
 
 def _prepare(study: Study, resources: WorkerResources, remote: Any, work: Work) -> Candidate:
-    """Train the classifiers side by side and score the bare one, on workers."""
+    """Train the classifiers in parallel and score the bare classifier, on workers."""
     needed = ray.get(remote.remote(study, resources, work.needed))
     ray.get([remote.remote(study, resources, work.classifier, architecture) for architecture in needed])
     undefended: Candidate = ray.get(remote.remote(study, resources, work.undefended))

@@ -14,15 +14,15 @@ from search.study.study import Study
 
 
 def run(study: Study, listeners: Sequence[Callback], *, debug: bool = False, work: Work = REAL) -> State:
-    """Run what is left of a search and return how it ended.
+    """Run the remaining trials of a search and return how it ended.
 
     Args:
         debug: run the trials in this process, without Ray.
-        work: what the workers do.
+        work: the functions that workers run.
 
     Raises:
-        InputError: the cluster does not hold what a trial asks for.
-        StorageError: the storage failed; what had ended before is kept.
+        InputError: the cluster does not have the resources for a trial.
+        StorageError: the storage failed; trials that had ended before are kept.
     """
     if debug:
         controller = open_controller(study, listeners)
@@ -42,7 +42,7 @@ def run(study: Study, listeners: Sequence[Callback], *, debug: bool = False, wor
 
 
 def open_controller(study: Study, listeners: Sequence[Callback]) -> Controller:
-    """Write the study and open its journal; nothing of a search exists before."""
+    """Write the study and open its journal; no file of a search exists before."""
     study.store.make()
     study.write()
     return Controller(study, Proposer(study), listeners)

@@ -1,6 +1,6 @@
-"""A trial's time limit: a worker whose trial hangs ends itself and leaves word of where it stood.
+"""A trial's time limit: a worker whose trial hangs ends itself and writes a stack dump.
 
-A hang may sit in C code that never lets go of the interpreter, where no other thread of Python would get its turn.
+A hang may be in C code that never releases the interpreter lock, so that no other Python thread can run.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from search.study.study import Study
 class TrialTimeout:
     """Ends this process when a trial has worked for too long; waiting for the driver or the storage does not count.
 
-    Its word lies in the search's folder, under the trial's name and setting.
+    The stack dump is in the search's folder, under the trial's name and setting.
     """
 
     def __init__(self, study: Study, proposal: Proposal) -> None:
@@ -34,37 +35,38 @@ class TrialTimeout:
         self._file: IO[str] | None = None
 
     def word(self) -> str | None:
-        """Return where the trial stood when an earlier worker of it ended itself; None where none did."""
-        if not self.path.exists() or not (dump := self.path.read_text()):
-            return None
-        return f"no end after {self.limit or 0:g} s{_stood(dump)}"
+        """Return where the trial was when an earlier worker of it ended itself; None if none did."""
+        thread, _, dump = self.path.read_text().partition("\n") if self.path.exists() else ("", "", "")
+        return f"no end after {self.limit or 0:g} s{_stood(dump, thread)}" if dump else None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Hold a trial to its limit; a worker is used again, so the alarm ends with the trial."""
+        """Enforce the time limit of a trial; the worker is reused, so the alarm ends with the trial."""
         if self.limit is None:
             yield
             return
         try:
             self.path.parent.mkdir(parents=self.study.mirror is not None, exist_ok=True)
             self._file = self.path.open("w")
-        except OSError:  # the limit holds all the same, without a word
+        except OSError:  # the limit still applies, without a dump
             self._file = tempfile.TemporaryFile("w")
         with self._file:
+            self._file.write(f"0x{threading.get_ident():016x}\n")  # in faulthandler's format
+            self._file.flush()
             self._start()
             try:
                 yield
             finally:
                 self._stop()
                 self._file = None
-        with suppress(OSError):  # an empty one is no word
+        with suppress(OSError):  # a file without a dump has no effect
             self.path.unlink()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let the time stand still."""
+        """Do not count the time in this context."""
         self._stop()
-        yield  # a trial that is stopped here needs no alarm any more
+        yield  # if the trial is stopped here, no alarm is needed any more
         self._start()
 
     def _start(self) -> None:
@@ -77,11 +79,11 @@ class TrialTimeout:
         self._left -= time.monotonic() - self._since
 
 
-def _stood(dump: str) -> str:
-    """Return in our own code the innermost line of the thread that ran the trial, from faulthandler's dump."""
-    for thread in dump.split("\n\n"):
-        frames = re.findall(r'File "(.+)", line (\d+) in (.+)', thread)
-        if any(function == "execute" for _, _, function in frames):
+def _stood(dump: str, thread: str) -> str:
+    """Return the innermost line of our own code in a thread, from faulthandler's dump of all threads."""
+    for stack in dump.split("\n\n"):
+        frames = re.findall(r'File "(.+)", line (\d+) in (.+)', stack)
+        if frames and thread in stack.partition("\n")[0]:
             ours = [frame for frame in frames if "/lib/python" not in frame[0]]
             file, line, function = (ours or frames)[0]
             return f"; it stood at {Path(file).name} line {line} in {function}"

@@ -1,4 +1,4 @@
-"""What a search's workers do, whoever runs them. No Ray, Optuna or W&B in here."""
+"""The work of a search's workers, independent of the backend. No Ray, Optuna or W&B in this module."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from search.trial.runner import TrialRunner, baseline, run_trial
 from spaces.space import Params
 
 Report = Callable[[str, int, Metrics], None]
-"""Hears the fit's fingerprint, the epoch and its metrics; it may raise BaseException to stop the trial."""
+"""Called with the fit's fingerprint, the epoch and its metrics; it may raise BaseException to stop the trial."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What workers are asked to do; `benchmarks/engine_overhead.py` puts something else there, to time the engine.
+    """The functions that workers run; `benchmarks/engine_overhead.py` replaces them to time the engine.
 
-    Its members are functions of modules, so that they travel to a worker by name.
+    They are module-level functions, so that they are sent to a worker by name.
     """
 
     needed: Callable[[Study], list[str]]
@@ -41,20 +41,20 @@ class Work:
 def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
     """Run one trial to its end and return its last report.
 
-    What fails while the storage is away is done again when it has returned: whatever was finished is in the store.
+    A trial that fails while the storage is unavailable is repeated when it returns: finished work is in the store.
     """
     store = study.store.expected()
     while True:
         try:
             store.wait()
             return _execute(study, proposal, report, store)
-        except Exception as error:  # whatever a defense raises is the trial's failure, not the search's
+        except Exception as error:  # an exception of a defense fails the trial, not the search
             if store.away and not isinstance(error, StorageError):
                 continue
             reason = trouble(error)
             last = {"interrupted": reason} if reason else {"failed": f"{type(error).__name__}: {error}"}
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # for the next trial, if this one took too much
+            torch.cuda.empty_cache()  # for the next trial, if this one used too much memory
         return last
 
 
@@ -74,15 +74,15 @@ def _execute(study: Study, proposal: Proposal, report: Report, store: Store) -> 
 
 
 def _drawn(runner: TrialRunner, params: Params, path: Path) -> str:
-    """Return the path of a trial's picture, or nothing: a disk that is full must not cost the candidates."""
+    """Return the path of a trial's picture, or "" if it cannot be written: a full disk must not lose the candidates."""
     mirror = runner.study.mirror
     try:
-        path.parent.mkdir(parents=mirror is not None, exist_ok=True)  # of a URI each node has a folder of its own
+        path.parent.mkdir(parents=mirror is not None, exist_ok=True)  # for a URI, each node has its own folder
         runner.picture(params, path)
     except OSError:
         return ""
     if mirror is not None:
-        with suppress(OSError):  # the driver's courier may have more luck
+        with suppress(OSError):  # the driver's StorageSync may succeed later
             mirror.send(f"pictures/{path.name}")
     return str(path)
 
@@ -100,7 +100,7 @@ def _undefended(study: Study) -> Candidate:
 
 
 def _remeasure(study: Study, candidate: Candidate) -> Latency:
-    """Measure the latency of a stored fit's candidate again."""
+    """Re-measure the latency of a candidate of a stored fit."""
     runner = TrialRunner.of(study, study.store.expected())
     return runner.remeasured(candidate.params)
 

@@ -1,6 +1,7 @@
 """Exports: a winner as a folder of files that need no pickle, and the plain module that it loads as.
 
-Loading needs PyTorch and safetensors alone (a GMVAE SciPy too). Shapes: N images, C channels, H x W pixels, K classes.
+Loading needs PyTorch, safetensors, NumPy and Optuna alone (a GMVAE SciPy too).
+Shapes: N images, C channels, H x W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -13,13 +14,10 @@ from pathlib import Path
 from safetensors.torch import load as from_bytes
 from torch import Tensor
 
-from search.export.optional_imports import dispensed
-
-with dispensed():
-    import defenses
-    from defenses.base import Defended, Shape
-    from search.classifiers.architectures import ARCHITECTURES
-    from spaces.exceptions import InputError
+import defenses
+from defenses.base import Defended, Shape
+from search.classifiers.architectures import ARCHITECTURES
+from spaces.exceptions import InputError
 
 FILES = ("card.md", "classifier.safetensors", "config.yaml", "evidence.json", "pictures.png", "weights.safetensors")
 SEAL = "SHA256SUMS"
@@ -72,9 +70,7 @@ def load(folder: str | Path) -> Exported:
     files = opened(folder)
     model = json.loads(files["evidence.json"])["model"]
     shape = Shape(**model["shape"])
-    with dispensed():
-        kind = defenses.find(model["defense"])
-    defense = kind(model["train"], model["inference"], shape)
+    defense = defenses.find(model["defense"])(model["train"], model["inference"], shape)
     defense.adopt(ARCHITECTURES[model["trained_with"]].build(shape))
     defense.load_state_dict(from_bytes(files["weights.safetensors"]))
     classifier = ARCHITECTURES[model["classifier"]].build(shape)

@@ -1,4 +1,4 @@
-"""The rules that stop trainings early, each on the rung scores of the epochs. No Ray, Optuna or W&B in here."""
+"""Rules that stop trainings early, based on the quick score of each epoch. No Ray, Optuna or W&B in this module."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from search.study.study import Study
 
 
 class Rule(Protocol):
-    """Decides at each epoch whether a training stops; whoever reaches its last epoch has finished."""
+    """Decides at each epoch whether a training stops; a training that reaches its last epoch has finished."""
 
     def stops(self, trial: str, epoch: int, score: float) -> bool:
-        """Record the score of a trial at an epoch, and say whether it stops there.
+        """Record the score of a trial at an epoch, and return whether the trial stops there.
 
         Args:
-            score: higher is better, and means the same at every epoch.
+            score: higher is better; it has the same meaning at every epoch.
         """
 
 
 class Halving:
-    """Asynchronous successive halving: of those who reach a rung, only the best part goes on.
+    """Asynchronous successive halving: of the trials that reach a rung, only the best fraction continues.
 
     Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020, Algorithm 2, in the stopping
-    variant: a trial is judged when it reaches the rung, against those who came before it.
+    variant: a trial is compared, when it reaches the rung, with the trials that reached it before.
 
     Args:
-        epochs: of a whole training; the last epoch is never a rung.
+        epochs: epochs of a full training; the last epoch is never a rung.
         grace: the first rung, in epochs.
-        factor: the rungs lie at grace, grace * factor, grace * factor ** 2, ...; 1 / factor of each goes on.
+        factor: the rungs are at grace, grace * factor, grace * factor ** 2, ...; 1 / factor of each continues.
         patience: how many trials reach a rung before any is stopped there.
     """
 
@@ -46,7 +46,7 @@ class Halving:
         self._scores: dict[int, dict[str, float]] = defaultdict(dict)
 
     def stops(self, trial: str, epoch: int, score: float) -> bool:
-        """Say whether the trial is not among the best part of those who reached the rung."""
+        """Return whether the trial is not in the best fraction of those that reached the rung."""
         if epoch not in self.rungs:
             return False
         scores = self._scores[epoch]
@@ -54,19 +54,19 @@ class Halving:
         if len(scores) <= self.patience:
             return False
         last = float(np.quantile(list(scores.values()), 1 - 1 / self.factor))
-        return score < last and not isclose(score, last)  # 1 - 1 / 3 is a little more than two thirds
+        return score < last and not isclose(score, last)  # as floats, 1 - 1 / 3 is a little more than 2 / 3
 
 
 class Median:
-    """The median rule: a trial stops whose best score so far is below the median of the others' running averages.
+    """The median rule: a trial stops if its best score so far is below the median of the others' running averages.
 
     Source: Golovin et al., Google Vizier: A Service for Black-Box Optimization, KDD 2017, section 3.2.2. There the
-    others are the completed trials; here they are all that have reached the epoch, since trials run side by side.
+    others are the completed trials; here they are all that have reached the epoch, since trials run in parallel.
 
     Args:
-        epochs: of a whole training; at the last epoch nobody is stopped.
+        epochs: epochs of a full training; no trial is stopped at the last epoch.
         grace: the first epoch at which a trial may be stopped.
-        patience: how many others reach an epoch before any is stopped there.
+        patience: how many other trials reach an epoch before any is stopped there.
     """
 
     def __init__(self, *, epochs: int, grace: int, patience: int) -> None:
@@ -76,7 +76,7 @@ class Median:
         self._averages: dict[int, dict[str, float]] = defaultdict(dict)
 
     def stops(self, trial: str, epoch: int, score: float) -> bool:
-        """Say whether the best score up to this epoch is below the median of the others' averages up to it."""
+        """Return whether the best score up to this epoch is below the median of the others' averages up to it."""
         curve = self._curves[trial]
         curve[epoch] = score
         so_far = [curve[e] for e in curve if e <= epoch]
@@ -89,25 +89,25 @@ class Median:
 
 
 class Never:
-    """Stops nobody."""
+    """Stops no trial."""
 
     def stops(self, trial: str, epoch: int, score: float) -> bool:
-        """Say no."""
+        """Return False."""
         return False
 
 
 def grace(study: Study) -> int:
-    """Return the epochs before a training may be stopped."""
+    """Return the number of epochs before a training may be stopped."""
     return study.grace or max(1, study.resolved.epochs // 2)
 
 
 def rungs(study: Study) -> list[int]:
-    """Return the epochs at which halving judges, or would."""
+    """Return the epochs at which halving stops trials, or would if it were the study's rule."""
     return sorted(_halving(study).rungs)
 
 
 def rule_of(study: Study) -> Rule:
-    """Return the study's rule, before any trial has reached an epoch."""
+    """Return the study's rule, without any recorded score."""
     match study.stopping:
         case "halving":
             return _halving(study)

@@ -1,4 +1,4 @@
-"""What a search has found, read from its study: Optuna's journal is the truth about a search."""
+"""The results of a search, read from its Optuna journal, which is the source of truth about a search."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ WORDS = {
 }
 ENDED = ("finished", "pruned", "failed")
 UNDEFENDED, REMEASURED = "undefended", "remeasured"
-"""Notes of the whole search: the bare classifier's candidate; latencies measured again, by candidate."""
+"""Attributes of the whole search: the bare classifier's candidate; re-measured latencies, by candidate."""
 OLD_REMEASURED = "clocked "
-"""Until 2026-11 each latency had a note of its own, named so and by its candidate."""
+"""Until 2026-11 each latency had its own attribute, named by this prefix and its candidate."""
 INTERRUPTED = "interrupted"
 """Marks an Optuna trial that was running when its driver died."""
 
 
 class SearchHistory:
-    """A search's trials and candidates. Reading changes nothing, and may be done while the search runs.
+    """The trials and candidates of a search. Reading changes nothing, and is possible while the search runs.
 
     A trial of Crucible is one training, named t001, t002, ...; each of its candidates is a trial of the Optuna study.
 
     Raises:
-        InputError: the search has no study yet.
+        InputError: the search has no study yet, or one of an earlier version.
     """
 
     def __init__(self, study: Study) -> None:
@@ -64,7 +64,7 @@ class SearchHistory:
         return optuna.load_study(study_name=self.study.name, storage=journal_storage(self.study))
 
     def ended(self) -> int:
-        """Return how many trials have ended, in whatever way."""
+        """Return how many trials have ended, in any state."""
         return sum(state_of(trial) in ENDED for trial in self.trials())
 
     def trials(self) -> list[FrozenTrial]:
@@ -78,16 +78,16 @@ class SearchHistory:
         return [latest[name] for name in sorted(latest, key=lambda name: int(name[1:]))]
 
     def setting(self, trial: FrozenTrial) -> Params:
-        """Return what a trial of the search proposed; one that is proposed again may not have asked for all yet."""
+        """Return the setting that a trial proposed; knobs that an interrupted trial lacks are completed."""
         return self.space.complete(trial.system_attrs.get("fixed_params", {}) | trial.params)
 
     def undefended(self) -> Candidate | None:
-        """Return the bare classifier's figures, where they are known."""
+        """Return the bare classifier's figures, or None if they are not known yet."""
         found = self.optuna.user_attrs.get(UNDEFENDED)
         return Candidate.from_json(found) if found else None
 
     def remeasured(self) -> dict[str, Latency]:
-        """Return the latencies that were measured again at the end, by candidate."""
+        """Return the latencies that were re-measured at the end, by candidate."""
         notes = self.optuna.user_attrs
         found = {key.removeprefix(OLD_REMEASURED): notes[key] for key in notes if key.startswith(OLD_REMEASURED)}
         return {candidate: Latency(**again) for candidate, again in (found | notes.get(REMEASURED, {})).items()}
@@ -99,16 +99,16 @@ class SearchHistory:
         return list({candidate.candidate: candidate for candidate in every}.values())
 
     def feasible(self) -> list[Candidate]:
-        """Return the candidates within all constraints, the least attacked error first, then the fastest."""
+        """Return the candidates that satisfy all constraints, the least attacked error first, then the fastest."""
         return ranking.feasible(self.study, self.candidates())
 
     def all(self) -> list[FrozenTrial]:
-        """Return every trial of the Optuna study: trainings, further candidates, refinements, and what is enqueued."""
+        """Return every trial of the Optuna study: trainings, further candidates, refinements, enqueued settings."""
         return self.optuna.get_trials(deepcopy=False)
 
 
 def state_of(trial: FrozenTrial) -> str:
-    """Return a trial's state in our words; one that a dead driver left is interrupted until it runs again."""
+    """Return a trial's state as text; a trial of a dead driver is interrupted until it runs again."""
     if trial.state == TrialState.FAIL and trial.user_attrs.get(INTERRUPTED):
         return "interrupted"
     return WORDS[trial.state]
@@ -126,13 +126,13 @@ def journal_storage(study: Study, *, drives: bool = False) -> JournalStorage:
     """Return the journal of a search.
 
     Args:
-        drives: for its driver, which alone may mend it and waits for a storage that is away.
+        drives: for the driver, which alone may repair the journal and waits for an unavailable storage.
     """
     return JournalStorage(Journal(journal_path(study), study.store if drives else None))
 
 
 def has_begun(study: Study) -> bool:
-    """Say whether a search has a study to go on with; a driver may have died before."""
+    """Return whether a search has a study to resume; its driver may have died before creating one."""
     return journal_path(study).exists() and any(
         found.system_attrs.get("study:metric_names") for found in journal_storage(study).get_all_studies()
     )

@@ -1,8 +1,8 @@
-"""The journal of a search: Optuna's log of what happened, on a disk that may fill up, go away or lose power.
+"""The journal of a search: Optuna's log, on a disk that may fill up, become unavailable or lose power.
 
-A line is written in full or taken back. What a power cut left at the end (half a line, zeros, junk) is cut off by the
-next driver and kept beside; readers overlook it. What it said comes again: the trial counts as running, and its
-candidates are in the store.
+A line is written completely or removed. Damage at the end after a power cut (half a line, zeros, junk) is moved to
+another file by the next driver; readers ignore it. The lost content is produced again: the trial counts as running,
+and its candidates are in the store.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ PASSING = (
     JournalOperation.SET_TRIAL_USER_ATTR,
     JournalOperation.SET_TRIAL_SYSTEM_ATTR,
 )
-"""What is said of a trial before its end is told: of 25 lines a trial 18, whose waits for the disk would add up."""
+"""Operations before the end of a trial: 18 of the 25 lines of a trial, whose waits for the disk would add up."""
 
 
 class Journal(JournalFileBackend):
     """Optuna's journal file.
 
     Args:
-        store: of its driver, which writes: the store that lies on the same storage. None of a reader.
+        store: the store on the same storage, for the driver, which writes; None for a reader.
 
     Raises:
-        InputError: as a driver, a line in its midst is damaged.
+        InputError: the journal is opened by the driver, and a line before its end is damaged.
     """
 
     def __init__(self, path: Path, store: Store | None) -> None:
@@ -52,10 +52,10 @@ class Journal(JournalFileBackend):
         return iter(self._patiently(lambda: list(self._lines(log_number_from))))
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Write in full or take back: half a line would swallow the next one, and none may stand twice.
+        """Write lines completely or remove them: half a line would corrupt the next one, and none may appear twice.
 
-        Optuna's lock is a file beside the journal, which a killed driver leaves for half a minute, and which nobody can
-        give back while the storage is away. A driver needs none: it holds the search's own.
+        Optuna's lock is a file beside the journal. It remains for half a minute after its driver was killed, and cannot
+        be released while the storage is unavailable. It is not needed: the driver holds the search's own lock.
         """
         size = self._patiently(lambda: os.path.getsize(self._file_path))
         try:
@@ -66,19 +66,19 @@ class Journal(JournalFileBackend):
             raise
 
     def _append(self, size: int, logs: list[dict[str, Any]]) -> None:
-        self._cut(size)  # what an attempt left when the storage went away
+        self._cut(size)  # the rest of an attempt during which the storage became unavailable
         with open(self._file_path, "ab") as file:
             file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
             file.flush()
             if not all(log["op_code"] in PASSING for log in logs):
-                os.fsync(file.fileno())  # with all that came before
+                os.fsync(file.fileno())  # together with all lines before
 
     def _cut(self, size: int) -> None:
         if os.path.getsize(self._file_path) > size:
             os.truncate(self._file_path, size)
 
     def _lines(self, number: int) -> Iterator[dict[str, Any]]:
-        """Yield the whole lines from one on; Optuna's own reader stops at some ends and raises at others."""
+        """Yield whole lines from `number` on; Optuna's own reader stops at some damaged ends and raises at others."""
         with open(self._file_path, "rb") as file:
             file.seek(self._log_number_offset[number])
             for line in file:
@@ -101,10 +101,10 @@ class Journal(JournalFileBackend):
 
 
 def mend(path: Path) -> None:
-    """Cut off what is damaged at the end of a journal, and keep it beside.
+    """Cut off the damaged end of a journal, and append it to another file.
 
     Raises:
-        InputError: whole lines follow what is damaged: nothing that is left can be told from what is lost.
+        InputError: complete lines follow the damage, so it is unknown what is lost.
     """
     content = path.read_bytes() if path.exists() else b""
     lines = content.splitlines(keepends=True)
@@ -125,7 +125,7 @@ def mend(path: Path) -> None:
 
 
 def _read(line: bytes) -> dict[str, Any] | None:
-    """Return what a line says; None where it is not whole."""
+    """Return the operation that a line records; None if the line is damaged."""
     try:
         log = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Optuna proposes, and learns from every candidate."""
+"""Propose settings with Optuna, which learns from every candidate."""
 
 from __future__ import annotations
 
@@ -31,16 +31,15 @@ from spaces.domain import Scalar, contains
 from spaces.space import Params, SearchSpace
 
 RETRIES = 20
-"""How often a sampler may propose a training that is done before one is drawn for it, in a space that is too large to
-list."""
+"""How often a sampler may repeat a training before a random one is drawn, in a space that is too large to list."""
 COUNTABLE = 10_000
-"""Up to so many trainings of a space are listed, to find the one that is left nearest to what a sampler proposes."""
+"""A space of at most so many trainings is listed, to find the remaining one nearest to a sampler's proposal."""
 
 
 class Proposer(SearchHistory):
-    """A search that goes on: proposes settings, and is told what became of them.
+    """The history of a running search, which also proposes settings and records their results.
 
-    The study is opened where it exists; what ran when it was left is proposed again, under its name.
+    An existing study is opened; trials that ran when it was interrupted are proposed again, under the same name.
     """
 
     def __init__(self, study: Study) -> None:
@@ -51,7 +50,7 @@ class Proposer(SearchHistory):
         self._recover()
         if not self.all():
             self._enqueue_starts()
-        # From here on kept in step, so that a proposal of a long search costs no more than one of a short search.
+        # Updated incrementally from here on, so that a proposal of a long search costs no more than one of a short one.
         trials = self.trials()
         self._names = {trial.user_attrs["trial"] for trial in trials}
         self._ended = sum(state_of(trial) in ENDED for trial in trials)
@@ -74,7 +73,7 @@ class Proposer(SearchHistory):
         )
         if not study.metric_names:
             study.set_metric_names(list(OBJECTIVES))
-        # A resumed search must not draw again what it drew before.
+        # A resumed search must not repeat the random numbers of its earlier run.
         drawn = len(study.get_trials(deepcopy=False))
         study.sampler = sampler(self.study, self.space, (self.study.seed + drawn) % 2**32)
         self._rng = np.random.default_rng((self.study.seed, drawn))
@@ -84,7 +83,7 @@ class Proposer(SearchHistory):
         return self._ended
 
     def propose(self) -> Proposal | None:
-        """Return the next training, or None where every one of the space is done."""
+        """Return the next training, or None if every training of the space was proposed."""
         for attempt in itertools.count(1):
             trial = self.optuna.ask()
             params = asked(trial, self.space, whole=self._whole)
@@ -96,7 +95,7 @@ class Proposer(SearchHistory):
             if attempt >= (1 if self._countable else RETRIES) and not self._enqueue_unseen(params):
                 return None
             if attempt >= 10 * RETRIES and not self._countable:
-                return None  # what cannot be listed can be spent too: 1..4 on a log scale has four
+                return None  # an unlisted space can be exhausted too: 1..4 on a log scale has four values
         if name is None:
             name = f"t{len(self._names) + 1:03d}"
             trial.set_user_attr("trial", name)
@@ -106,16 +105,16 @@ class Proposer(SearchHistory):
         return Proposal(name, params)
 
     def refine(self) -> Proposal | None:
-        """Return an inference setting to try on one of the best fits, or None where enough were tried.
+        """Return an inference setting to try on one of the best fits, or None if enough were tried.
 
-        The study hears of it when it has ended: what ran when a driver died is chosen again.
+        The study records it only when it has ended: one that ran when a driver died is chosen again.
         """
         if self.refinements_left() <= 0:
             return None
         if self._refiner is None:
             seed = (self.study.seed + len(self._refined)) % 2**32
             self._refiner = Refiner(self.study, self.candidates(), seed)
-        taken = self._refined | self._refining  # with gaps, where a driver died
+        taken = self._refined | self._refining  # with gaps if a driver died
         name = next(name for name in (f"r{number:03d}" for number in itertools.count(1)) if name not in taken)
         params = self._refiner.choose(name)
         if params is None:
@@ -124,15 +123,15 @@ class Proposer(SearchHistory):
         return Proposal(name, params, refines=True)
 
     def refinements_left(self) -> int:
-        """Return how many are still to be tried."""
+        """Return how many refinements are still to be tried."""
         return self.study.refine - len(self._refined | self._refining) if self._refinable else 0
 
     def finish(self, name: str, candidates: Sequence[Candidate], about: Mapping[str, Any]) -> None:
-        """Tell the study every candidate of a trial, the proposed one first."""
+        """Record in the study all candidates of a trial, given with the proposed one first."""
         trial = self._running.get(name)
         for other in candidates[1:]:
             self._tell(other, {"of": name}, trial)
-        # Last: a driver killed before this line leaves a running trial, which is proposed again and ends the same.
+        # The proposed one comes last: a driver killed before leaves a running trial, which is repeated identically.
         if trial is None:
             self._tell(candidates[0], {**about, "refines": name}, None)
             self._close(name, candidates)
@@ -147,7 +146,7 @@ class Proposer(SearchHistory):
         self._close(name, candidates)
 
     def stop(self, name: str, state: TrialState, about: Mapping[str, Any]) -> None:
-        """Tell the study that a trial was pruned or failed."""
+        """Record in the study that a trial was pruned or failed."""
         trial = self._running.get(name)
         if trial is None:
             self.optuna.add_trial(create_trial(state=TrialState.FAIL, user_attrs={**about, "refines": name}))
@@ -184,19 +183,19 @@ class Proposer(SearchHistory):
         )
 
     def keep_undefended(self, undefended: Candidate) -> None:
-        """Keep the bare classifier's figures with the study."""
+        """Record the bare classifier's figures in the study."""
         self.optuna.set_user_attr(UNDEFENDED, undefended.to_json())
 
     def keep_remeasured(self, candidate: Candidate, again: Latency) -> None:
-        """Keep a latency that was measured again with the study."""
+        """Record a re-measured latency in the study."""
         known = {name: latency.to_json() for name, latency in self.remeasured().items()}
         self.optuna.set_user_attr(REMEASURED, {**known, candidate.candidate: again.to_json()})
 
     def _recover(self) -> None:
-        """Propose again what was running when a driver died; that this may die half way changes nothing."""
+        """Enqueue the trials that ran when a driver died; an interruption of this method does no harm."""
         for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if "trial" not in trial.user_attrs and "fixed_params" in trial.system_attrs:
-                self.optuna.enqueue_trial(trial.system_attrs["fixed_params"])  # it waited, and its turn had just come
+                self.optuna.enqueue_trial(trial.system_attrs["fixed_params"])  # it was enqueued, and was just taken
             self._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
             self.optuna.tell(trial.number, state=TrialState.FAIL)
         waiting = self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,))
@@ -204,11 +203,11 @@ class Proposer(SearchHistory):
         for trial in self.trials():
             name = trial.user_attrs["trial"]
             if state_of(trial) == "interrupted" and name not in enqueued:
-                setting = trial.system_attrs.get("fixed_params", {}) | trial.params  # it died before it had them all
+                setting = trial.system_attrs.get("fixed_params", {}) | trial.params  # may be incomplete
                 self.optuna.enqueue_trial(setting, user_attrs={"trial": name})
 
     def _enqueue_starts(self) -> None:
-        """Enqueue the settings of a warm start, then the known good ones; for a grid, the whole of it."""
+        """Enqueue the settings of a warm start, then the known good ones or, for a grid search, the whole grid."""
         source = self.study.warm_start
         warm = None if source is None else warm_start_of(self.study, source)
         for params in warm.settings if warm else ():
@@ -222,14 +221,14 @@ class Proposer(SearchHistory):
             for start in spaces.starts(self.study.defense):
                 if all(contains(self.space.flat()[name], value) for name, value in start.items()):
                     self._enqueue(start)
-        for candidate in warm.candidates if warm else ():  # they are nobody's candidates here
+        for candidate in warm.candidates if warm else ():  # no candidates of this search
             self.optuna.add_trial(self._lesson(candidate, {"from": source, "was": candidate.candidate}, None))
 
     def _enqueue_unseen(self, aim: Params) -> bool:
-        """Enqueue the training nearest to `aim` that was not proposed yet; False where there is none.
+        """Enqueue the training nearest to `aim` that was not proposed yet; return False if there is none.
 
-        A sampler that is sure of a grid's best proposes it again and again: what is left beside it comes next. In a
-        space that is too large to list one is drawn.
+        A sampler that has converged on a grid's best setting repeats it: its nearest remaining neighbour comes next. In
+        a space that is too large to list, a random one is drawn.
         """
         if not self._countable:
             chosen = self.space.drawn(self._rng)
@@ -242,7 +241,7 @@ class Proposer(SearchHistory):
         return True
 
     def _enqueue(self, values: Mapping[str, Scalar]) -> None:
-        """Enqueue a setting; knobs that are not searched have their value, and what lies outside is left to Optuna."""
+        """Enqueue the searched knobs of a setting; values outside the space are omitted, and Optuna samples them."""
         searched = self.searched
         known = {name: value for name, value in values.items() if name in searched and contains(searched[name], value)}
         self.optuna.enqueue_trial(known)

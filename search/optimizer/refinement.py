@@ -1,4 +1,4 @@
-"""Refinement: further inference settings of the best fits, at the end of a search. It trains nothing."""
+"""Refinement: further inference settings for the best fits, at the end of a search, without training."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from spaces.space import GRID_LIMIT, Params, SearchSpace
 FITS = 3
 """How many fits are refined."""
 TRIES = 20
-"""How often a setting is drawn that was scored before, before a fit counts as exhausted."""
+"""How many random settings may already be scored before a fit counts as exhausted."""
 
 
 def refinable(study: Study) -> bool:
-    """Say whether a fit is scored at a part of its inference settings; its thresholds are exact in any case."""
+    """Return whether a fit is scored at only part of its inference settings; thresholds are exact in any case."""
     resolved = study.resolved
     size = resolved.space.at(resolved.space.setting(resolved.space.usual_of).train).size()
     moved = set(resolved.space.searched()) & set(resolved.space.inference) - set(resolved.defense.thresholds())
@@ -31,10 +31,10 @@ def refinable(study: Study) -> bool:
 
 
 class Refiner:
-    """Chooses inference settings for the best fits, each fit in turn: by a Gaussian process of that fit's candidates.
+    """Chooses inference settings for the best fits in turn, with a Gaussian process on each fit's candidates.
 
     Args:
-        candidates: all of the search; of each of the best fits they are what was scored.
+        candidates: all candidates of the search, from which the best fits and their scored settings are taken.
     """
 
     def __init__(self, study: Study, candidates: Sequence[Candidate], seed: int) -> None:
@@ -47,7 +47,7 @@ class Refiner:
         self._turn = 0
 
     def choose(self, name: str) -> Params | None:
-        """Return a setting that was not scored yet, or None where no fit has one."""
+        """Return a setting that was not scored yet, or None if no fit has one."""
         for _ in range(len(self._fits)):
             scored = list(self._fits.values())[self._turn % len(self._fits)]
             self._turn += 1
@@ -58,10 +58,10 @@ class Refiner:
         return None
 
     def take(self, name: str, candidates: Iterable[Candidate]) -> None:
-        """Learn what became of a setting."""
+        """Record the candidates of a setting that has ended."""
         self._pending.pop(name)
         for candidate in candidates:
-            if candidate.fit in self._fits:  # not where the fit was gone and its defense has changed since
+            if candidate.fit in self._fits:  # false if the fit was lost and its defense has changed
                 self._fits[candidate.fit].append(candidate)
 
     def _new(self, scored: Sequence[Candidate]) -> Params | None:
@@ -74,7 +74,7 @@ class Refiner:
         return next((params for params in drawn if self._key(params) not in seen), None)
 
     def _space(self, train: Mapping[str, Scalar]) -> SearchSpace:
-        """Return the settings of a fit, its thresholds at their usual values: the curve picks them."""
+        """Return the space of a fit's settings with thresholds at their usual values, since the curve picks them."""
         usual = self.resolved.space.usual()
         return self.resolved.space.at({**train, **{name: usual[name] for name in self.resolved.defense.thresholds()}})
 
@@ -82,7 +82,7 @@ class Refiner:
         sampler = GPSampler(seed=int(self._rng.integers(2**32)), n_startup_trials=0)
         study = optuna.create_study(directions=["minimize"] * len(OBJECTIVES), sampler=sampler)
         ordered = (*feasible(self.study, scored), *ranked(scored))
-        # Of those that differ in thresholds alone, the best.
+        # Of candidates that differ only in thresholds, keep the best.
         for candidate in {self._key(c.params): c for c in reversed(ordered)}.values():
             study.add_trial(lesson(self.study, space, candidate, whole=True))
         return asked(study.ask(), space, whole=True)

@@ -1,10 +1,10 @@
-"""The Optuna sampler of a study's method, and how much of a long search it sees."""
+"""The Optuna sampler of a study's method, and how many trials of a long search it sees."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import optuna
@@ -19,14 +19,14 @@ from spaces.domain import Scalar, contains, finite, only
 from spaces.space import GRID_LIMIT, Params, SearchSpace
 
 SHOWN_TPE, SHOWN_GP = 2000, 100
-"""Finished candidates that a sampler learns from, half of them again where a search thins them out. Asking costs TPE
-0.08 s at 2,000 and 0.4 s at 10,000, GP 4 s at 100 and 14 s at 600 (one busy core, nine knobs)."""
+"""Most finished candidates that a sampler learns from; above this number they are thinned out to half of it. Asking
+costs TPE 0.08 s at 2,000 and 0.4 s at 10,000, GP 4 s at 100 and 14 s at 600 (one busy core, nine knobs)."""
 NEEDS_ALL = ("nsga2", "gp", "qmc")
-"""Methods that learn only of knobs that every candidate has: they are asked for those that do not matter too."""
+"""Methods that learn only from knobs that every candidate has: they are asked for irrelevant knobs too."""
 
 
 def sampler(study: Study, space: SearchSpace, seed: int) -> BaseSampler:
-    """Return the sampler of the study's method; it starts at random for the first quarter of the trainings."""
+    """Return the sampler of the study's method; the first quarter of the trainings, at most 10, is random."""
     settings = space.at(space.setting(space.usual_of).train).size() or 1
     startup = max(1, min(10, study.trials // 4)) * (settings if settings <= GRID_LIMIT else 1)
     match study.method:
@@ -44,10 +44,10 @@ def sampler(study: Study, space: SearchSpace, seed: int) -> BaseSampler:
 
 
 def asked(trial: optuna.Trial, space: SearchSpace, *, whole: bool) -> Params:
-    """Return the setting that a sampler proposes, each knob after those that it depends on.
+    """Return the setting that a sampler proposes; each knob is asked for after the knobs that it depends on.
 
     Args:
-        whole: ask for the knobs that do not matter too (`NEEDS_ALL`).
+        whole: also ask for knobs that do not matter (`NEEDS_ALL`).
     """
     for name, domain in space.searched().items() if whole else ():
         trial._suggest(name, domain)  # as study.ask does with distributions
@@ -55,9 +55,9 @@ def asked(trial: optuna.Trial, space: SearchSpace, *, whole: bool) -> Params:
 
 
 def nearest(space: SearchSpace, aim: Params, others: Sequence[Params], rng: np.random.Generator) -> Params:
-    """Return the training nearest to `aim`, one of several at random.
+    """Return the training nearest to `aim`; ties are broken at random.
 
-    A step along a grid of numbers is one, and so is any other difference.
+    One step along a numeric grid counts as 1, and so does any other difference.
     """
     ranks: dict[str, dict[Scalar, int]] = {}
     for name, domain in space.train.items():
@@ -81,13 +81,13 @@ def lesson(
     attributes: Mapping[str, Any] | None = None,
     generation: Mapping[str, int] | None = None,
 ) -> FrozenTrial:
-    """Return a candidate as a finished trial of Optuna, with the knobs that are searched and matter.
+    """Return a candidate as a finished Optuna trial, with the searched knobs that matter.
 
-    A value outside the space, such as a threshold that a risk-coverage curve picked, is left out.
+    A value outside the space, such as a threshold picked from a risk-coverage curve, is omitted.
 
     Args:
         attributes: user attributes of the trial.
-        generation: what `generation` returned.
+        generation: the result of `generation`.
     """
     values, told, searched = candidate.params.flat(), dict[str, Scalar](), space.searched()
     for name, domain in searched.items():
@@ -106,9 +106,9 @@ def lesson(
 
 
 def generation(study: optuna.Study, trial: optuna.Trial | None) -> dict[str, int]:
-    """Return what puts a candidate into the generation of its trial, or into the first, where the sampler has any.
+    """Return the attribute that puts a candidate into its trial's generation, or the first; empty for other samplers.
 
-    Without it NSGA-II takes nothing but what it proposed itself for its population.
+    Without it, NSGA-II accepts only its own proposals into its population.
     """
     if not isinstance(study.sampler, NSGAIISampler):
         return {}
@@ -125,7 +125,7 @@ class Bounded(BaseSampler):
     """Shows a sampler a part of a long search, so that the ten thousandth proposal costs no more than the thousandth.
 
     Args:
-        most: where more finished trials are shown, half of them go on: the best ones, and as many drawn from the rest.
+        most: above this many finished trials, half of it is kept: the best ones, and as many drawn from the rest.
     """
 
     def __init__(self, inner: BaseSampler, most: int, seed: int) -> None:
@@ -148,7 +148,7 @@ class Bounded(BaseSampler):
         return self.inner.sample_independent(self._part(study), trial, param_name, param_distribution)
 
     def _part(self, study: optuna.Study) -> optuna.Study:
-        return cast(optuna.Study, _Part(study, self.shown(study.get_trials(deepcopy=False))))
+        return _PartOfStudy(study, self.shown(study.get_trials(deepcopy=False)))
 
     def shown(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return the trials that the sampler sees."""
@@ -163,24 +163,24 @@ class Bounded(BaseSampler):
         return [trial for trial in seen if trial.number not in self._hidden]
 
 
-class _Part:
-    """A study with a part of its trials, for a sampler to read."""
+class _PartOfStudy(optuna.Study):
+    """A study that shows a sampler a part of its trials.
+
+    Optuna has no such view, and a second study would copy every trial at each proposal.
+    """
 
     def __init__(self, study: optuna.Study, trials: list[FrozenTrial]) -> None:
-        self._study = study
+        vars(self).update(vars(study))
         self._trials = trials
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
-
     def _get_trials(
-        self, deepcopy: bool = True, states: Sequence[TrialState] | None = None, use_cache: bool = False
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
         return [trial for trial in self._trials if states is None or trial.state in states]
 
 
 def best(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
-    """Return the best finished trials of two objectives: front after front, those within the constraints first."""
+    """Return the best finished trials of two objectives: front by front, those that satisfy the constraints first."""
     excess = {trial.number: sum(max(0.0, value) for value in trial.constraints.values()) for trial in trials}
     left = sorted(trials, key=lambda trial: (excess[trial.number], *trial.values))
     found: list[FrozenTrial] = []

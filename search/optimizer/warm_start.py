@@ -1,4 +1,4 @@
-"""Warm starts: what an earlier search, or an export, knows of a new search's space."""
+"""Warm starts: settings and candidates of an earlier search or an export that lie in a new search's space."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ FIRST = 5
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What is taken over.
+    """The settings and candidates that a new search takes over.
 
     Args:
-        settings: tried first, the best before the others.
-        candidates: those that faced the same exam, for the sampler to learn from.
+        settings: settings to try first, the best before the others.
+        candidates: those evaluated under the same conditions, for the sampler to learn from.
         said: one line for the user.
     """
 
@@ -37,10 +37,10 @@ class WarmStart:
 
 
 def warm_start_of(study: Study, source: str) -> WarmStart:
-    """Return what a search of the same storage, or an export's folder, knows of a study's space.
+    """Return the settings and candidates of a search of the same storage, or of an export's folder, for a study.
 
     Raises:
-        InputError: there is neither.
+        InputError: the source is neither of them.
     """
     if (Path(source) / "config.yaml").is_file():
         return _of_export(study, Path(source))
@@ -57,7 +57,7 @@ def _of_search(study: Study, source: str) -> WarmStart:
     other, resolved = open_search(source, study.storage), study.resolved
     found = SearchHistory(other).candidates()
     inside = [c for c in found if c.defense == study.defense and _lies_in(resolved, c.params)]
-    # Fits, not candidates: a fit's other inference settings are scored in any case.
+    # One setting for each fit, since a fit's other inference settings are scored in any case.
     fits: dict[str, Params] = {}
     for candidate in feasible(study, inside):
         fits.setdefault(str(candidate.params.train), candidate.params)
@@ -84,7 +84,7 @@ def _of_export(study: Study, folder: Path) -> WarmStart:
 
 
 def _lies_in(resolved: ResolvedStudy, params: Params) -> bool:
-    """Say whether a setting lies in the space; thresholds that are searched may lie anywhere, a curve picks them."""
+    """Return whether a setting lies in the space; searched thresholds may lie anywhere, since a curve picks them."""
     space, values = resolved.space, params.flat()
     picked = {name for name in resolved.defense.thresholds() if not space.inference[name].single()}
     return values.keys() == space.flat().keys() and all(
@@ -95,7 +95,7 @@ def _lies_in(resolved: ResolvedStudy, params: Params) -> bool:
 
 
 def _exam(study: Study) -> tuple[object, ...]:
-    """Return everything that a candidate's figures depend on beside its setting."""
+    """Return everything that a candidate's figures depend on besides its setting."""
     resolved = study.resolved
     substitute = resolved.substitute if study.threat == "black-box" else None
     trained = (study.train_images, study.classifier_epochs, study.seed)

@@ -66,12 +66,11 @@ def cost(summary: Summary) -> Cost:
     kinds["refinements, which train nothing"] = list(summary.refinements)
     pruned = [(_asked(t, epochs), t) for t in kinds["pruned"] if t.curve]
     on_gpu = any(device and not device.endswith("thread(s)") for device in summary.devices)
-    share = (0.25 if on_gpu else 0.0) if study.gpus_per_trial is None else study.gpus_per_trial
     return Cost(
         spent=[_spent(kind, trials) for kind, trials in kinds.items() if trials],
         busy=summary.busy,
         cores=study.cpus_per_trial,
-        gpus=share,
+        gpus=study.gpu_share(on_gpu),
         fits=len({c.fit for c in summary.candidates}),
         candidates=len(summary.candidates),
         epochs_saved=sum(asked - len(t.curve) for asked, t in pruned),

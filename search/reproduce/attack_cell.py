@@ -12,11 +12,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from attacks.attack import BATCH
 from attacks.black_box import BlackBoxAttacker
 from attacks.catalog import ATTACKS
 from attacks.evaluation import look, observe
-from attacks.gradient_view import View, limits
+from attacks.gradient_view import BATCH, View, limits
 from attacks.suites import Suite
 from attacks.threat import ThreatModel
 from attacks.verdicts import Verdict

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -23,10 +23,11 @@ from defenses.puvae import PuVAE
 from search.reproduce.attack_cell import threat
 from search.reproduce.cells import Cells
 from search.reproduce.paper_tables import Table
+from search.reproduce.results import TableResult
 from search.storage.atomic import write_atomic
 from search.templates import render
 
-Draw = Callable[[Mapping[str, Any], Table, Cells, Path], list[Path]]
+Draw = Callable[[TableResult, Table, Cells, Path], list[Path]]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 """Of Okabe and Ito, which those who tell no red from green tell."""
 TEMPLATE = Path(__file__).parent / "templates" / "chart.svg.j2"
@@ -49,7 +50,7 @@ class Curve:
     dash: str = ""
 
 
-def classes(found: Mapping[str, Any], table: Table, cells: Cells, out: Path) -> list[Path]:
+def classes(found: TableResult, table: Table, cells: Cells, out: Path) -> list[Path]:
     """Draw PuVAE's Fig. 7: of one attacked image the projections on all classes, a row for each set of weights."""
     rows = []
     for cell, row in zip(table.cells, found["cells"], strict=True):
@@ -66,7 +67,7 @@ def classes(found: Mapping[str, Any], table: Table, cells: Cells, out: Path) -> 
     return [write_atomic(out / "classes.png", _strips(rows))] if rows else []
 
 
-def over_time(found: Mapping[str, Any], table: Table, cells: Cells, out: Path) -> list[Path]:
+def over_time(found: TableResult, table: Table, cells: Cells, out: Path) -> list[Path]:
     """Draw PuVAE's Fig. 9: accuracy over the seconds that purifying a batch takes, as it was run here."""
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for cell, row in zip(table.cells, found["cells"], strict=True):
@@ -89,7 +90,7 @@ def over_time(found: Mapping[str, Any], table: Table, cells: Cells, out: Path) -
     return [_charted(out / "time.svg", drawn, "seconds to purify a batch of 128 images", log=True)] if drawn else []
 
 
-def by_eps(found: Mapping[str, Any], table: Table, cells: Cells, out: Path) -> list[Path]:
+def by_eps(found: TableResult, table: Table, cells: Cells, out: Path) -> list[Path]:
     """Draw GMVAE's Fig. 3: accuracy, error and rejection by the eps of FGSM."""
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for cell, row in zip(table.cells, found["cells"], strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from search.formatting import duration, spoken_device
+from search.formatting import duration, points, spoken_device
+from search.reproduce.results import CellResult, SummaryResult, TableResult
 from search.templates import render
 
-Row = Mapping[str, Any]
 LEGEND = ("within 2 points", "within 5", "within 10", "more")
 TIMES = ("within 1.25 times", "within 1.5 times", "within 2 times", "more")
 MUCH = 0.10
@@ -27,7 +27,7 @@ SPLIT = (
 )
 
 
-def page(found: Mapping[str, Any]) -> RenderableType:
+def page(found: TableResult) -> RenderableType:
     """Return the table for a terminal: ours, the paper's, and how far apart they are."""
     columns = found["dimensions"][-1]
     table = Table(title=f"{found['name']}: {found['title']}", title_justify="left", pad_edge=False)
@@ -43,7 +43,7 @@ def page(found: Mapping[str, Any]) -> RenderableType:
     return Group(table, legend, *(Text(line) for line in notes(found)))
 
 
-def said(row: Row, quantity: str) -> str:
+def said(row: CellResult, quantity: str) -> str:
     """Return one cell in a line."""
     if row["not_run"]:
         return f"not run: {row['not_run']}"
@@ -53,7 +53,7 @@ def said(row: Row, quantity: str) -> str:
     return f"ours {ours}{between}, the paper's {paper}" + (f", {distance}" if distance else "")
 
 
-def figures(row: Row) -> tuple[str, str, str]:
+def figures(row: CellResult) -> tuple[str, str, str]:
     """Return ours, the paper's and the difference, as they are written; a time's difference is of its multiples."""
     unknown, relative = row["paper"] is None, row.get("relative")
     if row["measure"] == "ratio":
@@ -61,7 +61,7 @@ def figures(row: Row) -> tuple[str, str, str]:
     elif row["measure"] == "seconds":
         ours = f"{row['ours']:.3g} s" + (f" ({relative['ours']:.3g}×)" if relative else "")
     else:
-        ours = f"{100 * row['ours']:.1f}"
+        ours = points(row["ours"])
     paper = "?" if unknown else row["printed"] + (" s" if row["measure"] == "seconds" else "")
     if relative and row["measure"] == "seconds":
         paper += f" ({relative['paper']:.3g}×)"
@@ -70,7 +70,7 @@ def figures(row: Row) -> tuple[str, str, str]:
     return ours, paper, f"×{row['distance']:.2g}" if relative else f"{100 * row['distance']:+.1f}".replace("-", "−")
 
 
-def notes(found: Mapping[str, Any]) -> list[str]:
+def notes(found: TableResult) -> list[str]:
     """Return what a reader must know beside the numbers."""
     ran = sum(not row["not_run"] for row in found["cells"])
     threats = "; ".join(dict.fromkeys(row["threat"] for row in found["cells"] if row["setting"]["attack"]))
@@ -94,21 +94,21 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     return lines + [f"Not run: {why} ({count} cells)." for why, count in missing(found).items()]
 
 
-def _fools(row: Row) -> bool:
+def _fools(row: CellResult) -> bool:
     """Say whether an attack leaves the bare classifier much more than the paper's does."""
     return row["setting"]["attack"] is not None and row["distance"] is not None and row["distance"] > MUCH
 
 
-def _weaker(row: Row) -> str:
+def _weaker(row: CellResult) -> str:
     ours, paper, _ = figures(row)
     return f"{_where(row)}: the bare classifier keeps {ours} % here and {paper} % there, so the attacks are not alike."
 
 
-def _where(row: Row) -> str:
+def _where(row: CellResult | SummaryResult) -> str:
     return " · ".join(row["labels"].values())
 
 
-def runs(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def runs(found: TableResult) -> list[tuple[str, dict[str, Any]]]:
     """Return what each training of this run was: its images, epochs and batches, and the knobs that were cut."""
     kept: list[tuple[str, dict[str, Any]]] = []
     for row in found["cells"]:
@@ -119,13 +119,13 @@ def runs(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return kept
 
 
-def missing(found: Mapping[str, Any]) -> dict[str, int]:
+def missing(found: TableResult) -> dict[str, int]:
     """Return why cells were not run, with how many."""
     why = [row["not_run"] for row in found["cells"] if row["not_run"]]
     return {reason: why.count(reason) for reason in why}
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(found: TableResult) -> str:
     """Return the table in markdown: ours / the paper's (the difference)."""
     *leading, columns = found["dimensions"]
     heads = [*leading, *found["labels"][columns]]
@@ -136,7 +136,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *pictures, "", *(f"- {line}" for line in notes(found))]) + "\n"
 
 
-def html(found: Mapping[str, Any], out: Path) -> str:
+def html(found: TableResult, out: Path) -> str:
     """Return one page that needs nothing beside it; its pictures lie in `out`."""
     pictures = [_embedded(out / name) for name in found["pictures"]]
     return render(
@@ -159,10 +159,10 @@ def _embedded(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _lines(found: Mapping[str, Any], *, blank: bool = True) -> Iterator[tuple[Sequence[str], list[Row | None]]]:
+def _lines(found: TableResult, *, blank: bool = True) -> Iterator[tuple[Sequence[str], list[CellResult | None]]]:
     """Yield the lines of the table: their labels, each said once where `blank`, and their cells."""
     *leading, columns = found["dimensions"]
-    cells: dict[tuple[str, ...], dict[str, Row]] = {}
+    cells: dict[tuple[str, ...], dict[str, CellResult]] = {}
     for row in found["cells"]:
         cells.setdefault(tuple(row["labels"][name] for name in leading), {})[row["labels"][columns]] = row
     before: Sequence[str] = ()
@@ -175,7 +175,7 @@ def _lines(found: Mapping[str, Any], *, blank: bool = True) -> Iterator[tuple[Se
         before = heads
 
 
-def _cell(row: Row | None) -> Text:
+def _cell(row: CellResult | None) -> Text:
     if row is None:
         return Text("")
     if row["not_run"]:
@@ -185,11 +185,11 @@ def _cell(row: Row | None) -> Text:
     return Text(f"{ours} / {paper}" + (f"\n({distance})" if distance else ""), style)
 
 
-def _legend(found: Mapping[str, Any]) -> Sequence[str]:
+def _legend(found: TableResult) -> Sequence[str]:
     return TIMES if found["quantity"] == "seconds" else LEGEND
 
 
-def _summary(one: Mapping[str, Any]) -> str:
+def _summary(one: SummaryResult) -> str:
     where, note = _where(one), f" ({one['note']})" if one["note"] else ""
     if one["ours"] is None:
         return f"{one['kind']} of {where}: the paper's {one['printed']}{note}; none of ours ran."

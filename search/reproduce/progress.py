@@ -8,15 +8,16 @@ from contextlib import contextmanager
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, TextColumn
 
+from search.console import progress_bars
 from search.formatting import duration
 from search.reproduce.cell_setting import Setting
 from search.reproduce.cells import Cells
 from search.trial.timing import Step
 
 
-class Pace:
+class TableProgress:
     """A bar on a terminal, a line a cell where the output is piped.
 
     Args:
@@ -30,16 +31,7 @@ class Pace:
         self._now, self._begun, self._trained, self._part = "", 0.0, 0.0, 0.0
         self._attacks: list[float] = []
         self._slower = 1.0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left {task.fields[left]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._bar = progress_bars(console, MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
         self._task = self._bar.add_task("cells", total=cells, left="–")
 
     @contextmanager

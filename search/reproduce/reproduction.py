@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,8 +25,9 @@ from search.reproduce.cells import Cells, Ours
 from search.reproduce.figures import PICTURES
 from search.reproduce.fraction import Fraction
 from search.reproduce.page import html, markdown, said
-from search.reproduce.paper_tables import Summary, Table
-from search.reproduce.progress import Pace
+from search.reproduce.paper_tables import Cell, Summary, Table
+from search.reproduce.progress import TableProgress
+from search.reproduce.results import CellResult, SummaryResult, TableResult
 from search.storage.atomic import write_atomic
 from search.storage.outage import trouble
 from search.study.loading import make_study
@@ -49,7 +49,7 @@ def reproduce(
     out: Path | None = None,
     seed: int = 0,
     console: Console,
-) -> dict[str, Any]:
+) -> TableResult:
     """Run every cell of a paper's table and write it beside ours, as JSON, markdown, HTML and pictures.
 
     Args:
@@ -81,13 +81,13 @@ def beside(
     out: Path,
     seed: int = 0,
     console: Console,
-) -> dict[str, Any]:
+) -> TableResult:
     """Run every cell of `table`; see `reproduce`."""
     found = _begun(table, portion, seed, out)
-    pace = Pace(console, len(table.cells))
+    progress = TableProgress(console, len(table.cells))
 
     def heard(what: str, epoch: int, epochs: int, metrics: Metrics) -> None:
-        pace.epoch(what, epoch, epochs)
+        progress.epoch(what, epoch, epochs)
 
     cells = Cells(storage, data_dir, portion, seed, heard)
     try:
@@ -97,15 +97,15 @@ def beside(
         raise InputError(f"a table is written into {error.filename}, but that cannot be: {error.strerror}") from None
     begin = time.monotonic()
     order = _order(table)
-    with pace.running(), terminable():
+    with progress.running(), terminable():
         try:
-            pace.expect(cells, [table.cells[i].setting for i in order])
+            progress.expect(cells, [table.cells[i].setting for i in order])
             for i in order:
                 row, setting = found["cells"][i], table.cells[i].setting
-                pace.cell(" · ".join(table.cells[i].labels))
-                row.update(_ours(cells, setting))
-                _judge(found, table)
-                pace.done(said(row, found["quantity"]), row["seconds"])
+                progress.cell(" · ".join(table.cells[i].labels))
+                _run_cell(cells, setting, row)
+                _compare(found, table)
+                progress.done(said(row, found["quantity"]), row["seconds"])
                 _write(found, out, begin)
             found["state"] = "finished"
             draw = PICTURES.get(table.name)
@@ -120,31 +120,16 @@ def beside(
     return found
 
 
-def _begun(table: Table, portion: Fraction, seed: int, out: Path) -> dict[str, Any]:
+def _begun(table: Table, portion: Fraction, seed: int, out: Path) -> TableResult:
     """Return the table with nothing of ours in it yet."""
-    rows = [
-        {
-            "labels": dict(zip(table.dimensions, cell.labels, strict=True)),
-            "paper": cell.value,
-            "printed": cell.printed,
-            "note": cell.note,
-            "measure": cell.setting.measure,
-            "threat": _named(cell.setting),
-            "setting": asdict(cell.setting),
-            "ours": None,
-            "interval": None,
-            "distance": None,
-            "band": None,
-            "images": 0,
-            "seconds": 0.0,
-            "ran": {},
-            "not_run": "not reached yet",
-        }
-        for cell in table.cells
-    ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        **{name: getattr(table, name) for name in ("name", "title", "citation", "source", "quantity", "remark")},
+        "name": table.name,
+        "title": table.title,
+        "citation": table.citation,
+        "source": table.source,
+        "quantity": table.quantity,
+        "remark": table.remark,
         "threat": table.threat,
         "called": table.called,
         "dimensions": list(table.dimensions),
@@ -157,9 +142,29 @@ def _begun(table: Table, portion: Fraction, seed: int, out: Path) -> dict[str, A
         "state": "running",
         "folder": str(out),
         "seconds": 0.0,
-        "cells": rows,
+        "cells": [_not_reached(table, cell) for cell in table.cells],
         "summaries": [],
         "pictures": [],
+    }
+
+
+def _not_reached(table: Table, cell: Cell) -> CellResult:
+    return {
+        "labels": dict(zip(table.dimensions, cell.labels, strict=True)),
+        "paper": cell.value,
+        "printed": cell.printed,
+        "note": cell.note,
+        "measure": cell.setting.measure,
+        "threat": _named(cell.setting),
+        "setting": asdict(cell.setting),
+        "ours": None,
+        "interval": None,
+        "distance": None,
+        "band": None,
+        "images": 0,
+        "seconds": 0.0,
+        "ran": {},
+        "not_run": "not reached yet",
     }
 
 
@@ -186,50 +191,50 @@ def _order(table: Table) -> list[int]:
     return [i for group in sorted(groups, key=lambda group: group[:2]) for i in groups[group]]
 
 
-def _ours(cells: Cells, setting: Setting) -> dict[str, Any]:
-    """Return what we find for a cell; what fails is this cell's failure and ends nothing."""
+def _run_cell(cells: Cells, setting: Setting, row: CellResult) -> None:
+    """Put in what we find for a cell; what fails is this cell's failure and ends nothing."""
     try:
         ours: Ours = cells.run(setting)
     except NotRun as reason:
-        return {"not_run": str(reason)}
+        row["not_run"] = str(reason)
     except Exception as error:  # whatever a defense raises
         if trouble(error):
             raise
-        return {"not_run": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"}
-    interval = wilson(ours.value, ours.images) if ours.images else None
-    return {"ours": ours.value, "interval": interval, **_spent(ours), "not_run": ""}
+        words = str(error).splitlines()[0] if str(error) else "no reason given"
+        row["not_run"] = f"{type(error).__name__}: {words}"
+    else:
+        row["ours"], row["not_run"] = ours.value, ""
+        row["interval"] = wilson(ours.value, ours.images) if ours.images else None
+        row["images"], row["seconds"], row["ran"] = ours.images, ours.seconds, dict(ours.ran)
 
 
-def _spent(ours: Ours) -> dict[str, Any]:
-    return {"images": ours.images, "seconds": ours.seconds, "ran": dict(ours.ran)}
-
-
-def _judge(found: dict[str, Any], table: Table) -> None:
+def _compare(found: TableResult, table: Table) -> None:
     """Put the distances in: of shares in points, of times as multiples of the fastest defense's."""
     rows = found["cells"]
     timed = [row for row in rows if row["measure"] in ("seconds", "ratio") and row["ours"] is not None]
     for row in rows:
         if row["ours"] is None or row["paper"] is None or row in timed:
             continue
-        row["distance"] = row["ours"] - row["paper"]
-        row["band"] = sum(abs(row["distance"]) > limit + 1e-9 for limit in BANDS)
-    for row, base in _based(timed):
-        own, theirs = row["ours"] / base["ours"], row["paper"] / base["paper"]
-        row["relative"] = {"ours": own, "paper": theirs, "to": " · ".join(base["labels"].values())}
-        row["distance"] = own / theirs
-        row["band"] = sum(max(own / theirs, theirs / own) > factor for factor in FACTORS)
+        distance = row["distance"] = row["ours"] - row["paper"]
+        row["band"] = sum(abs(distance) > limit + 1e-9 for limit in BANDS)
+    for measure in ("seconds", "ratio"):
+        _compare_times([row for row in timed if row["measure"] == measure])
     found["summaries"] = [_summed(one, rows) for one in table.summaries]
 
 
-def _based(timed: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield each time with the one that it is a multiple of: the paper's shortest, or what the paper has as 1."""
-    for measure in ("seconds", "ratio"):
-        alike = [row for row in timed if row["measure"] == measure and row["paper"]]
-        one = min(alike, key=lambda row: abs(row["paper"] - 1) if measure == "ratio" else row["paper"], default=None)
-        yield from ((row, one) for row in alike if one is not None)
+def _compare_times(rows: Sequence[CellResult]) -> None:
+    """Compare times as multiples of one of them: of the paper's shortest, or of what the paper has as 1."""
+    times = [(row, row["ours"], row["paper"]) for row in rows if row["ours"] is not None and row["paper"]]
+    far = {"seconds": lambda paper: paper, "ratio": lambda paper: abs(paper - 1)}
+    for row, ours, paper in times:
+        base, base_ours, base_paper = min(times, key=lambda time: far[row["measure"]](time[2]))
+        own, theirs = ours / base_ours, paper / base_paper
+        row["relative"] = {"ours": own, "paper": theirs, "to": " · ".join(base["labels"].values())}
+        row["distance"] = own / theirs
+        row["band"] = sum(max(own / theirs, theirs / own) > factor for factor in FACTORS)
 
 
-def _summed(summary: Summary, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summed(summary: Summary, rows: Sequence[CellResult]) -> SummaryResult:
     """Return a number that the paper gives of many cells, and ours of those that ran."""
     alike = [r for r in rows if all(r["labels"][name] == label for name, label in summary.labels.items())]
     ours = [row["ours"] for row in alike if row["ours"] is not None]
@@ -247,7 +252,7 @@ def _summed(summary: Summary, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _write(found: dict[str, Any], out: Path, begin: float) -> None:
+def _write(found: TableResult, out: Path, begin: float) -> None:
     found["seconds"] = round(time.monotonic() - begin, 1)
     for name, text in (
         ("table.json", json.dumps(found, indent=1)),

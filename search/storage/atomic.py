@@ -1,4 +1,4 @@
-"""Files and folders that are there in full or not at all."""
+"""Atomic writes of files and folders: the result is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, content: bytes) -> Path:
-    """Write a file that is there in full or not at all, into a folder that exists."""
+    """Write a file atomically into an existing folder: it is complete or does not exist."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
@@ -26,7 +26,7 @@ def write_atomic(path: Path, content: bytes) -> Path:
 
 @contextmanager
 def folder_atomic(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into that takes the name `folder` at the end, and is gone if anything fails."""
+    """Yield a temporary folder that is renamed to `folder` at the end, or removed after an error."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     temporary.mkdir()
     try:

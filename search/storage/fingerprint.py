@@ -1,4 +1,4 @@
-"""Fingerprints: the key of a stored thing, which changes when anything that shaped it changes."""
+"""Fingerprints: the key of a stored object, which changes when anything that shaped the object changes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from functools import cache
 
 OURS = ("spaces", "attacks", "defenses", "search")
 FOLLOWED = ("attacks", "defenses")
-"""The packages whose modules count as a part of whatever imports them."""
+"""Packages whose modules count as part of the module that imports them."""
 
 
 def fingerprint(**parts: object) -> str:
-    """Return 16 hex digits that change when any part does. Parts must be JSON."""
+    """Return 16 hex digits that change when any part changes. The parts must be JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache
 def code_digests(*modules: str) -> list[str]:
-    """Return a digest of what each of the modules does, and of what they import from `FOLLOWED`, in sorted order.
+    """Return a digest of the behaviour of each module, and of each module that they import from `FOLLOWED`, sorted.
 
-    Comments, docstrings, layout, annotations of arguments and variables, and the way in which something is imported
-    leave a digest as it is, and so do a module's name and place. Any other change of its statements alters it.
+    A digest does not depend on comments, docstrings, layout, annotations of arguments and variables, the style of
+    imports, or the module's name and place. It changes with any other change of a statement.
     """
     digests, pending = dict[str, str](), list(modules)
     while pending:
@@ -40,13 +40,12 @@ def code_digests(*modules: str) -> list[str]:
 
 
 class _Imports(ast.NodeVisitor):
-    """What the names of a module's imports stand for.
+    """What the imported names of a module refer to.
 
     Attributes:
-        ours: modules of our own packages.
-        names: what to write in place of a name: of ours what it is called where it is defined, of others the whole
-            path.
-        paths: the dotted paths that stand for modules of ours.
+        ours: imported modules of our own packages.
+        names: the replacement of each imported name: for ours, its name where it is defined; for others, the full path.
+        paths: the dotted paths that refer to modules of ours.
     """
 
     def __init__(self, tree: ast.Module) -> None:
@@ -82,12 +81,12 @@ class _Imports(ast.NodeVisitor):
 def _is_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # what stands before the last dot is no package
+    except ModuleNotFoundError:  # the part before the last dot is not a package
         return False
 
 
 class _Meaning(ast.NodeTransformer):
-    """Takes out of a syntax tree what does not act, and writes imported names out."""
+    """Removes what does not affect behaviour from a syntax tree, and replaces imported names by what they refer to."""
 
     def __init__(self, imports: _Imports) -> None:
         self.imports = imports
@@ -99,7 +98,7 @@ class _Meaning(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            return None  # a docstring, of an attribute too
+            return None  # a docstring, also one of an attribute
         return self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
@@ -113,7 +112,7 @@ class _Meaning(ast.NodeTransformer):
     visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        # The annotations of a class's own fields act: a dataclass is made of them.
+        # Annotations of a class's own fields affect behaviour: a dataclass is built from them.
         fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
         for field in fields:
             field.simple = 2
@@ -135,7 +134,7 @@ class _Meaning(ast.NodeTransformer):
 
 
 def _canonical(node: object) -> object:
-    """Return a syntax tree as tuples, without what differs between versions of Python or says nothing."""
+    """Return a syntax tree as tuples, without parts that are empty or differ between versions of Python."""
     if isinstance(node, ast.AST):
         parts = [(name, value) for name, value in ast.iter_fields(node) if name not in ("ctx", "kind", "type_comment")]
         return type(node).__name__, *((name, _canonical(value)) for name, value in parts if value not in (None, []))

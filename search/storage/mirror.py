@@ -1,7 +1,7 @@
-"""A storage that is a URI: what must last lies there, and each node works in a folder of its own.
+"""A storage that is a URI: it holds everything that must persist, while each node works in its own local folder.
 
-Object stores know neither locks nor renames, and nothing here asks for them: an entry of the store counts once its
-`entry.json`, which goes last, names the checksums of what lies beside it.
+Object stores have neither locks nor renames, and none are needed here: an entry of the store counts once it has its
+`entry.json`, which is uploaded last and lists the checksums of the other files.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from search.exceptions import Unreachable
 from search.storage.uri import is_uri, local_folder
 
 REST = 10.0
-"""How many times as long as it took to fail a storage is then left alone."""
+"""After a failure, the storage is not contacted for this many times the duration of the failed request."""
 PART = ".part-"
-"""Marks a file that is half sent, or was when its sender died."""
+"""Marks a file whose upload is incomplete: it is in progress, or its sender died."""
 
 
 def mirror_of(storage: str, part: str = "") -> Mirror | None:
-    """Return the process's mirror of one folder of a storage; None where the storage itself is a folder."""
+    """Return this process's mirror of one folder of a storage, or None if the storage is a local folder."""
     return _mirror(storage, part, local_folder(storage)) if is_uri(storage) else None
 
 
 class Mirror:
-    """A folder of a storage and the one that stands for it on this node; a file has the same name in both.
+    """A folder of a remote storage and its local copy on this node; a file has the same name in both.
 
     Args:
         storage: the URI.
         part: the folder below it: the store, or a search.
-        root: where this node keeps what it works with.
+        root: the local folder in which this node keeps its working files.
     """
 
     def __init__(self, storage: str, part: str, root: Path) -> None:
@@ -50,10 +50,10 @@ class Mirror:
         self._said = False
 
     def reach(self) -> None:
-        """See that the storage can be written.
+        """Check that the storage can be written.
 
         Raises:
-            Unreachable: it cannot.
+            Unreachable: it cannot be written.
         """
         with self._reaching():
             trace = f"{self._base}/.reached-{uuid.uuid4().hex}"
@@ -63,25 +63,25 @@ class Mirror:
             self._fs.rm_file(trace)
 
     def retry(self) -> None:
-        """Ask a storage that did not answer again, at once."""
+        """Allow the next request at once, also after a failure."""
         self._rests = 0.0
 
     def send(self, name: str) -> None:
-        """Send a file; it arrives in full or not at all.
+        """Upload a file atomically.
 
         Raises:
-            FileNotFoundError: it is not here.
-            Unreachable: the storage does not take it.
+            FileNotFoundError: the local file does not exist.
+            Unreachable: the storage does not accept it.
         """
         path = self.folder / name
         if not path.is_file():
             raise FileNotFoundError(path)
         with self._reaching():
-            if not self._has_folders:  # an object store puts a file in full or not at all by itself
+            if not self._has_folders:  # uploads to an object store are atomic
                 self._fs.put_file(str(path), self._at(name))
                 return
             if not self._fs.isdir(self._base):
-                raise OSError("it is gone")  # and is not to be made anew below a mount point
+                raise OSError("it is gone")  # do not create it on a bare mount point
             part = self._at(f"{name}{PART}{uuid.uuid4().hex}")
             self._fs.makedirs(part.rpartition("/")[0], exist_ok=True)
             try:
@@ -93,11 +93,11 @@ class Mirror:
                 raise
 
     def fetch(self, name: str, to: Path | None = None) -> Path:
-        """Bring a file, in full or not at all; it takes its own place unless `to` names another.
+        """Download a file atomically, to its usual local path or to `to`.
 
         Raises:
-            FileNotFoundError: it is not there.
-            Unreachable: the storage does not give it.
+            FileNotFoundError: the storage does not have it.
+            Unreachable: the storage does not provide it.
         """
         path = to or self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,20 +111,20 @@ class Mirror:
         return path
 
     def read(self, name: str) -> bytes:
-        """Return a file's content; it raises what `fetch` does."""
+        """Return a file's content; raises the same errors as `fetch`."""
         with self._reaching(may_miss=True):
             return bytes(self._fs.cat_file(self._at(name)))
 
     def drop(self, name: str) -> None:
-        """Remove a file where it can be had; whoever finds it later knows it for an old one."""
+        """Remove a file if the storage is reachable; readers recognise a file that remains as outdated."""
         with suppress(OSError), self._reaching(may_miss=True):
             self._fs.rm_file(self._at(name))
 
     def sizes(self) -> dict[str, int]:
-        """Return the size of every file there, in bytes.
+        """Return the size of every file in the storage, in bytes.
 
         Raises:
-            Unreachable: the storage does not answer.
+            Unreachable: the storage does not respond.
         """
         with self._reaching():
             self._fs.invalidate_cache()
@@ -133,7 +133,7 @@ class Mirror:
         return {name: size for name, size in sizes.items() if PART not in name}
 
     def holding(self, pattern: str) -> list[str]:
-        """Return the folders there that hold a file, `*/study.yaml` say; it raises what `sizes` does."""
+        """Return the folders with a file that matches `pattern`, as `*/study.yaml`; raises the errors of `sizes`."""
         with self._reaching():
             self._fs.invalidate_cache()
             found = self._fs.glob(self._at(pattern))
@@ -142,14 +142,14 @@ class Mirror:
     # Entries of the store.
 
     def send_entry(self, name: str) -> None:
-        """Send an entry, `kind/key`, and those that could not be sent before; what fails is left for the next time."""
+        """Upload an entry, `kind/key`, and all entries whose upload failed before; a failure is retried next time."""
         mark = self.folder / "unsent" / name.replace("/", "-")
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
         self.catch_up()
 
     def catch_up(self) -> bool:
-        """Send the entries that were not sent yet, and return whether none is left."""
+        """Upload the entries that are not uploaded yet, and return whether none is left."""
         for mark in sorted((self.folder / "unsent").glob("*")):
             name = mark.name.replace("-", "/", 1)
             try:
@@ -159,15 +159,15 @@ class Mirror:
             except Unreachable:
                 return False
             except (OSError, ValueError, KeyError):
-                pass  # set aside meanwhile; it is made, and sent, anew
+                pass  # set aside meanwhile; it will be made and uploaded again
             mark.unlink(missing_ok=True)
         return True
 
     def fetch_entry(self, name: str, folder: Path) -> None:
-        """Bring an entry's files into a folder; whether they are whole is the caller's to see.
+        """Download an entry's files into a folder; the caller must verify their checksums.
 
         Raises:
-            OSError, ValueError, KeyError: it is not there in full, or the storage does not give it.
+            OSError, ValueError, KeyError: the entry is incomplete, or the storage does not provide it.
         """
         entry = self.fetch(f"{name}/entry.json", folder / "entry.json")
         for file in json.loads(entry.read_text())["sha256"]:
@@ -187,7 +187,7 @@ class Mirror:
 
     @property
     def _has_folders(self) -> bool:
-        """Whether a file needs a folder that was made, and can be seen half written; object stores are asynchronous."""
+        """Whether folders must be created and partial files are visible; not so in object stores, which are async."""
         return not self._fs.async_impl
 
     def _at(self, name: str) -> str:
@@ -195,10 +195,10 @@ class Mirror:
 
     @contextmanager
     def _reaching(self, *, may_miss: bool = False) -> Iterator[None]:
-        """Turn whatever a file system raises, each something else, into Unreachable, and let it rest then.
+        """Convert any error of a file system to Unreachable, and pause further requests after it.
 
         Args:
-            may_miss: a file that is not there is FileNotFoundError, unless the whole storage is not.
+            may_miss: raise FileNotFoundError for a missing file, unless the whole storage is missing.
         """
         if time.monotonic() < self._rests:
             raise Unreachable(f"{self.storage} did not answer a moment ago")

@@ -1,7 +1,7 @@
-"""A folder that may be away for a while: an unmounted disk, a network share.
+"""A folder that may be unavailable for a while, such as an unmounted disk or a network share.
 
-A file in it says that it is there. Where it has been seen, whoever reads or writes waits for it, and nothing is made
-anew on the bare mount point.
+A marker file in it shows that it is available. Once a process has seen the folder, reads and writes wait for it, and
+nothing is created on the bare mount point.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ T = TypeVar("T")
 Where = TypeVar("Where", bound="WaitedFolder")
 
 PATIENCE_S = float(os.environ.get("CRUCIBLE_STORAGE_PATIENCE_S", "600"))
-"""How long a storage that is away is waited for."""
+"""How long to wait for an unavailable storage, in seconds."""
 MARKER = "here"
-"""The file that says that the folder is there."""
+"""The file that shows that the folder is available."""
 MEANING = b"The store of Crucible's searches is here. While this file is missing, they wait for its return.\n"
 _SEEN: set[Path] = set()
-"""The folders that this process knows to exist, whichever object saw them: one that is missing is away, not new."""
+"""Folders that this process knows to exist, from any object: if one is missing, it is unavailable, not new."""
 BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
 
 
 def trouble(error: BaseException | None) -> str | None:
-    """Return what is wrong with the storage where that is why something failed; None where it is not."""
+    """Return what is wrong with the storage if that caused the error, else None."""
     while error is not None:
         if isinstance(error, StorageError):
             return str(error)
         if isinstance(error, OSError) and error.errno in BROKEN:
             return f"{error.filename or 'a file'}: {os.strerror(error.errno)}"
-        # Ray wraps what a worker raised.
+        # Ray wraps the exception that a worker raised.
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
 
 
 class WaitedFolder:
-    """A folder that is waited for while it is away.
+    """A folder whose readers and writers wait while it is unavailable.
 
     Args:
-        root: the folder; made with the first entry, or by `make`.
+        root: the folder; created with the first entry, or by `make`.
     """
 
     marker_text = MEANING
@@ -58,7 +58,7 @@ class WaitedFolder:
         self.root = root.resolve()
 
     def make(self) -> Self:
-        """Make the store where it is new; where it was seen before it must return by itself."""
+        """Create the folder if it is new; one that was seen before must return by itself."""
         if self.root not in _SEEN:
             self.root.mkdir(parents=True, exist_ok=True)
             if not self._here:
@@ -67,28 +67,28 @@ class WaitedFolder:
         return self
 
     def expected(self) -> Self:
-        """Take it as one that exists, whether it is here or away: a worker makes none."""
+        """Treat the folder as existing, whether it is available or not: a worker does not create it."""
         _SEEN.add(self.root)
         return self
 
     @property
     def away(self) -> bool:
-        """Whether the store exists but is not here."""
+        """Whether the folder exists but is unavailable."""
         return self.root in _SEEN and not self._here
 
     @property
     def _here(self) -> bool:
-        return os.path.exists(self.root / MARKER)  # False too where a broken mount answers with an error
+        return os.path.exists(self.root / MARKER)  # also False if a broken mount raises an error
 
     def wait(self) -> None:
-        """Return when the store is here.
+        """Block until the folder is available.
 
         Raises:
-            StorageError: it did not return.
+            StorageError: it did not return in time.
         """
         until = time.monotonic() + PATIENCE_S
         while self.away:
-            # A trial's time limit is not meant for this; `search/engine/ray_backend.py` sets it.
+            # Waiting does not count against a trial's time limit, which `search/engine/timeout.py` sets.
             faulthandler.cancel_dump_traceback_later()
             if time.monotonic() > until:
                 raise StorageError(f"{self.root.parent} was away for {PATIENCE_S:g} s")
@@ -96,7 +96,7 @@ class WaitedFolder:
 
 
 def patiently(method: Callable[Concatenate[Where, P], T]) -> Callable[Concatenate[Where, P], T]:
-    """Let a method wait for a storage that is away, and do it again if the storage went meanwhile."""
+    """Make a method wait for an unavailable storage, and repeat it if the storage became unavailable meanwhile."""
 
     @wraps(method)
     def patient(place: Where, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -109,14 +109,14 @@ def patiently(method: Callable[Concatenate[Where, P], T]) -> Callable[Concatenat
                     continue
                 reason = error if isinstance(error, StorageError) else trouble(error) or str(error)
                 raise StorageError(str(reason)) from error
-            if not place.away:  # what was not found may only have been away
+            if not place.away:  # what was not found may only have been unavailable
                 return found
 
     return patient
 
 
 class WaitingLock(FileLock):
-    """A lock of a store. One that is waited for makes its folder anew each time, so it may not while that is away."""
+    """A lock of a store. Each attempt recreates the lock's folder, so it first waits until the store is available."""
 
     def _acquire(self) -> None:
         WaitedFolder(Path(self.lock_file).parent.parent).wait()

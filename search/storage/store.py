@@ -1,8 +1,8 @@
-"""The store: trained things under the fingerprint of everything that shaped them. The one mechanism of caching,
+"""The store: trained objects under the fingerprint of everything that shaped them. The only mechanism for caching,
 resuming and recovering.
 
-An entry is a folder `kind/key/` with its files and an `entry.json` that holds their SHA-256. It is written beside its
-place and renamed, so it is there in full or not at all; what does not match its checksum is set aside and made again.
+An entry is a folder `kind/key/` with its files and an `entry.json` with their SHA-256. It is written to a temporary
+folder and renamed, so it is complete or missing; one that does not match its checksums is set aside and made again.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from search.storage.mirror import Mirror
 from search.storage.outage import MARKER, MEANING, WaitedFolder, WaitingLock, patiently
 
 FINGERPRINTS = b"Fingerprints are of syntax trees.\n"
-"""Marks a store whose keys are made as now; until 2026-11 they were made of source texts."""
+"""Marks a store whose keys are made from syntax trees; until 2026-11 they were made from source texts."""
 Content = tuple[Mapping[str, bytes], Mapping[str, object]]
-"""An entry's files by name, and what shaped it, for people; JSON."""
+"""An entry's files by name, and a description of what shaped it, for people; JSON."""
 
 
 def to_bytes(module: nn.Module) -> bytes:
@@ -43,8 +43,8 @@ class Store(WaitedFolder):
     """A folder of entries that all searches of one storage share.
 
     Args:
-        root: the folder; made with the first entry, or by `make`.
-        mirror: where entries last, if that is elsewhere.
+        root: the folder; created with the first entry, or by `make`.
+        mirror: the remote storage that keeps the entries, if there is one.
     """
 
     marker_text = MEANING + FINGERPRINTS
@@ -57,7 +57,7 @@ class Store(WaitedFolder):
         return f"Store({self.root})"
 
     def outdated_fits(self) -> int:
-        """Return how many fits an earlier version keyed in its own way; 0 from the second time on, as it is noted."""
+        """Return how many fits have keys of an earlier version; 0 from the second call on, which the marker records."""
         marker = self.root / MARKER
         if not marker.exists() or FINGERPRINTS in marker.read_bytes():
             return 0
@@ -65,17 +65,17 @@ class Store(WaitedFolder):
         return len(self.held("fits"))
 
     def expected(self) -> Self:
-        """Take the store as one that exists; but where entries last elsewhere, each node has a folder of its own."""
+        """Treat the store as existing; with a mirror, create it, as each node then has its own folder."""
         return super().expected() if self.mirror is None else self.make()
 
     def lock(self, kind: str, key: str) -> FileLock:
-        """Return the lock of one entry; a process that dies lets go of it."""
+        """Return the lock of one entry; it is released if its process dies."""
         self.make().wait()
         return WaitingLock(self.root / "locks" / f"{kind}-{key}")
 
     @patiently
     def get(self, kind: str, key: str) -> Path | None:
-        """Return an entry's folder if it is there and whole; a damaged one is set aside, and fetched anew."""
+        """Return an entry's folder if it exists and is whole; a damaged one is set aside and fetched again."""
         folder = self.root / kind / key
         if not folder.is_dir():
             return self._fetched(kind, key)
@@ -91,7 +91,7 @@ class Store(WaitedFolder):
         return self._fetched(kind, key)
 
     def _fetched(self, kind: str, key: str) -> Path | None:
-        """Bring an entry from the mirror if it is there and whole; one that is not is made, and sent, anew."""
+        """Download an entry from the mirror if it is there and whole; otherwise it will be made and uploaded again."""
         if self.mirror is None:
             return None
         folder = self.make().root / kind / key
@@ -107,19 +107,19 @@ class Store(WaitedFolder):
 
     @patiently
     def about(self, kind: str, key: str) -> dict[str, Any]:
-        """Return what an entry says of itself."""
+        """Return an entry's description of what shaped it."""
         path = self.root / kind / key / "entry.json"
         if self.mirror is None or path.exists():
             return dict(json.loads(path.read_bytes())["about"])
         return dict(json.loads(self.mirror.read(f"{kind}/{key}/entry.json"))["about"])
 
     def keys(self, kind: str) -> list[str]:
-        """Return the whole entries of a kind; a damaged one is set aside, one that lies elsewhere is not looked at."""
+        """Return the keys of whole entries of a kind; damaged ones are set aside, remote ones are not checked."""
         here = {path.name for path in (self.root / kind).glob("[!.]*")}
         return sorted(key for key in self.held(kind) if key not in here or self.get(kind, key) is not None)
 
     def held(self, kind: str) -> set[str]:
-        """Return the entries of a kind, here or elsewhere, whole or not; nothing is looked into or changed."""
+        """Return the keys of all entries of a kind, local or remote, whole or not; nothing is checked or changed."""
         keys = {path.name for path in (self.root / kind).glob("[!.]*")}
         if self.mirror is not None:
             with suppress(OSError):
@@ -129,11 +129,11 @@ class Store(WaitedFolder):
     def cached(
         self, kind: str, key: str, make: Callable[[], Content], waiting: AbstractContextManager[object] | None = None
     ) -> Path:
-        """Return an entry's folder; what is not there is made first, by one process while the others wait.
+        """Return an entry's folder; a missing entry is made first, by one process while the others wait.
 
         Args:
-            make: returns what `put` writes; called only where the entry is not there.
-            waiting: entered while the entry's lock is waited for.
+            make: returns what `put` writes; called only if the entry is missing.
+            waiting: a context that is active while this process waits for the entry's lock.
         """
         lock = self.lock(kind, key)
         with waiting or nullcontext():
@@ -145,7 +145,7 @@ class Store(WaitedFolder):
 
     @patiently
     def put(self, kind: str, key: str, files: Mapping[str, bytes], about: Mapping[str, object]) -> Path:
-        """Write an entry in full and return its folder; the caller holds its lock and saw that it is not there.
+        """Write an entry atomically and return its folder; the caller holds its lock and found it missing.
 
         Args:
             files: name -> content.
@@ -153,7 +153,7 @@ class Store(WaitedFolder):
         """
         folder = self.make().root / kind / key
         if self.get(kind, key) is not None:
-            return folder  # by whoever had the lock while this storage, or its locks, were away
+            return folder  # by another process, which got the lock while this storage, or its locks, were unavailable
         folder.parent.mkdir(exist_ok=True)
         with folder_atomic(folder) as temporary:
             for name, content in files.items():
@@ -165,9 +165,9 @@ class Store(WaitedFolder):
         return folder
 
     def save_progress(self, key: str, state: Mapping[str, Any]) -> None:
-        """Keep the state of a half-done fit, in place of an earlier one.
+        """Save the state of an unfinished fit, in place of an earlier one.
 
-        It only serves recovery: that it cannot be written ends nothing.
+        It only serves recovery, so a failed write is a warning and not an error.
         """
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
@@ -184,9 +184,9 @@ class Store(WaitedFolder):
 
     @patiently
     def load_progress(self, key: str, device: torch.device) -> dict[str, Any] | None:
-        """Return the state of a half-done fit, or None where there is none or it is damaged.
+        """Return the state of an unfinished fit, or None if there is none or it is damaged.
 
-        Of one that is here and one that another node got to, it is that of more epochs.
+        Of a local state and one that another node uploaded, the one with more epochs is returned.
         """
         kept = []
         with suppress(FileNotFoundError):

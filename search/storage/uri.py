@@ -1,4 +1,4 @@
-"""What names a storage: a folder, or a URI that fsspec knows."""
+"""The name of a storage: a folder, or a URI that fsspec supports."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def is_uri(storage: str) -> bool:
 
 
 def check_storage(storage: str) -> str:
-    """Return a storage as every worker finds it: an absolute folder, or a URI that this machine can speak to.
+    """Return a storage in the form that every worker can use: an absolute folder, or a URI that this machine supports.
 
     Raises:
-        ValueError: it is nothing, or no implementation of the URI's protocol is installed.
+        ValueError: it is empty, has a password, or no implementation of the URI's protocol is installed.
     """
     if not storage:
-        raise ValueError("must be a folder or a URI")  # a script's empty variable is not meant to be this folder
+        raise ValueError("must be a folder or a URI")  # an empty variable in a script must not mean this folder
     if not is_uri(storage):
         return str(Path(storage).expanduser().resolve())
     protocol, path = split_protocol(storage)
     if re.match(r"[^/@]*:[^/@]*@", path):
         raise ValueError("must be a folder or a URI without a password, which would stand in study.yaml")
     try:
-        kind = get_filesystem_class(str(protocol))  # None of "://x", which fsspec takes for a file
+        kind = get_filesystem_class(str(protocol))  # None for "://x", which fsspec treats as a file
     except ImportError:
         package = known_implementations[protocol]["class"].partition(".")[0]
         remedy = "its packages" if package == "fsspec" else package
@@ -44,12 +44,12 @@ def check_storage(storage: str) -> str:
 
 
 def mask_credentials(given: object) -> object:
-    """Return what was given as a storage, as it may be shown: without a password."""
+    """Return the storage as given, with its password masked, so that it may be shown."""
     return re.sub(r"(://[^/@]*:)[^/@]*@", r"\1***@", given) if isinstance(given, str) else given
 
 
 def local_folder(storage: str) -> Path:
-    """Return the folder in which this node works: the storage itself, or the one that stands for a URI here."""
+    """Return the folder in which this node works: the storage itself, or this node's local folder for a URI."""
     if not is_uri(storage):
         return Path(storage)
     home = Path(os.environ.get("CRUCIBLE_CACHE") or HOME).expanduser().absolute()

@@ -1,4 +1,4 @@
-"""A proposal, and what is known of a candidate: accuracy under attack, clean accuracy, rejection, latency, alarms."""
+"""A proposal, and a candidate with its score: accuracy under attack, clean accuracy, rejection, latency, alarms."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from spaces.space import Params
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a worker is asked for.
+    """A setting that a worker is to evaluate.
 
     Args:
-        name: t001, t002, ... of a training, r001, r002, ... of a refinement.
-        refines: score a stored fit at this one inference setting, and train nothing.
+        name: t001, t002, ... for a training, r001, r002, ... for a refinement.
+        refines: score a stored fit at this one inference setting, without training.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Latency:
     Args:
         ms_p50, ms_p95: of a batch of 128 images.
         single_ms_p50: of one image.
-        drift: how far the reference kernel moved between before and after, a fraction.
+        drift: relative change of the reference kernel's time from before to after, a fraction.
         device: where it was measured.
         repeats: how often the batch was timed.
     """
@@ -53,18 +53,18 @@ class Score:
     """One candidate's figures. Accuracies and rejections are fractions in [0, 1], latencies milliseconds.
 
     Args:
-        threat: the study's threat model; what is called attacked is under it.
-        attacked_accuracy: images of which every version, the clean one too, is accepted and right.
+        threat: the study's threat model, for all `attacked_` figures.
+        attacked_accuracy: images of which every version, including the clean one, is accepted and right.
         attacked_error: images of which some version is accepted and wrong.
-        attacked_rejection: the rest.
-        attacks: accuracy after each attack, by `knowledge/attack`; oblivious ones each over all images, white-box
-            ones cumulative (each sees what the earlier ones left).
-        queries: how often the black-box attacker asked; 0 where it was not run.
-        images: how many validation images were attacked.
+        attacked_rejection: the remaining images.
+        attacks: accuracy after each attack, by `knowledge/attack`; each oblivious one over all images, white-box ones
+            cumulative (each runs on the images that the earlier ones left).
+        queries: number of queries of the black-box attacker; 0 if it was not run.
+        images: number of validation images that were attacked.
         device: where the latency was measured.
-        alarms: names of the cheap gates that did not pass (attacks/audit/quick_gates.py).
-        risk_coverage: (clean rejection, attacked error) of every setting of the thresholds that none beats, where
-            this candidate's thresholds were picked from the curve.
+        alarms: names of the quick gates that failed (attacks/audit/quick_gates.py).
+        risk_coverage: (clean rejection, attacked error) of every threshold setting that no other beats, if this
+            candidate's thresholds were picked from the curve.
     """
 
     threat: ThreatModel
@@ -88,7 +88,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One fit with one setting of its inference-time knobs: the thing that is scored."""
+    """One fit with one setting of its inference-time knobs: the unit that is scored."""
 
     candidate: str
     fit: str
@@ -108,7 +108,7 @@ class Candidate:
             "threat": s.threat.knowledge,
             "eps": s.threat.eps,
         }
-        # A knob of one of these names, such as the eps that a defense trains with, must not pass for it.
+        # A knob with one of these names, such as the eps that a defense trains with, must not be mistaken for it.
         knobs = {f"knob_{name}" if name in whose else name: value for name, value in self.params.flat().items()}
         return {
             **whose,

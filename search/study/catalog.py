@@ -1,4 +1,4 @@
-"""The searches of a storage: their names, and one of them opened."""
+"""The searches of a storage: list their names and open one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from spaces.exceptions import InputError, choose
 
 
 def search_names(storage: str) -> list[str]:
-    """Return the searches of a storage.
+    """Return the names of the searches in a storage.
 
     Raises:
-        InputError: the storage is a URI that does not answer.
+        InputError: the storage is invalid, or a URI that does not respond.
     """
     try:
         storage = check_storage(storage)
@@ -38,13 +38,13 @@ def search_names(storage: str) -> list[str]:
 
 
 def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
-    """Return a search of a storage, brought to this machine first where the storage is a URI.
+    """Return a search of a storage, downloaded to this machine first if the storage is a URI.
 
     Args:
-        whole: with pictures and what W&B logged.
+        whole: include pictures and W&B logs.
 
     Raises:
-        InputError: there is no such search, or the storage does not answer.
+        InputError: there is no such search, or the storage does not respond.
     """
     known = search_names(storage)
     if not known:
@@ -55,10 +55,10 @@ def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
     if mirror is not None:
         try:
             with suppress(Timeout), Store(local_folder(storage) / ".store").lock("searches", name).acquire(timeout=0):
-                bring(mirror, whole=whole)  # a driver of this machine has what there is
+                bring(mirror, whole=whole)  # if a driver holds the lock, all is here
         except OSError as error:
             raise InputError(f"a storage must answer, but {error}") from None
     path = local_folder(storage) / name / "study.yaml"
-    if (study := read_study(path, {"storage": storage})).name != name:  # else another search would be read, or go on
+    if (study := read_study(path, {"storage": storage})).name != name:  # else another search would be read or resumed
         raise InputError(f"a search must lie in a folder of its name, but {path} is of {study.name!r}")
     return study

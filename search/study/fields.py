@@ -1,4 +1,4 @@
-"""The fields of a study with their laws: the flags of `launch.py search`, shown without importing torch."""
+"""The fields of a study with their constraints: the flags of `launch.py search`, shown without importing torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KnobWish = Scalar | list[Scalar]
 
 
 class Fields(BaseModel):
-    """What a user says of a search. Each field is a flag of `launch.py search` and a key of its YAML file."""
+    """A user's settings of a search. Each field is a flag of `launch.py search` and a key of its YAML file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -107,4 +107,4 @@ class Fields(BaseModel):
     @field_validator("storage")
     @classmethod
     def _is_a_folder(cls, storage: str) -> str:
-        return check_storage(storage)  # workers have working directories of their own
+        return check_storage(storage)  # absolute, since workers have other working directories

@@ -1,4 +1,4 @@
-"""A study made of a user's words or read from a file, and checked before anything is trained."""
+"""Create a study from a user's values or a file, and check it before anything is trained."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import ValidationError
 
 from search.classifiers.task import find_task
-from search.study.fields import Fields
-from search.study.study import ResolvedStudy, Study, refusal
+from search.exceptions import RefusedField
+from search.study.study import ResolvedStudy, Study
 from spaces.domain import extremes
 from spaces.exceptions import InputError
 
@@ -22,34 +21,33 @@ def make_study(values: Mapping[str, Any], where: Callable[[str], str] = lambda f
 
     Args:
         values: fields of Study.
-        where: says in which place a field was given, to stand before its error.
+        where: returns where a field was given, as a prefix for its error.
 
     Raises:
-        InputError: a field is unknown or outside its law.
+        InputError: a field is unknown or invalid.
     """
     try:
-        Fields(**values)
-    except ValidationError as error:
-        name, law = refusal(error)
-        raise InputError(where(name) + law) from None
-    return check_study(Study(**values))
+        study = Study(**values)
+    except RefusedField as error:
+        raise InputError(where(error.field) + str(error)) from None
+    return check_study(study)
 
 
 def check_study(study: Study) -> Study:
-    """Return a study whose words all stand for something, and whose defense can be built.
+    """Return the study after checking that all its names exist and that its defense can be built.
 
     Raises:
-        InputError: one does not.
+        InputError: a check fails.
     """
     _see_buildable(study.resolved)
     return study
 
 
 def read_study(path: Path, over: Mapping[str, Any] | None = None) -> Study:
-    """Read a study from YAML; the fields in `over` win.
+    """Read a study from YAML; the fields in `over` take precedence.
 
     Raises:
-        InputError: the file is not there, is not YAML, or has a field that does not fit (with its line).
+        InputError: the file is missing, is not YAML, or has an invalid field (the message gives its line).
     """
     over = over or {}
     try:
@@ -87,10 +85,10 @@ def read_study(path: Path, over: Mapping[str, Any] | None = None) -> Study:
 
 
 def _see_buildable(resolved: ResolvedStudy) -> None:
-    """Build the defense without memory at one setting, and with each train-time knob in turn at its other values.
+    """Build the defense on the meta device at one setting, and with each train-time knob in turn at its extremes.
 
     Raises:
-        InputError: a setting cannot be built on the task's images.
+        InputError: a setting cannot be built for the task's images.
     """
     defense, space, task = resolved.defense, resolved.space, resolved.task
     usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}

@@ -1,4 +1,4 @@
-"""Which candidates are within the constraints, and which of them are the best."""
+"""Find the candidates that satisfy the constraints, and the best of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from search.study.candidate import Candidate
 from search.study.study import Study
 
 OBJECTIVES = ("attacked_error", "latency_ms_p50")
-"""What a search minimises: fields of a candidate's score."""
+"""The objectives that a search minimises: fields of a candidate's score."""
 
 
 def constraints(study: Study, candidate: Candidate) -> dict[str, float]:
@@ -28,12 +28,12 @@ def constraints(study: Study, candidate: Candidate) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Kept:
-    """How many candidates keep to a constraint.
+    """How many candidates satisfy a constraint.
 
     Args:
-        limit: the study's bound; None where there is nothing to bound, as with alarms.
-        within: how many keep to it.
-        alone: how many break it and nothing else.
+        limit: the study's bound; None for a constraint without one, as with alarms.
+        within: how many satisfy it.
+        alone: how many violate it and no other.
     """
 
     constraint: str
@@ -52,7 +52,7 @@ class Kept:
 
 
 def kept(study: Study, candidates: Iterable[Candidate]) -> list[Kept]:
-    """Return for each constraint of the study how many of the candidates keep to it; what refuses most comes first."""
+    """Return for each constraint of the study how many candidates satisfy it, the most restrictive first."""
     excesses = [constraints(study, candidate) for candidate in candidates]
     broken = [{name for name, excess in each.items() if excess > 0} for each in excesses]
     found = [
@@ -68,10 +68,10 @@ def _names(study: Study) -> list[str]:
 
 
 def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Return the candidates, the least attacked error first, then the fastest of each device.
+    """Return the candidates by attacked error, the least first, then by latency within each device.
 
-    Where nothing can be rejected that is the best attacked accuracy first. Latencies of different devices do not
-    compare: of candidates that err alike, those of one device stand together.
+    If nothing can be rejected, this is the best attacked accuracy first. Latencies of different devices are not
+    comparable: among candidates with equal error, those of one device are grouped together.
     """
     return sorted(
         candidates,
@@ -80,7 +80,7 @@ def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def feasible(study: Study, candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Return the candidates within all constraints, ranked."""
+    """Return the candidates that satisfy all constraints, ranked."""
     return ranked(c for c in candidates if all(excess <= 0 for excess in constraints(study, c).values()))
 
 

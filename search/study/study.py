@@ -20,6 +20,7 @@ from defenses.base import Defense
 from search.classifiers.task import Task, find_task
 from search.data import splits
 from search.data.splits import HELD_OUT
+from search.exceptions import RefusedField
 from search.storage.atomic import write_atomic
 from search.storage.mirror import Mirror, mirror_of
 from search.storage.store import Store
@@ -31,50 +32,54 @@ from spaces.space import SearchSpace
 
 
 class Study(Fields):
-    """One search: its fields, and what they stand for.
+    """One search: its fields, and the objects that they refer to.
 
     Raises:
-        InputError: a field is unknown or outside its law.
+        InputError: a field is unknown or invalid.
     """
 
     def __init__(self, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise InputError(refusal(error)[1]) from None
+            raise RefusedField(*_refusal(error)) from None
 
     @property
     def root(self) -> Path:
-        """The folder in which this node works: the storage, or the one that stands for a URI here."""
+        """The folder in which this node works: the storage, or this node's local folder for a URI."""
         return local_folder(self.storage)
 
     @property
     def folder(self) -> Path:
-        """Everything a user sees of this search lies here."""
+        """The folder with everything that a user sees of this search."""
         return self.root / self.name
 
     @property
     def mirror(self) -> Mirror | None:
-        """The search's folder at the storage's URI, if that is one."""
+        """The search's folder in a remote storage; None if the storage is a local folder."""
         return mirror_of(self.storage, self.name)
 
     @property
     def store(self) -> Store:
-        """The store that all searches of the storage share; no search can take its name."""
+        """The store that all searches of the storage share; no search can have its name."""
         return Store(self.root / ".store", mirror_of(self.storage, ".store"))
+
+    def gpu_share(self, has_gpus: bool) -> float:
+        """Return the GPUs of a trial: by default a quarter of one if there are any, else none."""
+        return (0.25 if has_gpus else 0.0) if self.gpus_per_trial is None else self.gpus_per_trial
 
     @property
     def label(self) -> str:
-        """The task, and what is protected where that is another classifier."""
+        """The task, and the protected classifier if that is another one."""
         task, protect = (name and find_task(name).name for name in (self.task, self.protect))
         return f"{task} protecting {protect}" if protect else str(task)
 
     @cached_property
     def resolved(self) -> ResolvedStudy:
-        """What the study's words stand for, looked up once.
+        """The objects that the study's names refer to, looked up once.
 
         Raises:
-            InputError: a word stands for nothing, or a knob does not fit the defense.
+            InputError: a name is unknown, or a knob does not fit the defense.
         """
         defense = defenses.find(self.defense)
         task = find_task(self.task)
@@ -112,13 +117,13 @@ class Study(Fields):
         return task.eps if suite.eps is None else suite.eps
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a study with other fields, to be resolved anew; a data set that was fetched may have other sizes."""
+        """Return a study with other fields, to be resolved again: a data set fetched meanwhile may have other sizes."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop("resolved", None)
         return copied
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Leave what was looked up behind: a worker looks it up where it is."""
+        """Exclude the resolved objects from the pickle: a worker resolves them on its own machine."""
         state = super().__getstate__()
         return {**state, "__dict__": {name: v for name, v in state["__dict__"].items() if name != "resolved"}}
 
@@ -133,11 +138,11 @@ class Study(Fields):
 
 @dataclass(frozen=True)
 class ResolvedStudy:
-    """What a study's words stand for.
+    """The objects that a study's names refer to.
 
     Args:
         protected: the architecture that is attacked.
-        substitute: that of the black-box attacker's own network.
+        substitute: the architecture of the black-box attacker's own network.
     """
 
     task: Task
@@ -151,14 +156,14 @@ class ResolvedStudy:
 
     @property
     def epochs(self) -> int:
-        """The epochs of the longest training."""
+        """The number of epochs of the longest training."""
         domain = self.space.train.get("epochs")
         values = () if domain is None else finite(domain) or (domain.high,)  # type: ignore[attr-defined]
         return max((int(value) for value in values), default=1)
 
 
-def refusal(error: ValidationError) -> tuple[str, str]:
-    """Return the first field that is refused, an unknown one before others, and why."""
+def _refusal(error: ValidationError) -> tuple[str, str]:
+    """Return the first invalid field, unknown fields before others, and the reason."""
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":

@@ -1,5 +1,4 @@
-"""Carries searches between a storage's URI and this machine: what a driver writes goes there, what others need comes
-from there."""
+"""Synchronise searches with a storage at a URI: upload what a driver writes, download what other machines need."""
 
 from __future__ import annotations
 
@@ -20,17 +19,17 @@ from search.study.study import Study
 
 JOURNAL = "study.journal"
 DRIVER = "driver.json"
-"""Says who runs the search: a lock of this machine is not seen on others."""
+"""Names the machine that runs the search, since a lock on this machine is not visible on others."""
 ASIDE = {"tune", "cache", "logs"}
-"""What Ray and W&B need while they run, and nobody after."""
+"""Folders that Ray and W&B need only while they run; they are not uploaded."""
 PAUSE_S = 2.0
-"""Least seconds between two times that a search's folder is sent."""
+"""Minimum seconds between two uploads of a search's folder."""
 TICK_S = 20.0
-"""Most seconds between them; a driver that was not heard of for three ticks is taken for dead."""
+"""Maximum seconds between them; a driver without an upload for three ticks counts as dead."""
 
 
 def driver(study: Study) -> str | None:
-    """Return the other machine on which the search runs now, where its storage is a URI; None where none does."""
+    """Return the other machine on which the search runs now; None if there is none or the storage is a folder."""
     if study.mirror is None:
         return None
     try:
@@ -42,7 +41,7 @@ def driver(study: Study) -> str | None:
 
 
 def deliver(study: Study, *paths: Path) -> None:
-    """Send files of a search that were written after it; those that lie elsewhere stay there."""
+    """Upload files of a search that were written after it ended; files outside its folder are ignored."""
     if (mirror := study.mirror) is None:
         return
     for path in map(Path.resolve, paths):
@@ -53,7 +52,7 @@ def deliver(study: Study, *paths: Path) -> None:
 
 @contextmanager
 def sending(study: Study, say: Callable[[str], None]) -> Iterator[list[Callback]]:
-    """Yield who sends the search to its storage while it runs and when all is written; nobody, for a folder."""
+    """Yield the callback that uploads the search while it runs and at the end; an empty list if storage is a folder."""
     courier = StorageSync(study, study.mirror, say) if study.mirror else None
     try:
         yield [courier] if courier else []
@@ -63,7 +62,7 @@ def sending(study: Study, say: Callable[[str], None]) -> Iterator[list[Callback]
 
 
 def picture(study: Study, path: str) -> Path | None:
-    """Return a trial's picture as it lies on this machine; the worker that drew it may have been on another."""
+    """Return the local path of a trial's picture; it is downloaded if a worker on another machine drew it."""
     if not path:
         return None
     given, here = Path(path), study.folder / "pictures" / Path(path).name
@@ -74,9 +73,9 @@ def picture(study: Study, path: str) -> Path | None:
 
 
 class StorageSync(Callback):
-    """Sends what changed in a search's folder to its storage's URI: after each trial, and at the end.
+    """Uploads changed files of a search's folder to its storage's URI, after each trial and at the end.
 
-    A storage that does not answer costs no trial: what could not be sent is sent the next time.
+    An unreachable storage fails no trial: files that could not be uploaded are uploaded the next time.
 
     Args:
         say: shows the user one line.
@@ -88,7 +87,7 @@ class StorageSync(Callback):
         self._say = say
         self._sent: dict[str, tuple[int, int]] | None = None
         self._wake = threading.Event()
-        self._wake.set()  # other machines must soon know that this one drives
+        self._wake.set()  # other machines must soon see that this one is the driver
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="courier", daemon=True)
         self._thread.start()
@@ -102,12 +101,12 @@ class StorageSync(Callback):
         self._wake.set()
 
     def close(self) -> None:
-        """Send what is left, and say so where the storage does not take it."""
+        """Upload the remaining files, and tell the user if the storage does not accept them."""
         self._closing.set()
         self._wake.set()
         self._thread.join()
         if not (self.study.folder / "study.yaml").exists():
-            return  # it was refused
+            return  # the search did not begin
         (self.study.folder / DRIVER).unlink(missing_ok=True)
         for each in filter(None, (self.mirror, self.study.store.mirror)):
             each.retry()
@@ -129,14 +128,14 @@ class StorageSync(Callback):
                 self._send()
 
     def _send(self) -> bool:
-        """Send what changed, and return whether nothing is left to be sent."""
+        """Upload changed files, and return whether none is left."""
         try:
             if self._sent is None:
                 self._sent = self._known()
             for path in _carried(self.study.folder):
                 name, mark = str(path.relative_to(self.study.folder)), _mark(path)
                 if self._sent.get(name) != mark:
-                    with suppress(FileNotFoundError):  # it went meanwhile
+                    with suppress(FileNotFoundError):  # removed meanwhile
                         self.mirror.send(name)
                     self._sent[name] = mark
         except OSError:
@@ -145,14 +144,14 @@ class StorageSync(Callback):
         return store is None or store.catch_up()
 
     def _known(self) -> dict[str, tuple[int, int]]:
-        """Return what an earlier run has sent already: what only grows, where it is as long there."""
+        """Return the files that an earlier run has uploaded: those in subfolders, which only grow, with equal sizes."""
         there = self.mirror.sizes()
         here = {str(path.relative_to(self.study.folder)): _mark(path) for path in _carried(self.study.folder)}
         return {name: mark for name, mark in here.items() if "/" in name and there.get(name) == mark[1]}
 
 
 def _carried(folder: Path) -> Iterator[Path]:
-    """Yield the files of a search that others need, what matters most first."""
+    """Yield the files of a search that other machines need, the most important first."""
     found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     for path in sorted(found, key=lambda path: (len(path.parts), path)):
         if path.suffix != ".lock" and not any(part[0] == "." or part in ASIDE for part in path.parts):
@@ -169,22 +168,22 @@ def _here(study: Study) -> str:
 
 
 def bring(mirror: Mirror, *, whole: bool) -> None:
-    """Bring what the storage has of a search and this machine lacks.
+    """Download the files of a search that this machine lacks.
 
-    The journal only grows: whose is longer is ahead. So do the files in folders; those beside the journal do not. But
-    where another machine went on from what this one had sent, all follow that one: it ran again what it did not know.
+    The journal only grows, so the longer one is newer; so do files in subfolders, but not those beside the journal. If
+    another machine resumed from an earlier upload, all its files are taken: it repeated the work that it did not have.
 
     Raises:
-        OSError: the storage does not answer.
+        OSError: the storage does not respond.
     """
     there, journal = mirror.sizes(), _length(mirror.folder / JOURNAL)
     if journal > there.get(JOURNAL, 0):
         if _continues(mirror):
-            return  # what this machine could not send yet
+            return  # the local journal is ahead: its end is not uploaded yet
         os.replace(mirror.folder / JOURNAL, mirror.folder / f".{JOURNAL}.left")
         journal = -1
     ahead = there.get(JOURNAL, 0) > journal
-    # The journal last: where this is cut short, it is done again.
+    # The journal comes last, so that an interrupted download is repeated.
     for name in sorted(there.keys() - {DRIVER}, key=lambda name: name == JOURNAL):
         here = _length(mirror.folder / name)
         if here < there[name] if "/" in name else ahead or here < 0:
@@ -193,7 +192,7 @@ def bring(mirror: Mirror, *, whole: bool) -> None:
 
 
 def _continues(mirror: Mirror) -> bool:
-    """Say whether the journal here begins as the one there does; half a line at its end counts for nothing."""
+    """Return whether the local journal begins with the remote one, ignoring an incomplete line at its end."""
     try:
         sent = mirror.read(JOURNAL)
     except FileNotFoundError:

@@ -9,17 +9,11 @@ from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from defenses.base import Metrics
+from search.console import progress_bars
 from search.formatting import brief, points
 from search.study import ranking
 from search.study.callbacks import Callback, State
@@ -53,15 +47,7 @@ class LiveTable(Callback):
         self.done = done
         self._rows: dict[str, _Row] = {}
         self._live: Live | None = None
-        self._progress = Progress(
-            TextColumn("trials"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._progress = progress_bars(console, MofNCompleteColumn())
         self._bar = self._progress.add_task("trials", total=study.trials, completed=done)
 
     def search_started(self, study: Study, undefended: Candidate) -> None:

@@ -1,4 +1,4 @@
-"""What all trials of a study share in one process: data, classifiers and adversarial images.
+"""The assets that all trials of a study share in one process: data, classifiers and adversarial images.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -28,7 +28,7 @@ from search.trial.evaluator import Evaluator
 
 
 class Assets:
-    """Data, classifiers and adversarial images of a study, on the device; each is made on first use.
+    """Data, classifiers and adversarial images of a study, on the device; each is made or loaded on first use.
 
     Args:
         with_validation: train on the validation images too, as a final run does.
@@ -45,16 +45,16 @@ class Assets:
         self._classifiers: dict[str, nn.Module] = {}
         self._keys: dict[str, str] = {}
 
-    # What is trained on.
+    # Training data.
 
     @property
     def training_key(self) -> object:
-        """Which images are trained on, as fingerprints name them; no search can say what a final run says."""
+        """The identity of the training images in fingerprints; that of a final run differs from that of any search."""
         return ["train and validation", self.study.train_images] if self.with_validation else self.study.train_images
 
     @cached_property
     def training_set(self) -> tuple[Tensor, Tensor]:
-        """The images that are trained on, x_NCHW and y_N, on the device."""
+        """The training images x_NCHW and their labels y_N, on the device."""
         task, study = self.resolved.task, self.study
         if self.with_validation:
             return _whole(task.dataset, study.data_dir, study.train_images, self.device)
@@ -76,7 +76,7 @@ class Assets:
         return self.classifier(self.resolved.protected)
 
     def classifier(self, architecture: str) -> nn.Module:
-        """Return a frozen classifier, from the store or trained there first; whoever comes second waits."""
+        """Return a frozen classifier from the store; one process trains it if it is missing, while others wait."""
         if architecture not in self._classifiers:
             network = ARCHITECTURES[architecture].build(self.resolved.task.shape).to(self.device)
 
@@ -93,7 +93,7 @@ class Assets:
         return self._classifiers[architecture]
 
     def classifier_key(self, architecture: str) -> str:
-        """Return the fingerprint of a classifier, which need not be trained yet."""
+        """Return the fingerprint of a classifier, trained or not."""
         if architecture not in self._keys:
             self._keys[architecture] = classifier_key(
                 architecture,
@@ -110,7 +110,7 @@ class Assets:
         return defense.bases() or (task.classifier if defense.consults == "target" else task.partner,)
 
     def needed(self) -> set[str]:
-        """Return the architectures whose classifiers the study's usual setting asks for."""
+        """Return the architectures whose classifiers are needed at the study's usual setting."""
         space, task = self.resolved.space, self.resolved.task
         usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
         with torch.device("meta"):
@@ -118,11 +118,11 @@ class Assets:
         adopted = {task.classifier} if type(defense).adopt is not Defense.adopt else set()
         return {self.resolved.protected, *self.consulted(defense), *adopted}
 
-    # What candidates are attacked with.
+    # Attacks.
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """The images and attacks that every candidate of the study faces."""
+        """The images and attacks on which every candidate of the study is evaluated."""
         resolved = self.resolved
         x_NCHW, y_N = (part.to(self.device) for part in self._load("validation", resolved.eval_images))
         oblivious = {
@@ -138,7 +138,7 @@ class Assets:
         return BlackBoxAttacker(held_out_NCHW, lambda: architecture.build(self.resolved.task.shape).to(self.device))
 
     def adversarial(self, attack: Attack, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel) -> Tensor:
-        """Return the images that an attack makes of the bare classifier, made once for all searches.
+        """Return the adversarial images of an attack on the bare classifier, made once for all searches.
 
         Args:
             x_NCHW: the first images of the validation split, with their labels.
@@ -154,7 +154,7 @@ class Assets:
         )
 
         def crafted() -> Content:
-            target = self.target  # first: it may wait for a lock
+            target = self.target  # before the device lock, as it may wait for another lock
             with self.device_lock.working():
                 images_NCHW = attack.craft(View(target), x_NCHW, y_N, threat, self.study.seed)
             about = {"task": self.study.task, **attack.budget(threat)}
@@ -166,6 +166,6 @@ class Assets:
 
 @lru_cache(maxsize=1)
 def _whole(dataset: str, data_dir: str | None, limit: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the training and the validation images together, which all trainings of a final run share."""
+    """Return the training and validation images together; all trainings of a final run share them."""
     parts = [splits.load(dataset, "train", data_dir, limit), splits.load(dataset, "validation", data_dir)]
     return torch.cat([x for x, _ in parts]).to(device), torch.cat([y for _, y in parts]).to(device)

@@ -1,8 +1,8 @@
-"""A lock on a device, so that a latency is measured while nobody else computes there.
+"""A lock on a device, so that latency is measured while no other process computes there.
 
-Trials that share a device spoil each other's timings. So whoever computes holds the lock together with the others,
-and whoever measures holds it alone: the others wait at their next batch boundary, or before a layer of whatever network
-they run, attacks and scoring included.
+Trials that share a device disturb each other's timings. Therefore a process that computes holds the lock in shared
+mode, and one that measures holds it in exclusive mode: the others wait at their next batch boundary, or before the next
+layer of any network that they run, also in attacks and scoring.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 LOOK_S = 0.002
-"""How often, at most, a process that computes looks whether another wants to measure, in seconds."""
+"""Minimum seconds between two checks of a computing process whether another one waits to measure."""
 
 
 class DeviceLock:
-    """A readers-writer lock over the processes of a node, by two locked files: the gate and the lane.
+    """A readers-writer lock over the processes of a node, made of two locked files: the lane (the lock) and the gate.
 
-    A process that computes holds the lane shared and looks at the gate at each batch boundary. One that measures
-    closes the gate, so that the others let go and wait, and takes the lane alone. Nobody waits for another lock
-    while holding the lane, since whoever has that lock may be waiting at the gate; nor for the driver or the storage,
-    since all the others would wait as long. A process that dies lets go.
+    A computing process holds the lane shared and checks the gate at each batch boundary. A measuring process locks the
+    gate, so that the others release the lane and wait, and then locks the lane exclusively. No process waits for
+    another lock while it holds the lane, since the owner of that lock may be waiting at the gate; nor for the driver or
+    the storage, since all others would wait as long. The locks of a process that dies are released.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class DeviceLock:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Hold the lane together with the others; every layer that is run meanwhile is a boundary."""
+        """Hold the lock in shared mode; every layer that runs meanwhile is a boundary."""
         self._enter()
         looking = register_module_forward_pre_hook(lambda *_: self.boundary())
         try:
@@ -53,7 +53,7 @@ class DeviceLock:
             self._leave()
 
     def boundary(self) -> None:
-        """Let a measurement pass, if one waits."""
+        """Let a waiting measurement run first, if there is one."""
         if not self._held or time.monotonic() - self._looked < LOOK_S:
             return
         self._looked = time.monotonic()
@@ -66,7 +66,7 @@ class DeviceLock:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Let go of the lane while waiting for something else."""
+        """Release the lock while waiting for something else."""
         self._leave()
         try:
             yield
@@ -75,7 +75,7 @@ class DeviceLock:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Hold the lane alone."""
+        """Hold the lock in exclusive mode."""
         fcntl.flock(self._gate, fcntl.LOCK_EX)
         try:
             fcntl.flock(self._lane, fcntl.LOCK_EX)
@@ -92,18 +92,18 @@ class DeviceLock:
 
     def _leave(self) -> None:
         try:
-            synchronise(self._device)  # what a GPU was given it computes even when nobody waits for it
+            synchronise(self._device)  # a GPU would still compute its queued work after the release
         finally:
             self._held = False
             fcntl.flock(self._lane, fcntl.LOCK_UN)
 
 
 def _identity(device: torch.device) -> str:
-    """Return what tells a device from the others of its node: each GPU has a lane of its own."""
+    """Return an identifier of a device on its node: each GPU has its own lock."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,6 +1,6 @@
-"""The exam that every candidate of a study sits: what a target says under attack, and the score that follows.
+"""The evaluation of every candidate of a study: a target's outputs under attack, and the score computed from them.
 
-What it said is kept in the store: whatever the thresholds are, their verdicts need no other forward pass.
+The outputs are kept in the store, so that verdicts at other thresholds need no further forward pass.
 Shapes: D draws, N images, C channels, H x W pixels, S columns of suspicion.
 """
 
@@ -25,22 +25,22 @@ from search.study.candidate import Latency, Score
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a target said under attack, its cheap gates, and what it said of noise."""
+    """A target's outputs under attack, its quick gates, and its outputs on noise."""
 
     found: Observation
     gates: tuple[Gate, ...]
     noise: Seen
 
     def tensors(self) -> bytes:
-        """Return the verdicts on each image as safetensors."""
+        """Return the outputs on each image as safetensors."""
         parts = {"limits": self.found.limits_S}
         for name, seen in self._seen().items():
             parts |= {f"right {name}": seen.right, f"suspicion {name}": seen.suspicion_DNS}
-        # Where no attack found an image to attack, versions share their verdicts: safetensors wants each its own.
+        # Versions share a tensor if no attack had an image to attack; safetensors needs separate tensors.
         return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in parts.items()})
 
     def about(self) -> dict[str, Any]:
-        """Return the rest, as JSON. Its order is that of the attacks, which safetensors does not keep."""
+        """Return the rest as JSON, in the order of the attacks, which safetensors does not keep."""
         return {
             "threat": asdict(self.found.threat),
             "queries": self.found.queries,
@@ -50,7 +50,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Evaluation:
-        """Return what `tensors` and `about` were made of."""
+        """Return the evaluation from its `tensors` and `about`."""
         groups: dict[str, dict[str, Seen]] = {"": {}, "oblivious": {}, "black-box": {}, "white-box": {}}
         for name, bounded in about["bounded"]:
             knowledge, _, attack = name.rpartition("/")
@@ -80,12 +80,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The images and attacks that every candidate of a study faces.
+    """The images and attacks on which every candidate of a study is evaluated.
 
     Args:
-        oblivious: adversarial images of each oblivious attack of the suite and of the rungs, made once on the bare
-            classifier.
-        outsider: the black-box attacker, where the study's threat model is its.
+        oblivious: adversarial images of each oblivious attack of the suite and of the quick score, made once on the
+            bare classifier.
+        attacker: the black-box attacker, if the study's threat model is black-box.
     """
 
     suite: Suite
@@ -97,14 +97,14 @@ class Evaluator:
     attacker: BlackBoxAttacker | None = None
 
     def probe(self, target: nn.Module) -> Evaluation:
-        """Attack, and run the audit's cheap checks, which serve every setting of the thresholds."""
+        """Attack the target and run the audit's quick gates; the result serves every setting of the thresholds."""
         found = self.observe(target)
         images, looks = (self.x_NCHW, self.y_N), len(found.clean.right)
         noise = noisy(target, *images, self.threat, self.seed, looks)
         return Evaluation(found, quick_gates(target, *images, seed=self.seed), noise)
 
     def observe(self, target: nn.Module) -> Observation:
-        """Attack under the oblivious and the white-box threat model, whichever the study's is, and under its own."""
+        """Attack under the oblivious and the white-box threat models in any case, and under the study's own."""
         return observe(
             self.suite,
             target,
@@ -122,7 +122,7 @@ class Evaluator:
 
         Args:
             limits_S: its thresholds.
-            latency: None where there is nothing that purifies.
+            latency: None if nothing purifies.
         """
         verdict = probed.found.judge(limits_S)
         gates = (*probed.gates, noise_gate(probed.noise, verdict, limits_S))
@@ -147,10 +147,10 @@ class Evaluator:
         )
 
     def cheap(self, target: nn.Module, images: int) -> float:
-        """Return the rung score: what withstands one small fixed attack, of the first `images` images.
+        """Return the quick score (rung score): the fraction of the first `images` images that withstand a small attack.
 
-        A clean image that is rejected does not count, an attacked one does: so rejecting all scores nothing. A
-        black-box attacker, who would train a substitute after each epoch, is stood in for by the oblivious one.
+        A rejected clean image does not count as withstanding, a rejected attacked one does: so rejecting all scores 0.
+        A black-box attacker, which would train a substitute after each epoch, is replaced by the oblivious one.
         """
         quick = SUITES["quick"]
         knowledge: Knowledge = "white-box" if self.threat.knowledge == "white-box" else "oblivious"

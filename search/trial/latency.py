@@ -1,4 +1,4 @@
-"""Purification latency, measured while the device is quiet."""
+"""Measure purification latency while no other process computes on the device."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from search.trial.device_lock import DeviceLock, synchronise
 REPEATS = 30
 WARM_UP = 3
 PATIENCE_S = 20.0
-"""Seconds after which a slow purifier is repeated no more, down to three times and one warm-up."""
+"""Seconds after which a slow purifier is not repeated further, with at least three repeats and one warm-up."""
 DRIFT = 0.2
-"""How far the reference kernel may move, as a fraction, before a measurement is repeated."""
+"""Relative change of the reference kernel's time above which a measurement is repeated."""
 TRIES = 3
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a latency is measured on: the GPU's model, or the CPU with its threads."""
+    """Return the device on which a latency is measured: the GPU's model, or the CPU's model with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} thread(s)"
 
 
 def _processor() -> str:
-    """Return the CPU's model, which `platform` does not know on Linux."""
+    """Return the CPU's model, which `platform` does not provide on Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -41,7 +41,7 @@ def _processor() -> str:
 
 @torch.no_grad()
 def measure(defense: Defense, device_lock: DeviceLock, device: torch.device) -> Latency:
-    """Time `purify` and `accept` at batch 128 and 1, alone on the device; repeat while the reference kernel drifts."""
+    """Time `purify` and `accept` at batch 128 and 1, with the device lock; repeat while the reference kernel drifts."""
     shape = defense.shape
     x_NCHW = torch.rand(128, shape.channels, shape.height, shape.width, device=device)
     a_DD = torch.rand(512, 512, device=device)
@@ -66,7 +66,7 @@ def measure(defense: Defense, device_lock: DeviceLock, device: torch.device) -> 
 
 
 def _times(work: Callable[[], object], device: torch.device) -> list[float]:
-    """Return the milliseconds of each repeat, after a warm-up, the device synchronised."""
+    """Return the milliseconds of each repeat after a warm-up, with the device synchronised."""
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < WARM_UP + REPEATS:

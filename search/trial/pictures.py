@@ -1,4 +1,4 @@
-"""Pictures of what an attack does to images and of what a defense makes of them: a PNG that says what it shows.
+"""Pictures of clean, attacked and purified images, as a PNG whose caption describes its content.
 
 Shapes: N images, C channels, H x W pixels, R rows of a picture.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 from defenses.base import Defended
 
 CAPTION = "Description"
-"""The keyword that the PNG standard has for it."""
+"""The keyword of the PNG standard for a caption."""
 
 
 def drawn(target: Defended, x_NCHW: Tensor, attacked_NCHW: Tensor, y_N: Tensor, attack: str) -> bytes:
-    """Return a PNG with rows of clean, attacked and purified images, and how far the last are from the first.
+    """Return a PNG with rows of clean, attacked and purified images, and of the difference of the last and the first.
 
     Args:
-        attack: what was done to the attacked images, in words.
+        attack: a description of the attack, for the caption.
     """
     purified = target.defense.purify(attacked_NCHW)
     said = target(attacked_NCHW).argmax(1).masked_fill(~target.accept(attacked_NCHW), -1)
@@ -45,7 +45,7 @@ def _listed(classes: Iterable[int]) -> str:
 
 
 def png(rows_RNCHW: Tensor, zoom: int = 3, caption: str = "") -> bytes:
-    """Return images in [0, 1] as a PNG, R rows of N; the caption, in ASCII, travels in it."""
+    """Return images in [0, 1] as a PNG, R rows of N; the ASCII caption is stored in the file."""
     rows, images, channels, height, width = rows_RNCHW.shape
     grid = rows_RNCHW.permute(0, 3, 1, 4, 2).reshape(rows * height, images * width, channels)
     pixels = (grid.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
@@ -59,10 +59,10 @@ def png(rows_RNCHW: Tensor, zoom: int = 3, caption: str = "") -> bytes:
 
 
 def caption(picture: Path) -> str:
-    """Return what a picture says of itself; nothing where it is one of an earlier version.
+    """Return a picture's caption; empty for a picture of an earlier version.
 
     Raises:
-        OSError: it is no picture, or cannot be read.
+        OSError: the file is not a picture, or cannot be read.
     """
     with Image.open(picture) as image:
         return str(image.info.get(CAPTION, ""))

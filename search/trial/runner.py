@@ -1,4 +1,4 @@
-"""One trial: train a defense or load it, then score it at every inference setting. No Ray, Optuna or W&B in here.
+"""One trial: train or load a defense, then score it at every inference setting. No Ray, Optuna or W&B in this module.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -25,10 +25,10 @@ from spaces.space import Params
 
 
 def run_trial(study: Study, params: Params, store: Store, report: Report, *, alone: bool = False) -> list[Candidate]:
-    """Train the fit of `params` or load it, and score it at every inference setting.
+    """Train or load the fit of `params`, and score it at every inference setting.
 
     Args:
-        alone: score it at the proposed setting alone.
+        alone: score it only at the proposed setting.
 
     Returns:
         The candidates, the proposed setting first.
@@ -56,12 +56,12 @@ def baseline(study: Study, store: Store) -> Candidate:
 
 
 class TrialRunner:
-    """Where the trials of a study are run.
+    """Runs the trials of a study.
 
     Attributes:
-        assets: what all trials share.
-        trainer: the fits.
-        scorer: their candidates.
+        assets: data, classifiers and images that all trials share.
+        trainer: trains or loads fits.
+        scorer: scores their candidates.
     """
 
     def __init__(self, study: Study, store: Store, *, with_validation: bool = False) -> None:
@@ -72,23 +72,23 @@ class TrialRunner:
 
     @staticmethod
     def of(study: Study, store: Store) -> TrialRunner:
-        """Return the runner of this study, kept for the next trial of the process: its images lie on the device."""
+        """Return this process's runner of the study; it is reused, since its images are already on the device."""
         global _LAST
         asked = study, store.root, store.mirror
         if _LAST is None or (_LAST.study, _LAST.assets.store.root, _LAST.assets.store.mirror) != asked:
-            _LAST = None  # its images go before the next one's come
+            _LAST = None  # free its images before the next runner loads its own
             _LAST = TrialRunner(study, store)
         return _LAST
 
     def remeasured(self, params: Params) -> Latency:
-        """Measure the latency of a stored fit's setting again; what the store holds stays."""
+        """Re-measure the latency of a stored fit at one setting; the stored latency stays."""
         _, defense = self.trainer.fit(params, silent)
         return self.scorer.measured(defense)
 
     def picture(self, params: Params, path: Path, images: int = 10) -> Path:
         """Write a PNG with rows of clean, attacked (oblivious targeted iFGSM) and purified images.
 
-        A last row has how far the purified images are from the clean ones; the predictions stand in its caption.
+        The last row shows the difference of the purified and the clean images; the caption has the predictions.
         """
         _, defense = self.trainer.fit(params, silent)
         attack, assets, evaluator = IFGSM_TARGETED.name, self.assets, self.assets.evaluator
@@ -100,4 +100,4 @@ class TrialRunner:
 
 
 _LAST: TrialRunner | None = None
-"""The runner of the study that this process worked for last."""
+"""The runner of the study that this process used last."""

@@ -1,4 +1,4 @@
-"""Scores a fit at its inference settings: attacked once, timed once, and judged at every threshold.
+"""Scores a fit at its inference settings: attack it once, time it once, and judge it at every threshold.
 
 Shapes: S columns of suspicion.
 """
@@ -25,7 +25,7 @@ from spaces.domain import Scalar
 from spaces.space import GRID_LIMIT, Params
 
 SAMPLE = 5
-"""Further inference settings at which a fit is scored where the inference space is not finite and small."""
+"""Further inference settings at which a fit is scored if the inference space is not finite and small."""
 
 
 class Scorer:
@@ -43,15 +43,15 @@ class Scorer:
             others = list(space.grid())
         else:
             rng = np.random.default_rng(self.study.seed)
-            # The same for all fits, so that they compare.
+            # The same for all fits, so that they are comparable.
             others = [space.drawn(rng) for _ in range(SAMPLE)]
         return [params, *(other for other in others if other != params)]
 
     def candidates(self, key: str, defense: Defense, settings: Sequence[Params]) -> list[Candidate]:
-        """Return the candidates of one fit; settings that differ in thresholds alone share what the model said.
+        """Return the candidates of one fit; settings that differ only in thresholds share one evaluation.
 
-        To the settings of each such group comes the one that the group's risk-coverage curve picks where thresholds
-        are searched: the least attacked error at the clean rejection that the study allows.
+        If thresholds are searched, each such group gets one more setting, picked from the group's risk-coverage curve:
+        the least attacked error at the clean rejection that the study allows.
         """
         evaluator, scored = self.assets.evaluator, dict[str, Candidate]()
         groups: dict[str, Evaluation] = {}
@@ -82,11 +82,11 @@ class Scorer:
         return list(scored.values())
 
     def evaluation(self, fit: str, defense: Defense | None) -> Evaluation:
-        """Return what a target says under attack, attacked once by all searches of the storage.
+        """Return a target's outputs under attack, computed once for all searches of the storage.
 
         Args:
             fit: the defense's fingerprint.
-            defense: at the setting at which the attacks aim; None: the bare classifier.
+            defense: the defense at the setting that is attacked; None for the bare classifier.
         """
 
         def attacked() -> Content:
@@ -100,7 +100,7 @@ class Scorer:
         return Evaluation.of(load_file(entry / "said.safetensors"), self.store.about("scores", key))
 
     def scores_key(self, fit: str, defense: Defense | None) -> str:
-        """Return the fingerprint of one evaluation: everything that shapes what a target says in it."""
+        """Return the fingerprint of one evaluation, which covers everything that shapes its outputs."""
         threat = self.resolved.threat
         return fingerprint(
             source=code_digests(Evaluation.__module__),
@@ -115,9 +115,9 @@ class Scorer:
         )
 
     def aimed(self, params: Params) -> Params:
-        """Return the setting at which the attacks aim: that of the thresholds is the same for all of a fit.
+        """Return the setting that is attacked: with the usual thresholds, the same for all candidates of a fit.
 
-        But what a black-box attacker learns depends on what is rejected.
+        A black-box attacker is an exception, since what it learns depends on what is rejected.
         """
         if self.resolved.threat.knowledge == "black-box":
             return params
@@ -125,7 +125,7 @@ class Scorer:
         return Params(params.train, {**params.inference, **{name: usual[name] for name in names}})
 
     def _picked(self, params: Params, thresholds: Sequence[str], curve: Sequence[Point]) -> list[Params]:
-        """Return the setting with the thresholds that the curve picks; a threshold that the space fixes stays."""
+        """Return the setting with the thresholds that the curve picks; none if the space fixes a threshold."""
         if any(self.resolved.space.inference[name].single() for name in thresholds):
             return []
         point = pick(curve, self.study.max_clean_rejection)
@@ -148,7 +148,7 @@ class Scorer:
         return Latency(**about)
 
     def measured(self, defense: Defense) -> Latency:
-        """Measure the latency now; what the store holds stays."""
+        """Measure the latency now; the stored latency stays."""
         return measure(defense, self.assets.device_lock, self.assets.device)
 
 

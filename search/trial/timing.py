@@ -1,4 +1,4 @@
-"""One timed step of a search's work, on images and classifiers made up at random.
+"""One timed step of a search's work, on random images and untrained classifiers.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -24,14 +24,14 @@ from search.trial.runner import TrialRunner
 from spaces.space import Params
 
 STEPS = 8
-"""Batches of a training that are timed, the first of them to warm up."""
+"""Number of training batches that are run, the first of them as a warm-up."""
 FEW = 32
-"""Images that are attacked."""
+"""Number of images that are attacked."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """Seconds of one training: in each epoch, once a fit, and once for all fits that share what is made."""
+    """Seconds of one training: in each epoch, once for each fit, and once for all fits that share the tensors made."""
 
     epoch: float
     fit: float
@@ -39,13 +39,13 @@ class Training:
 
 
 class Step:
-    """Times the parts of a trial; what they take scales with images and epochs."""
+    """Times the parts of a trial; their durations scale with images and epochs."""
 
     def __init__(self, runner: TrialRunner) -> None:
         self.runner = runner
         self.resolved, self.study = runner.assets.resolved, runner.study
         if runner.assets.device.type == "cpu":
-            torch.set_num_threads(max(1, int(self.study.cpus_per_trial)))  # as Ray has its workers do
+            torch.set_num_threads(max(1, int(self.study.cpus_per_trial)))  # as Ray sets it for its workers
         self.device = device_name(runner.assets.device)
         space = self.resolved.space
         self.usual: Params = space.setting(space.usual_of)
@@ -84,12 +84,12 @@ class Step:
         return Training(whole * each, max(0.0, ticks[0] - begin - made) + whole * rest, whole * made)
 
     def scoring(self) -> tuple[float, float]:
-        """Return the seconds of an exam at one setting, and those of a rung."""
+        """Return the seconds of an evaluation at one setting, and those of a quick score."""
         defended = Defended(self.defense.at(self.usual.inference), self.target).eval().requires_grad_(False)
         shape, (x_NCHW, _) = self.resolved.task.shape, self._random(min(FEW, self.resolved.eval_images))
         with torch.no_grad():
             y_N = defended(x_NCHW).argmax(1)
-        # A white-box attack spares what has fallen: of the searches that this was held against all but a quarter.
+        # A white-box attack skips images that have fallen: all but a quarter, in the searches used to calibrate this.
         y_N = torch.where(torch.arange(len(y_N), device=y_N.device) % 4 == 0, y_N, (y_N + 1) % shape.classes)
         suite, threat, seed = self.resolved.suite, self.resolved.threat, self.study.seed
         blind = {attack.name: x_NCHW for attack in suite.with_rungs().oblivious}
@@ -100,7 +100,7 @@ class Step:
         )
         rung_s = self._timed(lambda: evaluator.cheap(defended, len(y_N)))
         rung_s *= min(self.study.cheap_images, self.resolved.eval_images) / len(y_N)
-        fixed_s = max(0.0, whole_s - observe_s)  # the gates look at so many images whatever the study's number is
+        fixed_s = max(0.0, whole_s - observe_s)  # the gates use the same number of images in every study
         if threat.knowledge == "black-box":
             held_out, _ = self._random(HELD_OUT)
             attacker = BlackBoxAttacker(
@@ -111,14 +111,14 @@ class Step:
 
     @torch.no_grad()
     def latency(self) -> float:
-        """Return the seconds of one measurement of the latency."""
+        """Return the seconds of one latency measurement."""
         x_NCHW, _ = self._random(128)
         self.defense.purify(x_NCHW)
         batch_s = self._timed(lambda: (self.defense.purify(x_NCHW), self.defense.accept(x_NCHW)))
         return min(20.0, (WARM_UP + REPEATS) * batch_s)
 
     def classifier(self) -> float:
-        """Return the seconds of one classifier's training."""
+        """Return the seconds of training one classifier."""
         x_NCHW, y_N = self._random(min(self.images, STEPS * 128))
         network = ARCHITECTURES[self.resolved.protected].build(self.resolved.task.shape).to(self.runner.assets.device)
         training.train(network, x_NCHW[:128], y_N[:128], 1, 0)

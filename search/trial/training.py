@@ -1,4 +1,4 @@
-"""Fits: trained defenses, from the store or trained from where they stopped.
+"""Fits: trained defenses, loaded from the store or trained from their last saved epoch.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -25,17 +25,17 @@ from spaces.exceptions import InputError
 from spaces.space import Params
 
 Report = Callable[[int, Metrics], None]
-"""Told of each epoch, counted from 1; it may raise to stop the trial, whose progress stays in the store."""
+"""Called after each epoch, counted from 1; it may raise to stop the trial, whose progress stays in the store."""
 
 ADVERSARIAL = "adversarial_training"
 
 
 def silent(epoch: int, metrics: Metrics) -> None:
-    """Report to nobody."""
+    """Ignore the report."""
 
 
 class Trainer:
-    """Trains the defenses of a study, or loads them."""
+    """Trains the defenses of a study, or loads them from the store."""
 
     def __init__(self, assets: Assets) -> None:
         self.assets = assets
@@ -49,7 +49,7 @@ class Trainer:
         return defense.to(self.assets.device)
 
     def fit(self, params: Params, report: Report) -> tuple[str, Defense]:
-        """Return the fit of `params` and its fingerprint: from the store, or trained from where it stopped."""
+        """Return the fingerprint and fit of `params`, loaded from the store or trained from its last saved epoch."""
         defense = self.build(params)
         key = self._key(defense)
         with self.store.lock("fits", key):
@@ -60,18 +60,18 @@ class Trainer:
                 weights = {"weights.safetensors": to_bytes(defense)}
                 entry = self.store.put("fits", key, weights, {**about, "curve": curve, "rungs": rungs})
                 self.store.drop_progress(key)
-                if len(curve) == defense.train_knobs.epochs:  # one that stopped early has reported its last epoch
+                if len(curve) == defense.train_knobs.epochs:  # a fit that ended early has reported its last epoch
                     report(len(curve), curve[-1])
             defense.load_state_dict(load_file(entry / "weights.safetensors", device=str(self.assets.device)))
         return key, defense.at(params.inference).eval().requires_grad_(False)
 
     def curve(self, key: str) -> list[float]:
-        """Return the rung score of each epoch of a finished fit; nothing where another study's rungs scored it."""
+        """Return the quick score of each epoch of a finished fit; empty if it was scored in another way (`rungs`)."""
         about = self.store.about("fits", key)
         return [metrics["cheap"] for metrics in about["curve"]] if about["rungs"] == self.rungs() else []
 
     def rungs(self) -> str:
-        """Return the fingerprint of what scores an epoch: rung scores compare only where it is the same."""
+        """Return the fingerprint of how an epoch is scored: quick scores are comparable only if it is the same."""
         return fingerprint(
             source=code_digests(Evaluator.__module__),
             threat=str(self.resolved.threat),
@@ -83,7 +83,7 @@ class Trainer:
         )
 
     def key(self, params: Params) -> str:
-        """Return the fit's fingerprint: everything that shapes it."""
+        """Return the fit's fingerprint, which covers everything that shapes it."""
         with torch.device("meta"):
             return self._key(self.resolved.defense(params.train, params.inference, self.resolved.task.shape))
 
@@ -97,7 +97,7 @@ class Trainer:
         )
 
     def _trained_on(self, architectures: tuple[str, ...]) -> dict[str, object]:
-        """Return what a fit depends on beside its defense, as parts of a fingerprint."""
+        """Return what a fit depends on besides its defense, as parts of a fingerprint."""
         return {
             "data": self.assets.data_sha256,
             "images": self.assets.training_key,
@@ -106,10 +106,10 @@ class Trainer:
         }
 
     def adversarially_trained(self) -> dict[str, nn.Module]:
-        """Return the static baseline beside a winner: the adversarially trained classifier, where there is one.
+        """Return the static baseline for a winner: the adversarially trained classifier, if there is one.
 
-        Of those that searches of this storage trained on the same images it is the one of the best last epoch, those
-        whose epochs were scored as this study scores them first.
+        Of those that searches of this storage trained on the same images, it is the one with the best last epoch; those
+        whose epochs were scored in the same way as this study's take precedence.
         """
         fits = ((key, self.store.about("fits", key)) for key in self.store.keys("fits"))
         kind = ADVERSARIAL, self.study.task
@@ -120,7 +120,7 @@ class Trainer:
             try:
                 defense = defenses.find(ADVERSARIAL)(about["knobs"], {}, self.resolved.task.shape)
             except (TypeError, InputError):
-                continue  # of another version of the defense
+                continue  # the fit is of another version of the defense
             defense.adopt(self.assets.classifier(self.resolved.task.classifier))
             entry = self.store.get("fits", key) if self._key(defense) == key else None
             if entry is not None:
@@ -130,7 +130,7 @@ class Trainer:
         return {}
 
     def _train(self, key: str, defense: Defense, report: Report) -> tuple[list[Metrics], str]:
-        """Train from the last epoch that was kept, and return the metrics of every epoch and what scored them."""
+        """Train from the last saved epoch, and return the metrics of every epoch and how they were scored (`rungs`)."""
         assets, device_lock = self.assets, self.assets.device_lock
         state = self.store.load_progress(key, assets.device) or {"curve": []}
         if "defense" in state:
@@ -141,7 +141,7 @@ class Trainer:
         consulted = assets.consulted(defense)
         networks = nn.ModuleList([assets.classifier(architecture) for architecture in consulted])
         target = assets.target
-        # A fit's rungs must not depend on the inference setting at which it happened to be proposed.
+        # A fit's quick scores must not depend on the inference setting with which it was proposed.
         defense.at(self.resolved.space.usual())
         batches = Batches(
             x_NCHW,
@@ -153,7 +153,7 @@ class Trainer:
             boundary=device_lock.boundary,
             once=lambda words, make: self._once(words, make, consulted),
         )
-        torch.manual_seed(self.study.seed)  # whatever was trained or loaded before
+        torch.manual_seed(self.study.seed)  # independent of what was trained or loaded before
         with device_lock.working():
             for metrics in defense.fit(batches, networks if defense.bases() else networks[0]):
                 _finite(metrics, len(curve) + 1)
@@ -175,7 +175,7 @@ class Trainer:
                 tensors = {name: tensor.cpu().contiguous() for name, tensor in halved(make()).items()}
             return {"tensors.safetensors": save(tensors)}, {"words": words}
 
-        # Whoever holds the entry's lock may be waiting for the device.
+        # The process that holds the entry's lock may be waiting for the device lock.
         entry = self.store.cached("made", key, made, waiting=self.assets.device_lock.away())
         return load_file(entry / "tensors.safetensors", device=str(self.assets.device))
 

@@ -121,7 +121,7 @@ def test_it_says_what_the_target_says_of_most_images_that_neither_has_seen(
     unseen = digits[0][1550:], classifier(digits[0][1550:]).argmax(1)
     assert fooled(stolen[0.1].network, *unseen) < 0.35
     assert fooled(stolen[-0.1].network, *unseen) < 0.1
-    assert all(found.queries == 9600 and found.rank_correlation > 0.9 for found in stolen.values())
+    assert all(found.queries == 9600 and found.agreement > 0.9 for found in stolen.values())
 
 
 def test_what_fools_it_fools_the_target_far_more_often_than_noise_of_the_same_size(
@@ -158,7 +158,7 @@ def test_rejected_images_count_as_queries_and_teach_nothing(own: Tensor, classif
 
     picky, liar = Picky(classifier), Picky(wrong_where_rejected)
     ours, other = (train_substitute(target, own, small, rounds=2, epochs=3, seed=0) for target in (picky, liar))
-    assert same(ours, other) and ours.rank_correlation == other.rank_correlation
+    assert same(ours, other) and ours.agreement == other.agreement
     seen, answered, asked = torch.cat(picky.seen), 0, 150
     for _ in range(3):
         new = seen[:asked]
@@ -170,7 +170,7 @@ def test_rejected_images_count_as_queries_and_teach_nothing(own: Tensor, classif
 def test_a_target_that_rejects_everything_teaches_nothing(own: Tensor, classifier: nn.Module) -> None:
     target = Picky(classifier)
     found = train_substitute(target, own * 0 + 1, small, seed=0)
-    assert (found.queries, found.rank_correlation, len(target.seen)) == (150, 0.0, 1)
+    assert (found.queries, found.agreement, len(target.seen)) == (150, 0.0, 1)
     assert fooled(found.network, own, classifier(own).argmax(1)) > 0.5
 
 

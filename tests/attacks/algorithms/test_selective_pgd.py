@@ -23,13 +23,13 @@ from defenses.gmvae import GMVAE
 from tests.attacks.algorithms.test_corrected import Score, fooled, l2, one_by_one
 
 Digits = tuple[Tensor, Tensor]
-TrialTimeout = Callable[[Tensor], Tensor]
+Watch = Callable[[Tensor], Tensor]
 
 
 class Detector(nn.Module):
     """A defense that purifies nothing, but watches."""
 
-    def __init__(self, watch: TrialTimeout, limits: Sequence[float]) -> None:
+    def __init__(self, watch: Watch, limits: Sequence[float]) -> None:
         super().__init__()
         self.watch, self.values = watch, limits
 
@@ -41,7 +41,7 @@ class Detector(nn.Module):
 
 
 class Watched(nn.Module):
-    def __init__(self, classifier: nn.Module, watch: TrialTimeout, limits: Sequence[float]) -> None:
+    def __init__(self, classifier: nn.Module, watch: Watch, limits: Sequence[float]) -> None:
         super().__init__()
         self.classifier, self.defense = classifier, Detector(watch, limits)
 
@@ -57,7 +57,7 @@ def errors(target: Any, x: Tensor, y: Tensor) -> float:
     return float(((target(x).argmax(1) != y) & target.accept(x)).double().mean())
 
 
-def column(watch: TrialTimeout) -> TrialTimeout:
+def column(watch: Watch) -> Watch:
     return lambda x: watch(x)[:, None]
 
 
@@ -147,7 +147,7 @@ def test_where_both_aims_conflict_the_step_lies_at_right_angles_to_the_climb() -
     assert _aside(slope, climb)[:, 0, :, 0].tolist() == [[0.0, 4.0], [3.0, 4.0], [1.0, 2.0]]
 
 
-def blind(accepts: TrialTimeout) -> TrialTimeout:
+def blind(accepts: Watch) -> Watch:
     """What `Defense.suspicion` makes of `accept`: 0 or 1, and no gradient."""
     return column(lambda x: (~accepts(x)).to(x))
 

@@ -8,7 +8,7 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import pytest
@@ -30,8 +30,9 @@ from search.reproduce.cells import UNTAUGHT, Cells, Ours
 from search.reproduce.fraction import Fraction
 from search.reproduce.page import _summary, page
 from search.reproduce.paper_tables import Cell, Summary, Table
-from search.reproduce.progress import Pace
+from search.reproduce.progress import TableProgress
 from search.reproduce.reproduction import _named, _order, _summed, beside, reproduce
+from search.reproduce.results import TableResult
 from search.study.loading import make_study
 from search.trial.assets import Assets
 from search.trial.runner import TrialRunner
@@ -80,7 +81,7 @@ def tiny(columns: dict[str, dict[str, Any]] = COLUMNS, **fields: Any) -> Table:
     )
 
 
-def run(storage: Path, table: Table, out: str = "out") -> tuple[dict[str, Any], str]:
+def run(storage: Path, table: Table, out: str = "out") -> tuple[TableResult, str]:
     """Return what was found, and what was printed on the way."""
     console = Console(file=io.StringIO(), width=1000)
     found = beside(table, HALF, storage=str(storage), out=storage / out, console=console)
@@ -94,16 +95,16 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(storage: Path) -> tuple[dict[str, Any], str]:
+def finished(storage: Path) -> tuple[TableResult, str]:
     return run(storage, tiny())
 
 
-def cell(found: dict[str, Any], defense: str) -> dict[str, Any]:
+def cell(found: TableResult, defense: str) -> Any:
     return next(row for row in found["cells"] if row["labels"]["defense"] == defense)
 
 
 def test_a_cell_is_what_an_independent_evaluation_of_the_same_attack_finds(
-    storage: Path, finished: tuple[dict[str, Any], str]
+    storage: Path, finished: tuple[TableResult, str]
 ) -> None:
     row = cell(finished[0], "PuVAE")
     params = Cells(str(storage), None, HALF, 0, lambda *heard: None).params(tiny().cells[2].setting)
@@ -132,7 +133,7 @@ def test_a_cell_is_what_an_independent_evaluation_of_the_same_attack_finds(
 
 
 def test_a_second_run_trains_and_attacks_nothing(
-    storage: Path, finished: tuple[dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+    storage: Path, finished: tuple[TableResult, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda *given: pytest.fail("a fit was asked for"))
     monkeypatch.setattr(Assets, "adversarial", lambda *given: pytest.fail("an attack was run"))
@@ -144,7 +145,7 @@ def test_a_second_run_trains_and_attacks_nothing(
     assert "(kept; it took " in printed and "(kept" not in finished[1]
 
 
-def test_a_cell_that_fails_says_why_and_ends_nothing(finished: tuple[dict[str, Any], str]) -> None:
+def test_a_cell_that_fails_says_why_and_ends_nothing(finished: tuple[TableResult, str]) -> None:
     found, printed = finished
     assert found["state"] == "finished"
     assert cell(found, "Broken")["not_run"].startswith("InputError: latent must be 0 or at least")
@@ -158,27 +159,27 @@ def test_ratios_are_found_after_all_times_and_after_what_they_are_ratios_of() ->
     assert [figure for figure, _ in order] == 3 * ["Time (seconds)"] + 3 * ["Ratio"] and order[3][1] == "PuVAE"
 
 
-def test_a_summary_is_of_the_cells_that_ran(finished: tuple[dict[str, Any], str]) -> None:
+def test_a_summary_is_of_the_cells_that_ran(finished: tuple[TableResult, str]) -> None:
     (one,) = finished[0]["summaries"]
     assert one["ours"] == cell(finished[0], "None")["ours"]
     assert (one["cells"], one["of"]) == (1, 1)
 
 
 def test_a_paper_s_average_is_compared_where_all_of_its_cells_ran_alone() -> None:
-    rows = [{"labels": {"attack": name}, "ours": ours} for name, ours in (("FGSM", 0.5), ("CW", None))]
+    rows: Any = [{"labels": {"attack": name}, "ours": ours} for name, ours in (("FGSM", 0.5), ("CW", None))]
     one = _summed(Summary("average", {}, 0.4, "40.0"), rows)
     assert (one["ours"], one["cells"], one["of"], one["distance"]) == (0.5, 1, 2, None)
     assert "ours 50.0 over 1 of 2 cells, the paper's 40.0, of all cells" in _summary(one)
     assert _summed(Summary("average", {"attack": "FGSM"}, 0.4, "40.0"), rows)["distance"] == pytest.approx(0.1)
 
 
-def test_what_was_rejected_is_searched_and_counted_alone(finished: tuple[dict[str, Any], str]) -> None:
+def test_what_was_rejected_is_searched_and_counted_alone(finished: tuple[TableResult, str]) -> None:
     rejected, searched = cell(finished[0], "GMVAE"), cell(finished[0], "Searched")
     assert searched["images"] == round(rejected["ours"] * rejected["images"]) > 0
 
 
 def test_the_page_names_the_threat_model_by_its_true_name_and_says_what_the_run_was(
-    storage: Path, finished: tuple[dict[str, Any], str]
+    storage: Path, finished: tuple[TableResult, str]
 ) -> None:
     for text in ((storage / "out" / "table.html").read_text(), (storage / "out" / "table.md").read_text()):
         assert "oblivious, white-box (the paper says" in text
@@ -191,7 +192,7 @@ def test_the_page_names_the_threat_model_by_its_true_name_and_says_what_the_run_
     assert "http" not in (storage / "out" / "table.html").read_text()
 
 
-def test_colours_are_for_terminals(finished: tuple[dict[str, Any], str]) -> None:
+def test_colours_are_for_terminals(finished: tuple[TableResult, str]) -> None:
     for terminal in (False, True):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
         console.print(page(finished[0]))
@@ -254,7 +255,7 @@ def test_times_are_compared_as_multiples_of_the_fastest(storage: Path) -> None:
     values = {"MagNet": 0.1, "Defense-GAN": 10.0, "times": 1.0}
     cells = tuple(replace(c, value=values[c.labels[1]], printed=str(values[c.labels[1]])) for c in table.cells)
     found, _ = run(storage, replace(table, cells=cells, summaries=()), "times")
-    magnet, descended, times = found["cells"]
+    magnet, descended, times = cast(list[Any], found["cells"])
     assert magnet["relative"] == {"ours": 1.0, "paper": 1.0, "to": "A · MagNet"}
     assert descended["relative"]["paper"] == pytest.approx(100)
     assert descended["ours"] > magnet["ours"]
@@ -327,7 +328,7 @@ def test_a_fraction_cuts_images_epochs_batches_and_steps() -> None:
 
 
 def test_the_time_left_is_told_from_timed_steps_and_runs_out(storage: Path) -> None:
-    threads, pace = torch.get_num_threads(), Pace(Console(file=io.StringIO(), width=200), 1)
+    threads, pace = torch.get_num_threads(), TableProgress(Console(file=io.StringIO(), width=200), 1)
     setting = Setting(task="digits/A", **ATTACK, defense="puvae", knobs={**TINY, "latent": 3})
     pace.expect(Cells(str(storage), None, HALF, 0, lambda *heard: None), [setting])
     whole = pace.left()
@@ -352,7 +353,7 @@ def test_a_table_that_there_is_not_is_named_before_anything_runs(tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
-def test_figure_7_shows_the_classes_of_one_image(storage: Path, finished: tuple[dict[str, Any], str]) -> None:
+def test_figure_7_shows_the_classes_of_one_image(storage: Path, finished: tuple[TableResult, str]) -> None:
     table = tiny({"PuVAE": COLUMNS["PuVAE"]}, name="puvae/fig7", summaries=())
     found, _ = run(storage, table, "figure 7")
     assert found["pictures"] == ["classes.png"]
@@ -361,7 +362,7 @@ def test_figure_7_shows_the_classes_of_one_image(storage: Path, finished: tuple[
     assert "data:image/png;base64," in (storage / "figure 7" / "table.html").read_text()
 
 
-def test_figures_9_and_3_are_charts(storage: Path, finished: tuple[dict[str, Any], str]) -> None:
+def test_figures_9_and_3_are_charts(storage: Path, finished: tuple[TableResult, str]) -> None:
     setting = COLUMNS["PuVAE"]
     over = tiny({"PuVAE": setting}, name="puvae/fig9", dimensions=("attack", "defense"), labels={"attack": ("A",)})
     over = replace(over, labels={"attack": ("A",), "defense": ("PuVAE",)}, summaries=())

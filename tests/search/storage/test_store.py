@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,8 @@ from torch import nn
 
 from search.storage.atomic import folder_atomic, write_atomic
 from search.storage.fingerprint import fingerprint
-from search.storage.store import Store, to_bytes
+from search.storage.outage import MARKER, MEANING
+from search.storage.store import Content, Store, to_bytes
 
 FILES = {"a.bin": b"one", "b.bin": b"two"}
 
@@ -63,6 +68,39 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         write_atomic(tmp_path / "file", b"x")
     assert store.get("fits", "k") is None
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["here"]
+
+
+def test_fits_of_an_earlier_version_are_counted_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put("fits", "k", FILES, {})
+    assert store.outdated_fits() == 0, "a new store has none"
+    (tmp_path / MARKER).write_bytes(MEANING)  # as it was until 2026-11
+    assert Store(tmp_path).outdated_fits() == 1
+    assert Store(tmp_path).outdated_fits() == 0
+    assert Store(tmp_path / "absent").outdated_fits() == 0 and not (tmp_path / "absent").exists()
+
+
+def test_an_entry_is_made_once_and_the_others_wait_for_it(tmp_path: Path) -> None:
+    made, waits = list[int](), list[str]()
+
+    def make() -> Content:
+        time.sleep(0.2)
+        made.append(1)
+        return FILES, {"made": len(made)}
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        waits.append("in")
+        yield
+        waits.append("out")
+
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(lambda _: Store(tmp_path).cached("made", "k", make, waiting()), range(3)))
+    assert made == [1] and waits.count("in") == waits.count("out") == 3
+    assert folders == {tmp_path.resolve() / "made" / "k"} and Store(tmp_path).about("made", "k") == {"made": 1}
+    with pytest.raises(ZeroDivisionError):
+        Store(tmp_path).cached("made", "other", lambda: ({}, {"x": 1 // 0}))
+    assert Store(tmp_path).lock("made", "other").acquire(timeout=1), "whoever failed has let go of the lock"
 
 
 def test_a_folder_that_fails_half_way_is_gone(tmp_path: Path) -> None:

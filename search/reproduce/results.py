@@ -1,0 +1,79 @@
+"""What a reproduced table holds, as it is written to table.json."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+
+class Relative(TypedDict):
+    """A time as a multiple of the one in the cell `to`, ours and the paper's."""
+
+    ours: float
+    paper: float
+    to: str
+
+
+class CellResult(TypedDict):
+    """One number of a paper beside ours: fractions, or seconds.
+
+    `band` says how near they are: 0 nearest, 3 farthest. `ran` is what this run was: training images, epochs, knobs
+    that the fraction cut. `not_run` says why there is no number of ours; empty where there is one.
+    """
+
+    labels: dict[str, str]
+    paper: float | None
+    printed: str
+    note: str
+    measure: str
+    threat: str
+    setting: dict[str, Any]
+    ours: float | None
+    interval: tuple[float, float] | None
+    distance: float | None
+    band: int | None
+    images: int
+    seconds: float
+    ran: dict[str, Any]
+    not_run: str
+    relative: NotRequired[Relative]
+    batch_s: NotRequired[float]
+
+
+class SummaryResult(TypedDict):
+    """A number that a paper gives of many cells, beside ours of the `cells` of them that ran."""
+
+    kind: str
+    labels: dict[str, str]
+    paper: float
+    printed: str
+    note: str
+    ours: float | None
+    cells: int
+    of: int
+    distance: float | None
+
+
+class TableResult(TypedDict):
+    """A paper's table beside ours."""
+
+    name: str
+    title: str
+    citation: str
+    source: str
+    quantity: Literal["accuracy", "seconds"]
+    remark: str
+    threat: str
+    called: str
+    dimensions: list[str]
+    labels: dict[str, list[str]]
+    fraction: float
+    meaning: str
+    split: str
+    seed: int
+    device: str
+    state: Literal["running", "finished", "interrupted"]
+    folder: str
+    seconds: float
+    cells: list[CellResult]
+    summaries: list[SummaryResult]
+    pictures: list[str]
