@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torchattacks
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,6 +78,8 @@ class AdvAE(Defense):
         Running statistics lag behind the weights: with them, the cnn collapsed to constant images on MNIST at the
         paper's learning rate; with batch statistics it trained.
         """
+        import torchattacks  # only a training needs it
+
         k = self.train_knobs
         pgd = torchattacks.PGD(Defended(self, base), eps=k.eps, alpha=k.pgd_step_size, steps=k.pgd_steps)
         with evaluating(self) if k.attack_statistics == "running" else _unrecorded(self):

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torchattacks
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,6 +58,8 @@ class AdversarialTraining(Defense):
 
     def attacked(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
         """Return x + delta: the inner maximum of AdvAE's Eq. 4, found by the attack on the current network."""
+        import torchattacks  # only a training needs it
+
         k = self.train_knobs
         if k.attack == "fgsm":
             attack = torchattacks.FGSM(self.network, eps=k.eps)

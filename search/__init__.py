@@ -1,6 +1,6 @@
-"""The search: studies, tasks, the store, trials, Optuna, Ray, W&B, reports and exports.
+"""The hyperparameter search: studies, tasks, the store, trials, Optuna, Ray, W&B, reports and exports.
 
-In a notebook, from the repository's root: `from search import Study, search, candidates, front, load` (docs/tour.md).
+In a notebook, from the repository root: `from search import Study, search, candidates, front, load` (docs/tour.md).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib
 import os
 from typing import Any
 
-# Threads that spin while they wait make runs beside each other many times slower. OpenMP reads it when torch is loaded.
+# Threads that spin while waiting make parallel runs many times slower. OpenMP reads this when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 HOMES = {
@@ -19,7 +19,7 @@ HOMES = {
     "front": "api",
     "load": "export.loader",
 }
-"""The modules of what the package offers: none is imported before it is asked for, as loading needs few of them."""
+"""The module of each public name; modules are imported on first use, because loading an export needs few of them."""
 
 
 def __getattr__(name: str) -> Any:

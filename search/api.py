@@ -1,4 +1,4 @@
-"""The Python API, for notebooks and scripts: the same objects that the command line uses, and tables as DataFrames."""
+"""The Python API for notebooks and scripts: the objects of the command line, with tables as DataFrames."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from spaces.exceptions import InputError
 
 TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm")
 FREE = {"trials", "address", "concurrent", "gpus_per_trial", "cpus_per_trial", "trial_timeout", "wandb", "data_dir"}
-"""Fields of a study that may be others when it goes on."""
+"""Fields of a study that may change when a search is resumed."""
 
 
 def search(study: Study, *, debug: bool = False, console: Console | None = None) -> pd.DataFrame:
-    """Run a search and return its candidates; one that was begun goes on where it stopped, so a cell can run again.
+    """Run a search and return its candidates; a search that exists is resumed, so a notebook cell can run again.
 
     Args:
         debug: run the trials in this process, without Ray.
-        console: where progress is shown; else standard output. `Console(quiet=True)` shows nothing.
+        console: where progress is shown; default: standard output. `Console(quiet=True)` shows nothing.
 
     Raises:
-        InputError: the study asks for what is not there, or another study has its name.
-        RuntimeError: no trial left a candidate.
-        KeyboardInterrupt: it was interrupted; what had ended is kept.
+        InputError: the study is invalid, or a different study has its name.
+        RuntimeError: no trial produced a candidate.
+        KeyboardInterrupt: the search was interrupted; trials that had ended are kept.
     """
     console = console or _console()
     check_study(study)
@@ -50,7 +50,7 @@ def search(study: Study, *, debug: bool = False, console: Console | None = None)
 
 
 def _console() -> Console:
-    """Return a console on standard output; what is piped is never cut."""
+    """Return a console on standard output; piped lines are not truncated."""
     console = Console(markup=False, emoji=False)
     return console if console.is_terminal or console.is_jupyter else Console(markup=False, emoji=False, width=1000)
 
@@ -60,7 +60,7 @@ def candidates(study: Study | str, storage: str = "runs") -> pd.DataFrame:
 
     Args:
         study: a study, or the name of a search.
-        storage: where a search that is named lies.
+        storage: the storage of a search that is given by name.
 
     Raises:
         InputError: there is no such search, or it has not begun.
@@ -70,11 +70,11 @@ def candidates(study: Study | str, storage: str = "runs") -> pd.DataFrame:
 
 
 def front(study: Study | str, storage: str = "runs") -> pd.DataFrame:
-    """Return the Pareto front of a search, most robust first: candidates within the constraints, which none beats.
+    """Return the Pareto front of a search: the non-dominated candidates within the constraints, most robust first.
 
     Args:
         study: a study, or the name of a search.
-        storage: where a search that is named lies.
+        storage: the storage of a search that is given by name.
 
     Raises:
         InputError: there is no such search, or it has not begun.
@@ -97,7 +97,7 @@ def _same(study: Study, begun: Study) -> None:
 
 
 def _table(history: SearchHistory, found: Sequence[Candidate]) -> pd.DataFrame:
-    """Return candidates as a table in which a column has one type, however few rows there are."""
+    """Return candidates as a table; the type of each column does not depend on the number of rows."""
     rows = [candidate.row() for candidate in found]
     if not rows and (undefended := history.undefended()):
         rows = [replace(undefended, params=history.space.setting(history.space.usual_of)).row()]
@@ -109,7 +109,7 @@ def _table(history: SearchHistory, found: Sequence[Candidate]) -> pd.DataFrame:
 
 
 def _kind(domain: BaseDistribution | None, column: str) -> str:
-    """Return the type of a column: of the knob with this domain, or of a figure."""
+    """Return the type of a column; `domain` is that of its knob, or None for other columns."""
     if domain is None:
         return "str" if column in TEXT else "int64" if column == "queries" else "float64"
     if isinstance(domain, CategoricalDistribution):

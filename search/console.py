@@ -1,4 +1,4 @@
-"""The terminal while something long runs: what goes on, and how it is ended."""
+"""Progress display of long operations, and their end by a signal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.progress import (
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Take SIGTERM, a batch system's or a cluster's notice to leave, as Ctrl-C; Ray must have set its own before."""
+    """Handle SIGTERM, sent by batch systems and clusters, like Ctrl-C; enter only after Ray has set its handler."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -33,7 +33,7 @@ def terminable() -> Iterator[None]:
 
 
 def _as_ctrl_c(*_: object) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what a script starts with `&`
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores SIGINT for a script's `&` jobs
         raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
 
@@ -41,11 +41,11 @@ def _as_ctrl_c(*_: object) -> None:
 def progress_bars(
     console: Console, count: ProgressColumn | None = None, left: ProgressColumn | None = None
 ) -> Progress:
-    """Return the progress display of every command; it shows nothing where the output is piped.
+    """Return the progress display of all commands; it shows nothing if the output is piped.
 
     Args:
-        count: the column that says how much is done; else percent.
-        left: the column that says how long it will take still; else an estimate from the last hour.
+        count: the column for the completed amount; default: percent.
+        left: the column for the remaining time; default: an estimate from the last hour.
     """
     return Progress(
         TextColumn("{task.description}"),
@@ -63,7 +63,7 @@ def progress_bars(
 
 @contextmanager
 def working(console: Console, doing: str) -> Iterator[None]:
-    """Say what takes minutes and, on a terminal, for how long it has been going on."""
+    """Print the name of a long operation and, on a terminal, the time since its start."""
     console.print(doing, highlight=False, soft_wrap=True)
     with progress_bars(console) as progress:
         progress.add_task("", total=None)

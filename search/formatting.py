@@ -1,4 +1,4 @@
-"""How figures are written for people."""
+"""Formats figures for people."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from spaces.domain import Scalar, written
 
 
 def percent(fraction: float | None, unit: str = "\u00a0%", absent: str = "–") -> str:
-    """Return a fraction in percent, with one digit after the point."""
+    """Return a fraction in percent, with one decimal."""
     if fraction is None or not math.isfinite(fraction):
         return absent
     return f"{100 * fraction:.1f}{unit}"
 
 
 def points(fraction: float | None) -> str:
-    """Return a fraction in percent without the sign, for a column whose heading has it."""
+    """Return a fraction in percent without the percent sign, for a column that has it in its heading."""
     return percent(fraction, unit="", absent="-")
 
 
@@ -39,7 +39,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def spoken_device(device: str) -> str:
-    """Return a device as it was measured on, its threads in the right number."""
+    """Return the description of a device, with `thread` in the singular or plural."""
     return device.replace(" 1 thread(s)", " 1 thread").replace("thread(s)", "threads")
 
 
@@ -52,10 +52,10 @@ def spoken_value(value: Scalar | None) -> str:
 
 
 def spoken_eps(eps: float | None) -> str:
-    """Return eps as papers write it: 0.3, but 8/255."""
+    """Return eps as papers write it: as a decimal, such as 0.3, or a fraction, such as 8/255."""
     return "of the task" if eps is None else written(eps)
 
 
 def brief(value: Scalar) -> str:
-    """Return a knob's value, three digits of a float."""
+    """Return the value of a knob; a float has three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

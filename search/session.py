@@ -1,4 +1,4 @@
-"""A search from its first check to its leaderboard: what the command line's words do."""
+"""One search from its first check to its leaderboard: the functions behind the commands."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
     """Run a new search and return the exit code.
 
     Raises:
-        InputError: the name is taken, the storage cannot be written, the data cannot be had, or nothing is found for
-            a warm start.
-        StorageError: the storage failed on the way.
+        InputError: the name is taken, the storage is not writable, the data are not available, or a warm start finds
+            no trials.
+        StorageError: the storage failed during the search.
     """
     _writable(study)
     _new(study)
@@ -62,10 +62,10 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
 
 
 def rehearse(study: Study, console: Console) -> Forecast:
-    """Return what a new search would run and take; nothing is kept.
+    """Return a forecast of the trials and time of a new search; nothing is stored.
 
     Raises:
-        InputError: the name is taken, nothing is found for a warm start, or nothing holds a trial.
+        InputError: the name is taken, a warm start finds no trials, or no machine has the resources for a trial.
     """
     _new(study)
     if study.warm_start is not None:
@@ -81,7 +81,7 @@ def rehearse(study: Study, console: Console) -> Forecast:
 
 
 def proceed(study: Study, console: Console, *, debug: bool) -> int:
-    """Go on with a search and return the exit code."""
+    """Resume a search and return the exit code."""
     threat = study.resolved.threat
     for candidate in SearchHistory(study).candidates() if has_begun(study) else ():
         if candidate.score.threat != threat:
@@ -93,12 +93,12 @@ def proceed(study: Study, console: Console, *, debug: bool) -> int:
 
 
 def status(study: Study) -> dict[str, Any]:
-    """Return how far a search is, and the best so far."""
+    """Return the progress of a search and its best candidate so far."""
     return status_of(study, runs=_runs(study))
 
 
 def write_report(study: Study) -> Path:
-    """Write report.html, into the storage too where that is elsewhere, and return its path."""
+    """Write report.html, copy it to a remote storage if there is one, and return its local path."""
     path = page.write(summarise(study), study.folder / "report.html")
     sync.deliver(study, path)
     return path
@@ -121,17 +121,17 @@ def fetch(datasets: Sequence[str], data_dir: str | None, console: Console) -> No
 
 
 def check(datasets: Sequence[str], data_dir: str | None) -> list[dict[str, Any]]:
-    """Return the state of data sets; of all where none is named."""
+    """Return the state of data sets; of all data sets if `datasets` is empty."""
     return [vars(splits.check(dataset, data_dir)) for dataset in datasets or DATASETS]
 
 
 def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
-    """Run what is left of a search, alone: two drivers on one study would undo each other's work."""
+    """Run the remaining trials of a search under a lock, because two drivers would corrupt one study."""
     _writable(study)
     if other := sync.driver(study):
         raise InputError(f"a search must run once at a time, but {study.name!r} runs on {other}, or did a minute ago")
-    splits.fetch(study.resolved.task.dataset, study.data_dir)  # and check them, before anything is trained
-    study = study.model_copy()  # what was fetched may have other sizes than the official data
+    splits.fetch(study.resolved.task.dataset, study.data_dir)  # also checks them, before any training
+    study = study.model_copy()  # resolve again: fetched data may differ in size from the official data
     resolved = study.resolved
     if study.train_images is not None:
         console.print(
@@ -150,7 +150,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
     try:
         with study.store.lock("searches", study.name).acquire(timeout=0), sync.sending(study, say) as couriers:
             if new:
-                _new(study)  # another driver may have begun, and ended, since
+                _new(study)  # another driver may have run this search in the meantime
             known, ended = _held(study)
             if outdated := study.store.outdated_fits():
                 say(
@@ -162,7 +162,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
             csv_log = CsvLog(study.folder / "candidates.csv", known)
             tracker = WandbTracker(study.wandb, study.folder, say, known, ended)
             display = LiveTable(console, study, list(resolved.space.searched()), resolved.epochs, ended.total())
-            with closing(tracker):  # last: what was found does not wait for a server
+            with closing(tracker):  # closed last, so that results do not wait for a server
                 with closing(display):
                     state = run.run(study, [csv_log, tracker, *couriers, display], debug=debug)
                 return _conclude(study, state, console, tracker)
@@ -177,7 +177,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
 
 
 def _held(study: Study) -> tuple[list[Candidate], Counter[str]]:
-    """Return the candidates of a search, and how many of its trials have ended in each way."""
+    """Return the candidates of a search, and the number of its ended trials by state."""
     if not has_begun(study):
         return [], Counter()
     history = SearchHistory(study)
@@ -219,13 +219,13 @@ def _conclude(study: Study, state: State, console: Console, tracker: WandbTracke
 
 
 def _resume(study: Study) -> str:
-    """Return the command that goes on with a search."""
+    """Return the command that resumes a search."""
     elsewhere = "" if study.storage == Study().storage else f" --storage {shlex.quote(study.storage)}"
     return f"python launch.py resume {study.name}{elsewhere}"
 
 
 def _runs(study: Study) -> bool:
-    """Say whether a driver runs this search now; a storage that may only be read tells it too."""
+    """Return whether a driver runs this search now; this also works on a read-only storage."""
     try:
         with open(study.store.lock("searches", study.name).lock_file) as held:
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)

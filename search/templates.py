@@ -1,4 +1,4 @@
-"""The one environment of the pages that are written from templates: reports, tables, model cards."""
+"""Renders the Jinja templates of reports, tables and model cards in one environment."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from search.formatting import duration, milliseconds, percent, spoken_device, sp
 
 
 def render(template: Path, **values: Any) -> str:
-    """Return a page; a name that a template uses and is not given is an error.
+    """Return the rendered page; a missing value is an error.
 
     Args:
-        template: a file NAME.j2; what NAME ends with says how values are escaped, and `include` looks beside it.
+        template: a file NAME.j2. The suffix of NAME determines escaping; `include` looks in the same folder.
     """
     return _environment(template.parent).get_template(template.name).render(**values)
 
@@ -24,7 +24,7 @@ def render(template: Path, **values: Any) -> str:
 def _environment(folder: Path) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
-        # Names and reasons of failures are not ours, and may hold markup; in markdown there is nothing to escape.
+        # Names and failure reasons come from outside and may contain markup; markdown needs no escaping.
         autoescape=lambda name: not (name or "").endswith(".md.j2"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -86,10 +86,22 @@ def audit(
     beside = {name: attacked(model) for name, model in {**undefended, **(baselines or {})}.items()}
     heavier, lost = _heavier(target, x_NCHW, y_N, threat, found, seed)
     probe = Probe(target, x_NCHW, y_N, replace(threat, knowledge="white-box"), seed)
-    standing_DN = heavier.survivors
     gates = (
         *quick_gates(target, x_NCHW, y_N, seed=seed),
         noise_gate(noisy(target, *images, threat, seed, len(heavier.clean.right)), heavier, limits(target)),
+        *_attack_gates(target, probe, found, heavier, lost),
+        *(_baseline(found, beside["undefended"]) for _ in undefended),
+        _tailored(target, found),
+    )
+    return Audit(gates, heavier, beside)
+
+
+def _attack_gates(
+    target: nn.Module, probe: Probe, found: Robustness, heavier: Robustness, lost: float
+) -> tuple[Gate, ...]:
+    """Return the gates that compare the attacks with others: weaker, blind, longer, transferred ones."""
+    standing_DN = heavier.survivors
+    return (
         probe.single_step(standing_DN),
         probe.transfer(found),
         probe.square(standing_DN),
@@ -101,10 +113,7 @@ def audit(
         _draws(heavier),
         probe.randomness(heavier),
         probe.planted(),
-        *(_baseline(found, beside["undefended"]) for _ in undefended),
-        _tailored(target, found),
     )
-    return Audit(gates, heavier, beside)
 
 
 def _heavier(

@@ -1,4 +1,4 @@
-"""What this machine can do, and what is missing, each with its remedy."""
+"""Checks what this machine can do and what is missing, with a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from spaces.exceptions import InputError
 GIB = 2**30
 LOCK = Path(__file__).resolve().parents[2] / "requirements.lock"
 NAMED = ("torch", "ray", "optuna", "wandb")
-"""Packages whose versions are shown by themselves: a cluster's nodes must agree on them."""
+"""Packages with a row of their own: all nodes of a cluster need the same versions."""
 OPEN_FILES = 8192
-"""What Ray asks for; it raises the limit itself as far as it may."""
+"""Open files that Ray needs; Ray raises the soft limit itself, up to the hard limit."""
 DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 SHARED = Path("/dev/shm")
 GPU = "where there is one: its driver; in a container also --gpus all"
@@ -38,7 +38,7 @@ MORE = "give the machine or container more (docker run --shm-size=4g)"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `remedy` is empty where all is well or nothing is needed."""
+    """The result of one check; `remedy` is empty if there is nothing to do."""
 
     what: str
     well: bool
@@ -47,12 +47,12 @@ class Finding:
 
     @property
     def optional(self) -> bool:
-        """Whether it is absent, and not needed."""
+        """Whether the thing is missing but not required."""
         return self.well and bool(self.remedy)
 
 
 def examine(storage: str, data_dir: str | None, address: str | None = None) -> list[Finding]:
-    """Return the findings on this machine, and on the cluster at an address."""
+    """Return the results of all checks of this machine, and of the cluster at `address`."""
     here = [_python(), *_packages(), _device(), _memory(), _files(), *_storage(storage), *_disks(data_dir)]
     here += [*_data(data_dir), _wandb()]
     return here + (_cluster(address, storage, data_dir) if address else [])
@@ -64,7 +64,7 @@ def _python() -> Finding:
 
 
 def _packages() -> list[Finding]:
-    """Compare what is installed with what is pinned."""
+    """Compare the installed versions with the pinned versions."""
     pinned = dict(line.split("==") for line in LOCK.read_text().splitlines() if "==" in line)
     held = {name: _installed(name) for name in pinned}
     other = {name: f"{held[name]}, not {pinned[name]}" for name in pinned if not _same(held[name], pinned[name])}
@@ -86,7 +86,7 @@ def _same(held: str, pinned: str) -> bool:
 
 
 def _device() -> Finding:
-    """Look at the GPUs, and at what keeps torch from those that this machine has."""
+    """Check the GPUs of this machine, and why torch cannot use them."""
     built = f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build of torch"
     told = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", DRIVER.read_text()) if DRIVER.exists() else None
     driver = f"driver {told[0]}" if told else "no driver"
@@ -106,7 +106,7 @@ def _device() -> Finding:
 
 
 def _tried(found: str) -> Finding:
-    """Use each GPU: a torch that was not built for its architecture sees it, and can do nothing with it."""
+    """Test each GPU: torch lists a GPU whose architecture it was not built for, but cannot use it."""
     for index in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(index)
         if refusal := _refusal(partial(torch.ones, 1, device=f"cuda:{index}")):
@@ -117,7 +117,7 @@ def _tried(found: str) -> Finding:
 
 
 def _refusal(use: Callable[[], object]) -> str:
-    """Return why a GPU cannot be used; empty where it can."""
+    """Return why a GPU cannot be used; empty if it can."""
     try:
         use()
     except (RuntimeError, AssertionError) as error:
@@ -143,7 +143,7 @@ def _files() -> Finding:
 
 
 def _storage(storage: str) -> list[Finding]:
-    """Look at the disk that a search writes to and, where the storage is a URI, whether it answers."""
+    """Check the disk that a search writes to and, if the storage is a URI, whether it is writable."""
     try:
         storage = check_storage(storage)
         mirror, disk = mirror_of(storage), _disk("storage", local_folder(storage), "choose another --storage")
@@ -196,7 +196,7 @@ def _wandb() -> Finding:
 
 
 def _cluster(address: str, storage: str, data_dir: str | None) -> list[Finding]:
-    """Join a cluster as a search would, which tries its versions, the way of code and data, and the storage."""
+    """Join a cluster like a search does, which checks its versions, the transfer of code and data, and the storage."""
     from search.engine.cluster import joined, spoken  # Ray takes a second to import
 
     study = Study(task="digits/A", address=address, storage=storage, data_dir=data_dir)

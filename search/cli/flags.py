@@ -1,6 +1,6 @@
-"""The flags and arguments of the command line: those of a study, and those that commands share.
+"""The flags and arguments of the command line: the fields of a study, and those that commands share.
 
-Nothing here imports torch: `--help` and a shell that completes must not wait for it.
+This module must not import torch, so that `--help` and shell completion are fast.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ PANELS: Mapping[str, tuple[str, ...]] = {
 NOUNS = {"address": "HOST:PORT", "storage": "PATH", "data_dir": "PATH", "knobs": "NAME=VALUE"}
 KINDS = {"defense": "defenses", "task": "tasks", "protect": "tasks", "space": "spaces", "suite": "attacks"}
 KINDS |= {"knobs": "knobs", "warm_start": "searches"}
-"""The kinds of thing that fields name."""
+"""For each field whose value is a name: the kind of its value, for shell completion."""
 
 
 def completed(kind: str) -> Callable[[Context], Sequence[str]]:
-    """Return what completes the name of a kind of thing: one that `list` shows, or one of those named here."""
+    """Return the completion function for names of a kind: a kind of `list`, or one that is handled here."""
 
     def names(ctx: Context) -> Sequence[str]:
         storage = Path(str(ctx.params.get("storage") or "runs"))
@@ -84,7 +84,7 @@ def _completing(kind: str | None, words: Sequence[str]) -> Callable[..., Sequenc
 
 
 def _value(noun: str, help: str, kind: str | None = None, words: Sequence[str] = (), **more: Any) -> Any:
-    """Declare a flag with a value; what completes it is one of `words`, or the name of a kind of thing."""
+    """Declare a flag with a value; it is completed from `words`, or from the names of a kind."""
     return Option(metavar=noun, help=help, autocompletion=_completing(kind, words), **more)
 
 
@@ -93,7 +93,7 @@ def _switch(flag: str, help: str) -> Any:
 
 
 def _named(noun: str, help: str, kind: str | None = None, words: Sequence[str] = ()) -> Any:
-    """Declare an argument; what completes it is as for a flag."""
+    """Declare an argument; it is completed like a flag."""
     return Argument(metavar=noun, help=help, autocompletion=_completing(kind, words))
 
 
@@ -146,7 +146,7 @@ Pages = Annotated[Path | None, _value("PATH", "the folder of the pages; else in 
 
 
 def flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each field of a study, so that neither can drift from the other."""
+    """Add a flag for each field of a study to a command, so that the two always agree."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     fields = [_flag(name) for name in Fields.model_fields]
     command.__signature__ = inspect.Signature([*own, *fields])  # type: ignore[attr-defined]
@@ -155,13 +155,13 @@ def flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a study that were given as flags."""
+    """Return the fields of a study that were set by flags."""
     found = {name: value for name, value in values.items() if value not in (None, [])}
     return {**found, "knobs": _knobs(found["knobs"])} if "knobs" in found else found
 
 
 def _flag(name: str) -> inspect.Parameter:
-    """Return the flag of one field; its value stays text, since the study itself says what is wrong with it."""
+    """Return the flag of one field; its value stays text, because the study validates it."""
     field = Fields.model_fields[name]
     kinds = (field.annotation, *get_args(field.annotation))
     noun = "FLOAT" if float in kinds else "INTEGER" if int in kinds else "NAME"
@@ -183,7 +183,7 @@ def _flag(name: str) -> inspect.Parameter:
 
 
 def _knobs(code_digests: Sequence[str]) -> dict[str, Any]:
-    """Return NAME=VALUE and NAME=V1,V2 as a study's knobs."""
+    """Parse NAME=VALUE and NAME=V1,V2 into the knobs of a study."""
     found = {}
     for text in code_digests:
         name, equals, value = text.partition("=")

@@ -1,6 +1,6 @@
-"""What there is to choose from, as rows: defenses with their knobs, attacks, spaces, tasks, tables, searches.
+"""The rows of `list`: defenses with their knobs, attacks, spaces, tasks, tables and searches.
 
-Each kind imports what it needs: a shell that completes waits for it.
+Each kind imports only the modules that it needs, so that shell completion is fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def rows(what: str, storage: str) -> list[Row]:
-    """Return what `list` shows of a kind of thing.
+    """Return the rows of `list` for one kind.
 
     Raises:
         InputError: there is no such kind.
@@ -37,7 +37,7 @@ def rows(what: str, storage: str) -> list[Row]:
 
 
 def states(name: str | None, storage: str, warn: Callable[[str], None]) -> list[Row]:
-    """Return how far one search is, or each of a storage; of those, one that cannot be read hides no other."""
+    """Return the progress of one search, or of all in a storage, with a warning for each that cannot be read."""
     from search import session
     from search.study.catalog import open_search, search_names
 
@@ -53,10 +53,10 @@ def states(name: str | None, storage: str, warn: Callable[[str], None]) -> list[
 
 
 def exports(paths: Iterable[Path]) -> list[Path]:
-    """Return the exports at these paths: each is one, or a folder of some.
+    """Return the exports at these paths; each path is an export, or a folder of exports.
 
     Raises:
-        InputError: there is none, with the nearest name that there is.
+        InputError: a path is neither; the message suggests the most similar existing name.
     """
     found = []
     for path in paths:
@@ -68,10 +68,10 @@ def exports(paths: Iterable[Path]) -> list[Path]:
 
 
 def export(path: Path) -> Path:
-    """Return the one export at a path.
+    """Return the only export at a path.
 
     Raises:
-        InputError: there is none, or more than one.
+        InputError: there is no export, or more than one.
     """
     found = exports([path])
     if len(found) > 1:
@@ -80,7 +80,7 @@ def export(path: Path) -> Path:
 
 
 def _near(path: Path) -> str:
-    """Return a hint at the path that may have been meant, where its first missing part resembles one that is there."""
+    """Return a suggestion if the first missing part of the path is similar to an existing folder; else nothing."""
     whole = path.absolute()
     there = next(parent for parent in (whole, *whole.parents) if parent.is_dir())
     missing = whole.relative_to(there).parts

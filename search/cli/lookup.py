@@ -1,4 +1,4 @@
-"""The commands that look things up: what there is, what this machine can do, the data sets."""
+"""The commands that look things up: `list`, `doctor`, `completion` and `data`."""
 
 from __future__ import annotations
 

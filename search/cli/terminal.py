@@ -1,4 +1,4 @@
-"""The terminal: what is printed where, what a shell completes, and the exit codes."""
+"""Output of commands on the terminal, shell completion, and exit codes."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ complete -o bashdefault -o default -F _crucible python python3 launch.py
 
 
 class Screen(Console):
-    """The terminal, or what the output is piped to, such as `head`."""
+    """A console on the terminal, or on a pipe to a program such as `head`."""
 
     def on_broken_pipe(self) -> None:
-        """Go on in silence: whoever listened has heard enough, but a search has not ended."""
+        """Continue without output: the reader of the pipe has ended, but the search has not."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Plain:
-    """Shows no type beside an argument, whose name says it, and none beside --help, which takes no value."""
+    """Hides the type of arguments, which the name already tells, and of --help, which has no value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
@@ -67,15 +67,15 @@ class _Plain:
 
 
 class Command(_Plain, TyperCommand):
-    """A command of ours."""
+    """A command whose help hides redundant types."""
 
 
 class Group(_Plain, TyperGroup):
-    """A group of them."""
+    """A group of such commands."""
 
 
-PLAIN: dict[str, Any] = {"markup": False, "emoji": False}  # what failed says why in words of its own, "[/x]" too
-console = Screen(width=None if sys.stdout and sys.stdout.isatty() else 1000, **PLAIN)  # what is piped is never cut
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False}  # error texts are printed as they are, also "[/x]"
+console = Screen(width=None if sys.stdout and sys.stdout.isatty() else 1000, **PLAIN)  # piped lines are not truncated
 
 
 def command(app: typer.Typer, panel: str, *examples: str, name: str | None = None) -> Callable[..., Any]:
@@ -91,7 +91,7 @@ def end(code: int) -> None:
 
 @contextmanager
 def progress(as_json: bool) -> Iterator[Console]:
-    """Yield where notes and progress go: standard error where standard output must hold JSON alone."""
+    """Yield the console for notes and progress: standard error if standard output must contain only JSON."""
     if not as_json:
         yield console
         return
@@ -100,7 +100,7 @@ def progress(as_json: bool) -> Iterator[Console]:
 
 
 def show(found: Any, as_json: bool, page: Callable[[Any], Any] | None = None) -> None:
-    """Print what a command found: as JSON, else as what `page` makes of it, else as a table of rows."""
+    """Print the result of a command: as JSON, or the result of `page`, or a table of rows."""
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     elif isinstance(shown := page(found) if page else _table(found), str):
@@ -116,21 +116,21 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     words = [max(len(word) for cell in cells for word in cell.split(" ")) for cells in zip(*shown, strict=True)]
     prose = [any(" " in cell for cell in cells) for cells in zip(*shown[1:], strict=True)] or [False]
     least, room = list(words), console.width - 2 * len(words)
-    for breaks in (prose, [True] * len(words)):  # words of prose before names, which people copy
+    for breaks in (prose, [True] * len(words)):  # break prose before names, because people copy names
         while sum(least) > room and any(may := [w > 8 and b for w, b in zip(least, breaks, strict=True)]):
             least[max((w, i) for i, w in enumerate(least) if may[i])[1]] -= 1
     share = min(1.0, max(0, room - sum(least)) / max(1, sum(whole) - sum(least)))
     for column, full, word in zip(made.columns, whole, least, strict=True):
-        column.overflow = "fold"  # a path that is cut is none
-        column.width = word + int(share * (full - word))  # nor is a word that is broken easily read
+        column.overflow = "fold"  # a truncated path is useless
+        column.width = word + int(share * (full - word))  # broken words are hard to read
     for row in shown[1:]:
         made.add_row(*row)
     return made
 
 
 def _told(error: typer.TyperException) -> str:
-    """Return what is wrong with the words of a command, in a line with what was given or is missing."""
-    if near := getattr(error, "possibilities", None):  # of a flag, the nearest first
+    """Return one line about a usage error, with the invalid value or the missing parameter."""
+    if near := getattr(error, "possibilities", None):  # flags with a similar name, the most similar first
         return f"{error.message}; did you mean {near[0]!r}?"
     told = error.format_message()
     if isinstance(error.__cause__, ValidationError):
@@ -141,8 +141,8 @@ def _told(error: typer.TyperException) -> str:
 
 
 def run(app: typer.Typer) -> int:
-    """Run the command line and return its exit code: 0 well, 2 bad input in one line, 1 the work failed, 130
-    interrupted."""
+    """Run the command line and return its exit code: 0 for success, 1 if the work failed, 2 for invalid input (one
+    line on standard error), 130 if interrupted."""
     completion_init()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal has a dash or an infinity sign
@@ -154,7 +154,7 @@ def run(app: typer.Typer) -> int:
         print(f"error: {reason}", file=sys.stderr)
         return 2
     except InputError as error:
-        # What a worker raised comes from Ray with its traceback in its text.
+        # An error of a worker comes from Ray with the traceback in its text.
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         return 2
     except OSError as error:

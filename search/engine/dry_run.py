@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,6 +16,7 @@ from search.trial.runner import TrialRunner
 from search.trial.timing import Step
 from spaces.domain import spoken
 from spaces.exceptions import InputError
+from spaces.space import Params
 
 MOST = 1000
 """Largest number of trainings of a space that are looked up in the store."""
@@ -67,37 +69,32 @@ def forecast(study: Study, slots: int) -> Forecast:
         slots: how many trials the machine or the cluster can run at once.
     """
     step = Step(TrialRunner(study, study.store))
-    runner, space, held = step.runner, step.runner.assets.resolved.space, step.runner.assets.store.held("fits")
+    runner, space = step.runner, study.resolved.space
     whole = space.trainings()
     trainings = study.trials if whole is None else min(study.trials, whole)
-    known: int | None = 0
-    if held:
-        looked = whole is not None and whole <= MOST
-        known = sum(runner.trainer.key(p) in held for p in space.at(space.usual()).grid()) if looked else None
-    settings = runner.scorer.settings(step.usual)
-    sittings = len({str(runner.scorer.aimed(setting).inference) for setting in settings})
-    timed = [f.name for f in fields(runner.assets.resolved.defense.Inference) if f.metadata["latency"]]
-    latencies = len({tuple(setting.inference[name] for name in timed) for setting in settings})
-    thresholds = [space.inference[name] for name in runner.assets.resolved.defense.thresholds()]
-    picked = sittings if thresholds and not any(domain.single() for domain in thresholds) else 0
+    known, settings = _known(runner, whole), runner.scorer.settings(step.usual)
+    evaluations = len({str(runner.scorer.aimed(setting).inference) for setting in settings})
+    latencies = _latencies(study, settings)
+    thresholds = [space.inference[name] for name in study.resolved.defense.thresholds()]
+    picked = evaluations if thresholds and not any(domain.single() for domain in thresholds) else 0
     missing = sorted(runner.assets.needed() - _trained(runner))
     refinements = study.refine if refinable(study) else 0
 
     classifier_s = step.classifier()  # first, as the first optimiser of a process imports half of torch
-    training, (sitting_s, rung_s) = step.training(), step.scoring()
+    training, (evaluation_s, rung_s) = step.training(), step.scoring()
     train_s = training.fit + step.epochs * (training.epoch + rung_s)
-    score_s = sittings * sitting_s + latencies * step.latency()
+    score_s = evaluations * evaluation_s + latencies * step.latency()
     first_s = len(missing) * classifier_s + training.shared
     at_once = max(1, min(slots, study.concurrent or slots))
     new = trainings - (known or 0) if trainings == whole else trainings
     trial_s = math.ceil(new / at_once) * train_s + math.ceil(trainings / at_once) * score_s
-    wall_s = first_s + trial_s + math.ceil(refinements / at_once) * sitting_s
+    wall_s = first_s + trial_s + math.ceil(refinements / at_once) * evaluation_s
     return Forecast(
         task=study.label,
         defense=study.defense,
-        threat=str(runner.assets.resolved.threat),
+        threat=str(study.resolved.threat),
         suite=study.suite,
-        images=runner.assets.resolved.eval_images,
+        images=study.resolved.eval_images,
         knobs={name: spoken(domain) for name, domain in space.searched().items()},
         trainings=trainings,
         of=whole,
@@ -153,6 +150,22 @@ def said(found: Forecast) -> str:
         "timed on": found.device,
     }
     return "\n".join(f"{name:<11} {row}" for name, row in rows.items())
+
+
+def _latencies(study: Study, settings: Sequence[Params]) -> int:
+    """Return how many latencies the settings have."""
+    knobs = [field.name for field in fields(study.resolved.defense.Inference) if field.metadata["latency"]]
+    return len({tuple(setting.inference[name] for name in knobs) for setting in settings})
+
+
+def _known(runner: TrialRunner, trainings: int | None) -> int | None:
+    """Return how many trainings of the space the store has; None where there are too many to look up."""
+    held, space = runner.assets.store.held("fits"), runner.study.resolved.space
+    if not held:
+        return 0
+    if trainings is None or trainings > MOST:
+        return None
+    return sum(runner.trainer.key(params) in held for params in space.at(space.usual()).grid())
 
 
 def _trained(runner: TrialRunner) -> set[str]:

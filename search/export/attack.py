@@ -1,4 +1,4 @@
-"""Attack an exported winner: any suite, under any threat model, on the validation split.
+"""Attacks an exported winner by any suite, under any threat model, on the validation split.
 
 Shapes: N images.
 """
@@ -40,9 +40,9 @@ from spaces.domain import as_written
 from spaces.exceptions import InputError, choose
 
 FOOLING = 100
-"""Fooling images, spread over the classes as targets. Source: GMVAE, section 4."""
+"""Number of fooling images; their target classes are evenly distributed. Source: GMVAE, section 4."""
 DRAWS = 20
-"""Draws of a stochastic defense's noise over which a final verdict is taken (docs/honest-numbers.md, check 8)."""
+"""Noise draws per final verdict on a stochastic defense (docs/honest-numbers.md, check 8)."""
 
 
 def attack(
@@ -58,25 +58,25 @@ def attack(
     seed: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run a suite on an export and on the classifier that it defends, and write what was found into the export.
+    """Run a suite on an export and on its bare classifier, and write the results to the folder of the export.
 
     Args:
-        knowledge, norm, eps: the threat model; else the export's, and in L2 eps must be given.
-        images: of the validation split; else as many as the search attacked.
-        substitute: the architecture of the black-box attacker's network; else the study's.
-        seed: another one than the search's gives other random starts and targets.
-        console: where it is said what goes on; else nowhere.
+        knowledge, norm, eps: the threat model; default: that of the export. If the norm differs, eps is required.
+        images: number of validation images; default: as many as the search attacked.
+        substitute: the architecture of the black-box attacker's network; default: that of the study.
+        seed: of random starts and targets; use a seed that differs from the search's for different ones.
+        console: where progress is shown; default: nowhere.
 
     Returns:
-        The table, as JSON; it lies in FOLDER/attacks too.
+        The table, as JSON; it is also written to FOLDER/attacks.
 
     Raises:
-        InputError: the folder is no export, or a word stands for nothing.
+        InputError: the folder is not an export, or an argument is invalid.
     """
     prepared = _prepared(folder, suite, knowledge, norm, eps, images, substitute, data_dir, seed)
-    (folder / "attacks").mkdir(exist_ok=True)  # before hours are spent
+    (folder / "attacks").mkdir(exist_ok=True)  # fail here, not after hours of work
     said = f"attacking {prepared.known['candidate']}, then the bare classifier: suite {suite}, {prepared.images} images"
-    start, device_lock = time.monotonic(), DeviceLock(prepared.x_NCHW.device)  # a search may be measuring here
+    start, device_lock = time.monotonic(), DeviceLock(prepared.x_NCHW.device)  # a search may measure here
     with working(console or Console(quiet=True), f"{said}, {prepared.threat}"), device_lock.working():
         oblivious = prepared.oblivious()
         found, undefended = prepared.run(prepared.target, oblivious), prepared.run(bare(prepared.target), oblivious)
@@ -91,10 +91,10 @@ def attack(
 
 @dataclass(frozen=True, kw_only=True)
 class _Preparation:
-    """An export, and what attacks it on which images.
+    """An export, the attacks on it and the images.
 
     Args:
-        known: its evidence.json.
+        known: the content of its evidence.json.
         substitute: the architecture of the black-box attacker's network.
     """
 
@@ -118,13 +118,13 @@ class _Preparation:
         return self.threat.knowledge == "black-box"
 
     def run(self, model: nn.Module, oblivious: Mapping[str, Tensor]) -> Robustness:
-        """Attack a model; the images of the oblivious attacks are those made of the bare classifier."""
+        """Attack a model; `oblivious` has the adversarial examples of the oblivious attacks."""
         attacker = self.attacker if self.blind else None
         options: dict[str, Any] = {"oblivious": oblivious, "attacker": attacker, "seed": self.seed}
         return evaluate(self.attacks, model, self.x_NCHW, self.y_N, self.threat, **options)
 
     def oblivious(self) -> dict[str, Tensor]:
-        """Return the images that are made of the bare classifier, by attack."""
+        """Return the adversarial examples against the bare classifier, by attack."""
         images = (self.x_NCHW, self.y_N)
         return {} if self.blind else craft_oblivious(self.attacks, bare(self.target), *images, self.threat, self.seed)
 
@@ -140,7 +140,7 @@ def _prepared(
     data_dir: str | None,
     seed: int,
 ) -> _Preparation:
-    """Return what `attack` asks for; see there."""
+    """Check the arguments of `attack` and load what it needs."""
     attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=DRAWS)
     target = load(folder).unchecked()
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -174,7 +174,7 @@ def _prepared(
 
 
 def _table(prepared: _Preparation, found: Robustness, undefended: Robustness, seconds: float) -> dict[str, Any]:
-    """Return what is written, as JSON."""
+    """Return the table of results, as JSON."""
     attacks, noisy = prepared.attacks, stochastic(prepared.target)
     return {
         "export": prepared.known["candidate"],
@@ -203,7 +203,7 @@ _percent = partial(percent, unit=" %", absent="-")
 
 
 def page(table: Mapping[str, Any]) -> str:
-    """Return the table for people, in markdown."""
+    """Return the table in markdown."""
     threat, attacked, clean = ThreatModel(**table["threat"]), table["attacked"], table["clean"]
     warning = "".join(f"> **ALARM** {alarm}\n\n" for alarm in table["alarms"])
     low, high = attacked["interval"]
@@ -242,7 +242,7 @@ def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: floa
 
 
 def _fooled(prepared: _Preparation) -> float | None:
-    """Return how many of 100 fooling images are accepted, a fraction; None where nothing aims at the mixture."""
+    """Return the fraction of fooling images that is accepted; None if the suite does not attack a mixture."""
     target = prepared.target
     if MIXTURE not in prepared.attacks.white_box or "mixture" not in openings(target):
         return None
@@ -256,7 +256,7 @@ def _fooled(prepared: _Preparation) -> float | None:
 
 
 def _budgets(suite: Suite, threat: ThreatModel) -> list[dict[str, Any]]:
-    """Return the budget of each attack of a suite."""
+    """Return the budget of each attack that the suite runs under the threat model."""
     suite = suite.within(threat)
     groups = suite.white_box if threat.knowledge == "white-box" else ()
     return [attack.budget(threat) for attack in dict.fromkeys((*suite.oblivious, *groups))]

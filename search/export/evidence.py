@@ -1,4 +1,4 @@
-"""What stands beside an export's number: evidence.json, from which card.md is written too."""
+"""Builds evidence.json, the figures and provenance of an export; card.md is also rendered from it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from search.study.candidate import Candidate
 from search.trial.runner import TrialRunner
 
 REPRODUCED = 0.02
-"""How far the search's figure may lie from the same attack run again, a fraction."""
+"""Largest difference between the search's attacked accuracy and that of the same attacks run again, a fraction."""
 
 
 def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Robustness) -> dict[str, Any]:
-    """Return what is known of a candidate, alarms first.
+    """Return the evidence of a candidate, alarms first.
 
     Args:
-        found: the audit's attacks.
-        again: the search's, run again. Its verdicts count too.
+        found: the result of the audit.
+        again: the result of the search's attacks, run again; its verdicts count too.
     """
     score, study = candidate.score, runner.study
     attacks = {"search": dict(score.attacks), "audit": dict(found.robustness.trail)}
@@ -70,7 +70,7 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
 
 
 def _accuracies(audited: Robustness, again: Robustness, images: int) -> dict[str, Any]:
-    """Return what the audit's attacks and the search's, run again, leave together."""
+    """Return the accuracies under the audit's attacks combined with the search's attacks, run again."""
     attacked, oblivious, strongest = (
         worse(one, other)
         for one, other in (
@@ -96,7 +96,7 @@ def _accuracies(audited: Robustness, again: Robustness, images: int) -> dict[str
 
 
 def _gates(runner: TrialRunner, candidate: Candidate, found: Audit, again: Robustness, named: Gate) -> tuple[Gate, ...]:
-    """Return the audit's gates, and those that ask about the search beside it."""
+    """Return the gates of the audit, and three more that check the search."""
     same = float(runner.assets.resolved.suite.name == SUITES["audit"].name)
     drift = abs(again.attacked.accuracy - candidate.score.attacked_accuracy)
     law = "the search's attacks run again give the same figure"
@@ -109,7 +109,7 @@ def _gates(runner: TrialRunner, candidate: Candidate, found: Audit, again: Robus
 
 
 def _named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any], threat: ThreatModel) -> Gate:
-    """Check 1: every figure under an attack has that attack's budget beside it."""
+    """Return the gate of check 1: for each attack that ran, the evidence has a budget."""
     known = {one["attack"] for suite in budgets.values() for one in (*suite["oblivious"], *suite["white_box"])}
     ran = {name.partition("/")[2].partition(" (")[0] for trail in attacks.values() for name in trail}
     return at_most(1, "named", f"every attack has a name and a budget ({threat})", len(ran - known), 0.0)
@@ -129,7 +129,7 @@ def _budgets(runner: TrialRunner, threat: ThreatModel) -> dict[str, Any]:
 
 
 def _model(runner: TrialRunner, candidate: Candidate) -> dict[str, Any]:
-    """Return what is needed to build the model again, and what it is in words."""
+    """Return what is needed to build the model again, and its description."""
     resolved = runner.assets.resolved
     about, source = described(resolved.defense)
     built = runner.trainer.build(candidate.params)
@@ -149,7 +149,7 @@ def _model(runner: TrialRunner, candidate: Candidate) -> dict[str, Any]:
 
 
 def described(kind: type[Defense]) -> tuple[str, str]:
-    """Return what a defense is, in a sentence, and its source, as its file's docstring has them."""
+    """Return the description of a defense and its source, from the docstring of its module."""
     text = inspect.getdoc(sys.modules[kind.__module__]) or ""
     source = re.search(r"Sources?: (.*?)(?:\sShapes: |$)", text.replace("\n", " "))
     return text.partition("\n\n")[0].replace("\n", " "), source.group(1).strip() if source else ""
@@ -171,7 +171,7 @@ def _data(runner: TrialRunner) -> dict[str, Any]:
 
 
 def _last_epoch(runner: TrialRunner, candidate: Candidate) -> dict[str, float]:
-    """Return what the fit's last epoch reported."""
+    """Return the metrics of the last epoch of the fit."""
     curve = runner.assets.store.about("fits", candidate.fit)["curve"]
     return dict(curve[-1]) if curve else {}
 
@@ -186,9 +186,9 @@ def _baseline(beside: Robustness, images: int) -> dict[str, Any]:
 
 
 def worse(one: Verdict, other: Verdict) -> Verdict:
-    """Return what both left; of a defense that draws noise what left less, for a draw of the one is none of the other.
+    """Return the worst case of two verdicts, per image for a deterministic defense.
 
-    A search that judged by fewer draws than the audit does not count against it.
+    With noise, draws do not correspond: the verdict with less accuracy; `one`, if the numbers of draws differ.
     """
     if len(one.right) == 1:
         return one & other
@@ -196,5 +196,5 @@ def worse(one: Verdict, other: Verdict) -> Verdict:
 
 
 def figures(name: str, verdict: Verdict, images: int) -> dict[str, Any]:
-    """Return an accuracy and its Wilson 95 % interval."""
+    """Return an accuracy and its 95 % Wilson interval."""
     return {f"{name}_accuracy": verdict.accuracy, f"{name}_accuracy_interval": wilson(verdict.accuracy, images)}

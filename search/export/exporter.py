@@ -1,4 +1,4 @@
-"""Winners: who of a search is exported, the audit of each before it is, and what is written."""
+"""Exports winners of a search: choose candidates, audit each, and write those that pass."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from search.trial.training import silent
 from spaces.exceptions import InputError
 
 TRIES = 2
-"""How many candidates more than asked for an export audits when the audit refuses some."""
+"""Number of further candidates to audit if the audit rejects some."""
 FIGURES = (
     *("attacked_accuracy", "attacked_accuracy_of_the_search", "attacked_error", "attacked_rejection"),
     *("oblivious_accuracy", "black_box_accuracy", "white_box_accuracy"),
     *("clean_accuracy", "clean_rejection", "latency_ms_p50"),
 )
-"""What is said of an export, by the names of its evidence."""
+"""The fields of the evidence that are reported for an export."""
 
 
 def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) -> tuple[list[Candidate], int]:
-    """Return the candidates that an export asks for, and how many of them it wants: of the best, so many that pass.
+    """Return the candidates to try, in order, and the number of exports wanted.
 
     Raises:
-        InputError: there is no such candidate, or none within the constraints.
+        InputError: there is no such candidate, or no candidate is within the constraints.
     """
     history = SearchHistory(study)
     known = {found.candidate: found for found in history.candidates()}
@@ -69,14 +69,14 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
 def export_all(
     study: Study, candidates: Sequence[Candidate], wanted: int, out: Path, console: Console, *, despite_alarms: bool
 ) -> list[dict[str, Any]]:
-    """Audit and export candidates in order until `wanted` are written, or too few passed.
+    """Audit and export candidates in order until `wanted` are written, or `wanted` + `TRIES` were tried.
 
     Returns:
-        What became of each that was audited: its `folder` (None where it was refused), and what was found of it
-        (`audited`) or why it was `refused`.
+        For each candidate that was tried: its `folder` (None if the audit rejected it), and its figures (`audited`) or
+        the reason (`refused`).
 
     Raises:
-        InputError: `out` cannot be written, or holds exports of another search, or one that was changed.
+        InputError: `out` is not writable, or contains exports of another search or an export that was changed.
     """
     _writable(out)
     told: list[dict[str, Any]] = []
@@ -114,12 +114,12 @@ def export(
     """Audit a candidate and write its export.
 
     Args:
-        out: the folder of exports; the candidate gets a folder of its name in it.
-        refused: how many candidates that ranked higher the audit refused before; the evidence says so.
-        despite_alarms: write it in spite of alarms, which the evidence then names first.
+        out: the folder of exports; the export is its subfolder with the name of the candidate.
+        refused: number of higher-ranked candidates that the audit rejected, for the evidence.
+        despite_alarms: write the export even with alarms; the evidence lists them first.
 
     Raises:
-        InputError: the export exists.
+        InputError: the export exists, or the fit that was scored can no longer be reproduced.
         AlarmError: the audit raised alarms.
     """
     folder = out / candidate.candidate
@@ -146,7 +146,7 @@ def export(
 
 
 def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness]:
-    """Return a candidate's audit, and what the search's own attacks find when they are run again."""
+    """Return the audit of a candidate, and the result of the search's attacks, run again."""
     evaluator, bare = runner.assets.evaluator, runner.assets.target
     beside = runner.trainer.adversarially_trained()
     try:
@@ -169,7 +169,7 @@ def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tu
 
 
 def _files(runner: TrialRunner, defense: Defense, known: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the files of an export, but the pictures."""
+    """Return the files of an export, except the pictures."""
     study = runner.study.model_dump(exclude={"storage", "data_dir", "address"})
     config = {**known["model"], "threat": known["threat"], "study": study}
     return {
@@ -182,7 +182,7 @@ def _files(runner: TrialRunner, defense: Defense, known: Mapping[str, Any]) -> d
 
 
 def _writable(out: Path) -> None:
-    """Check, before an audit is paid for, that exports can be written; nothing is left behind."""
+    """Check that exports can be written, before the audit takes its time; no file remains."""
     there = next(path for path in (out, *out.resolve().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
@@ -192,13 +192,13 @@ def _writable(out: Path) -> None:
 
 
 def _exported(folder: Path) -> str | None:
-    """Return the search whose export lies in a folder; None where there is none."""
+    """Return the name of the search of an existing export; None if there is no export."""
     config = folder / "config.yaml"
     return str(yaml.safe_load(config.read_text())["study"]["name"]) if config.exists() else None
 
 
 def _audited(found: Mapping[str, Any]) -> str:
-    """Return what the audit left of a candidate, beside what the search had found."""
+    """Return the accuracies under the audit beside that of the search, as text."""
     audited, searched = points(found["attacked_accuracy"]), points(found["attacked_accuracy_of_the_search"])
     passed = sum(gate["passed"] for gate in found["gates"])
     return (

@@ -1,6 +1,6 @@
-"""Exports: a winner as a folder of files that need no pickle, and the plain module that it loads as.
+"""Loads an export, a folder of files without pickle, as a plain PyTorch module.
 
-Loading needs PyTorch, safetensors, NumPy and Optuna alone (a GMVAE SciPy too).
+This needs only PyTorch, safetensors, NumPy and Optuna (SciPy too for a GMVAE).
 Shapes: N images, C channels, H x W pixels, K classes.
 """
 
@@ -21,28 +21,28 @@ from spaces.exceptions import InputError
 
 FILES = ("card.md", "classifier.safetensors", "config.yaml", "evidence.json", "pictures.png", "weights.safetensors")
 SEAL = "SHA256SUMS"
-"""The file that holds the SHA-256 of the others, as `sha256sum --check` reads it."""
+"""The file with the SHA-256 of the other files, in the format of `sha256sum --check`."""
 ROUNDING = 1e-3
-"""How far from [0, 1] a pixel may lie: an attack's arithmetic rounds."""
+"""How far pixels may be outside [0, 1], because the arithmetic of attacks rounds."""
 
 
 class Exported(Defended):
-    """A winner as it was exported. It answers images of its task alone, float in [0, 1], and refuses all else."""
+    """An exported winner. It accepts only images of its task, float in [0, 1], and raises an error for other input."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits_NK.
 
         Raises:
-            InputError: these are no images of the task.
+            InputError: the input is not images of the task.
         """
         return super().forward(self._checked(x_NCHW))
 
     def accept(self, x_NCHW: Tensor) -> Tensor:
-        """Return a bool for each image: False rejects it."""
+        """Return accept_N, bool: False for a rejected image."""
         return super().accept(self._checked(x_NCHW))
 
     def unchecked(self) -> Defended:
-        """Return the same model without the refusals: attacks such as NES ask for images beyond [0, 1]."""
+        """Return the same model without input checks: attacks such as NES query images outside [0, 1]."""
         return Defended(self.defense, self.classifier).eval()
 
     def _checked(self, x_NCHW: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Exported(Defended):
         if x_NCHW.shape[1:] != (shape.channels, shape.height, shape.width) or x_NCHW.dtype != dtype:
             raise InputError(f"{law}, but are {' x '.join(map(str, x_NCHW.shape)) or 'a scalar'}, {x_NCHW.dtype}")
         low, high = (float(end) for end in x_NCHW.detach().aminmax()) if len(x_NCHW) else (0.0, 1.0)
-        if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is neither
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also true for NaN
             raise InputError(f"{law}, but go from {low:.3g} to {high:.3g}")
         return x_NCHW
 
@@ -65,7 +65,7 @@ def load(folder: str | Path) -> Exported:
     """Load an export as a plain nn.Module in eval mode on the CPU: images in [0, 1] in, logits out.
 
     Raises:
-        InputError: a file is missing or is not what was exported.
+        InputError: a file is missing, or was changed since the export.
     """
     files = opened(folder)
     model = json.loads(files["evidence.json"])["model"]
@@ -79,10 +79,10 @@ def load(folder: str | Path) -> Exported:
 
 
 def opened(folder: str | Path) -> dict[str, bytes]:
-    """Return the files of an export, each as it was written; what was added since, such as attacks/, is not of it.
+    """Return the files of an export, verified by their checksums; later additions, such as attacks/, are ignored.
 
     Raises:
-        InputError: a file is missing, or one byte of one is another.
+        InputError: a file is missing, or differs from its checksum.
     """
     folder = Path(folder)
     try:
@@ -103,7 +103,7 @@ def opened(folder: str | Path) -> dict[str, bytes]:
 
 
 def seal(files: Mapping[str, bytes]) -> bytes:
-    """Return what SHA256SUMS says of the files of an export."""
+    """Return the content of SHA256SUMS for the files of an export."""
     return b"".join(_sums(files).values())
 
 

@@ -1,4 +1,4 @@
-"""card.md: an export's model card, for people. What it says stands in evidence.json; its words in `card.md.j2`."""
+"""Renders card.md, the model card of an export, from evidence.json and the template `card.md.j2`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ KNOWS = {
     "that",
 }
 SHAPING = ("python", "torch", "torchattacks", "numpy", "scipy", "safetensors", "optuna", "ray")
-"""The libraries that shape weights and numbers; evidence.json names all that were installed."""
+"""Libraries that affect weights and figures; evidence.json lists all that were installed."""
 
 
 def card(evidence: Mapping[str, Any]) -> str:
-    """Return the page."""
+    """Return the model card in markdown."""
     threat = ThreatModel(**evidence["threat"])
     return render(
         TEMPLATE,
@@ -37,9 +37,9 @@ def card(evidence: Mapping[str, Any]) -> str:
 
 
 def strongest(trail: Mapping[str, float], threat: ThreatModel) -> tuple[str, float]:
-    """Return the attack of the threat model's trail that left least, the first of them, and what it left.
+    """Return the attack of the threat model with the least accuracy after it, the first if several tie.
 
-    White-box figures are cumulative: the first of the least is the one that took the last image.
+    White-box accuracies are cumulative, so the first with the least is the last one that lowered the accuracy.
     """
     own = {name: left for name, left in trail.items() if name.startswith(threat.knowledge)}
     return min((own or trail).items(), key=lambda item: item[1])

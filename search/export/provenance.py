@@ -1,4 +1,4 @@
-"""Where a number comes from: the code, the libraries, and the command that makes it again."""
+"""The provenance of a figure: the version of the code, the libraries, and the command that reproduces it."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ EXAM = (
     "classifier_epochs",
     "seed",
 )
-"""Fields of a study that shape a fit or its score, beside the defense, the task, eps and the knobs."""
+"""Fields of a study that affect a fit or its score, besides the defense, the task, eps and the knobs."""
 
 
 def code() -> dict[str, Any]:
-    """Return the version of our code: the commit where it lies in a repository, and the SHA-256 of its sources."""
+    """Return the version of this code: the commit, if it is in a git repository, and the SHA-256 of its sources."""
     sources = sorted(path for top in CODE for path in (*ROOT.glob(f"{top}/**/*.py"), *ROOT.glob(f"{top}*.py")))
     digest = hashlib.sha256()
     for path in sources:
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    # The code may lie, as a copy, inside a repository that knows nothing of it.
+    # The code may be an untracked copy inside another repository.
     commit = _git("log", "-1", "--format=%H", "--", "launch.py") and _git("rev-parse", "HEAD")
     changed = bool(commit and _git("status", "--porcelain", "--", *CODE))
     return {"commit": commit or None, "changed_since": changed, "sha256": digest.hexdigest()}
 
 
 def _git(*words: str) -> str:
-    """Return what git says; nothing where there is no git, or no repository."""
+    """Return the output of git; empty if git is not installed, or there is no repository."""
     if shutil.which("git") is None:
         return ""
     return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
@@ -57,7 +57,7 @@ def libraries() -> dict[str, str]:
 
 
 def again(study: Study, params: Params) -> str:
-    """Return the command that trains the fit of `params` again and scores it at this one setting."""
+    """Return the command that trains the fit of `params` again and scores it only at this setting."""
     evaluator = {"defense": study.defense, "task": study.task, "eps": study.resolved.threat.eps}
     usual = Study()
     evaluator |= {name: getattr(study, name) for name in EXAM if getattr(study, name) != getattr(usual, name)}

@@ -1,4 +1,4 @@
-"""What a final run makes of a model on the test split: the suites, in blocks that are kept as they are finished.
+"""Attacks the models of a final run on the test split, in blocks of images whose results are stored.
 
 Shapes: D draws, N images, C channels, H x W pixels.
 """
@@ -35,17 +35,17 @@ from spaces.exceptions import InputError
 from spaces.space import Params
 
 BLOCK = 500
-"""Test images that are judged together: what a run that dies has to do again."""
+"""Test images per block; a run that dies repeats at most one block."""
 FULL, AUTOATTACK = "full", "standard"
 
 
 @dataclass(frozen=True)
 class FinalVerdicts:
-    """Verdicts on some images by what was asked (`clean`, `full/oblivious`, ...), and what else is known.
+    """Verdicts on some images, keyed by evaluation (`clean`, `full/oblivious`, ...).
 
     Args:
-        trail: accuracy after each attack: of AutoAttack, and of the oblivious and black-box ones of `full`.
-        about: JSON.
+        trail: accuracy after each attack of AutoAttack, and each oblivious and black-box attack of `full`.
+        about: further data, as JSON.
     """
 
     verdicts: Mapping[str, Verdict]
@@ -54,7 +54,7 @@ class FinalVerdicts:
 
     def tensors(self) -> bytes:
         parts = {f"{part} {what}": getattr(v, part) for what, v in self.verdicts.items() for part in ("right", "wrong")}
-        # Verdicts may share their memory: safetensors wants each its own.
+        # Verdicts may share memory, which safetensors does not allow.
         return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in parts.items()})
 
     @classmethod
@@ -65,7 +65,7 @@ class FinalVerdicts:
 
     @classmethod
     def joined(cls, blocks: Sequence[FinalVerdicts]) -> FinalVerdicts:
-        """Return what blocks of images say together."""
+        """Return the verdicts of several blocks of images as one."""
         images = [next(iter(block.verdicts.values())).right.shape[1] for block in blocks]
         verdicts = {
             what: Verdict(*(torch.cat([getattr(b.verdicts[what], p) for b in blocks], 1) for p in ("right", "wrong")))
@@ -80,7 +80,7 @@ class FinalVerdicts:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedAttack(Attack):
-    """An attack that says when it is run."""
+    """An attack that reports its name when it is run."""
 
     say: Callable[[str], None]
 
@@ -90,7 +90,7 @@ class ReportedAttack(Attack):
 
 
 def reported(suite: Suite, say: Callable[[str], None]) -> Suite:
-    """Return a suite whose attacks say when they are run."""
+    """Return the suite with attacks that report their names when they are run."""
 
     def each(group: Sequence[Attack]) -> tuple[Attack, ...]:
         return tuple(
@@ -102,15 +102,15 @@ def reported(suite: Suite, say: Callable[[str], None]) -> Suite:
 
 
 def blocks(images: int) -> list[slice]:
-    """Return the blocks in which so many images are judged."""
+    """Return the slices of the blocks of so many images."""
     return [slice(start, min(start + BLOCK, images)) for start in range(0, images, BLOCK)]
 
 
 class FinalEvaluator:
-    """The test images of one seed, and what has been made of them for all who are judged on them.
+    """Evaluates the models of one seed on the test images.
 
     Args:
-        steps: how many blocks and comparisons there will be, for those who watch.
+        steps: the total number of blocks and comparisons, for the progress display.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class FinalEvaluator:
         self._substitutes: dict[str, tuple[nn.Module, int]] = {}
 
     def evaluate(self, models: Sequence[EvaluatedModel]) -> list[FinalVerdicts]:
-        """Return what each model keeps: `full` under all threat models, and AutoAttack."""
+        """Return the verdicts on each model: under `full` with all knowledge levels, and under AutoAttack."""
         found: list[list[FinalVerdicts]] = [[] for _ in models]
         for block in blocks(len(self.y_N)):
             crafted: dict[str, Mapping[str, Tensor]] = {}
@@ -143,7 +143,7 @@ class FinalEvaluator:
         self._tell(f"{model.name}, {doing} {attack}", self._ended / self.steps)
 
     def key(self, model: EvaluatedModel, **more: object) -> str:
-        """Return the fingerprint of all that shapes a verdict."""
+        """Return the fingerprint of everything that affects a verdict."""
         return fingerprint(
             source=code_digests(attacks.black_box.__name__, __name__, Evaluator.__module__, worse.__module__),
             split="test",
@@ -156,7 +156,7 @@ class FinalEvaluator:
         )
 
     def once(self, key: str, make: Callable[[], FinalVerdicts], name: str) -> FinalVerdicts:
-        """Return what the store holds, or what is made now."""
+        """Return the verdicts from the store; if they are missing, call `make` and store its result."""
         kept = True
 
         def made() -> Content:
@@ -174,7 +174,7 @@ class FinalEvaluator:
         return FinalVerdicts.of(load_file(entry / "verdicts.safetensors"), self.store.about("finals", key))
 
     def timed(self, model: EvaluatedModel) -> Latency:
-        """Return the latency of a model's defense, measured once on each kind of device while it is quiet."""
+        """Return the latency of a model's defense, measured once for each kind of device, alone on the device."""
         device, defense = self.x_NCHW.device, cast(Defended, model.target).defense
         key = self.key(model, timed=device_name(device), by=code_digests(DeviceLock.__module__))
         self.store.cached("finals", key, lambda: ({}, measure(defense, self.device_lock, device).to_json()))
@@ -183,7 +183,7 @@ class FinalEvaluator:
     def _attack_block(
         self, model: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]
     ) -> FinalVerdicts:
-        """Attack one model on one block of images: by AutoAttack first, whose attacks `full` has too."""
+        """Attack one model on one block of images, by AutoAttack first, because `full` contains its attacks."""
         target, images = model.target, (self.x_NCHW[block], self.y_N[block])
         blind, white = (replace(model.threat, knowledge=knowledge) for knowledge in ("oblivious", "white-box"))
         rest = tuple(attack for attack in SUITES[FULL].white_box if attack not in SUITES[AUTOATTACK].white_box)
@@ -192,7 +192,7 @@ class FinalEvaluator:
             for suite in (SUITES[AUTOATTACK], replace(SUITES[FULL], white_box=rest))
         )
         bareness = fingerprint(classifier=model.classifier, threat=repr(blind))
-        if bareness not in crafted:  # all that stand before one classifier meet the same images
+        if bareness not in crafted:  # all defenses of one classifier get the same adversarial examples
             crafted[bareness] = craft_oblivious(full, bare(target), *images, blind, self.seed)
         seen: dict[str, Any] = {"seed": self.seed, "white_box": True}
         first = {attack.name: crafted[bareness][attack.name] for attack in auto.within(white).oblivious}
@@ -209,13 +209,13 @@ class FinalEvaluator:
             f"{FULL}/white-box": found.strongest & alone.strongest,
             f"{AUTOATTACK}/white-box": alone.strongest,
         }
-        # What fell to AutoAttack was spared by the rest: their share of the trail would say nothing.
+        # The rest of `full` skips images that AutoAttack broke, so its trail would be misleading.
         others = {name: left for name, left in found.trail.items() if not name.startswith("white-box")}
         trail = {f"{FULL}/{k}": v for k, v in others.items()} | {f"{AUTOATTACK}/{k}": v for k, v in alone.trail.items()}
         return FinalVerdicts(verdicts, trail, {"queries": queries, "images": [block.start, block.stop]})
 
     def _substitute(self, model: EvaluatedModel) -> tuple[nn.Module, int]:
-        """Return what the black-box attacker learnt of a model, and how often it asked; learnt once for all blocks."""
+        """Return the black-box attacker's substitute and its number of queries; trained once for all blocks."""
         key = self.key(model)
         if key not in self._substitutes:
             self._say(model, "the black-box attacker learns")
@@ -224,11 +224,11 @@ class FinalEvaluator:
         return self._substitutes[key]
 
     def compare(self, case: ExportedWinner, model: EvaluatedModel, aimed: Params) -> FinalVerdicts:
-        """Do to a model on the test split what the search and the audit did to the winner on validation images.
+        """Run the attacks of the search and the audit, which used validation images, on the test split.
 
         Args:
-            model: the winner, as it was exported or as it was retrained.
-            aimed: the setting at which the search's attacks aim.
+            model: the winner, as exported or retrained.
+            aimed: the setting that the search's attacks target.
         """
         images = min(case.evidence["images"], len(self.y_N))
         suites = [repr(case.resolved.suite), repr(SUITES["audit"])]

@@ -1,4 +1,4 @@
-"""Final runs: winners are trained anew on train + validation with fresh seeds, and the test split is opened, once.
+"""Final runs: winners are retrained on train + validation with fresh seeds, and evaluated on the test split once.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -50,24 +50,24 @@ def final(
     debug: bool = False,
     console: Console,
 ) -> dict[str, Any]:
-    """Train exports anew on train + validation, judge them on the test split, and write what was found.
+    """Retrain exports on train + validation, evaluate them on the test split, and write the results.
 
-    What is finished is in the store: a run that died goes on when it is called again.
+    Finished work is in the store: a run that died continues when it is called again.
 
     Args:
         exports: their folders; all on one data set. They share classifiers, test images and one table.
-        seeds: how many trainings; none of their seeds is that of a search.
-        images: test images that are attacked; else all.
-        storage: where fits are kept; else that in which the first export lies, else `runs`.
-        concurrent: seeds at once; else what the cluster holds.
-        gpus_per_trial, cpus_per_trial: of each seed; else as in the first export's search.
-        debug: work in this process, without Ray.
+        seeds: number of trainings; no search of the exports used their seeds.
+        images: number of test images to attack; default: all.
+        storage: where fits are stored; default: the storage of the first export, else `runs`.
+        concurrent: number of parallel seeds; default: as many as fit on the cluster.
+        gpus_per_trial, cpus_per_trial: for each seed; default: those of the first export's search.
+        debug: run in this process, without Ray.
 
     Returns:
-        The table, as JSON. Each export has its own in FOLDER/final; several have one in common beside them.
+        The table, as JSON. Each export has its table in FOLDER/final; several exports also have a common one.
 
     Raises:
-        InputError: there is nothing that can be judged, or the test split has not so many images; nothing is trained.
+        InputError: an argument or an export is invalid, or every training diverged.
     """
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, but is {seeds}")
@@ -103,7 +103,7 @@ def final(
 
 
 def train_seed(study: object, cases: Sequence[ExportedWinner], seed: int, tell: Tell) -> str:
-    """Train what a seed lacks; return why that cannot be, or nothing."""
+    """Train the missing fits of a seed; return why a training failed, or an empty string."""
     try:
         train(cases, seed, tell)
     except TrialError as error:
@@ -112,7 +112,7 @@ def train_seed(study: object, cases: Sequence[ExportedWinner], seed: int, tell: 
 
 
 def evaluate_seed(study: object, cases: Sequence[ExportedWinner], seed: int, images: int, tell: Tell) -> SeedResult:
-    """Attack what was trained with a seed, and the baselines beside it; the seed's fits are in the store."""
+    """Evaluate the models of a seed and their baselines; the fits of the seed are in the store."""
     models = evaluated_models(cases, seed)
     evaluator = _evaluator(cases, seed, images, tell, steps=len(models) * len(blocks(images)) + len(cases))
     results = [
@@ -130,7 +130,7 @@ def evaluate_seed(study: object, cases: Sequence[ExportedWinner], seed: int, ima
 
 
 def evaluate_export(study: object, case: ExportedWinner, images: int, tell: Tell) -> FinalVerdicts:
-    """Do to the export itself, on the test split, what its search and audit did on validation images."""
+    """Run the attacks of its search and audit on the export itself, on the test split."""
     evaluator = _evaluator([case], case.study.seed, images, tell, steps=1)
     device = evaluator.x_NCHW.device
     model = EvaluatedModel(
@@ -167,7 +167,7 @@ def _compared(evaluator: FinalEvaluator, case: ExportedWinner, model: EvaluatedM
 
 
 def _evaluated(work: RunJobs, cases: Sequence[ExportedWinner], settings: FinalSettings) -> FinalResults:
-    """Return what each seed and each export itself kept."""
+    """Return the results of each seed and of each export itself."""
     images, trained = settings.images, settings.trained
     jobs = [Job(f"seed {seed}", evaluate_seed, (cases, seed, images)) for seed in trained]
     jobs += [Job(f"export {case.name}", evaluate_export, (case, images)) for case in cases]
@@ -177,16 +177,16 @@ def _evaluated(work: RunJobs, cases: Sequence[ExportedWinner], settings: FinalSe
 
 
 def _storage(loader: Path) -> str:
-    """Return the storage in which an export lies; `runs` where it lies in none."""
+    """Return the storage that contains an export; `runs` if there is none."""
     inside = [folder for folder in loader.resolve().parents if (folder / ".store").is_dir()]
     return str(inside[0]) if inside else "runs"
 
 
 def _case(folder: Path, moves: Mapping[str, Any]) -> ExportedWinner:
-    """Return an export with its search's study, where this run works.
+    """Return an export with the study of its search, moved to the storage and cluster of this run.
 
     Raises:
-        InputError: it is none, a byte of it changed, or the data are other ones.
+        InputError: it is not an export, it was changed, or its data differ.
     """
     target, files = loader.load(folder), loader.opened(folder)
     config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
@@ -208,10 +208,10 @@ def _case(folder: Path, moves: Mapping[str, Any]) -> ExportedWinner:
 
 
 def _settings(cases: Sequence[ExportedWinner], seeds: int, images: int | None) -> FinalSettings:
-    """Return what a look at the test split looks at.
+    """Return the settings of the run, which identify an opening of the test split.
 
     Raises:
-        InputError: the exports cannot be judged together, or there are not so many images.
+        InputError: the exports cannot be evaluated together, or the test split has fewer images.
     """
     first = cases[0].resolved.task.dataset
     for case in cases:
@@ -225,7 +225,7 @@ def _settings(cases: Sequence[ExportedWinner], seeds: int, images: int | None) -
     sizes = splits.sizes(first, cases[0].study.data_dir)
     if images is not None and not 1 <= images <= sizes.test:
         raise InputError(f"images must be from 1 to {sizes.test} of {first}'s test split, but is {images}")
-    used = {case.study.seed + k for case in cases for k in (0, 1)}  # an audit's is its search's and one
+    used = {case.study.seed + k for case in cases for k in (0, 1)}  # an audit uses the seed of its search + 1
     fresh = (seed for seed in range(FIRST_SEED, 2**32) if seed not in used)
     return FinalSettings(
         dataset=first,
@@ -239,10 +239,10 @@ def _settings(cases: Sequence[ExportedWinner], seeds: int, images: int | None) -
 
 
 def _prepared(cases: Sequence[ExportedWinner]) -> None:
-    """Make the folders that are written into.
+    """Create the output folders.
 
     Raises:
-        InputError: one cannot be.
+        InputError: a folder cannot be created.
     """
     try:
         cases[0].study.store.make()
@@ -255,5 +255,5 @@ def _prepared(cases: Sequence[ExportedWinner]) -> None:
 
 
 def _joint(cases: Sequence[ExportedWinner]) -> Path:
-    """Return the folder of the table that several exports have in common."""
+    """Return the folder of the common table of several exports."""
     return Path(commonpath([case.folder.parent for case in cases])) / "final"

@@ -1,4 +1,4 @@
-"""A final run's table as markdown, CSV, LaTeX and JSON."""
+"""Writes the table of a final run as markdown, CSV, LaTeX and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 
 def forms(table: Mapping[str, Any]) -> dict[str, str]:
-    """Return the files of a table by name."""
+    """Return the content of each file of a table by file name."""
     return {
         "FINAL.md": page(table),
         "FINAL.csv": as_csv(table),
@@ -29,14 +29,14 @@ def forms(table: Mapping[str, Any]) -> dict[str, str]:
 
 
 def write(folder: Path, table: Mapping[str, Any]) -> None:
-    """Write a table in all its forms."""
+    """Write a table in all formats."""
     folder.mkdir(exist_ok=True)
     for name, text in forms(table).items():
         write_atomic(folder / name, text.encode())
 
 
 def as_csv(table: Mapping[str, Any]) -> str:
-    """Return one row a figure, accuracies as fractions, with what makes a run smaller and the looks beside each."""
+    """Return one row per figure, accuracies as fractions; each row has the limits of the run and its test openings."""
     alarms = {one["export"]: "; ".join(one["alarms"]) for one in table["exports"]}
     looks = {one["export"]: len(one["looks"]) for one in table["exports"]}
     rows = [
@@ -44,17 +44,17 @@ def as_csv(table: Mapping[str, Any]) -> str:
             **row,
             "each": " ".join(f"{x:.6g}" for x in row["each"]),
             "split": "test",
-            "look": looks.get(row["export"], max(looks.values())),  # a baseline's is that of whom it stands beside
+            "look": looks.get(row["export"], max(looks.values())),  # a baseline has no log; take its exports'
             "smaller": table["smaller"],
             "alarms": alarms.get(row["export"], ""),
         }
         for row in table["rows"]
     ]
-    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")  # object: whole numbers stay so
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")  # object: keeps integers
 
 
 def _models(table: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Row]]:
-    """Return each model's rows by the column, of `COLUMNS` or a latency, that they stand in."""
+    """Return the rows of each model by column: one of `COLUMNS`, or a latency."""
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in table["rows"]:
         accuracy = row["figure"] == "accuracy"
@@ -76,7 +76,7 @@ def _cells(rows: Mapping[str, Row], plus_minus: str, dash: str) -> list[str]:
 
 
 def page(table: Mapping[str, Any]) -> str:
-    """Return the table for people, in markdown."""
+    """Return the table in markdown."""
     lines = ["| model | " + " | ".join(f"{name} %" for name in COLUMNS.values()) + " | p50 ms |"]
     lines.append("| --- |" + " --- |" * (len(COLUMNS) + 1))
     for (export, model), rows in _models(table).items():
@@ -128,7 +128,7 @@ def _warnings(table: Mapping[str, Any]) -> list[str]:
 
 
 def _rejections(table: Mapping[str, Any]) -> list[str]:
-    """Return what is rejected, a line a model that rejects."""
+    """Return the rejection rates, one line per model that rejects."""
     lines = []
     for (export, model), rows in _models(table).items():
         if any(rows[what]["rejection"] for what in COLUMNS):

@@ -1,4 +1,4 @@
-"""What a final run looks at, and what each of its parts found."""
+"""The settings of a final run and its results, by seed and model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from search.study.candidate import Latency
 
 @dataclass(frozen=True, kw_only=True)
 class FinalSettings:
-    """What a final run looks at.
+    """The settings of a final run.
 
     Args:
-        images: test images that are attacked, of `of`.
-        train, validation: sizes of the splits that are trained on.
-        seeds: of the trainings; `trained` those that ended, `failed` why the others did not.
+        images: number of test images to attack, out of `of`.
+        train, validation: sizes of the splits used for training.
+        seeds: of all trainings; `trained` has those that succeeded, `failed` the reasons for the others.
         code: the fingerprint of the attacks.
     """
 
@@ -34,7 +34,7 @@ class FinalSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """What one model of one seed kept; `export` is empty for a baseline, whose latency is not measured."""
+    """The result of one model of one seed; for a baseline, `export` is empty and the latency is not measured."""
 
     export: str
     model: str
@@ -45,7 +45,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class SeedResult:
-    """What the models of one seed kept, and each winner under the attacks of its search and its audit."""
+    """The results of the models of one seed, and of each winner under the attacks of its search and audit."""
 
     models: Sequence[ModelResult]
     compared: Mapping[str, FinalVerdicts]
@@ -53,7 +53,7 @@ class SeedResult:
 
 @dataclass(frozen=True)
 class FinalResults:
-    """What each seed kept, and each export as it was exported, by its name."""
+    """The results of each seed, and of each export itself by its name."""
 
     seeds: Sequence[SeedResult]
     exports: Mapping[str, FinalVerdicts]

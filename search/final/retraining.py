@@ -1,4 +1,4 @@
-"""Trainings of a final run: on train and validation together, with seeds that no search has used.
+"""Trainings of a final run: on train and validation together, with seeds that the searches did not use.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -35,14 +35,14 @@ STEPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedWinner:
-    """An export that is judged.
+    """An export to retrain and evaluate.
 
     Args:
-        folder: where it lies.
-        identity: the fingerprint of its weights and its setting.
-        study: the search's, where this run works.
-        target: the export itself, as it was loaded.
-        evidence: its evidence.json.
+        folder: the folder of the export.
+        identity: the fingerprint of its weights and setting.
+        study: the study of its search, moved to the storage and cluster of this run.
+        target: the export as loaded.
+        evidence: the content of its evidence.json.
     """
 
     folder: Path
@@ -59,21 +59,21 @@ class ExportedWinner:
 
     @cached_property
     def resolved(self) -> ResolvedStudy:
-        """What the search's words stand for."""
+        """The resolved study of the search."""
         return self.study.resolved
 
     def attacker(self, device: torch.device) -> BlackBoxAttacker:
-        """Return the black-box attacker: it begins with the last validation images, as in a search."""
+        """Return the black-box attacker; it starts from the last validation images, as in a search."""
         x_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir)
         build = ARCHITECTURES[self.resolved.substitute].build
         return BlackBoxAttacker(x_NCHW.to(device), lambda: build(self.resolved.task.shape).to(device))
 
     def trainings(self) -> Iterator[tuple[str, Study, Params]]:
-        """Yield what is trained of each seed: the defense, and the adversarially trained classifier beside it.
+        """Yield the trainings of each seed: the defense, and the adversarially trained classifier as a baseline.
 
-        The latter, from the undefended one's weights (from fresh ones the loss stays at chance for long at large eps),
-        learns to withstand PGD at the export's own eps (in L2 the task's), for as many epochs as the defense, or the
-        classifier where that has more.
+        The baseline starts from the weights of the undefended classifier, because with random weights the loss stays at
+        chance level for long at large eps. It trains against PGD at the eps of the export (in L2, that of the task),
+        for as many epochs as the defense or the classifier, whichever has more.
         """
         yield self.name, self.study, self.params
         eps = self.threat.eps if self.threat.norm == "Linf" else self.resolved.task.eps
@@ -98,7 +98,7 @@ class ExportedWinner:
         yield "adversarially trained", self.study.model_copy(update=beside), Params(usual, {})
 
     def runner(self, study: Study, seed: int) -> TrialRunner:
-        """Return what trains with one seed, on train and validation; its rungs are scored on images of the latter."""
+        """Return the trial runner of one seed, which trains on train + validation; rungs use validation images."""
         free = splits.sizes(self.resolved.task.dataset, study.data_dir).attackable("black-box")
         rungs = {"suite": "quick", "eval_images": min(study.cheap_images, free)}
         whole = study.model_copy(update={"seed": seed, "eps": self.threat.eps, "norm": self.threat.norm, **rungs})
@@ -111,15 +111,15 @@ def epochs(params: Params) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """A model that is judged on the test split.
+    """A model to evaluate on the test split.
 
     Args:
-        export: whose it is; empty: it stands beside several.
-        name: what tables call it.
+        export: the name of its export; empty for a baseline.
+        name: its name in tables.
         identity: the fingerprint of everything that shaped it.
-        threat: norm and eps of what attacks it, under whichever threat model.
-        classifier: that of the bare one.
-        target: what is attacked.
+        threat: the norm and eps of all attacks on it; their knowledge varies.
+        classifier: the fingerprint of the bare classifier.
+        target: the model to attack.
         substitute: the architecture that the black-box attacker trains.
     """
 
@@ -134,7 +134,7 @@ class EvaluatedModel:
 
 
 def train(cases: Sequence[ExportedWinner], seed: int, tell: Tell) -> None:
-    """Train whatever the seed lacks; what the store holds is not trained again, what is half done goes on."""
+    """Train the missing fits of a seed; fits in the store are reused, and unfinished ones continue."""
     asked = [(case, *training) for case in cases for training in case.trainings()]
     whole, before = sum(epochs(params) for *_, params in asked), 0
     for case, name, study, params in asked:
@@ -149,7 +149,7 @@ def train(cases: Sequence[ExportedWinner], seed: int, tell: Tell) -> None:
 
 
 def evaluated_models(cases: Sequence[ExportedWinner], seed: int) -> list[EvaluatedModel]:
-    """Return the models of one seed, which are all in the store; a baseline of several exports comes once."""
+    """Return the models of one seed, whose fits are in the store; a baseline of several exports appears once."""
     found = dict[str, EvaluatedModel]()
     for case in cases:
         for name, study, params in case.trainings():

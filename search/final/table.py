@@ -1,4 +1,4 @@
-"""What a final run found, as JSON: one row a figure, with what must stand beside it."""
+"""The results of a final run as JSON: one row per figure, with its interval and conditions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ INTERVAL = (
 
 
 def announced(case: ExportedWinner, settings: FinalSettings, look: int) -> str:
-    """Return what is said before anything is trained; `look` is how often, with this time, the split is opened."""
+    """Return the announcement before training; `look` counts the openings of the test split, including this one."""
     return (
         f"{case.name}: {case.study.defense} on {case.study.label}, {counted(len(settings.seeds), 'training')} on "
         f"train + validation, judged on {settings.images} of {settings.of} test images"
@@ -46,9 +46,9 @@ def table_of(
     """Return the whole table, as JSON.
 
     Args:
-        settings: what the run looks at, and the seeds that diverged.
-        looks: by export, the looks at the test split so far.
-        found: what each seed and each export itself kept.
+        settings: the settings of the run, including the seeds that diverged.
+        looks: by export, the openings of the test split so far.
+        found: the results of each seed and of each export itself.
     """
     models = list(zip(*(seed.models for seed in found.seeds), strict=True))
     return {
@@ -64,21 +64,21 @@ def table_of(
 
 
 def only(table: Mapping[str, Any], export: str) -> dict[str, Any]:
-    """Return the part of a table that is about one export and what stands beside it."""
+    """Return the part of a table about one export and the baselines."""
     one = [each for each in table["exports"] if each["export"] == export]
     mine = {name: [row for row in table[name] if row["export"] in (export, "")] for name in ("rows", "trails")}
     return {**table, "exports": one, **mine}
 
 
 def _trail(seeds: Sequence[ModelResult]) -> dict[str, Any]:
-    """Return what each attack left of one model, mean over the seeds."""
+    """Return the accuracy of one model after each attack, as mean over the seeds."""
     trails = [seed.verdicts.trail for seed in seeds]
     left = {name: mean(trail[name] for trail in trails) for name in trails[0]}
     return {"export": seeds[0].export, "model": seeds[0].model, "accuracy_after": left}
 
 
 def _rows(seeds: Sequence[ModelResult], settings: FinalSettings) -> list[dict[str, Any]]:
-    """Return the figures of one model over the seeds."""
+    """Return the rows of one model, aggregated over the seeds."""
     first, threat = seeds[0], seeds[0].threat
     named = {"export": first.export, "model": first.model, "norm": threat.norm, "eps": threat.eps}
     rows = []
@@ -101,7 +101,7 @@ def _rows(seeds: Sequence[ModelResult], settings: FinalSettings) -> list[dict[st
             }
         )
     timed = [seed.latency for seed in seeds if seed.latency]
-    for device in dict.fromkeys(each.device for each in timed):  # seeds may have been judged on unlike nodes
+    for device in dict.fromkeys(each.device for each in timed):  # seeds may have run on different nodes
         for name in LATENCIES:
             times = spread([getattr(each, name) for each in timed if each.device == device])
             rows.append({**named, "figure": f"latency_{name}", **times, "device": device})
@@ -109,7 +109,7 @@ def _rows(seeds: Sequence[ModelResult], settings: FinalSettings) -> list[dict[st
 
 
 def spread(each: Sequence[float]) -> dict[str, Any]:
-    """Return the mean of the seeds' figures and their standard deviation (n - 1), which one seed alone has not."""
+    """Return the mean and the standard deviation (n - 1) over the seeds; one seed has no deviation."""
     return {"mean": mean(each), "deviation": stdev(each) if len(each) > 1 else None, "each": list(each)}
 
 
@@ -143,7 +143,7 @@ def _export(case: ExportedWinner, looks: Sequence[Mapping[str, Any]], found: Fin
 def _optimism(
     case: ExportedWinner, what: str, validation: float, own: Verdict, retrained: Sequence[Verdict]
 ) -> dict[str, Any]:
-    """Return a validation figure beside the test figures under the same attacks."""
+    """Compare a validation accuracy with the test accuracies under the same attacks."""
     images, tested = case.evidence["images"], own.right.shape[1]
     low, high = difference(validation, images, own.accuracy, tested)
     return {
@@ -162,7 +162,7 @@ def _optimism(
 
 
 def difference(one: float, n: int, other: float, m: int) -> tuple[float, float]:
-    """Return the 95 % interval of the difference of two proportions of n and of m.
+    """Return the 95 % interval of the difference of two proportions, of n and m samples.
 
     Source: Newcombe, Interval estimation for the difference between independent proportions, 1998, method 10.
     """
@@ -179,7 +179,7 @@ def _trained_on(cases: Sequence[ExportedWinner], settings: FinalSettings) -> str
 
 
 def _smaller(cases: Sequence[ExportedWinner], settings: FinalSettings) -> str:
-    """Return in what a run is smaller than the whole; empty where it is not."""
+    """Return how a run is smaller than a full run; empty if it is not."""
     parts = []
     if settings.images < settings.of:
         parts.append(f"{settings.images} of {settings.of} test images were attacked")

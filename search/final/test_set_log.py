@@ -1,4 +1,4 @@
-"""The looks that were taken at the test split for an export: each is noted in its folder."""
+"""Logs each opening of the test split for an export in the folder of the export."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from search.storage.atomic import write_atomic
 
 OPENED = "final/opened.json"
 SAME = ("dataset", "images", "of", "seeds", "code")
-"""What makes two looks one: a run that died, or is read again, looks no second time."""
+"""Settings that identify an opening: a run with the same settings continues or repeats it, and is not logged again."""
 
 Look = dict[str, Any]
 
 
 def looks(folder: Path, settings: FinalSettings) -> list[Look]:
-    """Return the looks for an export up to the one that is asked for, which comes last and may not be taken yet."""
+    """Return the openings for an export up to the one with these settings, which may not have happened yet."""
     path, this = folder / OPENED, {name: getattr(settings, name) for name in SAME}
     taken: list[Look] = json.loads(path.read_text()) if path.exists() else []
     for place, look in enumerate(taken):
@@ -30,8 +30,8 @@ def looks(folder: Path, settings: FinalSettings) -> list[Look]:
 
 
 def note_opening(folder: Path, settings: FinalSettings) -> list[Look]:
-    """Note that the test split is opened for an export, unless it was for the same, and return the looks so far."""
-    with FileLock(f"{folder / OPENED}.lock"):  # another run may be at the same export
+    """Log that the test split is opened for an export, unless already logged, and return the openings so far."""
+    with FileLock(f"{folder / OPENED}.lock"):  # another run may use the same export
         found = looks(folder, settings)
         if "when" not in found[-1]:
             found[-1] = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **found[-1]}
@@ -40,5 +40,5 @@ def note_opening(folder: Path, settings: FinalSettings) -> list[Look]:
 
 
 def opened_beside(folder: Path) -> list[str]:
-    """Return the other exports in the folder of an export for which the test split was opened."""
+    """Return the other exports in the same parent folder for which the test split was opened."""
     return sorted(path.parents[1].name for path in folder.parent.glob(f"*/{OPENED}") if path.parents[1] != folder)

@@ -1,4 +1,4 @@
-"""What the report's charts draw; how it is drawn stands in `page/*.js.j2`."""
+"""The data of the report's charts; they are drawn by `templates/*.js.j2`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from search.study.candidate import Candidate
 from spaces.domain import Scalar
 
 SWEPT = 5
-"""Fits whose risk-coverage curves are drawn."""
+"""Maximum number of fits whose risk-coverage curves are drawn."""
 SETTINGS = 16
-"""Settings up to which each has a line of its own in the chart of latencies."""
+"""Maximum number of settings that get separate lines in the latency chart."""
 
 
 def charts(summary: Summary) -> dict[str, Any]:
-    """Return what the charts draw, for JSON: accuracies in percent, latencies in milliseconds.
+    """Return the data of the charts, for JSON: accuracies in percent, latencies in milliseconds.
 
-    Under attack it is one minus the error, which is what the front is made of: accuracy where nothing is rejected.
+    Attacked accuracy here is one minus the attacked error, an objective of the front; without rejection they are equal.
     """
     front = {c.candidate for c in summary.front}
     devices = sorted({c.score.device for c in summary.candidates})
@@ -43,21 +43,7 @@ def charts(summary: Summary) -> dict[str, Any]:
         "rejection": _points(summary.study.max_clean_rejection),
         "best": summary.best and summary.best.candidate,
         "undefended": _points(1 - bare.score.attacked_error) if bare else None,
-        "candidates": [
-            {
-                "id": c.candidate,
-                "ms": _number(c.score.latency_ms_p50),
-                "attacked": _points(1 - c.score.attacked_error),
-                "low": _points(wilson(1 - c.score.attacked_error, c.score.images)[0]),
-                "high": _points(wilson(1 - c.score.attacked_error, c.score.images)[1]),
-                "clean": _points(c.score.clean_accuracy),
-                "front": c.candidate in front,
-                "device": devices.index(c.score.device),
-                "broken": "; ".join(summary.broken(c)),
-                "knobs": [_plain(c.params.flat().get(knob)) for knob in summary.searched],
-            }
-            for c in summary.ranked
-        ],
+        "candidates": [_candidate(summary, c, c.candidate in front, devices) for c in summary.ranked],
         "risk": risk_coverage(summary),
         "latency": latency,
         "lanes": len({one["lane"] for one in latency}),
@@ -79,8 +65,25 @@ def charts(summary: Summary) -> dict[str, Any]:
     }
 
 
+def _candidate(summary: Summary, candidate: Candidate, on_front: bool, devices: Sequence[str]) -> dict[str, Any]:
+    score = candidate.score
+    low, high = wilson(1 - score.attacked_error, score.images)
+    return {
+        "id": candidate.candidate,
+        "ms": _number(score.latency_ms_p50),
+        "attacked": _points(1 - score.attacked_error),
+        "low": _points(low),
+        "high": _points(high),
+        "clean": _points(score.clean_accuracy),
+        "front": on_front,
+        "device": devices.index(score.device),
+        "broken": "; ".join(summary.broken(candidate)),
+        "knobs": [_plain(candidate.params.flat().get(knob)) for knob in summary.searched],
+    }
+
+
 def risk_coverage(summary: Summary) -> list[dict[str, Any]]:
-    """Return the curves of clean rejection against attacked error of the best fits that can reject."""
+    """Return the risk-coverage curves of the best fits that can reject."""
     swept: dict[str, Candidate] = {}
     for candidate in summary.ranked:
         if candidate.score.risk_coverage and len(swept) < SWEPT:
@@ -96,7 +99,7 @@ def risk_coverage(summary: Summary) -> list[dict[str, Any]]:
 
 
 def latencies(summary: Summary) -> list[dict[str, Any]]:
-    """Return each measurement once, on the line of its device and, where there are few, of its setting."""
+    """Return each distinct latency, grouped by device and, if there are few settings, by setting."""
     knobs = _latency_knobs(summary)
     found = Counter(
         (c.score.device, _setting(c, knobs), c.score.latency_ms_p50, c.score.latency_ms_p95)
@@ -130,14 +133,14 @@ def _setting(candidate: Candidate, knobs: Sequence[str]) -> str:
 
 
 def _range(domain: BaseDistribution | None) -> str | None:
-    """Return the scale of a knob that is a range, and nothing of a choice."""
+    """Return the scale of a numeric knob; None for a categorical one."""
     if not isinstance(domain, FloatDistribution | IntDistribution):
         return None
     return "log" if domain.log else "linear"
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN: a chart leaves a gap instead."""
+    """Return the value with 6 significant digits; None for NaN, which JSON does not have."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 

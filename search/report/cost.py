@@ -1,4 +1,4 @@
-"""What a search has cost, and what it did not have to."""
+"""The cost of a search in epochs and seconds, and the savings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ STATES = ("finished", "pruned", "failed", "interrupted", "running")
 
 @dataclass(frozen=True)
 class Spent:
-    """What trials of one kind took.
+    """The cost of the trials of one kind.
 
     Args:
-        kind: the state of the trainings, or what else they were.
-        epochs: that they trained.
-        seconds: for which they held their share of a machine.
+        kind: the state of the trainings, or a description of other trials.
+        epochs: number of epochs trained.
+        seconds: total time for which they held their resources.
     """
 
     kind: str
@@ -28,16 +28,16 @@ class Spent:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the trials of a search took; classifiers, and what is made once for all trials, are not in it.
+    """The cost of the trials of a search, without classifiers and other work that is done once for all trials.
 
     Args:
         busy: seconds in which at least one trial ran.
-        cores: CPU cores of a trial.
-        gpus: GPUs of a trial.
-        fits: trainings of which candidates came.
-        candidates: how many came of them.
-        epochs_saved, epochs_asked: of the pruned trainings.
-        seconds_saved: what the epochs saved would have taken at each pruned training's own pace.
+        cores: CPU cores per trial.
+        gpus: GPUs per trial.
+        fits: number of trainings that produced candidates.
+        candidates: number of candidates.
+        epochs_saved, epochs_asked: epochs that pruned trainings saved, and those proposed for them.
+        seconds_saved: estimated time of the saved epochs, from the time per epoch of each pruned training.
     """
 
     spent: Sequence[Spent]
@@ -56,7 +56,7 @@ class Cost:
 
     @property
     def trainings_saved(self) -> int:
-        """How many trainings more it would have been, had each candidate been trained by itself."""
+        """Number of trainings saved because candidates share fits."""
         return self.candidates - self.fits
 
 
@@ -85,5 +85,5 @@ def _spent(kind: str, trials: Sequence[TrialRecord]) -> Spent:
 
 
 def _asked(trial: TrialRecord, epochs: int) -> int:
-    """Return the epochs of a training had it gone on; at most `epochs`, where the trial does not say."""
+    """Return the number of epochs of a full training; `epochs`, if the trial has no such knob."""
     return max(int(trial.params.train.get("epochs", epochs)), len(trial.curve))

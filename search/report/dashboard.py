@@ -1,8 +1,8 @@
-"""A search in optuna-dashboard, live: it follows the journal and writes nothing.
+"""Shows a search live in optuna-dashboard, read-only.
 
-A second writer would spoil a journal on which a driver works, so whatever would change the study is refused, at the
-door and in the storage. What the dashboard cannot know it is told: the threat model, the constraints, which trials are
-candidates, and so which of them make the front.
+A second writer would corrupt the journal of a running search, so the web server and the storage both reject writes. The
+storage adds what the dashboard cannot know: the threat model, the constraints, which trials are candidates, and the
+Pareto front.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from spaces.exceptions import InputError
 HOST = "127.0.0.1"
 PORT = 8080
 REFRESH_S = 5.0
-"""Least seconds between two times that the journal is fetched from a storage elsewhere."""
+"""Minimum time between two fetches of the journal from a remote storage, in seconds."""
 SHARE = 10.0
-"""How many times as long as fetching it took the journal is then left alone."""
+"""Minimum time between two fetches, as a multiple of the duration of the last fetch."""
 TOLD = ("trial", "of", "refines", "from", "reason", "seconds", "duplicate", "interrupted")
-"""What the journal says of a trial that is shown beside its figures."""
+"""Attributes of a trial in the journal that are shown."""
 FIGURES = (
     "candidate",
     "attacked_accuracy",
@@ -57,19 +57,19 @@ FIGURES = (
     "alarms",
     "device",
 )
-"""Of a row of candidates.csv what is shown beside the objectives and the searched knobs."""
+"""Columns of candidates.csv that are shown besides the objectives and the searched knobs."""
 
 
 def serve(study: Study, port: int | None, console: Console, *, open_browser: bool = False) -> int:
     """Serve a search on this machine's loopback until Ctrl-C, and return the exit code.
 
     Args:
-        port: None is 8080, or a free one where that is taken.
+        port: None is 8080, or a free port if 8080 is taken.
 
     Raises:
-        InputError: the search has not begun, or the port cannot be had.
+        InputError: the search has not begun, or the port is not available.
     """
-    warnings.filterwarnings("ignore", module="optuna")  # of small samples: its pages say how many there are
+    warnings.filterwarnings("ignore", module="optuna")  # about small samples; the page shows the sizes
     with TemporaryDirectory(prefix="crucible-dashboard-") as folder, server(study, port, Path(folder)) as site:
         url = f"http://{HOST}:{site.server_port}/dashboard/studies/0"
         console.print(f"{study.name}: {url} (read-only; Ctrl-C ends it)", highlight=False, soft_wrap=True)
@@ -81,14 +81,14 @@ def serve(study: Study, port: int | None, console: Console, *, open_browser: boo
 
 
 def server(study: Study, port: int | None, folder: Path) -> WSGIServer:
-    """Return a server of a search's dashboard that has its port; it raises what `serve` does.
+    """Return the server of a search's dashboard, bound to its port; it raises the same errors as `serve`.
 
     Args:
-        folder: where the journal is kept while it lies elsewhere.
+        folder: where the journal of a remote storage is copied to.
     """
     SearchHistory(study)
     shown = Shown(study, Followed(study, folder / JOURNAL))
-    # The dashboard's own front knows no constraints, and has no door for another one.
+    # The dashboard's own front ignores constraints, and there is no option to replace it.
     optuna_dashboard._app.get_pareto_front_trials = shown.front
     site = read_only(optuna_dashboard._app.create_app(shown))
     last: OSError | OverflowError | None = None
@@ -101,12 +101,12 @@ def server(study: Study, port: int | None, folder: Path) -> WSGIServer:
 
 
 def read_only(site: WSGIApplication) -> WSGIApplication:
-    """Return a site that answers who reads, and refuses who writes."""
+    """Return a site that rejects all requests except GET and HEAD."""
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
             return site(environ, start_response)
-        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # else the answer may be lost
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # otherwise the answer may be lost
         start_response("405 Method Not Allowed", [("Content-Type", "application/json"), ("Allow", "GET, HEAD")])
         return [b'{"reason": "this dashboard only reads: a search belongs to its driver"}']
 
@@ -114,10 +114,10 @@ def read_only(site: WSGIApplication) -> WSGIApplication:
 
 
 class Followed(Journal):
-    """The journal of a search that may run elsewhere: it is fetched again while it is read, and never written.
+    """A read-only journal of a search that may run elsewhere; it is fetched again when it is read.
 
     Args:
-        fetched: where it is kept beside the one of this machine, which a driver here may be writing.
+        fetched: the path of the fetched copy; a driver on this machine may be writing the local journal.
     """
 
     def __init__(self, study: Study, fetched: Path) -> None:
@@ -129,7 +129,7 @@ class Followed(Journal):
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         if self._mirror is not None and time.monotonic() >= self._due:
             began = time.monotonic()
-            with suppress(OSError):  # what there is is shown meanwhile
+            with suppress(OSError):  # keep the present copy
                 self._mirror.fetch(JOURNAL, to=self._fetched)
                 self._file_path = str(max(self._here, self._fetched, key=lambda path: path.stat().st_size))
             self._due = time.monotonic() + max(REFRESH_S, SHARE * (time.monotonic() - began))
@@ -140,7 +140,7 @@ class Followed(Journal):
 
 
 class Shown(JournalStorage):
-    """A search as the dashboard is to show it."""
+    """A storage that presents a search to the dashboard."""
 
     def __init__(self, study: Study, backend: Followed) -> None:
         super().__init__(backend)
@@ -165,7 +165,7 @@ class Shown(JournalStorage):
         return [self._shown(trial) for trial in super().get_all_trials(study_id, deepcopy=False, states=states)]
 
     def front(self, trials: Sequence[FrozenTrial], directions: object) -> list[FrozenTrial]:
-        """Return the trials of the search's own front: within the constraints, and each device for itself."""
+        """Return the trials of the search's own front: within the constraints, separately for each device."""
         named = {candidate.candidate: trial for trial in trials if (candidate := self._candidates.get(trial.number))}
         known = [self._candidates[trial.number] for trial in named.values()]
         return sorted((named[c.candidate] for c in front(self.study, known)), key=lambda trial: trial.number)
@@ -182,7 +182,7 @@ class Shown(JournalStorage):
                 row = candidate.row()
                 shown.user_attrs |= {key: row[key] for key in FIGURES if row[key] not in (None, "")}
             else:
-                limits.append(1.0)  # a lesson of another search: no candidate here
+                limits.append(1.0)  # from another search: not a candidate here
         shown.system_attrs = {**trial.system_attrs, "constraints": limits}
         shown.intermediate_values = {epoch: accuracy for epoch, accuracy in told.get("curve", ())}
         if trial.state.is_finished():
@@ -196,4 +196,4 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Silent(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: the terminal may be a search's."""
+        """Print nothing, because a search may use the terminal."""

@@ -1,4 +1,4 @@
-"""What went wrong in a search, each thing once."""
+"""The problems of a search, grouped by cause."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that went wrong.
+    """One problem.
 
     Args:
         state: failed, interrupted, restarted or alarm.
-        words: why; empty where nothing more is known.
-        where: the trials or candidates.
+        words: the reason; empty if unknown.
+        where: names of the trials or candidates.
     """
 
     state: str
@@ -22,7 +22,7 @@ class Fault:
 
 
 def gathered(found: Iterable[tuple[str, str, str]]) -> list[Fault]:
-    """Return the faults of (state, words, where), what happened most often first."""
+    """Group (state, words, where) into faults, the most frequent first."""
     places: dict[tuple[str, str], list[str]] = {}
     for state, words, where in found:
         places.setdefault((state, words), []).append(where)

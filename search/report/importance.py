@@ -1,4 +1,4 @@
-"""Which knobs matter, told of a search's finished candidates by Optuna's estimators."""
+"""The importance of each knob, estimated by Optuna from the finished candidates of a search."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from search.optimizer.history import SearchHistory
 from spaces.domain import Scalar
 
 LEAST = 8
-"""Candidates below which nothing is said."""
+"""Minimum number of candidates for an estimate."""
 BEST = 0.1
-"""The part of the candidates that counts as the best."""
+"""The fraction of the candidates that counts as the best."""
 FITS = 5
-"""Trainings of which the best must be before anything is said of them: candidates of one fit have the same train-time
-knobs, and tell of these but once."""
+"""Minimum number of trainings among the best candidates for their estimate: candidates of one fit share the train-time
+knobs, so they count as one observation of these."""
 CHANCE = "(chance)"
-"""A knob of random values, one a training, that is put beside the others: what it gets, chance gives."""
+"""An additional knob with one random value per training; its share shows what is due to chance."""
 
 
 @dataclass(frozen=True)
 class Importances:
-    """Each knob's share, in [0, 1]; the shares of all knobs, `CHANCE` among them, make one.
+    """The share of each knob, in [0, 1]; the shares of all knobs, including `CHANCE`, sum to one.
 
     Args:
-        overall: in what a forest of trees explains of the attacked error's variance over all candidates.
-        best: in what tells the best tenth of the candidates from the others; empty where too few trainings are in it.
-        candidates: how many were looked at.
+        overall: shares of the variance of the attacked error over all candidates that a random forest explains.
+        best: shares in separating the best tenth of the candidates from the rest; empty if it has too few trainings.
+        candidates: number of candidates used.
     """
 
     overall: Mapping[str, float] = field(default_factory=dict)
@@ -48,20 +48,20 @@ class Importances:
 
 
 def importances(history: SearchHistory) -> Importances:
-    """Return how much each knob that always matters matters for the attacked error.
+    """Return the importance for the attacked error of each knob that is not conditional on another knob.
 
-    Both estimates take a second of all candidates of a long search. fANOVA would take hours, and it counts a knob of
-    six values as six knobs (docs/decisions.md).
+    Both estimates take about a second for a long search. fANOVA would take hours, and it counts a knob with six values
+    as six knobs (docs/decisions.md).
 
     Source: Watanabe, Bansal and Hutter, PED-ANOVA, IJCAI 2023, for the best tenth.
     """
-    # A candidate whose thresholds were picked may lack some knobs, and would take them out for all. Those that do not
-    # always matter would leave too few candidates.
+    # Optuna uses only knobs that all trials have, so candidates that lack a knob (picked thresholds) are left out.
+    # Requiring the conditional knobs too would leave too few candidates.
     always = [name for name in history.searched if name not in history.space.given]
     own = (t for t in history.all() if t.state == TrialState.COMPLETE and "from" not in t.user_attrs)
     done = [t for t in own if set(always) <= set(t.params)]
     if not always or len(done) < LEAST or len({t.values[0] for t in done}) < 2:
-        return Importances()  # where nothing varies there is no variance to explain
+        return Importances()  # without variation there is no variance to explain
     study = optuna.create_study(directions=history.optuna.directions)
     kept = [(trial, {name: trial.params[name] for name in always}) for trial in done]
     study.add_trials(_with_chance(trial, values, history) for trial, values in kept)
@@ -73,13 +73,13 @@ def importances(history: SearchHistory) -> Importances:
 
 
 def _shares(study: optuna.Study, evaluator: BaseImportanceEvaluator) -> dict[str, float]:
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that lower is taken for better: it is
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that lower values count as better
         found = get_param_importances(study, evaluator=evaluator, target=_attacked_error)
     return {knob: float(share) for knob, share in found.items()}
 
 
 def _with_chance(trial: FrozenTrial, values: Mapping[str, Scalar], history: SearchHistory) -> FrozenTrial:
-    """Return a trial with one knob more, and without what is written beside it, which Optuna would copy."""
+    """Return the trial with the additional knob, and without its attributes, which Optuna would copy."""
     training = [value for name, value in values.items() if name in history.space.train]
     drawn = random.Random(f"{history.study.seed} {training or trial.number}").random()
     return create_trial(

@@ -1,4 +1,4 @@
-"""The leaderboard: the best candidates beside the undefended classifier, as a table for a terminal."""
+"""The leaderboard: a table of the best candidates and the undefended classifier for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from search.study.study import Study
 def leaderboard(
     study: Study, searched: Sequence[str], undefended: Candidate | None, ranked: Sequence[Candidate], top: int = 10
 ) -> Table:
-    """Return the best candidates beside the undefended classifier, in percent, with Wilson 95 % intervals."""
+    """Return a table of the best candidates and the undefended classifier, in percent, with 95 % Wilson intervals."""
     threat = ranked[0].score.threat if ranked else undefended.score.threat if undefended else None
     title = f"{study.name}: {study.defense} on {study.label}, attacked accuracy under {threat}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -40,7 +40,7 @@ def leaderboard(
 
 
 def refusals(study: Study, candidates: Sequence[Candidate]) -> str:
-    """Return in one line how many candidates keep to the constraints, the one that refuses most first."""
+    """Return one line with the number of candidates within each constraint, the strictest constraint first."""
     within = len(ranking.feasible(study, candidates))
     each = (
         f"{one.words}: {one.within}" + (f" (refuses {one.alone} alone)" if one.alone else "")

@@ -1,6 +1,6 @@
-"""The report: one self-contained HTML page on a search, finished or running, that needs no network.
+"""The report: one self-contained HTML page about a finished or running search, usable without a network.
 
-Here stands what the page says; how it looks stands in `page/`.
+This module provides the data; the layout is in `templates/`.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from search.templates import render as template
 
 TEMPLATE = Path(__file__).parent / "templates" / "page.html.j2"
 TOP = 10
-"""Rows of the leaderboard."""
+"""Number of rows of the leaderboard."""
 
 LINES = 400
-"""Lines of the parallel coordinates; more cannot be told apart."""
+"""Maximum number of lines in the parallel coordinates; more cannot be distinguished."""
 
 DOTS, CURVES = 200, 100
-"""Dots of a slice and learning curves that are drawn."""
+"""Maximum numbers of dots in a slice plot and of learning curves."""
 
 PICTURES = 6
 PICTURE_BYTES = 500_000
-"""What all pictures may weigh, so that the page can be mailed."""
+"""Maximum total size of the pictures, in bytes, so that the page can be sent by mail."""
 
 LIBRARIES = ("torch", "torchattacks", "optuna", "ray", "numpy")
 
 
 def write(summary: Summary, path: Path) -> Path:
-    """Write the page and return its path; who reads it meanwhile sees the old page or the new one, whole."""
+    """Write the page atomically and return its path."""
     return write_atomic(path, render(summary).encode())
 
 
 def render(summary: Summary) -> str:
-    """Return the page."""
+    """Return the HTML of the page."""
     study, config = summary.study, summary.study.to_yaml()
     return template(
         TEMPLATE,
@@ -83,7 +83,7 @@ def render(summary: Summary) -> str:
 
 
 def interval(score: Score) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of the attacked accuracy."""
+    """Return the 95 % Wilson interval of the attacked accuracy."""
     return wilson(score.attacked_accuracy, score.images)
 
 
@@ -100,7 +100,7 @@ def threat_in_words(summary: Summary) -> str:
 
 
 def measures(summary: Summary) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield measure, condition, and the values of the best candidate and of the undefended classifier."""
+    """Yield each measure with its condition and its values for the best candidate and the undefended classifier."""
     batch = "p50, batch of 128" + (f", {spoken_device(summary.device)}" if summary.device else "")
     asked = [("Black-box accuracy", summary.named("black-box"), lambda s: percent(s.black_box_accuracy))]
     rejection: list[tuple[str, str, Callable[[Score], str]]] = [
@@ -121,7 +121,7 @@ def measures(summary: Summary) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def origins(study: Study) -> Iterator[tuple[str, str]]:
-    """Yield what else decides the figures, with its version."""
+    """Yield the code, libraries and data that affect the figures, with their versions."""
     code, installed = provenance.code(), provenance.libraries()
     commit = f"commit {code['commit']}{', changed since' if code['changed_since'] else ''}; " if code["commit"] else ""
     yield "Crucible", f"{commit}SHA-256 of its sources {code['sha256']}"
@@ -133,7 +133,7 @@ def origins(study: Study) -> Iterator[tuple[str, str]]:
 
 
 def _checksum(study: Study) -> str:
-    """Return the SHA-256 of the decoded data; nothing where they are not on this machine."""
+    """Return the SHA-256 of the decoded data; empty if they are not on this machine."""
     for decoded in caches(find_task(study.task).dataset, study.data_dir):
         try:
             return str(read_ledger(decoded)["checksum"])
@@ -143,7 +143,7 @@ def _checksum(study: Study) -> str:
 
 
 def pictures(summary: Summary) -> list[tuple[TrialRecord, str]]:
-    """Return the trials whose pictures are shown, the best ones first, each with a data URL."""
+    """Return the trials whose pictures are shown, the best first, each with a data URL."""
     leaders = filter(None, map(summary.fit, summary.ranked[: 5 * TOP]))
     shown: list[tuple[TrialRecord, str]] = []
     room = PICTURE_BYTES
@@ -158,6 +158,6 @@ def pictures(summary: Summary) -> list[tuple[TrialRecord, str]]:
 def _png(picture: Path | None) -> bytes:
     try:
         data = picture.read_bytes() if picture else b""
-    except OSError:  # the page of a search whose pictures were cleaned away is still a page
+    except OSError:  # the pictures may have been deleted
         return b""
     return data if data.startswith(b"\x89PNG\r\n\x1a\n") else b""

@@ -1,4 +1,4 @@
-"""How well the cheap scores rank trainings: what stopping them early rests on."""
+"""How well the cheap scores rank trainings, which early stopping depends on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from search.study.study import Study
 from spaces.domain import Scalar
 
 LEAST = 4
-"""Trainings below which nothing is said."""
+"""Minimum number of trainings for a correlation."""
 ENOUGH = 8
-"""Trainings from which a low correlation is warned of."""
+"""Minimum number of trainings for a warning about a low correlation."""
 LOW = 0.5
 
 
@@ -28,10 +28,10 @@ class Rank:
     """How the cheap scores after one epoch rank the finished trainings.
 
     Args:
-        epoch: None for the last epoch of each.
-        trainings: how many are compared.
-        rho: Spearman's, between cheap and final scores; None where too few are compared or either does not vary.
-        low, high: its 95 % interval, by Bonett and Wright's standard error.
+        epoch: None for the last epoch of each training.
+        trainings: number of trainings compared.
+        rho: Spearman's rho between cheap and final scores; None with too few trainings or if one score is constant.
+        low, high: the 95 % interval of rho, by Bonett and Wright's standard error.
         tau: Kendall's tau-b.
     """
 
@@ -48,22 +48,22 @@ class Rank:
 
     @property
     def poor(self) -> bool:
-        """Whether enough trainings were compared to say that the cheap score ranks them badly."""
+        """Whether the cheap score ranks badly, and enough trainings were compared to say so."""
         return self.trainings >= ENOUGH and (self.rho is None or self.rho < LOW)
 
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """How cheap and final scores agree over the finished trainings.
+    """The agreement of cheap and final scores over the finished trainings.
 
-    Those that were stopped early have no final score: what is said here holds for the survivors.
+    Trainings that were stopped early have no final score, so they are not included.
 
     Args:
-        usual: whether the final score is that at the space's usual inference setting, at which the cheap scores are
-            taken; else, where not every training was scored there, it is each training's best.
-        points: (trial, cheap score of its last epoch, final score), each in [0, 1]; the final score is one minus the
+        usual: whether final scores are those at the usual inference setting of the space, like the cheap scores;
+            otherwise some training was not scored there, and each training's best is used.
+        points: (trial, cheap score of its last epoch, final score), scores in [0, 1]; the final score is one minus the
             attacked error.
-        ranks: one for each rung, and the last epoch's.
+        ranks: one for each rung, then that of the last epoch.
     """
 
     study: Study
@@ -81,7 +81,7 @@ class RankCorrelation:
 
     @property
     def line(self) -> str:
-        """What is known, in one line."""
+        """The correlation in one line."""
         if self.last.rho is None:
             why = f"they need {LEAST}" if len(self.points) < LEAST else "one of the two does not vary"
             return f"cheap against final scores of {len(self.points)} finished trainings: no rank correlation, {why}"
@@ -94,7 +94,7 @@ class RankCorrelation:
 
     @property
     def warning(self) -> str:
-        """What to do where the cheap score is a bad guide; nothing where it is a good one, or too little is known."""
+        """Advice if the cheap score ranks badly; empty if it ranks well, or with too few trainings."""
         poor = next((rank for rank in self.ranks if rank.poor), None)
         if poor is None:
             return ""
@@ -119,10 +119,10 @@ class RankCorrelation:
 
 
 def rank_correlation(history: SearchHistory, candidates: Iterable[Candidate]) -> RankCorrelation:
-    """Compare the cheap scores of a search's finished trainings with what their fits were worth in the end.
+    """Compare the cheap scores of the finished trainings of a search with the final scores of their fits.
 
     Args:
-        candidates: all of the search.
+        candidates: all candidates of the search.
     """
     study, usual = history.study, dict(history.space.usual())
     fits: dict[tuple[tuple[str, Scalar], ...], list[Candidate]] = {}
@@ -146,12 +146,12 @@ def rank_correlation(history: SearchHistory, candidates: Iterable[Candidate]) ->
 
 
 def ranks(curves: Sequence[Mapping[int, float]], finals: Sequence[float], epochs: Sequence[int]) -> list[Rank]:
-    """Return the rank correlations after each of the epochs and after the last of each curve.
+    """Return the rank correlations after each of `epochs` and after the last epoch of each curve.
 
     Args:
-        curves: each training's cheap score by epoch.
-        finals: each training's final score.
-        epochs: those at which trainings are judged; one at which no training had yet to go on is left out.
+        curves: the cheap score by epoch, for each training.
+        finals: the final score of each training.
+        epochs: the rungs of early stopping.
     """
     found = []
     for epoch in epochs:

@@ -1,4 +1,4 @@
-"""How far a search is: what `status` says of it."""
+"""The progress of a search, as shown by `status`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ COUNTED = ("finished", "running", "interrupted", "pruned", "failed")
 
 
 def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
-    """Return how far a search is, and the best so far; accuracies are fractions, times seconds.
+    """Return the progress of a search and its best candidate; accuracies are fractions, times are in seconds.
 
     Args:
-        runs: whether a driver is at work on it.
+        runs: whether a driver runs the search now.
 
     Raises:
-        InputError: it has not begun.
+        InputError: the search has not begun.
     """
     history = SearchHistory(study)
     trials, candidates = history.trials(), history.candidates()
@@ -59,7 +59,7 @@ def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
 
 
 def _pace(study: Study, trials: Sequence[FrozenTrial], *, runs: bool) -> dict[str, float | None]:
-    """Return the time in which some training was under way, and what follows from it for the rest."""
+    """Return the time in which at least one training ran, and estimates of the pace and the remaining time."""
     ended = sum(state_of(trial) in ENDED for trial in trials)
     seconds = busy((t for t in trials if state_of(t) in ENDED or (runs and state_of(t) == "running")), datetime.now())
     left = seconds / ended * (study.trials - ended) if runs and ended else None
@@ -71,7 +71,7 @@ def _pace(study: Study, trials: Sequence[FrozenTrial], *, runs: bool) -> dict[st
 
 
 def busy(trials: Iterable[FrozenTrial], now: datetime) -> float:
-    """Return the seconds in which at least one of the trials ran: a search that was left has gaps."""
+    """Return the seconds in which at least one of the trials ran; gaps of an interrupted search do not count."""
     seconds, until = 0.0, datetime.min
     for begin, end in sorted((t.datetime_start or now, t.datetime_complete or now) for t in trials):
         seconds += max(0.0, (end - max(begin, until)).total_seconds())
@@ -80,7 +80,7 @@ def busy(trials: Iterable[FrozenTrial], now: datetime) -> float:
 
 
 def board(states: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table of searches for people, which can be read at 80 columns too."""
+    """Return a table of searches that is readable at 80 columns."""
     table = Table("search", "task", "trainings", "candidates", "time", "left", "best", box=None)
     for column in table.columns:
         column.overflow = "fold"
@@ -102,7 +102,7 @@ def board(states: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def details(state: Mapping[str, Any]) -> list[str]:
-    """Return what else is to be said of one search, a line each."""
+    """Return further details of one search, one per line."""
     constraints = ", ".join(f"{one['words']}: {one['within']}" for one in state["constraints"])
     last = state["rank_correlation"]["ranks"][-1]
     rho = "unknown" if last["rho"] is None else f"{last['rho']:.2f}"

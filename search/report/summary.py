@@ -1,4 +1,4 @@
-"""What the report knows of a search, finished or running."""
+"""Collects the data of the report on a finished or running search."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from spaces.exceptions import InputError
 from spaces.space import Params
 
 APART = 0.1
-"""How far the second latency of a member of the front may lie from the first, a fraction, before it is remarked."""
+"""Largest relative difference between the two latencies of a candidate of the front without a remark."""
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial, a training or a refinement, as the study's journal tells it.
+    """One trial, a training or a refinement, read from the journal of the study.
 
     Args:
-        trial: its identity.
+        trial: its name.
         state: finished, pruned, failed, interrupted or running.
         params: the proposed setting.
-        curve: the cheap score, in [0, 1], by epoch.
+        curve: the cheap score after each epoch, in [0, 1].
         reason: why it did not finish; empty otherwise.
         picture: a PNG of clean, attacked and purified images.
-        seconds: how long it took.
-        restarts: how often it was handed out again, as its worker had died.
+        seconds: its duration.
+        restarts: how often it was restarted because its worker had died.
     """
 
     trial: str
@@ -58,19 +58,19 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything that the page shows.
+    """The data of the report.
 
     Args:
         undefended: the bare classifier, scored by the same suite on the same images.
-        candidates: all that are finished.
-        best: the best feasible one.
-        front: the Pareto front among the feasible.
+        candidates: all candidates.
+        best: the best feasible candidate.
+        front: the Pareto front of the feasible candidates.
         searched: names of the knobs that were searched.
-        importances: of the knobs; empty after too few trials.
-        device: where the best one's latency was measured.
-        agreement: of cheap and final scores.
-        again: the latency of the front's candidates when it was timed again at the end.
-        refinements: further inference settings that were tried on the best fits at the end.
+        importances: of the knobs; empty with too few trials.
+        device: where the latency of the best candidate was measured.
+        rank_correlation: of cheap and final scores.
+        again: the latencies of the front's candidates, re-measured at the end.
+        refinements: further inference settings that were scored for the best fits at the end.
         busy: seconds in which at least one trial ran.
         audits: the evidence of each export, by its candidate.
     """
@@ -92,44 +92,44 @@ class Summary:
 
     @cached_property
     def ranked(self) -> list[Candidate]:
-        """The candidates, the feasible ones first, then by attacked error and latency."""
+        """The candidates, feasible ones first, then sorted by attacked error and latency."""
         return sorted(ranking.ranked(self.candidates), key=lambda c: bool(self.broken(c)))
 
     @cached_property
     def kept(self) -> list[Kept]:
-        """How many candidates keep to each constraint."""
+        """The number of candidates within each constraint."""
         return ranking.kept(self.study, self.candidates)
 
     @cached_property
     def within(self) -> int:
-        """How many candidates keep to all constraints."""
+        """The number of candidates within all constraints."""
         return len(ranking.feasible(self.study, self.candidates))
 
     @cached_property
     def rejects(self) -> bool:
-        """Whether some candidate rejected an image."""
+        """Whether any candidate rejected an image."""
         return any(c.score.clean_rejection or c.score.attacked_rejection for c in self.candidates)
 
     @cached_property
     def devices(self) -> list[str]:
-        """Where latencies were measured."""
+        """The devices on which latencies were measured."""
         return ranking.devices(self.candidates)
 
     @property
     def images(self) -> int:
-        """How many validation images were attacked."""
+        """The number of validation images attacked."""
         scored = (*self.candidates, *filter(None, [self.undefended]))
         return max((c.score.images for c in scored), default=self.study.resolved.eval_images)
 
     @property
     def eps(self) -> float | None:
-        """The bound of the attacks, in pixel units of [0, 1]; None as long as only the task knows it."""
+        """The eps of the attacks, in pixel units of [0, 1]; None if only the task has it and nothing is scored yet."""
         scored = self.undefended or next(iter(self.candidates), None)
         return scored.score.threat.eps if scored else self.study.eps
 
     @property
     def ended(self) -> int:
-        """How many trainings are over, as `status` counts them."""
+        """The number of ended trainings, counted as in `status`."""
         return sum(map(self.count, ENDED))
 
     def count(self, state: str) -> int:
@@ -137,7 +137,7 @@ class Summary:
 
     @cached_property
     def faults(self) -> list[Fault]:
-        """Trials and refinements that failed or were handed out again, by reason."""
+        """Trials and refinements that failed, were interrupted or were restarted, grouped by reason."""
         every = (*self.trials, *self.refinements)
         ended = [(t.state, t.reason, t.trial) for t in every if t.state in ("failed", "interrupted")]
         again = [("restarted", "its worker had died", t.trial) for t in every if t.restarts]
@@ -145,11 +145,11 @@ class Summary:
 
     @cached_property
     def alarms(self) -> list[Fault]:
-        """Candidates with an alarm, by alarm."""
+        """Candidates with an alarm, grouped by alarm."""
         return gathered(("alarm", alarm, c.candidate) for c in self.ranked for alarm in c.score.alarms)
 
     def broken(self, candidate: Candidate) -> list[str]:
-        """Return the constraints of the study that a candidate breaks, in words."""
+        """Return descriptions of the constraints that a candidate violates."""
         words = {
             "alarms": f"alarm: {'; '.join(candidate.score.alarms)}",
             "max_clean_rejection": f"more than {percent(self.study.max_clean_rejection)} of the clean images rejected",
@@ -159,12 +159,12 @@ class Summary:
         return [words[name] for name, excess in ranking.constraints(self.study, candidate).items() if excess > 0]
 
     def named(self, knowledge: Knowledge | None = None) -> str:
-        """Return the threat model in short, to stand at a number: the study's, or the one with this knowledge."""
+        """Return a short form of the threat model: that of the study, or with other knowledge."""
         norm = "L∞" if self.study.norm == "Linf" else "L2"
         return f"{knowledge or self.study.threat}, {norm}\u00a0eps\u00a0{spoken_eps(self.eps)}"
 
     def remark(self, candidate: Candidate) -> str:
-        """Return what the second measurement of a latency says of the first; nothing where they agree."""
+        """Return a remark if the second latency measurement differs from the first; otherwise empty."""
         again, first = self.again.get(candidate.candidate), candidate.score.latency_ms_p50
         if again is None or first <= 0:
             return ""
@@ -176,16 +176,16 @@ class Summary:
         return f"{100 * abs(moved):.0f} % {'slower' if moved > 0 else 'faster'} the second time: once it was not quiet"
 
     def fit(self, candidate: Candidate) -> TrialRecord | None:
-        """Return the trial that trained a candidate's fit."""
+        """Return the trial that trained the fit of a candidate."""
         train = dict(candidate.params.train)
         return next((t for t in self.trials if dict(t.params.train) == train), None)
 
 
 def summarise(study: Study) -> Summary:
-    """Return what a search has found.
+    """Return the summary of a search.
 
     Raises:
-        InputError: it has not begun.
+        InputError: the search has not begun.
     """
     history = SearchHistory(study)
     candidates = history.candidates()
@@ -209,7 +209,7 @@ def summarise(study: Study) -> Summary:
 
 
 def audits(study: Study, candidates: Sequence[Candidate]) -> dict[str, Mapping[str, Any]]:
-    """Return the evidence of exports by candidate; one changed since, or of another search, is left out."""
+    """Return the evidence of each export by candidate, without exports that were changed or are of another search."""
     found = dict[str, Mapping[str, Any]]()
     for c in candidates:
         try:

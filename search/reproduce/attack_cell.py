@@ -1,4 +1,4 @@
-"""What is left of the images that one cell of a paper's table attacks, counted as the papers count.
+"""Runs the attack of one cell of a paper's table; its verdict counts as the papers do.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -26,24 +26,24 @@ from search.reproduce.cell_setting import Setting
 from search.trial.runner import TrialRunner
 
 DRAWS = 2
-"""Of a stochastic defense's noise in a white-box gradient."""
+"""Noise draws per white-box gradient of a stochastic defense."""
 
 
 class NotRun(Exception):
-    """A cell cannot be found here, and says why in one line."""
+    """Raised if a cell cannot be run on this machine; the message is one line."""
 
 
 def threat(setting: Setting) -> ThreatModel:
-    """Return the threat model; an attack that keeps to no eps has one of 0."""
+    """Return the threat model; its eps is 0 for an attack without a bound."""
     return ThreatModel(setting.norm, setting.eps or 0.0, setting.knowledge)
 
 
 def attacked(runner: TrialRunner, target: nn.Module, setting: Setting, rounds: int) -> Verdict:
-    """Return the verdict on the attacked images alone; white-box, the worst of the gradient sources for each image.
+    """Return the verdict on only the attacked images; white-box, the worst over the gradient sources per image.
 
     Args:
-        target: bare or defended.
-        rounds: in which a black-box attacker doubles its images.
+        target: the bare classifier or the defended one.
+        rounds: number of rounds in which a black-box attacker doubles its training images.
     """
     assets, seed = runner.assets, runner.study.seed
     x_NCHW, y_N = assets.evaluator.x_NCHW, assets.evaluator.y_N
@@ -63,12 +63,12 @@ def attacked(runner: TrialRunner, target: nn.Module, setting: Setting, rounds: i
 
 
 def reclassified(runner: TrialRunner, target: nn.Module, setting: Setting) -> Verdict:
-    """Return the verdict, whatever the thresholds say then, on the images that were rejected before the search.
+    """Return the verdict after reclassification of the images that were rejected before, regardless of thresholds.
 
     Raises:
-        NotRun: none was.
+        NotRun: no image was rejected.
 
-    Source: GMVAE, section 3.5: where no fooling images are expected, nothing is rejected again.
+    Source: GMVAE, section 3.5: without fooling images, nothing is rejected again.
     """
     defense, seed = cast(Defended, target).defense, runner.study.seed
     searching, (x_NCHW, y_N) = defense.params.inference, (runner.assets.evaluator.x_NCHW, runner.assets.evaluator.y_N)
@@ -86,7 +86,7 @@ def reclassified(runner: TrialRunner, target: nn.Module, setting: Setting) -> Ve
 
 
 def _attacker(runner: TrialRunner, setting: Setting, rounds: int) -> BlackBoxAttacker:
-    """Return the attacker whose substitute is trained on what its oracle answers."""
+    """Return the black-box attacker, whose substitute is trained on the answers of the oracle."""
     assets, resolved = runner.assets, runner.study.resolved
     held_out_NCHW = splits.load_held_out(resolved.task.dataset, runner.study.data_dir).to(assets.device)
     architecture = ARCHITECTURES[setting.substitute or resolved.protected]

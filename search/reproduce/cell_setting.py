@@ -1,4 +1,4 @@
-"""What was done for one number of a paper, in our words: task, defense, attack, and what the attacker truly sees."""
+"""The experiment behind one number of a paper: task, defense, attack, and the true knowledge of the attacker."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ Measure = Literal["attacked", "clean", "error", "rejection", "reclassified", "se
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What was done for one number of a paper, in our words.
+    """The experiment behind one number of a paper, in the terms of this project.
 
     Args:
         task: the data set and the classifier that the defense is trained with.
-        protect: the task whose classifier is attacked, where that is another one.
+        protect: the task whose classifier is attacked; None: that of `task`.
         defense: `none` is the bare classifier.
-        knobs: of the defense, where the paper's are not its defaults.
-        attack: by its name in attacks/suites.py; None: clean images.
-        eps: in pixel units of [0, 1]; None where the attack keeps to none.
-        knowledge: what the attacker truly sees, whatever the paper calls it.
-        substitute: the architecture of the black-box attacker's own network.
-        oracle: whom that attacker asks for classes: the defended classifier, or the bare one.
-        images: of the test split that the number is of; None: all.
-        limit_s: the defense may take so many seconds for a batch of 128, and descends as far as it gets in them.
-        measure: accuracy under attack (`attacked`) or on `clean` images; share of the images, attacked where there is
-            an attack, that are accepted and wrong (`error`) or rejected (`rejection`); accuracy on those that were
-            rejected and then searched (`reclassified`); `seconds` that purifying `images` takes, or their `ratio` to
-            those of the cell that is 1.
-        note: why it cannot be run here; empty where it can.
+        knobs: those of the defense whose values in the paper differ from the defaults.
+        attack: its name in attacks/catalog.py; None: clean images.
+        eps: in pixel units of [0, 1]; None for an attack without a bound.
+        knowledge: the true knowledge of the attacker, whatever the paper calls it.
+        substitute: the architecture of the black-box attacker's network.
+        oracle: the model that a black-box attacker queries: the defended classifier or the bare one.
+        images: number of test images of the paper's number; None: all.
+        limit_s: time limit for a batch of 128, in seconds; the defense does as many gradient steps as fit into it.
+        measure: accuracy under attack (`attacked`) or on `clean` images; fraction of the images (attacked if there is
+            an attack) that are accepted and wrong (`error`) or rejected (`rejection`); accuracy on the images that
+            were rejected and then reclassified (`reclassified`); the `seconds` to purify `images`, or their `ratio` to
+            those of the cell whose ratio is 1.
+        note: why the cell cannot be run here; empty if it can.
     """
 
     task: str
@@ -62,11 +62,11 @@ class Setting:
 
     @property
     def targeted(self) -> bool:
-        """Whether the attack aims at a random wrong class."""
+        """Whether the attack targets a random wrong class."""
         return self.attack is not None and ATTACKS[self.attack].targeted
 
     def obstacle(self, data_dir: str | Path | None = None) -> str:
-        """Say why this cannot be run on this machine; empty where it can."""
+        """Return why this cannot be run on this machine; empty if it can."""
         dataset = self.task.partition("/")[0]
         if self.note or not DATASETS[dataset].origin.closed:
             return self.note
@@ -77,14 +77,14 @@ class Setting:
 
 
 def setting(given: Iterable[Mapping[str, Any]]) -> Setting:
-    """Return the setting that the fields in each of `given` make, the later over the earlier; knobs are put together.
+    """Return the setting from the fields in `given`, where later ones override earlier ones; knobs are merged.
 
-    Beside the fields of a Setting there may be `dataset` and `classifier`, which make its task, and `knobs_of`: knobs
-    by defense, of which those of the one in use are taken. What no attack looks at takes its default, so that
-    settings that are the same are equal.
+    Besides the fields of Setting, `dataset` and `classifier` together give the task, and `knobs_of` has knobs by
+    defense, of which those of the chosen defense apply. Fields that have no effect are set to their defaults, so that
+    equivalent settings are equal.
 
     Raises:
-        InputError: a word stands for nothing.
+        InputError: a name or value is invalid.
     """
     merged: dict[str, Any] = {"knobs": {}, "knobs_of": {}}
     for fields in given:
@@ -107,10 +107,10 @@ def setting(given: Iterable[Mapping[str, Any]]) -> Setting:
 
 
 def _check(setting: Setting) -> None:
-    """Refuse a setting whose words stand for nothing.
+    """Check the names and values of a setting.
 
     Raises:
-        InputError: one does.
+        InputError: a name or value is invalid.
     """
     for name in filter(None, (setting.task, setting.protect)):
         choose("a task", name, TASKS)

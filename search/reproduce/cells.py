@@ -1,4 +1,4 @@
-"""One number of a paper's table, found by us: trained, attacked and timed through the store, so never twice.
+"""Runs the cells of a paper's table: trains, attacks and times through the store, so that nothing is done twice.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -31,29 +31,29 @@ from spaces.exceptions import InputError
 from spaces.space import Params, SearchSpace
 
 Report = Callable[[str, int, int, Metrics], None]
-"""Told of each epoch: what is trained, the epoch, how many there are, and its metrics."""
+"""Called after each epoch with the name of what is trained, the epoch, the number of epochs, and the metrics."""
 
 CLASSIFIER_EPOCHS, ROUNDS = 10, 6
-"""Of a classifier (Defense-VAE, section 4.1); of a black-box attacker."""
+"""Epochs of a classifier (Defense-VAE, section 4.1); rounds of a black-box attacker."""
 BATCH = 128
-"""Images whose purification is timed."""
+"""Batch size for timing purification, in images."""
 TIMED = (1, 3)
-"""Steps of an optimisation that are timed where not all are: the rest follows, since each costs the same."""
+"""Two numbers of steps to time if not all steps are timed; the rest is extrapolated, because all steps cost the same."""
 CHEAP = 64
-"""Images that score an epoch."""
+"""Images for the quick score of an epoch."""
 UNTAUGHT = ("defense_gan", "magnet")
-"""Defenses whose training never looks at a classifier: one fit serves them all."""
+"""Defenses whose training does not use a classifier: one fit serves all classifiers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ours:
-    """What we found for one cell.
+    """Our result for one cell.
 
     Args:
         value: a fraction of `images`, or seconds.
-        images: validation images; 0 where none were needed.
-        seconds: that it took when it was first made, its training included.
-        ran: what this run was: training images, epochs, knobs that the fraction cut.
+        images: number of validation images; 0 if none were needed.
+        seconds: the time of the first computation, including training.
+        ran: the size of this run: training images, epochs, knobs that the fraction reduced.
     """
 
     value: float
@@ -63,11 +63,11 @@ class Ours:
 
 
 class Cells:
-    """Runs cells, all in one process, with one store.
+    """Runs cells in one process, with one store.
 
     Args:
-        storage: as a study's.
-        report: hears each epoch; it may raise to stop, and what was trained stays.
+        storage: as in a study.
+        report: called after each epoch; it may raise to stop, and finished epochs are kept.
     """
 
     def __init__(self, storage: str, data_dir: str | Path | None, portion: Fraction, seed: int, report: Report) -> None:
@@ -77,10 +77,10 @@ class Cells:
         self._failed: dict[str, str] = {}
 
     def run(self, setting: Setting) -> Ours:
-        """Return what we find for a setting.
+        """Return our result for a setting.
 
         Raises:
-            NotRun: it cannot be found here.
+            NotRun: the setting cannot be run here.
         """
         if reason := setting.obstacle(self.data_dir):
             raise NotRun(reason)
@@ -97,7 +97,7 @@ class Cells:
         return Ours(value=about[name], images=about["images"], seconds=about["seconds"], ran=about["ran"])
 
     def missing(self, setting: Setting) -> str:
-        """Return the fingerprint of the fit that must be trained for a setting; empty where none must."""
+        """Return the fingerprint of the fit that a setting needs and the store lacks; empty if there is none."""
         if setting.obstacle(self.data_dir) or setting.measure in ("seconds", "ratio") or setting.defense == "none":
             return ""
         runner = self.runner(setting)
@@ -107,10 +107,10 @@ class Cells:
     # The study that a setting stands for.
 
     def runner(self, setting: Setting) -> TrialRunner:
-        """Return the bench of a setting; the last one is kept."""
+        """Return the trial runner of a setting; the last one is cached."""
         study = self.study(setting)
         if self._runner is None or self._runner.study != study:
-            self._runner = None  # its images go before the next one's come
+            self._runner = None  # free its images before loading the next ones
             self._runner = TrialRunner(study, study.store)
         return self._runner
 
@@ -123,7 +123,7 @@ class Cells:
         params, sizes = self.params(setting), splits.sizes(dataset, self.data_dir)
         free = sizes.attackable(setting.knowledge)
         images = self.portion.training_images(sizes.train)
-        # A training's rungs take few steps of whatever descends: they stop nothing here, and fits do not depend on it.
+        # Rungs need only one step of repeated operations: they stop nothing here, and fits do not depend on them.
         rungs = {name: 1 for name in counted(kind)}
         return make_study(
             {
@@ -146,13 +146,13 @@ class Cells:
         )
 
     def params(self, setting: Setting) -> Params:
-        """Return the setting of every knob, cut to the portion."""
+        """Return the values of all knobs, reduced to the fraction."""
         return self.portion.params(_family(setting), _wanted(setting))
 
     # Accuracies.
 
     def _about(self, runner: TrialRunner, params: Params, setting: Setting) -> dict[str, Any]:
-        """Return the figures of a cell, from the store or made."""
+        """Return the figures of a cell, from the store or computed now."""
         rounds = self.portion.root(ROUNDS) if setting.knowledge == "black-box" else 0
         search = setting.measure == "reclassified"
         key = fingerprint(
@@ -183,10 +183,10 @@ class Cells:
         return store.about("cells", key)
 
     def target(self, runner: TrialRunner, params: Params, setting: Setting) -> nn.Module:
-        """Return the classifier that is attacked, behind its defense, trained if need be.
+        """Return the classifier to attack with its defense, which is trained if needed.
 
         Raises:
-            NotRun: the training failed, now or for another cell of this run.
+            NotRun: the training already failed for another cell of this run.
         """
         if setting.defense == "none":
             return runner.assets.target
@@ -203,7 +203,7 @@ class Cells:
         return Defended(defense, runner.assets.target)
 
     def _ran(self, runner: TrialRunner, params: Params, setting: Setting) -> dict[str, Any]:
-        """Return what this run was, beside the paper's."""
+        """Return the size of this run: training images, epochs, batch size and reduced knobs."""
         whole = splits.sizes(runner.assets.resolved.task.dataset, self.data_dir).train
         cut = {n: v for n, v in params.inference.items() if v != _wanted(setting).inference[n]}
         trained = {n: params.train[n] for n in ("epochs", "batch_size") if n in params.train}
@@ -213,7 +213,7 @@ class Cells:
     # Seconds.
 
     def batch_s(self, setting: Setting, params: Params) -> float:
-        """Return the seconds that purifying a batch takes at a setting of the knobs, its device quiet."""
+        """Return the time to purify a batch, in seconds, measured alone on the device."""
         runner = self.runner(setting)
         name = runner.trainer.build(params).descends
         if name is None or self.portion.whole or int(params.inference[name]) <= max(TIMED):
@@ -225,18 +225,18 @@ class Cells:
         return runner.scorer.latency(defense).ms_p50 / 1000
 
     def _slope(self, runner: TrialRunner, params: Params, name: str) -> Callable[[int], float]:
-        """Return the seconds by the number of steps, from two numbers: each step costs the same."""
+        """Return the time by number of steps, in seconds, as a line through two measurements: all steps cost the same."""
         few, more = (
             self._batch_seconds(runner, Params(params.train, {**params.inference, name: steps})) for steps in TIMED
         )
-        each = max(0.0, more - few) / (TIMED[1] - TIMED[0])  # on a busy machine they may come out the wrong way round
+        each = max(0.0, more - few) / (TIMED[1] - TIMED[0])  # noise on a busy machine may make this negative
         return lambda steps: few + (steps - TIMED[0]) * each
 
     def _within(self, runner: TrialRunner, params: Params, setting: Setting, limit_s: float) -> Params:
-        """Return the setting with as many steps, up to the paper's, as fit into the limit.
+        """Return the params with as many steps as fit into the limit, at most the paper's.
 
         Raises:
-            NotRun: not even one does.
+            NotRun: not even one step fits.
         """
         name = runner.trainer.build(params).descends
         if name is None:
@@ -255,6 +255,6 @@ def _family(setting: Setting) -> type[Defense]:
 
 
 def _wanted(setting: Setting) -> Params:
-    """Return the setting of every knob as the paper has it."""
+    """Return the values of all knobs in the paper."""
     space = SearchSpace.of(_family(setting))
     return space.narrow({**space.defaults, **setting.knobs}).complete({})

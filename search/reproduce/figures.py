@@ -1,4 +1,4 @@
-"""The papers' figures, drawn from our cells: PuVAE's 7 and 9, GMVAE's 3.
+"""Draws figures of the papers from our cells: Fig. 7 and 9 of PuVAE, Fig. 3 of GMVAE.
 
 Shapes: N images, K classes, C channels, H x W pixels.
 """
@@ -29,10 +29,10 @@ from search.templates import render
 
 Draw = Callable[[TableResult, Table, Cells, Path], list[Path]]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-"""Of Okabe and Ito, which those who tell no red from green tell."""
+"""Colours of Okabe and Ito, distinguishable with red-green colour blindness."""
 TEMPLATE = Path(__file__).parent / "templates" / "chart.svg.j2"
 SIDE, EDGE = 56, 4
-"""Pixels of a picture's image and of the gap between two."""
+"""Side of an image and gap between images, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Curve:
     """One line of a chart.
 
     Args:
-        points: x and a fraction y.
-        dash: as SVG has it; empty for a solid line.
+        points: pairs of x and y; y is a fraction.
+        dash: the SVG stroke-dasharray; empty for a solid line.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Curve:
 
 
 def classes(found: TableResult, table: Table, cells: Cells, out: Path) -> list[Path]:
-    """Draw PuVAE's Fig. 7: of one attacked image the projections on all classes, a row for each set of weights."""
+    """Draw PuVAE's Fig. 7: the projections of one attacked image on all classes, one row per set of weights."""
     rows = []
     for cell, row in zip(table.cells, found["cells"], strict=True):
         if row["ours"] is not None:
@@ -68,7 +68,7 @@ def classes(found: TableResult, table: Table, cells: Cells, out: Path) -> list[P
 
 
 def over_time(found: TableResult, table: Table, cells: Cells, out: Path) -> list[Path]:
-    """Draw PuVAE's Fig. 9: accuracy over the seconds that purifying a batch takes, as it was run here."""
+    """Draw PuVAE's Fig. 9: accuracy against the time to purify a batch, in seconds, measured here."""
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for cell, row in zip(table.cells, found["cells"], strict=True):
         if row["ours"] is not None:
@@ -91,7 +91,7 @@ def over_time(found: TableResult, table: Table, cells: Cells, out: Path) -> list
 
 
 def by_eps(found: TableResult, table: Table, cells: Cells, out: Path) -> list[Path]:
-    """Draw GMVAE's Fig. 3: accuracy, error and rejection by the eps of FGSM."""
+    """Draw GMVAE's Fig. 3: accuracy, error and rejection against the eps of FGSM."""
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for cell, row in zip(table.cells, found["cells"], strict=True):
         if row["ours"] is not None and cell.setting.eps is not None:
@@ -110,7 +110,7 @@ PICTURES: Mapping[str, Draw] = {"puvae/fig7": classes, "puvae/fig9": over_time, 
 
 
 def _strips(rows: Sequence[tuple[Tensor, str]]) -> bytes:
-    """Return rows of images with a word beside each as a PNG; the first image of a row has a frame."""
+    """Return rows of images with their labels as a PNG; the first image of each row is framed."""
     step, font = SIDE + EDGE, ImageFont.load_default(14)
     picture = Image.new("RGB", (step * len(rows[0][0]) + 3 * EDGE + 150, step * len(rows) + EDGE), "white")
     pen = ImageDraw.Draw(picture)
@@ -129,7 +129,7 @@ def _strips(rows: Sequence[tuple[Tensor, str]]) -> bytes:
 
 
 def _charted(path: Path, curves: Sequence[Curve], x: str, *, log: bool = False) -> Path:
-    """Write a chart as SVG; the axis of x spans the points, and that of y all of 0 to 100 %."""
+    """Write a chart as SVG; the x axis spans the points, the y axis 0 to 100 %."""
     scaled = math.log10 if log else float
     xs = [scaled(max(at, 1e-9)) for curve in curves for at, _ in curve.points]
     low, high = min(xs), max(max(xs), min(xs) + 1e-9)

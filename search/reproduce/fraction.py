@@ -1,4 +1,4 @@
-"""What `--fraction` cuts: a smaller run shows the way of a paper's table and proves nothing."""
+"""How `--fraction` reduces the work for a paper's table; a reduced run shows trends and proves nothing."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from spaces.exceptions import InputError
 from spaces.space import Params
 
 LONGEST, SHORTEST = 40, 4
-"""Epochs of a training that a fraction is taken of, at most: Defense-GAN's 926 would outlast all others; and that it
-leaves, where there are so many."""
+"""Bounds on epochs: at most LONGEST are counted before reducing, because Defense-GAN's 926 would dominate the run; at
+least SHORTEST remain, if the training has so many."""
 LEAST_BATCH, LEAST_IMAGES = 16, 50
 
 
 @dataclass(frozen=True)
 class Fraction:
-    """A fraction F of a table's work.
+    """A fraction F of the work for a table.
 
-    Of the training images F^(3/4) are taken, of the epochs F^(1/2) in batches of F^(1/2) of their size: so at most F of
-    a training's arithmetic, in not so few steps. Of whatever is repeated in purifying it is F^(1/2) each, and F of the
-    images that are attacked.
+    Training images are reduced by the factor F^(3/4), epochs and batch size by F^(1/2) each: the arithmetic of a training
+    is reduced at least by F, its number of steps by less. Each number of repetitions in purifying is reduced by F^(1/2),
+    and the number of attacked images by F.
 
     Args:
-        fraction: F, in (0, 1]; 1 cuts nothing.
+        fraction: F, in (0, 1]; 1 reduces nothing.
 
     Raises:
-        InputError: F is outside its law.
+        InputError: F is out of range.
     """
 
     fraction: float = 1.0
@@ -51,15 +51,15 @@ class Fraction:
         return max(min(size, LEAST_BATCH), self.root(size))
 
     def attacked(self, images: int) -> int:
-        """Return how many validation images are attacked."""
+        """Return the number of validation images to attack."""
         return max(min(images, LEAST_IMAGES), round(self.fraction * images))
 
     def root(self, number: int) -> int:
-        """Return F^(1/2) of a number of repetitions."""
+        """Return a number of repetitions, reduced by F^(1/2)."""
         return max(1, round(self.fraction**0.5 * number))
 
     def params(self, defense: type[Defense], whole: Params) -> Params:
-        """Return a setting with less of whatever costs time alone."""
+        """Return the params with reduced epochs, batch size and repetitions."""
         cuts = {"epochs": self.epochs, "batch_size": self.batch}
         train = {n: cuts[n](int(v)) if n in cuts else v for n, v in whole.train.items()}
         return Params(train, {**whole.inference, **{n: self.root(int(whole.inference[n])) for n in counted(defense)}})
@@ -78,6 +78,6 @@ class Fraction:
 
 
 def counted(defense: type[Defense]) -> list[str]:
-    """Return the knobs that say how often something is repeated in purifying: their number costs time, no training."""
+    """Return the inference-time knobs that are numbers of repetitions in purifying; they affect only time."""
     knobs = fields(defense.Inference)
     return [f.name for f in knobs if f.metadata["latency"] and isinstance(f.metadata["domain"], IntDistribution)]

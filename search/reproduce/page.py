@@ -1,4 +1,4 @@
-"""A paper's table beside ours, for people: in a terminal, in markdown, and as one HTML page without a network."""
+"""Renders a paper's table beside ours: for a terminal, in markdown, and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from search.templates import render
 LEGEND = ("within 2 points", "within 5", "within 10", "more")
 TIMES = ("within 1.25 times", "within 1.5 times", "within 2 times", "more")
 MUCH = 0.10
-"""By how much more of the bare classifier an attack may leave here than in the paper, a fraction."""
+"""Largest difference without a note between the bare classifier's accuracy here and in the paper, a fraction."""
 STYLES = ("bold blue", "cyan", "yellow", "bold magenta")
-"""Of the distances; those who tell no red from green tell these, and the difference stands in digits beside."""
+"""Styles of the bands, distinguishable with red-green colour blindness; the difference is also printed in digits."""
 SPLIT = (
     "Ours are of validation images, the paper's of test images: the test split is opened by launch.py final alone. "
     "A network that is trained too briefly may lie as far from the paper as a wrong one."
@@ -28,7 +28,7 @@ SPLIT = (
 
 
 def page(found: TableResult) -> RenderableType:
-    """Return the table for a terminal: ours, the paper's, and how far apart they are."""
+    """Return the table for a terminal: our figure, the paper's, and the difference."""
     columns = found["dimensions"][-1]
     table = Table(title=f"{found['name']}: {found['title']}", title_justify="left", pad_edge=False)
     for name in found["dimensions"][:-1]:
@@ -44,7 +44,7 @@ def page(found: TableResult) -> RenderableType:
 
 
 def said(row: CellResult, quantity: str) -> str:
-    """Return one cell in a line."""
+    """Return one cell as a line of text."""
     if row["not_run"]:
         return f"not run: {row['not_run']}"
     ours, paper, distance = figures(row)
@@ -54,7 +54,7 @@ def said(row: CellResult, quantity: str) -> str:
 
 
 def figures(row: CellResult) -> tuple[str, str, str]:
-    """Return ours, the paper's and the difference, as they are written; a time's difference is of its multiples."""
+    """Return our figure, the paper's and the difference as text; times are compared as multiples of a base cell's."""
     unknown, relative = row["paper"] is None, row.get("relative")
     if row["measure"] == "ratio":
         ours = "–" if relative is None else f"{relative['ours']:.3g}"
@@ -71,7 +71,7 @@ def figures(row: CellResult) -> tuple[str, str, str]:
 
 
 def notes(found: TableResult) -> list[str]:
-    """Return what a reader must know beside the numbers."""
+    """Return the notes that a reader of the table needs."""
     ran = sum(not row["not_run"] for row in found["cells"])
     threats = "; ".join(dict.fromkeys(row["threat"] for row in found["cells"] if row["setting"]["attack"]))
     state = "" if found["state"] == "finished" else f" ({found['state']}; the same command goes on from here)"
@@ -95,7 +95,7 @@ def notes(found: TableResult) -> list[str]:
 
 
 def _fools(row: CellResult) -> bool:
-    """Say whether an attack leaves the bare classifier much more than the paper's does."""
+    """Return whether the bare classifier keeps much more accuracy under attack here than in the paper."""
     return row["setting"]["attack"] is not None and row["distance"] is not None and row["distance"] > MUCH
 
 
@@ -109,7 +109,7 @@ def _where(row: CellResult | SummaryResult) -> str:
 
 
 def runs(found: TableResult) -> list[tuple[str, dict[str, Any]]]:
-    """Return what each training of this run was: its images, epochs and batches, and the knobs that were cut."""
+    """Return the size of each training of this run: images, epochs, batch size, and reduced knobs."""
     kept: list[tuple[str, dict[str, Any]]] = []
     for row in found["cells"]:
         defense = row["setting"]["defense"]
@@ -120,13 +120,13 @@ def runs(found: TableResult) -> list[tuple[str, dict[str, Any]]]:
 
 
 def missing(found: TableResult) -> dict[str, int]:
-    """Return why cells were not run, with how many."""
+    """Return the reasons why cells were not run, with the number of cells."""
     why = [row["not_run"] for row in found["cells"] if row["not_run"]]
     return {reason: why.count(reason) for reason in why}
 
 
 def markdown(found: TableResult) -> str:
-    """Return the table in markdown: ours / the paper's (the difference)."""
+    """Return the table in markdown: our figure / the paper's (difference)."""
     *leading, columns = found["dimensions"]
     heads = [*leading, *found["labels"][columns]]
     lines = [f"# {found['name']}: {found['title']}", "", _row(heads), _row(["---"] * len(heads))]
@@ -137,7 +137,7 @@ def markdown(found: TableResult) -> str:
 
 
 def html(found: TableResult, out: Path) -> str:
-    """Return one page that needs nothing beside it; its pictures lie in `out`."""
+    """Return a self-contained HTML page; its pictures are read from `out`."""
     pictures = [_embedded(out / name) for name in found["pictures"]]
     return render(
         Path(__file__).parent / "templates" / "reproduce.html.j2",
@@ -160,7 +160,7 @@ def _embedded(path: Path) -> str:
 
 
 def _lines(found: TableResult, *, blank: bool = True) -> Iterator[tuple[Sequence[str], list[CellResult | None]]]:
-    """Yield the lines of the table: their labels, each said once where `blank`, and their cells."""
+    """Yield the labels and cells of each line; with `blank`, repeated labels are empty."""
     *leading, columns = found["dimensions"]
     cells: dict[tuple[str, ...], dict[str, CellResult]] = {}
     for row in found["cells"]:

@@ -1,9 +1,9 @@
-"""The papers' tables as data: every number that a reproduction is held to, and the setting under which it was found.
+"""The papers' tables as data: every number to reproduce, and its setting.
 
-The numbers stand in search/tables/, one file a paper, as they are printed: accuracies in percent. Here they become
-fractions. A table is a block of cells along named dimensions, of which the last makes the columns; each label of a
-dimension stands for fields of a Setting, and a cell's setting is the table's defaults with those of its labels over
-them, in the order of the dimensions. What PuVAE and Defense-VAE call white-box is oblivious, and stands as that here.
+The numbers are in `tables/`, one file per paper, as printed: accuracies in percent. Here they are converted to
+fractions. A table is a block of cells along named dimensions; the last dimension is the columns. Each label of a
+dimension has fields of a Setting. The setting of a cell is the defaults of the table, overridden by the fields of its
+labels in the order of the dimensions. PuVAE and Defense-VAE call oblivious attacks white-box; here they are oblivious.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent / "tables"
 Kind = Literal["average", "largest"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ABSENT, ILLEGIBLE = "-", "?"
-"""How a file writes a cell that the paper leaves empty, and one whose number its text does not have."""
+"""How a file marks a cell that is empty in the paper, and one whose number is not in the paper's text."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Cell:
     """One number of a table.
 
     Args:
-        labels: one of each dimension.
-        value: a fraction, or seconds; None where the paper's text does not give it.
-        printed: as it stands in the paper.
-        note: a doubt about it.
+        labels: one for each dimension.
+        value: a fraction, or seconds; None if the paper's text does not have it.
+        printed: the number as printed in the paper.
+        note: a doubt about the number.
     """
 
     labels: tuple[str, ...]
@@ -48,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Summary:
-    """A number that the paper gives of many cells: all those that have `labels`."""
+    """A number that the paper gives for many cells: all cells that have `labels`."""
 
     kind: Kind
     labels: Mapping[str, str]
@@ -63,15 +63,15 @@ class Table:
 
     Args:
         name: paper and number, such as puvae/3.
-        title: what it shows.
+        title: what the table shows.
         citation: the paper.
-        source: where in the paper.
-        file: the paper's text, and `lines` of it in which the numbers stand.
+        source: the place in the paper.
+        file: the file of the paper's text; the numbers are in its `lines`.
         quantity: `accuracy` (fractions; errors and rejections too) or `seconds`.
-        called: what the paper calls its threat model; empty where it does not name one.
-        dimensions: their names in order; the last makes the columns.
-        labels: of each dimension, in the paper's order.
-        remark: what a reader must know beside the numbers.
+        called: the paper's name of its threat model; empty if it has none.
+        dimensions: names in order; the last dimension is the columns.
+        labels: the labels of each dimension, in the order of the paper.
+        remark: a note for readers of the numbers.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Table:
     remark: str
 
     def cell(self, *labels: str) -> Cell | None:
-        """Return the cell with these labels, one of each dimension; None where the paper leaves it empty."""
+        """Return the cell with these labels, one for each dimension; None if it is empty in the paper."""
         return next((cell for cell in self.cells if cell.labels == labels), None)
 
     def of(self, labels: Mapping[str, str]) -> list[Cell]:
@@ -99,13 +99,13 @@ class Table:
 
     @property
     def knowledge(self) -> tuple[Knowledge, ...]:
-        """The true knowledge of the attackers in it."""
+        """The true knowledge levels of its attackers."""
         found = {cell.setting.knowledge for cell in self.cells if cell.setting.attack}
         return tuple(known for known in get_args(Knowledge) if known in found)
 
     @property
     def threat(self) -> str:
-        """Its threat model by its true name, in words."""
+        """The correct name of its threat model, with the paper's name if that differs."""
         if not self.knowledge:
             return "no attack"
         true = ", ".join(self.knowledge)
@@ -114,7 +114,7 @@ class Table:
 
 @cache
 def tables() -> list[Table]:
-    """Return all tables, by paper."""
+    """Return all tables, sorted by paper."""
     return [table for path in sorted(FOLDER.glob("*.yaml")) for table in read(path.read_text())]
 
 
@@ -122,14 +122,14 @@ def table(name: str) -> Table:
     """Return the table called `name`, such as puvae/3.
 
     Raises:
-        InputError: there is none; with the names that there are.
+        InputError: there is none; the message lists the names of all tables.
     """
     known = {table.name: table for table in tables()}
     return known[choose("a table", name, list(known))]
 
 
 def rows(data_dir: str | Path | None = None) -> list[dict[str, Any]]:
-    """Return what a listing says of each table: its cells, and how many of them can be run on this machine."""
+    """Return the listing of tables, with the number of cells and of those that can be run on this machine."""
     listed = []
     for one in tables():
         obstacles = [cell.setting.obstacle(data_dir) for cell in one.cells]
@@ -150,7 +150,7 @@ def read(text: str) -> Iterator[Table]:
     """Yield the tables of one file.
 
     Raises:
-        InputError: a label, number or setting is not lawful; with the table's name.
+        InputError: a label, number or setting is invalid; the message names the table.
     """
     paper = yaml.safe_load(text)
     for raw in paper["tables"]:
@@ -180,7 +180,7 @@ def _table(raw: dict[str, Any], paper: Mapping[str, str]) -> Table:
 
 
 def _numbers(raw: dict[str, Any]) -> tuple[list[Cell], list[Summary]]:
-    """Return the cells, and what the paper says of many, from lines such as `A | FGSM | 12.46 78.57`."""
+    """Parse lines such as `A | FGSM | 12.46 78.57` into cells and summaries."""
     labels: Mapping[str, Mapping[str, Any]] = raw["labels"]
     *leading, columns = labels
     timed = raw.get("quantity") == "seconds"
@@ -207,13 +207,13 @@ def _numbers(raw: dict[str, Any]) -> tuple[list[Cell], list[Summary]]:
 
 
 def _of(name: str, label: str, labels: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the fields that a label stands for."""
+    """Return the Setting fields of a label."""
     fields: Mapping[str, Any] = labels[name][choose(f"a label of {name}", label, list(labels[name]))]
     return fields
 
 
 def _value(printed: str, timed: bool) -> float | None:
-    """Return a number as it counts: percent become a fraction."""
+    """Parse a number; percent are converted to a fraction."""
     if printed in (ABSENT, ILLEGIBLE):
         return None
     return float(Decimal(printed) / (1 if timed else 100))

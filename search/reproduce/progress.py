@@ -1,4 +1,4 @@
-"""How far a table is, and about how long it takes still: fits by a timed step, the rest by what was seen."""
+"""Progress and remaining time of a table: trainings are estimated from a timed step, attacks from earlier cells."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from search.trial.timing import Step
 
 
 class TableProgress:
-    """A bar on a terminal, a line a cell where the output is piped.
+    """A progress bar on a terminal; one line per cell if the output is piped.
 
     Args:
-        cells: how many the table has.
+        cells: number of cells of the table.
     """
 
     def __init__(self, console: Console, cells: int) -> None:
@@ -40,7 +40,7 @@ class TableProgress:
             yield
 
     def expect(self, cells: Cells, settings: Sequence[Setting]) -> None:
-        """Time a step of each training that is not in the store yet."""
+        """Estimate the time of each training that is not in the store yet, by timing a step."""
         threads = torch.get_num_threads()
         for setting in settings:
             key = ""
@@ -49,20 +49,20 @@ class TableProgress:
                 if key and key not in self._fits:
                     self._bar.update(self._task, description=f"timing a step of {setting.defense}")
                     self._fits[key] = _forecast(cells, setting)
-            except Exception:  # whatever a defense raises: it says so when its turn comes
+            except Exception:  # any error of a defense; it is reported when its cell runs
                 pass
             finally:
-                torch.set_num_threads(threads)  # a step is timed on a trial's share of the cores
+                torch.set_num_threads(threads)  # timing a step changes the number of threads
             self._left.append(key)
         self._show()
 
     def cell(self, words: str) -> None:
-        """Hear that a cell begins."""
+        """Record that a cell begins."""
         self._now, self._begun, self._trained, self._part = words, time.monotonic(), 0.0, 0.0
         self._show()
 
     def epoch(self, what: str, epoch: int, epochs: int) -> None:
-        """Hear of an epoch of the training that the cell needs."""
+        """Record an epoch of the training that the present cell needs."""
         self._part, self._trained = epoch / epochs, time.monotonic() - self._begun
         key = self._left[0] if self._left else ""
         if expected := self._part * self._fits.get(key, 0.0):
@@ -74,7 +74,7 @@ class TableProgress:
         self._show()
 
     def done(self, line: str, seconds: float) -> None:
-        """Hear what a cell came to, and what it took when it was first made."""
+        """Record the result of a cell, and the seconds of its first computation."""
         took = time.monotonic() - self._begun
         if (passed := took - self._trained) > 0.05:
             self._attacks.append(passed)
@@ -86,7 +86,7 @@ class TableProgress:
         self._show()
 
     def left(self) -> float:
-        """Return about how many seconds are left."""
+        """Return the estimated remaining seconds."""
         here = self._fits.get(self._left[0], 0.0) * self._part if self._left else 0.0
         each = sum(self._attacks) / len(self._attacks) if self._attacks else 0.0
         return self._slower * (sum(self._fits.values()) - here) + each * sum(map(bool, self._left))
@@ -99,6 +99,6 @@ class TableProgress:
 
 
 def _forecast(cells: Cells, setting: Setting) -> float:
-    """Return the seconds of a training, told from a few of its steps."""
+    """Return the estimated seconds of a training, from a few timed steps."""
     training = (step := Step(cells.runner(setting))).training()
     return training.fit + training.shared + step.epochs * training.epoch

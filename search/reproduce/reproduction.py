@@ -1,7 +1,7 @@
-"""A paper's table beside ours: every cell found anew through the store, so that nothing is trained or attacked twice.
+"""Reproduces a paper's table: every cell runs through the store, so that nothing is trained or attacked twice.
 
-A run that was interrupted goes on where it stopped. Attacked are validation images: the test split is opened by
-`launch.py final` alone.
+An interrupted run continues where it stopped. Attacks use validation images: only `launch.py final` opens the test
+split.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from search.trial.latency import device_name
 from spaces.exceptions import InputError
 
 BANDS = (0.02, 0.05, 0.10)
-"""Distances up to which an accuracy counts as near, nearer and nearest, fractions."""
+"""Upper limits of the bands 0, 1 and 2 for differences in accuracy, fractions; larger differences are in band 3."""
 FACTORS = (1.25, 1.5, 2.0)
-"""The same for times, which are compared as multiples of the fastest defense's."""
+"""The same for times, as factors; times are compared as multiples of the fastest defense's."""
 
 
 def reproduce(
@@ -50,20 +50,20 @@ def reproduce(
     seed: int = 0,
     console: Console,
 ) -> TableResult:
-    """Run every cell of a paper's table and write it beside ours, as JSON, markdown, HTML and pictures.
+    """Run every cell of a paper's table, and write both versions as JSON, markdown, HTML and pictures.
 
     Args:
-        name: of the table, such as puvae/3.
-        fraction: of the work (search/reproduce/fraction.py); 1 is all of it.
-        storage: its store is that of the searches.
-        out: the folder of the pages; else one in STORAGE/tables.
+        name: the name of the table, such as puvae/3.
+        fraction: the fraction of the work to do (search/reproduce/fraction.py); 1 is all.
+        storage: a storage; its store is shared with searches.
+        out: the output folder; default: a folder in STORAGE/tables.
 
     Returns:
         The table, as JSON.
 
     Raises:
-        InputError: there is no such table, the fraction is not in (0, 1], the seed is none, or the storage or `out`
-            cannot be written.
+        InputError: there is no such table, the fraction is not in (0, 1], the seed is invalid, or the storage or `out`
+            is not writable.
     """
     table, portion = paper_tables.table(name), Fraction(fraction)
     part, other = "" if portion.whole else f"-fraction-{fraction:g}", f"-seed-{seed}" if seed else ""
@@ -121,7 +121,7 @@ def beside(
 
 
 def _begun(table: Table, portion: Fraction, seed: int, out: Path) -> TableResult:
-    """Return the table with nothing of ours in it yet."""
+    """Return the table without any results of ours."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "name": table.name,
@@ -169,7 +169,7 @@ def _not_reached(table: Table, cell: Cell) -> CellResult:
 
 
 def _named(setting: Setting) -> str:
-    """Return a cell's threat model by its true name."""
+    """Return the correct name of the threat model of a cell."""
     if setting.attack is None:
         return "no attack"
     asks = ", by a substitute that asks the bare classifier" if setting.oracle == "bare" else ""
@@ -178,9 +178,9 @@ def _named(setting: Setting) -> str:
 
 
 def _order(table: Table) -> list[int]:
-    """Return the cells' places: bare classifiers first, then those of one training together, as the table has them.
+    """Return the indices of the cells in running order: bare classifiers first, then grouped by training.
 
-    Ratios come last, first of them what the others are multiples of.
+    Ratios come last, beginning with the cell that the others are multiples of.
     """
     groups: dict[tuple[float, bool, str, str, str, str], list[int]] = {}
     for i, cell in enumerate(table.cells):
@@ -192,12 +192,12 @@ def _order(table: Table) -> list[int]:
 
 
 def _run_cell(cells: Cells, setting: Setting, row: CellResult) -> None:
-    """Put in what we find for a cell; what fails is this cell's failure and ends nothing."""
+    """Run a cell and record its result; an error is recorded in the cell and does not end the run."""
     try:
         ours: Ours = cells.run(setting)
     except NotRun as reason:
         row["not_run"] = str(reason)
-    except Exception as error:  # whatever a defense raises
+    except Exception as error:  # any error of a defense
         if trouble(error):
             raise
         words = str(error).splitlines()[0] if str(error) else "no reason given"
@@ -209,7 +209,7 @@ def _run_cell(cells: Cells, setting: Setting, row: CellResult) -> None:
 
 
 def _compare(found: TableResult, table: Table) -> None:
-    """Put the distances in: of shares in points, of times as multiples of the fastest defense's."""
+    """Set the distances: differences of fractions, and ratios of times relative to the fastest defense."""
     rows = found["cells"]
     timed = [row for row in rows if row["measure"] in ("seconds", "ratio") and row["ours"] is not None]
     for row in rows:
@@ -223,7 +223,7 @@ def _compare(found: TableResult, table: Table) -> None:
 
 
 def _compare_times(rows: Sequence[CellResult]) -> None:
-    """Compare times as multiples of one of them: of the paper's shortest, or of what the paper has as 1."""
+    """Compare times as multiples of a base cell: the fastest in the paper, or the one with ratio 1 there."""
     times = [(row, row["ours"], row["paper"]) for row in rows if row["ours"] is not None and row["paper"]]
     far = {"seconds": lambda paper: paper, "ratio": lambda paper: abs(paper - 1)}
     for row, ours, paper in times:
@@ -235,7 +235,7 @@ def _compare_times(rows: Sequence[CellResult]) -> None:
 
 
 def _summed(summary: Summary, rows: Sequence[CellResult]) -> SummaryResult:
-    """Return a number that the paper gives of many cells, and ours of those that ran."""
+    """Return a number that the paper gives for many cells, and our number over the cells that ran."""
     alike = [r for r in rows if all(r["labels"][name] == label for name, label in summary.labels.items())]
     ours = [row["ours"] for row in alike if row["ours"] is not None]
     value = (max(ours) if summary.kind == "largest" else sum(ours) / len(ours)) if ours else None

@@ -1,4 +1,4 @@
-"""What a reproduced table holds, as it is written to table.json."""
+"""The types of table.json, the result of a reproduction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 
 class Relative(TypedDict):
-    """A time as a multiple of the one in the cell `to`, ours and the paper's."""
+    """A time as a multiple of that of the cell `to`, ours and the paper's."""
 
     ours: float
     paper: float
@@ -16,8 +16,8 @@ class Relative(TypedDict):
 class CellResult(TypedDict):
     """One number of a paper beside ours: fractions, or seconds.
 
-    `band` says how near they are: 0 nearest, 3 farthest. `ran` is what this run was: training images, epochs, knobs
-    that the fraction cut. `not_run` says why there is no number of ours; empty where there is one.
+    `band` grades the difference: 0 smallest, 3 largest. `ran` is the size of this run: training images, epochs, knobs
+    that the fraction reduced. `not_run` is the reason if there is no number of ours; otherwise it is empty.
     """
 
     labels: dict[str, str]
@@ -40,7 +40,7 @@ class CellResult(TypedDict):
 
 
 class SummaryResult(TypedDict):
-    """A number that a paper gives of many cells, beside ours of the `cells` of them that ran."""
+    """A number that a paper gives for many cells, and ours over the `cells` of them that ran."""
 
     kind: str
     labels: dict[str, str]

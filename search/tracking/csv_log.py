@@ -1,4 +1,4 @@
-"""candidates.csv: one row a candidate, written as they come."""
+"""Writes candidates.csv: one row per candidate, appended when its trial ends."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from search.study.study import Study
 
 
 class CsvLog(Callback):
-    """Keeps candidates.csv in step with the study.
+    """Keeps candidates.csv up to date with the study.
 
     Args:
-        known: the candidates that the study holds already.
+        known: the candidates that the study already has.
     """
 
     def __init__(self, path: Path, known: Sequence[Candidate]) -> None:
@@ -37,10 +37,10 @@ class CsvLog(Callback):
         for candidate in candidates:
             row = self._rows[candidate.candidate] = candidate.row()
             self._columns.update(dict.fromkeys(row))
-        if self._behind or len(self._columns) > before:  # such as the attacks that another variant calls for
+        if self._behind or len(self._columns) > before:  # for example, attacks that only some variants need
             self._rewrite()
             return
-        self._behind = True  # where the disk is full, half a row is
+        self._behind = True  # on a full disk, only a part of a row may be written
         with self.path.open("a", newline="") as file:
             file.write(self._text(new, header=False))
         self._behind = False

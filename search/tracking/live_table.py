@@ -1,4 +1,4 @@
-"""What a user sees of a search: a table of running trials while it runs, and the leaderboard."""
+"""Displays a running search: a live table of its trials, or one line per event."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class _Row:
 
 
 class LiveTable(Callback):
-    """A live table on a terminal; a line an event where the output is piped.
+    """A live table on a terminal; one line per event if the output is piped.
 
     Args:
-        searched: the knobs to show.
-        epochs: of a whole training.
-        done: trials that ended in an earlier run.
+        searched: names of the knobs to show.
+        epochs: number of epochs of a full training.
+        done: number of trials that ended in an earlier run.
     """
 
     def __init__(self, console: Console, study: Study, searched: Sequence[str], epochs: int, done: int) -> None:
@@ -98,13 +98,13 @@ class LiveTable(Callback):
         self.close()
 
     def close(self) -> None:
-        """Take the live table down."""
+        """Stop the live table."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def _say(self, line: str, *, piped: bool = False) -> None:
-        """Print a line; one that is `piped` only where there is no live table that shows the same."""
+        """Print a line; a `piped` line is skipped while the live table shows the same information."""
         if not (piped and self._live):
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

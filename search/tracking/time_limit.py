@@ -1,4 +1,4 @@
-"""Patience: what may take for ever gets so long and no longer."""
+"""A time limit for calls that may never return."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what `call` returns, or leave it behind.
+    """Return the result of `call`; if it takes too long, it continues in its background thread.
 
     Raises:
-        TimeoutError: it takes longer.
+        TimeoutError: it takes longer than `seconds`.
     """
     outcome: Future[T] = Future()
 

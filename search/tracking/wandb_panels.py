@@ -1,4 +1,4 @@
-"""What a run of W&B shows: charts, tables, pictures, summaries, exports. Each function writes one of them to a run."""
+"""Writes charts, tables, pictures, summaries and exports to a W&B run, one function for each."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from search.study.study import Study
 from search.trial.pictures import caption
 
 Extreme = Literal["max", "min"]
-"""Which value of a metric a run's summary keeps."""
+"""Which extreme of a metric the summary of a run keeps."""
 
 
 def pareto_chart(study: Study, undefended: Candidate, candidates: Sequence[Candidate]) -> go.Figure:
-    """Return attacked accuracy against latency: all candidates, the feasible front, the bare classifier."""
+    """Return a chart of attacked accuracy against latency: candidates, the feasible front, the bare classifier."""
     chart = _chart(study, undefended, "purification latency, p50 in ms", "attacked accuracy (with rejection), fraction")
     chart.add_trace(_points("candidates", candidates, mode="markers", opacity=0.5))
     chart.add_trace(_points("Pareto front", front(study, candidates), mode="lines+markers"))
@@ -30,7 +30,7 @@ def pareto_chart(study: Study, undefended: Candidate, candidates: Sequence[Candi
 
 
 def risk_chart(study: Study, undefended: Candidate, candidates: Sequence[Candidate]) -> go.Figure | None:
-    """Return attacked error against clean rejection, of the best candidate that has a curve; None where none has."""
+    """Return the risk-coverage chart of the best candidate that has a curve; None if no candidate has one."""
     curves = (c for c in (*feasible(study, candidates), *ranked(candidates)) if c.score.risk_coverage)
     best = next(curves, None)
     if best is None:
@@ -51,12 +51,12 @@ def _chart(study: Study, undefended: Candidate, x: str, y: str) -> go.Figure:
 
 def _points(name: str, candidates: Sequence[Candidate], **style: Any) -> go.Scatter:
     x = [c.score.latency_ms_p50 for c in candidates]
-    y = [1 - c.score.attacked_error for c in candidates]  # accuracy where nothing is rejected
+    y = [1 - c.score.attacked_error for c in candidates]  # the accuracy if nothing is rejected
     return go.Scatter(name=name, x=x, y=y, text=[c.candidate for c in candidates], **style)
 
 
 def announce(say: Callable[[str], None], run: wandb.Run) -> None:
-    """Say where a run is to be seen; one that is offline is nowhere."""
+    """Print the URL of a run; an offline run has none."""
     if run.url:
         say(f"W&B {run.url}")
 
@@ -66,13 +66,13 @@ def log(point: Mapping[str, float], run: wandb.Run) -> None:
 
 
 def define(step: str, extremes: Mapping[str, Extreme], run: wandb.Run) -> None:
-    """Say which value of each metric the run's summary keeps."""
+    """Set which extreme of each metric the summary of the run keeps."""
     for name, extreme in extremes.items():
         run.define_metric(name, step_metric=step, summary=extreme)
 
 
 def show_table(name: str, study: Study, candidates: Sequence[Candidate], run: wandb.Run) -> None:
-    """Show the candidates, ranked, and which are within the constraints and on the front."""
+    """Log a ranked table of the candidates, with columns for feasibility and membership in the front."""
     within, best = ({c.candidate for c in of(study, candidates)} for of in (feasible, front))
     rows = [{**c.row(), "feasible": c.candidate in within, "pareto": c.candidate in best} for c in ranked(candidates)]
     columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
@@ -81,7 +81,7 @@ def show_table(name: str, study: Study, candidates: Sequence[Candidate], run: wa
 
 
 def show_picture(picture: Path, run: wandb.Run) -> None:
-    """Show a trial's picture, with what was predicted for its images."""
+    """Log a trial's picture, with the predictions for its images as caption."""
     run.log({"picture": wandb.Image(str(picture), caption=caption(picture))})
 
 
@@ -92,14 +92,14 @@ def show_charts(study: Study, undefended: Candidate, candidates: Sequence[Candid
 
 
 def sum_up(outcome: Mapping[str, Any], run: wandb.Run) -> None:
-    """Add to a run's summary; a trial that a rung stopped, which W&B has no state for, gets a tag."""
+    """Update the summary of a run; a pruned trial gets a tag, because W&B has no such state."""
     run.summary.update({name: value for name, value in outcome.items() if value is not None})
     if outcome.get("state") == "pruned":
         run.tags = (*(run.tags or ()), "pruned")
 
 
 def log_export(study: Study, folder: Path, aliases: Sequence[str], run: wandb.Run) -> None:
-    """Log an export as a version of the artifact of its defense and task, and what its audit found."""
+    """Log an export as a version of the artifact of its defense and task, and the figures of its audit."""
     evidence = json.loads((folder / "evidence.json").read_text())
     told = {name: value for name, value in evidence.items() if isinstance(value, str | int | float | bool)}
     name = re.sub(r"[^\w.-]+", "-", f"{study.defense}-{study.label}")

@@ -1,4 +1,4 @@
-"""One run of Weights & Biases: whose it is, where it lies, and what it does not tell of this machine."""
+"""Opens Weights & Biases runs: mode, project, identity, and settings that send no data about this machine."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from search.tracking.time_limit import within
 Mode = Literal["online", "offline", "disabled"]
 
 PATIENCE_S = 20.0
-"""How long one call to wandb may take before W&B counts as failed."""
+"""Time limit of one call to wandb, in seconds; after it, W&B counts as failed."""
 
 PROJECT = "crucible"
-"""Where runs go unless $WANDB_PROJECT, or a `wandb init`, says otherwise."""
+"""The default project, unless $WANDB_PROJECT or `wandb init` sets another one."""
 
 STEPS = {"search": "trial", "trial": "epoch", "refinement": "epoch"}
-"""Against what the charts of each type of run are drawn."""
+"""The metric on the x axis of the charts of each job type."""
 
 
 def found_mode() -> Mode:
-    """Return what $WANDB_MODE says, or else online where a key is found."""
+    """Return the mode in $WANDB_MODE; without it, online if there is a key, else offline."""
     for mode in get_args(Mode):
         if os.environ.get("WANDB_MODE") == mode:
             return mode
@@ -41,49 +41,49 @@ def found_mode() -> Mode:
 
 
 def has_key() -> bool:
-    """Say whether wandb would find a key; it would ask for one at the terminal otherwise."""
+    """Return whether wandb finds an API key; without one, it would prompt for it at the terminal."""
     settings = wandb_setup.singleton().settings
     told = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key
     return bool(told or wbauth.read_netrc_auth(host=settings.base_url))
 
 
 def project() -> str:
-    """Return the project of all runs."""
+    """Return the name of the project of all runs."""
     return str(wandb_setup.singleton().settings.project or PROJECT)
 
 
 def hush(folder: Path) -> None:
-    """Set what wandb takes from the environment alone.
+    """Set the options that wandb reads only from environment variables.
 
     Args:
-        folder: the search's.
+        folder: the folder of the search.
     """
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its crash reports go to a third party
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # crash reports go to a third party
     os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")  # tables are staged here: an offline run needs them
-    os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")  # a home folder may be read-only
+    os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")  # tables are staged here, and offline runs need them
+    os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")  # the home folder may be read-only
 
 
 def upload(folder: Path) -> str:
-    """Return the command that uploads what a search logged offline."""
+    """Return the command that uploads the offline runs of a search."""
     return f"wandb sync {shlex.quote(str(folder / 'wandb'))}"
 
 
 def leet(folder: Path) -> str:
-    """Return the command that shows what a search logged; leet would tell W&B of its use otherwise."""
+    """Return the command that shows the runs of a search; the variable turns off the usage reports of leet."""
     return f"WANDB_ERROR_REPORTING=false wandb leet {shlex.quote(str(folder / 'wandb'))}"
 
 
 def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, replaces: bool) -> wandb.Run:
-    """Open a run; the caller bounds the time.
+    """Open a run; the caller must limit the time.
 
     Args:
-        key: names the run within its search.
-        about: what wandb.init takes: name, group, job type, tags, config.
-        replaces: whatever a server has of the run gives way; else it goes on.
+        key: identifies the run within its search.
+        about: arguments of wandb.init: name, group, job type, tags, config.
+        replaces: whether the run replaces its data on a server; otherwise it is continued.
 
     Raises:
-        ConnectionError: online is asked for without a key.
+        ConnectionError: the mode is online, and there is no key.
     """
     if mode == "online" and not has_key():
         raise ConnectionError("there is no key: run `wandb login` or set WANDB_API_KEY")
@@ -104,20 +104,20 @@ def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, replaces
 
 
 def _settings() -> wandb.Settings:
-    """Return what keeps wandb quick and quiet, and the machine's name, environment and code to itself."""
+    """Return settings that keep wandb fast and silent, and keep host name, environment and code private."""
     return wandb.Settings(
-        # shorter than our own patience, so that wandb's clearer error comes first
+        # Shorter than our own time limit, so that the clearer error of wandb is reported.
         init_timeout=PATIENCE_S * 0.8,
         finish_timeout=PATIENCE_S * 0.8,
         finish_timeout_raises=True,
-        stop_fn=lambda: None,  # else the stop button of one trial's page interrupts the whole search
+        stop_fn=lambda: None,  # otherwise the stop button of one run interrupts the whole search
         console="off",
         silent=True,
         disable_code=True,
         disable_git=True,
         host=PROJECT,
         label_disable=True,
-        program=PROJECT,  # else its path, which may lie in somebody's home
+        program=PROJECT,  # otherwise the path, which may contain a user name
         save_code=False,
         x_disable_machine_info=True,
         x_disable_meta=True,
@@ -128,7 +128,7 @@ def _settings() -> wandb.Settings:
 
 
 def identity(folder: Path, search: str, key: str) -> str:
-    """Return a run's identity: the same when the search is resumed, another in another folder."""
+    """Return the id of a run: unchanged when the search is resumed, different in another folder."""
     path = folder / "wandb" / "identity"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,16 +137,16 @@ def identity(folder: Path, search: str, key: str) -> str:
 
 
 def begun(folder: Path, search: str, key: str) -> bool:
-    """Say whether this folder holds a part of the run already."""
+    """Return whether this folder already contains a part of the run."""
     return any((folder / "wandb").glob(f"*run-*_*-{identity(folder, search, key)}"))
 
 
 def abandon() -> None:
-    """Leave wandb-core behind: it serves all runs, and waits a minute for a dead server when the program ends."""
-    with contextlib.suppress(Exception):  # none may run
+    """Kill wandb-core, which serves all runs; at exit it would wait a minute for a server that does not answer."""
+    with contextlib.suppress(Exception):  # wandb-core may not be running
         service = wandb_setup.singleton().assert_service()
-        if service._proc is not None:  # else it is another program's
+        if service._proc is not None:  # None: another program started it
             service._proc._process.kill()
             within(PATIENCE_S, partial(service.teardown, 0))
-    # Not wandb.teardown(): the threads of runs that are still open would write a traceback each.
+    # Not wandb.teardown(): the thread of each open run would print a traceback.
     wandb_setup._singleton = None

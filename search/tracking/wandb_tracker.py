@@ -1,7 +1,7 @@
-"""Weights & Biases: one run a trial, one for the search and one for its exports, written by the driver.
+"""Logs a search to Weights & Biases: one run per trial, one for the search and one for its exports.
 
-Offline runs are folders that `wandb leet FOLDER/wandb` shows and `wandb sync FOLDER/wandb` uploads; a search that is
-resumed goes on in its runs, on a server too.
+The driver writes all runs. Offline runs are shown by `wandb leet FOLDER/wandb` and uploaded by
+`wandb sync FOLDER/wandb`. A resumed search continues its runs, also those on a server.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from search.tracking.wandb_run import Mode
 from search.tracking.wandb_writer import WandbWriter
 
 SEARCH, EXPORT = "search", "export"
-"""The keys of the search's own run and of its exports'; a trial's key is its identity."""
+"""The keys of the runs of the search and of its exports; the key of a trial's run is the name of the trial."""
 
 EXIT: dict[State, int] = {"finished": 0, "pruned": 0, "failed": 1, "interrupted": 255}
 BY_TRIAL: dict[str, Extreme] = {
@@ -33,18 +33,18 @@ BY_TRIAL: dict[str, Extreme] = {
     "clean_accuracy": "max",
     "latency_ms_p50": "min",
 }
-"""What the search's run shows of the best candidate of each trial."""
+"""Figures of the best candidate of each trial that the run of the search shows, and the extreme to keep."""
 
 
 class WandbTracker(Callback):
-    """Shows a search in W&B.
+    """Logs a search to W&B.
 
     Args:
-        mode: None is online where a key is found (or what $WANDB_MODE says), else offline.
-        folder: the search's folder; wandb's files lie in its `wandb/`.
-        say: shows the user one line; called from another thread.
-        known: the candidates that the study holds already.
-        ended: how many of its trials have ended in each way.
+        mode: None uses $WANDB_MODE; without it, online if there is a key, else offline.
+        folder: the folder of the search; wandb writes to its subfolder `wandb/`.
+        say: prints one line for the user; called from another thread.
+        known: the candidates that the study already has.
+        ended: number of its ended trials by state.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class WandbTracker(Callback):
 
     @property
     def mode(self) -> Mode:
-        """What W&B does now: it steps down from online to offline to disabled where it fails."""
+        """The present mode: after failures it changes from online to offline, then to disabled."""
         return self._writer.mode
 
     @property
     def upload(self) -> str | None:
-        """The command that uploads what was logged offline; None where nothing is."""
+        """The command that uploads the offline runs; None if the mode is not offline."""
         return self._writer.upload
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
         self._study, self._undefended = study, undefended
-        config = study.model_dump(exclude={"address", "storage", "data_dir"})  # they tell of the machine
+        config = study.model_dump(exclude={"address", "storage", "data_dir"})  # they describe the machine
         self._writer.open(SEARCH, _about(study, study.name, "search", config))
         self._writer.write(SEARCH, partial(wandb_panels.announce, self._say))
         by_trial = {f"trial/{name}": extreme for name, extreme in BY_TRIAL.items()}
@@ -95,7 +95,7 @@ class WandbTracker(Callback):
     def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
         if trial.name not in self._charted:
             self._charted.add(trial.name)
-            # what a defense yields beside the rung score, an accuracy, are losses
+            # `cheap` is an accuracy; all other metrics of a defense are losses
             extremes: dict[str, Extreme] = {name: "max" if name == "cheap" else "min" for name in metrics}
             self._writer.write(trial.name, partial(wandb_panels.define, "epoch", extremes))
         self._writer.write(trial.name, partial(wandb_panels.log, {"epoch": epoch, **metrics}))
@@ -128,7 +128,7 @@ class WandbTracker(Callback):
         self._writer.finish(SEARCH, EXIT[state])
 
     def close(self) -> None:
-        """Finish every run and stop, waiting a minute or so at most. It may be called again."""
+        """Finish every run and stop; this takes about two minutes at most. Further calls do nothing."""
         self._writer.close()
 
     def _threat(self) -> dict[str, Any]:
@@ -158,10 +158,10 @@ class WandbTracker(Callback):
 
 
 def log_exports(study: Study, folders: Sequence[Path], say: Callable[[str], None]) -> None:
-    """Log exports of a search, in a run of their own: each a version of the artifact of the defense and task.
+    """Log exports of a search in a separate run, each as a version of the artifact of the defense and task.
 
-    A version has its candidate for an alias; that of the highest-ranked candidate that is exported, of all beside
-    them, also has `best` and the search's name.
+    Each version has the name of its candidate as alias. The best candidate of all that are exported, including earlier
+    ones, also has the aliases `best` and the name of the search.
     """
     if not folders:
         return

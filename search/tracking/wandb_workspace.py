@@ -1,4 +1,4 @@
-"""A W&B workspace on a search: the panels that people ask for first, over the runs of its group."""
+"""Creates a W&B workspace for a search: the most useful panels, over the runs of its group."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ except ImportError as error:
     raise InputError(f"a workspace needs the packages of requirements.lock, but {error}: run `make setup`") from None
 
 REACH_S = 10.0
-"""How long a server may take to answer at all."""
+"""Time limit for the first answer of the server, in seconds."""
 SAVE_S = 60.0
-"""How long it may take to make a workspace."""
+"""Time limit for saving a workspace, in seconds."""
 CURVES = 100
-"""Of how many runs the learning curves are drawn at most."""
+"""Maximum number of runs whose learning curves are drawn."""
 WIDE = wr.Layout(w=24, h=12)
 
 
 def view(study: Study) -> str:
-    """Make a workspace on a search on the W&B server that its runs are on, and return its URL.
+    """Create a workspace for a search on the W&B server that has its runs, and return the URL.
 
     Raises:
-        InputError: the search's runs are not on a server, there is no key, or the server does not take it.
+        InputError: the runs are not on a server, there is no key, or the server rejects the workspace.
     """
     _uploaded(study)
     wandb_run.hush(study.folder)
@@ -43,13 +43,13 @@ def view(study: Study) -> str:
     _reached(server)
     try:
         return within(SAVE_S, lambda: _saved(study))
-    except Exception as error:  # whatever a server answers
+    except Exception as error:  # any answer of the server
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
         raise InputError(f"a workspace needs a W&B server that takes it, but {server} does not: {reason}") from None
 
 
 def workspace(study: Study, entity: str, project: str) -> ws.Workspace:
-    """Return the workspace, not saved yet."""
+    """Return the workspace; it is not saved yet."""
     resolved = study.resolved
     return ws.Workspace(
         entity=entity,
@@ -70,7 +70,7 @@ def workspace(study: Study, entity: str, project: str) -> ws.Workspace:
 
 
 def _candidates(study: Study, resolved: ResolvedStudy) -> list[wr.PanelTypes]:
-    """Return what shows the best candidate of each trial, and then all of them."""
+    """Return the panels of the best candidate of each trial, and those of all candidates."""
     attacked, latency = wr.SummaryMetric("attacked_accuracy"), wr.SummaryMetric("latency_ms_p50")
     axis = wr.ParallelCoordinatesPlotColumn
     knobs = [
@@ -118,10 +118,10 @@ def _saved(study: Study) -> str:
 
 
 def _uploaded(study: Study) -> None:
-    """Refuse a search of which no run is on a server: wandb marks those that were uploaded later."""
+    """Raise an error if no run of the search is on a server; wandb marks uploaded offline runs by a .synced file."""
     folder = study.folder / "wandb"
     offline = [run for run in folder.glob("offline-run-*") if not any(run.glob("*.synced"))]
-    # A run that was written again offline, as its server had failed, may have left a part here that never arrived.
+    # A run that was rewritten offline after a server failure may have an online folder that was never uploaded.
     kept = {_identity(run) for run in offline}
     if any(folder.glob("offline-run-*/*.synced")) or any(_identity(run) not in kept for run in folder.glob("run-*")):
         return
@@ -132,16 +132,16 @@ def _uploaded(study: Study) -> None:
 
 
 def _identity(run: Path) -> str:
-    """Return a run's identity, which ends the name of its folder: [offline-]run-TIME-IDENTITY."""
+    """Return the id of a run, the end of the name of its folder: [offline-]run-TIME-ID."""
     return run.name.partition("run-")[2].partition("-")[2]
 
 
 def _reached(server: str) -> None:
-    """Refuse a server where nobody answers at once; wandb would try for long."""
+    """Raise an error if the server does not answer soon; wandb would retry for a long time."""
     try:
         urlopen(server, timeout=REACH_S).close()
     except HTTPError:
-        pass  # an answer
+        pass  # this is an answer
     except (URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(f"a workspace needs a W&B server, but {server} does not answer: {reason}") from None

@@ -1,7 +1,7 @@
-"""The logbook: the runs of a search in W&B, written in a thread of their own.
+"""Writes the W&B runs of a search in a separate thread.
 
-Whatever W&B does, it never stops, slows or fails a search. Until a run is finished, all that it was told is kept: where
-the server fails, the run is written again as a whole, offline.
+A failure of W&B never stops, slows or fails the search. All writes to a run are kept until it is finished: if the
+server fails, the run is written again from its beginning, offline.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ P = ParamSpec("P")
 Write = Callable[[wandb.Run], None]
 
 FLUSH_S = 60.0
-"""How long the end waits for what is still to be uploaded; what is left then is written offline."""
+"""Time limit for uploads at the end, in seconds; what is not uploaded by then is written offline."""
 
 LOWER: dict[Mode, tuple[Mode, ...]] = {
     "online": ("offline", "offline", "disabled"),
-    "offline": ("offline", "disabled"),  # wandb-core may have died, and is started anew once
+    "offline": ("offline", "disabled"),  # wandb-core may have died; it is restarted once
     "disabled": ("disabled",),
 }
 MEANING: dict[Mode, str] = {
@@ -38,15 +38,15 @@ MEANING: dict[Mode, str] = {
     "disabled": "the search goes on without it",
 }
 INTERRUPTED = 255
-"""The exit code of a run that is open when the logbook is closed."""
+"""The exit code of a run that is still open when the writer is closed."""
 
 
 @dataclass
 class Page:
-    """A run, and what it was told.
+    """A run and the writes to it.
 
     Args:
-        whole: it was not begun by an earlier session, so that all of it is told here.
+        whole: no earlier session has written to it, so `writes` is complete.
     """
 
     about: dict[str, Any]
@@ -57,12 +57,12 @@ class Page:
 
 
 class WandbWriter:
-    """Writes runs, each known by its key.
+    """Writes runs; each is identified by a key.
 
     Args:
-        mode: None is online where a key is found (or what $WANDB_MODE says), else offline.
-        folder: the search's folder; wandb's files lie in its `wandb/`.
-        say: shows the user one line; called from the logbook's thread.
+        mode: None uses $WANDB_MODE; without it, online if there is a key, else offline.
+        folder: the folder of the search; wandb writes to its subfolder `wandb/`.
+        say: prints one line for the user; called from the writer's thread.
     """
 
     def __init__(self, mode: Mode | None, folder: Path, say: Callable[[str], None]) -> None:
@@ -85,31 +85,31 @@ class WandbWriter:
 
     @property
     def mode(self) -> Mode:
-        """What W&B does now: it steps down from online to offline to disabled where it fails."""
+        """The present mode: after failures it changes from online to offline, then to disabled."""
         return self._mode
 
     @property
     def upload(self) -> str | None:
-        """The command that uploads what was logged offline; None where nothing is."""
+        """The command that uploads the offline runs; None if the mode is not offline."""
         return wandb_run.upload(self._folder) if self._mode == "offline" else None
 
     def open(self, key: str, about: dict[str, Any]) -> None:
-        """Open a run; one that is open goes on.
+        """Open a run, unless it is already open.
 
         Args:
-            about: what wandb.init takes: name, group, job type, tags, config.
+            about: arguments of wandb.init: name, group, job type, tags, config.
         """
         self._put(self._open, key, about)
 
     def write(self, key: str, write: Write) -> None:
-        """Write to an open run; `write` may be called again, on another run of the same identity."""
+        """Write to an open run; `write` may be called again, on another run with the same id."""
         self._put(self._write, key, write)
 
     def finish(self, key: str, exit_code: int) -> None:
         self._put(self._finish, key, exit_code)
 
     def close(self) -> None:
-        """Finish every run and stop: within `FLUSH_S`, or little more. It may be called again."""
+        """Finish every run and stop, in at most `FLUSH_S` plus two time limits of wandb. Further calls do nothing."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -127,7 +127,7 @@ class WandbWriter:
         if self._thread is not None:
             self._jobs.put(partial(job, *args, **kwargs))
 
-    # From here on: in the logbook's thread.
+    # The methods below run in the writer's thread.
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -137,7 +137,7 @@ class WandbWriter:
             self._carefully(partial(self._finish, key, INTERRUPTED))
 
     def _carefully(self, job: Callable[[], None]) -> None:
-        with contextlib.suppress(Exception):  # `say` is not ours: it may fail too
+        with contextlib.suppress(Exception):  # `say` comes from the caller, and may fail too
             if self._late and self._mode == "online":
                 self._step_down(TimeoutError("the server is slow"))
             job()
@@ -162,7 +162,7 @@ class WandbWriter:
             self._pages.pop(key, None)
 
     def _start(self, key: str, page: Page) -> None:
-        replaces = page.whole is True  # it is written again
+        replaces = page.whole is True  # after a failure: it is written again
         if page.whole is None:
             page.whole = not wandb_run.begun(self._folder, page.about["group"], key)
         page.run = wandb_run.start(self._folder, key, self._mode, page.about, replaces=replaces)
@@ -177,13 +177,13 @@ class WandbWriter:
                 self._complain(error)
 
     def _is_fault(self, error: Exception) -> bool:
-        """Say whether W&B failed; offline it may also be what was written that cannot be, such as a lost picture."""
-        if isinstance(error, TimeoutError | ConnectionError):  # the latter also where wandb-core has died
+        """Return whether W&B failed; otherwise the write itself is invalid, for example a picture that is missing."""
+        if isinstance(error, TimeoutError | ConnectionError):  # ConnectionError also if wandb-core has died
             return True
         return not isinstance(error, OSError) and (self._mode == "online" or isinstance(error, wandb.Error))
 
     def _step_down(self, fault: Exception) -> None:
-        """Do without the server, or without W&B; all runs that are open are written again."""
+        """Change to the next lower mode that works, and write all open runs again."""
         while self._mode != "disabled":
             self._mode = self._lower.pop(0)
             wandb_run.abandon()
@@ -201,7 +201,7 @@ class WandbWriter:
                 if page.exit_code is not None:
                     writes.append(partial(wandb.Run.finish, exit_code=page.exit_code))
                 for write in writes:
-                    with contextlib.suppress(FileNotFoundError):  # a lost picture was told of
+                    with contextlib.suppress(FileNotFoundError):  # a missing picture was already reported
                         _on(page, write)
         except Exception:
             return False

@@ -127,6 +127,6 @@ def timed(call: Callable[..., None], *args: Any) -> float:
 def told(tracker: WandbTracker) -> list[float]:
     """Tell of a whole search but its end; return how long each call took."""
     calls: list[tuple[Any, ...]] = [(tracker.search_started, STUDY, BARE), (tracker.trial_started, trial("t"))]
-    calls += [(tracker.epoch_ended, "t", epoch, {"cheap": 0.5}) for epoch in range(1, 20)]
-    calls += [(tracker.trial_ended, "t", "finished", SIX, None, "")]
+    calls += [(tracker.epoch_ended, trial("t"), epoch, {"cheap": 0.5}) for epoch in range(1, 20)]
+    calls += [(tracker.trial_ended, trial("t"), "finished", SIX, None, "")]
     return [timed(*call) for call in calls]

@@ -19,7 +19,7 @@ from search.exceptions import TrialError
 from search.storage.fingerprint import code_digests
 from search.study.candidate import Candidate
 from search.study.study import Study
-from search.trial import evaluator, latency, runner
+from search.trial import evaluator, latency, scoring
 from search.trial.evaluator import Evaluator
 from search.trial.pictures import caption, png
 from search.trial.runner import TrialRunner, baseline, run_trial
@@ -169,7 +169,7 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
         assert key(**same) == first
     suite = code_digests(attacks.suites.__name__)
     assert set(suite) <= set(code_digests(evaluator.__name__))
-    monkeypatch.setattr(runner, "code_digests", lambda *modules: sorted({*code_digests(*modules)} - {suite[0]}))
+    monkeypatch.setattr(scoring, "code_digests", lambda *modules: sorted({*code_digests(*modules)} - {suite[0]}))
     assert key() != first
 
 
