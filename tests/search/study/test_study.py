@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import defenses
+from defenses.base import Defense
 from search.exceptions import RefusedField
 from search.study.loading import make_study, read_study
 from search.study.study import Study
@@ -20,7 +21,7 @@ def test_a_study_is_resolved_once_and_anew_when_a_field_changes(
 ) -> None:
     asked, find = list[str](), defenses.find
 
-    def counted(name: str) -> type[defenses.Defense]:
+    def counted(name: str) -> type[Defense]:
         asked.append(name)
         return find(name)
 
