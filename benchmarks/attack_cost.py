@@ -1,17 +1,16 @@
-"""What an evaluation costs in passes through the model: ours, beside the same suite run plainly over all images.
+"""The cost of an evaluation in passes through the model: ours, and the same suite run plainly on all images.
 
     python -m benchmarks.attack_cost   four suites, two budgets: 7 minutes on a quiet core
     python -m benchmarks.attack_cost --task mnist/A --suite search      a convolutional network
-    python -m benchmarks.attack_cost --json                             the rows as JSON, one a line
+    python -m benchmarks.attack_cost --json                             the rows as JSON, one per line
 
-From the repository's root, as a module: a script's own folder comes first on Python's path, and there `attacks` is this
-file. Ours is what a search does: the oblivious images are made once for all candidates (an evaluation `alone` makes
-them, a further one has them at hand), white-box attacks see only what is left, and an image that is found wrong stops.
-Plainly every attack makes its images of all samples, to the last step. Seeds and the images' numbers are the same in
-both, so that the verdicts compare image by image.
+Run it as a module from the repository root. Ours is what a search does: oblivious adversarial examples are crafted once
+for all candidates (a row `alone` includes that, a row `images shared` does not), white-box attacks run only on images
+that are still correct, and an image stops when it is misclassified. Plainly, every attack runs on all images, to the
+last step. Both use the same seeds and image numbers, so that verdicts compare image by image.
 
-A pass is one image through the model, forward or back. Beside the suite `standard` stands stock AutoAttack, of
-torchattacks: it keeps to the survivors too, but takes 10 steps where ours take 100, and makes no oblivious images.
+A pass is one image through the model, forward or backward. For the suite `standard` there is also the AutoAttack of
+torchattacks: it too runs only on surviving images, but with 10 steps instead of 100, and has no oblivious attacks.
 
 Shapes: N images, C channels, H x W pixels, K classes.
 """
@@ -39,7 +38,7 @@ from search.trial.runner import TrialRunner
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Images passed forward and back, and seconds."""
+    """Numbers of forward and backward passes of an image, and seconds."""
 
     forward: int
     backward: int
@@ -58,7 +57,7 @@ class Cost:
 
 
 class Counted(nn.Module):
-    """A model that counts the images that pass through it, and those whose gradient passes back."""
+    """A model that counts the images in its forward and backward passes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -77,7 +76,7 @@ class Counted(nn.Module):
         self.backwards += len(slope_NK)
 
     def cost(self) -> Cost:
-        """Return what was spent since the model was wrapped."""
+        """Return the cost since the model was wrapped."""
         return Cost(forward=self.forwards, backward=self.backwards, seconds=time.perf_counter() - self.start)
 
 
@@ -86,10 +85,10 @@ class Row:
     """One way to evaluate a candidate.
 
     Args:
-        share: its passes, of those that it takes plainly.
-        accuracy: share of the images that are right in every version.
-        spared: images that stand here and fall plainly.
-        felled: images that fall here and stand plainly.
+        share: its passes divided by those of the plain way.
+        accuracy: fraction of the images that are correct in every version.
+        spared: number of images that survive here, but not in the plain way.
+        felled: number of images that survive in the plain way, but not here.
     """
 
     suite: str
@@ -103,7 +102,7 @@ class Row:
 
 
 def plainly(suite: Suite, model: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int) -> Tensor:
-    """Run every attack of a suite over all images, to the last step; return who is right in every version, bool_N."""
+    """Run every attack of a suite on all images, to the last step; return bool_N: correct in every version."""
     suite = suite.within(threat)
     right_N = look(model, x_NCHW, y_N, seed).right[0]
     for attack in (*suite.oblivious, *(attack for attack, _ in strikes(suite, model))):
@@ -114,7 +113,7 @@ def plainly(suite: Suite, model: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat:
 
 
 def stock(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int) -> Tensor:
-    """Run AutoAttack as torchattacks has it, and return who is right, bool_N."""
+    """Run the AutoAttack of torchattacks, and return bool_N: correct."""
     with reproducible(model, seed):
         classes = model(x_NCHW[:1]).shape[1]
         attack = torchattacks.AutoAttack(model, threat.norm, threat.eps, n_classes=classes, seed=seed)
@@ -131,7 +130,7 @@ def compare(
     *,
     seed: int = 0,
 ) -> list[Row]:
-    """Evaluate an undefended classifier plainly, with oblivious images of its own, and with shared ones at hand."""
+    """Evaluate an undefended classifier plainly, then ours: with the oblivious attacks, and with shared images."""
     model = Counted(network)
     plain_N = plainly(suite, model, x_NCHW, y_N, threat, seed)
     plain = model.cost()
@@ -162,7 +161,7 @@ def compare(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the rows in Markdown; accuracy in percent."""
+    """Return the rows as a Markdown table; accuracy in percent."""
     heads = "suite", "eps", "way", "forward", "backward", "passes", "of plain", "s", "left", "felled"
     lines = ["| " + " | ".join((*heads, "spared")) + " |", "| --- " * (len(heads) + 1) + "|"]
     for row in rows:

@@ -1,7 +1,7 @@
-"""Defenses that are known to be broken, each in its own way, and the alarm that each must raise; and two honest ones.
+"""Broken defenses, each with a different flaw and the alarm that it must raise; and two sound defenses.
 
-No check sees that a defense has stored the very images that it is judged by, if it uses them smoothly: only images that
-it has not seen tell, that is the test split.
+No gate detects a defense that has stored the evaluation images and uses them smoothly: only images that it has not
+seen, those of the test split, reveal it.
 
 Shapes: N images, C channels, H x W pixels, K classes, M stored images.
 """
@@ -26,33 +26,33 @@ from spaces.space import knob
 
 DIGITS = Shape(1, 8, 8, 10)
 STORED = 1000
-"""Training images that those which compare with them keep."""
+"""Number of training images that a defense stores, if it compares with stored images."""
 LABELS: list[Tensor] = []
-"""Where the peeking defense finds the labels of the images in their order."""
+"""The labels of the images, in their order, that the peeking defense reads."""
 
 
 class NoOp(Identity):
-    """It changes nothing; the others change what they have to."""
+    """Changes nothing; the base class of other broken defenses."""
 
     gradients = Defense.gradients
 
 
 class Rounding(NoOp):
-    """Pixels in eighths: the gradient is zero everywhere, and the defense says that it has one."""
+    """Rounds pixels to eighths: the gradient is zero everywhere, but the defense claims to be differentiable."""
 
     def purify(self, x_NCHW: Tensor) -> Tensor:
         return (8 * x_NCHW).round() / 8
 
 
 class Saturated(NoOp):
-    """Logits a thousand times as large: the softmax has no gradient in float32."""
+    """Multiplies logits by 1000, so that the softmax has no gradient in float32."""
 
     def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
         return 1000 * classifier(x_NCHW)
 
 
 class HugeNoise(NoOp):
-    """Noise of many times eps, and it says so."""
+    """Adds noise of many times eps, and declares it."""
 
     @dataclass(frozen=True)
     class Inference(Knobs):
@@ -67,7 +67,7 @@ class HugeNoise(NoOp):
 
 
 class SilentNoise(HugeNoise):
-    """Noise, and it does not say so."""
+    """Adds noise without declaring it."""
 
     @property
     def stochastic(self) -> bool:
@@ -75,14 +75,14 @@ class SilentNoise(HugeNoise):
 
 
 class Detached(NoOp):
-    """It classifies what it cut off from the graph, and hides that by a gradient of zero."""
+    """Classifies an image that is detached from the graph, and hides that with a zero gradient."""
 
     def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
         return classifier(x_NCHW.detach()) + 0 * x_NCHW.flatten(1).sum(1, keepdim=True)
 
 
 class BatchStatistics(NoOp):
-    """It normalises by the batch that it happens to see, with a BatchNorm that keeps no statistics of its own."""
+    """Normalizes by the statistics of the current batch, with a BatchNorm without running statistics."""
 
     def build(self) -> None:
         self.norm = nn.BatchNorm2d(self.shape.channels, affine=False, track_running_stats=False)
@@ -92,7 +92,7 @@ class BatchStatistics(NoOp):
 
 
 class Argmin(NoOp):
-    """The nearest of the stored images: it says that it is not differentiable, and brings no stand-in."""
+    """Returns the nearest stored image; declares itself not differentiable, and has no surrogate."""
 
     differentiable = False
     stored_MCHW: Tensor
@@ -110,7 +110,7 @@ class Argmin(NoOp):
 
 
 class NearestBlend(Argmin):
-    """A fifth of the image and four of the nearest stored one; its stand-in is the image itself."""
+    """Blends one fifth of the image with four fifths of the nearest stored image; its surrogate is the image itself."""
 
     def surrogate(self, x_NCHW: Tensor) -> Tensor:
         return x_NCHW
@@ -120,7 +120,7 @@ class NearestBlend(Argmin):
 
 
 class LooksUp(Argmin):
-    """The label of the nearest stored image decides; a fifth of the classifier's logits has all the gradient."""
+    """Decides by the label of the nearest stored image; only 0.2 times the classifier's logits has a gradient."""
 
     differentiable = True
     labels_M: Tensor
@@ -143,7 +143,7 @@ class LooksUp(Argmin):
 
 
 class DeafDetector(Argmin):
-    """It accepts what is near a stored image, and says just yes or no."""
+    """Accepts images near a stored image; its detector has no score, only yes or no."""
 
     differentiable = True
 
@@ -155,7 +155,7 @@ class DeafDetector(Argmin):
 
 
 class Peeks(NoOp):
-    """It adds to the logits of the label that a global holds for the image's place."""
+    """Adds to the logit of the true label, which it reads from a global variable by the index of the image."""
 
     def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
         logits_NK = classifier(x_NCHW)
@@ -170,8 +170,8 @@ class Member:
     """One defense with its knobs.
 
     Args:
-        alarm: the gate that must not let it pass; none for an honest one.
-        quick: whether a search raises it too, for every candidate.
+        alarm: the gate that must fail; empty for a sound defense.
+        quick: whether the cheap gates of a search, run on every candidate, also raise the alarm.
     """
 
     kind: type[Defense]
@@ -181,7 +181,7 @@ class Member:
     inference: Mapping[str, Scalar] = field(default_factory=dict)
 
     def before(self, classifier: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> Defended:
-        """Return it in front of a classifier, fitted to training images, for seconds on digits."""
+        """Return the defense with a classifier, fitted to training images; on digits this takes seconds."""
         torch.manual_seed(0)
         defense = self.kind(self.train, self.inference, Shape(x_NCHW.shape[1], x_NCHW.shape[2], x_NCHW.shape[3], 10))
         defense.adopt(classifier)
@@ -199,7 +199,7 @@ GAN: Mapping[str, Scalar] = {
     "batch_size": 64,
     "epochs": 10,
 }
-ZOO: Mapping[str, Member] = {
+BROKEN: Mapping[str, Member] = {
     "no-op": Member(kind=NoOp, alarm="baseline", quick=False),
     "rounding": Member(kind=Rounding, alarm="gradient"),
     "saturated logits": Member(kind=Saturated, alarm="saturation"),

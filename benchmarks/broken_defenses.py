@@ -1,10 +1,10 @@
-"""The known-broken zoo of benchmarks/broken.py under stock torchattacks and under the audit, side by side, as Markdown.
+"""The broken defenses of benchmarks/broken.py under stock torchattacks and under the audit, as a Markdown table.
 
     python -m benchmarks.broken_defenses                              digits, eps 0.1: a minute or two on one core
     python -m benchmarks.broken_defenses --dataset mnist --eps 0.2 --train-images 6000
 
-Stock is what a user of torchattacks would run on the defended model as it is: PGD (10 steps of eps / 4) and AutoAttack
-(`standard`), through the exact gradient. Ours is the audit's white-box accuracy.
+Stock is torchattacks on the defended model without changes: PGD (10 steps of eps / 4) and AutoAttack (`standard`),
+with the exact gradient. Ours is the audit's white-box accuracy.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from attacks.audit.audit import audit
 from attacks.threat import ThreatModel
-from benchmarks.broken import HONEST, LABELS, ZOO, Member
+from benchmarks.broken import BROKEN, HONEST, LABELS, Member
 from search.classifiers.training import train
 from search.data import splits
 
 
 def classifier(x_NCHW: Tensor, y_N: Tensor) -> nn.Module:
-    """Return a small network trained on the images, frozen."""
+    """Return a small frozen network that is trained on the images."""
     stride = 1 if x_NCHW.shape[-1] <= 8 else 2
     first, second = nn.Conv2d(x_NCHW.shape[1], 8, 3, stride=stride), nn.Conv2d(8, 16, 3, stride=stride)
     network = nn.Sequential(
@@ -43,7 +43,7 @@ def accuracy(target: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> float:
 
 
 def stock(attack: torchattacks.attack.Attack, target: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> str:
-    """Return the accuracy that a stock attack leaves, in percent, or that it raises."""
+    """Return the accuracy under a stock attack, in percent, or `raises` if the attack fails."""
     torch.manual_seed(0)
     try:
         attacked_NCHW = attack(x_NCHW, y_N)
@@ -64,7 +64,7 @@ def row(name: str, target: nn.Module, x_NCHW: Tensor, y_N: Tensor, eps: float) -
 
 
 def main() -> None:
-    everyone: dict[str, Member] = {**ZOO, **HONEST}
+    everyone: dict[str, Member] = {**BROKEN, **HONEST}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("members", nargs="*", help=f"else all: {', '.join(everyone)}")
     parser.add_argument("--dataset", default="digits")

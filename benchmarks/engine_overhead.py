@@ -1,14 +1,14 @@
-"""What the engine itself costs: trials that train nothing, beside a plain Ray Tune + OptunaSearch script.
+"""The overhead of the engine: simulated trials without training, compared with a Ray Tune + OptunaSearch script.
 
     python -m benchmarks.engine_overhead   all of it: an hour on two cores
     python -m benchmarks.engine_overhead --only trials --trials 64 --repeats 1 --instant 0        a few minutes
     python -m benchmarks.engine_overhead --only proposals --methods tpe --upto 1000
-    python -m benchmarks.engine_overhead --json                                           the rows as JSON, one a line
+    python -m benchmarks.engine_overhead --json                                           the rows as JSON, one per line
 
 A simulated trial sleeps, reports its epochs, and returns made-up scores of six candidates; everything else is the real
 engine: Ray's workers, Optuna's journal, candidates.csv, W&B (offline) and the display (piped). The plain script sleeps
-as long and reports two numbers. Each run is a process of its own; within a repeat the ways follow one another. Of the
-ideal, what the trials sleep over four slots, is counted from the first trial's start.
+as long and reports two numbers. Each run is a separate process; within a repeat the ways run one after the other. `of
+ideal` is the time from the first trial's start, divided by the trials' sleep on four slots.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from search.tracking.wandb_tracker import WandbTracker
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a proposal costs at so many candidates, in ms of CPU: the median of ten, or the one that took too long."""
+    """The cost of a proposal with so many candidates, in ms of CPU: the median of ten, or one that took too long."""
 
     method: str
     candidates: int
@@ -51,7 +51,7 @@ class Asked:
 
 
 def ours(storage: Path, trials: int, seconds: float, *, method: str = "tpe", debug: bool = False) -> Timed:
-    """Run a search as `launch.py search` does, its display piped, and time it."""
+    """Run a search as `launch.py search` does, with a piped display, and time it."""
     study, pulse = simulated(storage, trials=trials, method=method), Pulse()
     with (storage / "display.txt").open("w") as shown:
         display = LiveTable(Console(file=shown), study, list(study.resolved.space.searched()), EPOCHS, 0)
@@ -65,8 +65,8 @@ def ours(storage: Path, trials: int, seconds: float, *, method: str = "tpe", deb
 
 
 def plain(storage: Path, trials: int, seconds: float, *, reuse: bool) -> Timed:
-    """Run the script that a user of Ray Tune and Optuna writes, with Tune's own defaults but for `reuse`."""
-    import ray  # not above: search.tuner, which the other way imports, changes Tune's defaults
+    """Run a typical script with Ray Tune and Optuna, with the defaults of Tune except for `reuse`."""
+    import ray  # not at the top: the engine of `ours` changes the defaults of Tune
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
@@ -111,7 +111,7 @@ WAYS: dict[str, Callable[[Path, int, float], Timed]] = {
 
 
 def alone(way: str, trials: int, seconds: float) -> Timed:
-    """Run one way in a process of its own, which keeps what it prints to itself."""
+    """Run one way in a separate process, without its output."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(_quietly, way, trials, seconds).result()
 
@@ -123,7 +123,7 @@ def _quietly(way: str, trials: int, seconds: float) -> Timed:
 
 
 def proposals(method: str, upto: int, patience_s: float) -> Iterator[Asked]:
-    """Yield what a proposal costs at ever more candidates, until one takes longer than `patience_s` of CPU."""
+    """Yield the cost of a proposal for growing numbers of candidates, until one takes more than `patience_s` of CPU."""
     marks = [10 * 3**power for power in range(20) if 10 * 3**power < upto] + [upto]
     with tempfile.TemporaryDirectory() as folder:
         study = simulated(Path(folder), trials=upto, method=method)
@@ -146,7 +146,7 @@ def proposals(method: str, upto: int, patience_s: float) -> Iterator[Asked]:
 
 
 def table(rows: Sequence[Timed]) -> str:
-    """Return the runs in Markdown, the median of those alike."""
+    """Return the runs as a Markdown table, with the median run of each kind."""
     lines = [
         "| trials | way | start s | trials s | of ideal | wall s | report s | ms each, by quarter | driver MiB | load |"
     ]
@@ -163,7 +163,7 @@ def table(rows: Sequence[Timed]) -> str:
 
 
 def asked_table(rows: Sequence[Asked]) -> str:
-    """Return what proposals cost in Markdown."""
+    """Return the costs of proposals as a Markdown table."""
     lines = ["| method | candidates | propose, CPU ms | finish, CPU ms | process MiB |", "| --- " * 5 + "|"]
     for row in rows:
         costs = f"{row.propose_ms:.0f} | {row.finish_ms:.0f} | {row.driver_mib:.0f}"

@@ -3,8 +3,8 @@
     python -m benchmarks.fault_injection                 50 real trainings on digits
     python -m benchmarks.fault_injection --trials 12
 
-At a quarter of the trainings a worker is killed (-9), at half of them a whole node (another one joins), at three
-quarters the driver; then `resume`. Nothing may be lost, doubled or trained again; what is not so ends it with an error.
+After a quarter of the trainings a worker is killed (-9), after half of them a whole node (another one joins), after
+three quarters the driver; then `resume`. If anything is lost, doubled or trained again, it ends with an error.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SEARCH += ["--epochs", str(EPOCHS), "--classifier-epochs", "2", "--wandb", "disa
 
 
 def below(pid: int) -> Iterator[tuple[int, str]]:
-    """Yield pid and command of every process under `pid`."""
+    """Yield the pid and command of every descendant of the process `pid`."""
     children: dict[int, list[int]] = {}
     commands: dict[int, str] = {}
     for entry in Path("/proc").glob("[0-9]*"):
@@ -66,12 +66,12 @@ def below(pid: int) -> Iterator[tuple[int, str]]:
 
 
 def workers(pid: int) -> list[int]:
-    """Return the processes under `pid` that run trials."""
+    """Return the descendants of `pid` that run trials."""
     return [child for child, command in below(pid) if "ray::ImplicitFunc" in command]
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """Kill a process and all under it, at once and without warning."""
+    """Kill a process and all its descendants with SIGKILL."""
     doomed = [process.pid, *(pid for pid, _ in below(process.pid))]
     for pid in doomed:
         try:
@@ -82,10 +82,10 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 
 class Nodes:
-    """Ray nodes of one CPU on this machine, as `ray start` makes them.
+    """Ray nodes with one CPU each on this machine, started by `ray start`.
 
     Args:
-        folder: Ray's own files; sockets lie in it, and their paths must be short.
+        folder: for the files of Ray; its path must be short, because it contains sockets.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,7 +126,7 @@ class Nodes:
 
 @contextmanager
 def two_nodes() -> Iterator[Nodes]:
-    """Start a cluster of two nodes, and end it."""
+    """Start a cluster of two nodes, and stop it at the end."""
     with tempfile.TemporaryDirectory(prefix="crucible-ray-") as folder:
         nodes = Nodes(Path(folder))
         try:
@@ -137,7 +137,7 @@ def two_nodes() -> Iterator[Nodes]:
 
 
 def wait_for(what: Callable[[], object], process: subprocess.Popen[Any], log: Path | None = None) -> None:
-    """Wait for something that a process brings about; its log says why it did not."""
+    """Wait until `what` is true; if the process ends or time runs out, the error includes its log."""
     until = time.monotonic() + 600
     while not what():
         if process.poll() is not None or time.monotonic() > until:
@@ -147,7 +147,7 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[Any], log: Pa
 
 
 def rows(folder: Path) -> dict[str, dict[str, str]]:
-    """Return candidates.csv by candidate; the rows that are whole, and a candidate that stands twice fails."""
+    """Return the complete rows of candidates.csv by candidate; a duplicate candidate is an error."""
     path = folder / "candidates.csv"
     text = path.read_text() if path.exists() else ""
     found = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
@@ -157,14 +157,14 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def fits(storage: Path) -> dict[str, int]:
-    """Return when each finished training was written."""
+    """Return the time at which each finished training was written, in ns."""
     return {
         path.parent.name: path.stat().st_mtime_ns for path in (storage / ".store" / "fits").glob("[!.]*/entry.json")
     }
 
 
 def fault_injection(storage: Path, trials: int, *more: str) -> dict[str, Any]:
-    """Run it and return what it took.
+    """Run the search with its faults, and return times and counts.
 
     Raises:
         AssertionError: something was lost, doubled or trained again.

@@ -1,12 +1,12 @@
-"""What trials on the same device do to a latency that is measured, with the device lock and without it.
+"""The effect of other trials on the same device on a measured latency, with the device lock and without it.
 
-    python -m benchmarks.latency_under_load   PuVAE on the CPU, or on the GPU where there is one: minutes
+    python -m benchmarks.latency_under_load   PuVAE on the GPU if there is one, else on the CPU: minutes
     python -m benchmarks.latency_under_load --neighbours 1 2 4 8 --rounds 9
-    python -m benchmarks.latency_under_load --json                the rows as JSON, one a line
+    python -m benchmarks.latency_under_load --json                the rows as JSON, one per line
 
-The neighbours are processes of their own, as trials are: each trains a PuVAE and attacks it, over and over. Within a
-round the purifier is measured alone, then beside so many neighbours without the lane and with it; a row has the median
-over the rounds. On a machine where others work too, nothing is alone: the lane holds our own trials back, not theirs.
+The neighbours are separate processes, like trials: each trains a PuVAE and attacks it in a loop. In a round the purifier
+is measured alone, then beside each number of neighbours without the lock and with it; a row has the median over the
+rounds. On a machine with other users, the latency alone is disturbed too: the lock only holds back our own trials.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -47,10 +47,10 @@ class Row:
     """The purifier's latency beside neighbours.
 
     Args:
-        ms_p50: of a batch of 128 images; the median over the rounds.
-        ratio: to the latency alone; the median over the rounds.
-        worst: the largest of these ratios.
-        seconds: that a measurement took, the wait for its turn included; the median over the rounds.
+        ms_p50: latency of a batch of 128 images; the median over the rounds.
+        ratio: latency divided by the latency alone; the median over the rounds.
+        worst: the largest ratio.
+        seconds: duration of a measurement, including the wait for the lock; the median over the rounds.
     """
 
     neighbours: int
@@ -62,7 +62,7 @@ class Row:
 
 
 class Neighbour:
-    """What a trial does, in small: it trains, and it is attacked."""
+    """A small version of a trial: it trains a defense and attacks it."""
 
     def __init__(self, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -84,9 +84,9 @@ class Neighbour:
 
 
 def live(rank: int, busy: Synchronized[int], laned: Synchronized[int], done: Synchronized[int], kind: str) -> None:
-    """Work while `busy` counts this neighbour in, holding the lane or not, until it says STOP."""
+    """Work while `rank` is below `busy`, holding the device lock if `laned`, until `busy` is STOP."""
     torch.set_num_threads(1)
-    os.setsid()  # Linux shares cores between sessions: what this one used is not held against who measures next
+    os.setsid()  # Linux shares cores between sessions, so this one does not slow the next measurement
     device = torch.device(kind)
     device_lock, neighbour = DeviceLock(device), Neighbour(device)
     while busy.value != STOP:
@@ -100,7 +100,7 @@ def live(rank: int, busy: Synchronized[int], laned: Synchronized[int], done: Syn
 
 
 def compare(neighbours: Sequence[int], rounds: int, device: torch.device) -> list[Row]:
-    """Measure alone and beside so many neighbours, without the lane and with it."""
+    """Measure alone and beside each number of neighbours, without the lock and with it."""
     context = get_context("spawn")
     busy, laned, done = (context.Value("i", 0) for _ in range(3))
     rest = busy, laned, done, device.type
@@ -111,7 +111,7 @@ def compare(neighbours: Sequence[int], rounds: int, device: torch.device) -> lis
 
     def beside(count: int, held: bool) -> tuple[float, float]:
         busy.value, laned.value, done.value = count, int(held), 0
-        while done.value < 2 * count:  # they are past their start and the rule before
+        while done.value < 2 * count:  # until all neighbours follow the new rule
             if not all(process.is_alive() for process in crowd):
                 raise RuntimeError("a neighbour has died")
             time.sleep(0.05)
@@ -121,10 +121,10 @@ def compare(neighbours: Sequence[int], rounds: int, device: torch.device) -> lis
     ways = [(count, held) for count in neighbours for held in (False, True)]
     alone, found = [], {way: list[tuple[float, float]]() for way in ways}
     try:
-        beside(max(neighbours), False)  # nobody is still importing when the first round begins
+        beside(max(neighbours), False)  # all imports are done when the first round begins
         for _ in range(rounds):
             busy.value = 0
-            time.sleep(1)  # for what is under way
+            time.sleep(1)  # let running work finish
             alone.append(beside(0, True))
             for way in ways:
                 found[way].append(beside(*way))
@@ -143,9 +143,9 @@ def compare(neighbours: Sequence[int], rounds: int, device: torch.device) -> lis
 
 
 def table(rows: Sequence[Row], device: torch.device) -> str:
-    """Return the rows in Markdown."""
+    """Return the rows as a Markdown table."""
     lines = [f"{device_name(device)}, load {os.getloadavg()[0]:.1f}", ""]
-    lines += ["| neighbours | lane | p50 ms | of alone | worst | s a measurement |", "| --- " * 6 + "|"]
+    lines += ["| neighbours | device lock | p50 ms | of alone | worst | s a measurement |", "| --- " * 6 + "|"]
     for row in rows:
         device_lock = "" if not row.neighbours else "yes" if row.device_lock else "no"
         figures = f"{row.ms_p50:.2f} | {row.ratio:.2f} | {row.worst:.2f} | {row.seconds:.1f}"
@@ -162,7 +162,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TMPDIR"] = tempfile.tempdir = folder  # a lane of its own: a search here is not held up
+        os.environ["TMPDIR"] = tempfile.tempdir = folder  # a separate lock: a search here does not wait
         rows = compare(args.neighbours, args.rounds, device)
     print("\n".join(json.dumps(asdict(row)) for row in rows) if args.json else table(rows, device))
 

@@ -1,12 +1,12 @@
-"""The table of docs/results.md: every defense x attack x knowledge on one task, with rejection and latency apart.
+"""The table of docs/results.md: every defense x attack x knowledge on one task, with rejection and latency.
 
     python -m benchmarks.results_table run advae --storage runs   trains (or loads) and attacks; repeat for each defense
-    python -m benchmarks.results_table table --storage runs          prints the table of what was run
+    python -m benchmarks.results_table table --storage runs          prints the table of these runs
     python -m benchmarks.results_table latency   times all of them in one quiet run, ours and paper-sized
     python -m benchmarks.results_table curve --storage runs   Defense-GAN's accuracy over time, from one projection
 
-Each attack stands alone, over all images: the number is the accuracy that this attack leaves. White-box takes, for
-each image, the worst over the defense's gradient sources, with EOT where it draws noise.
+Each attack runs separately on all images: the number is the accuracy under this attack. White-box takes, for each
+image, the worst case over the defense's gradient sources, with EOT if the defense draws noise.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ KNOBS: dict[str, dict[str, Any]] = {
     "hgd": {"attack": "pgd", "pgd_steps": 10, "strengths": 4, "maps": 16, "levels": 3, "epochs": 4},
     "adversarial_training": {"start": "pretrained", "pgd_steps": 4, "pgd_step_size": 0.15, "epochs": 6},
 }  # fmt: skip
-"""What each defense was trained with: its defaults, that is the paper's, made small enough for two cores."""
+"""Knobs of each defense for training, where they differ from its defaults, the paper's, to fit on two cores."""
 
 
 def chosen(cw_steps: int) -> tuple[Attack, ...]:
-    """Return FGSM, iFGSM (10 steps of eps / 10), PGD (40 steps of eps / 30, AdvAE's) and CW-L2 (AdvAE's, shorter)."""
+    """Return FGSM, iFGSM (10 steps of eps / 10), AdvAE's PGD (40 steps of eps / 30), AdvAE's CW-L2 with fewer steps."""
     return FGSM, IFGSM, replace(PGD_40, pace=1 / 30), replace(CW_L2, steps=cw_steps)
 
 
 def opened(name: str, args: argparse.Namespace) -> TrialRunner:
-    """Return the runner of a study that has one setting."""
+    """Return the trial runner of a study with one setting."""
     study = make_study(
         {
             "name": "results",
@@ -81,7 +81,7 @@ def opened(name: str, args: argparse.Namespace) -> TrialRunner:
 
 
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one defense and attack it; return the row of the table."""
+    """Train one defense and attack it; return its row of the table."""
     runner = opened(name, args)
     params = runner.assets.resolved.space.complete({})
     start = time.monotonic()
@@ -114,14 +114,14 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _all(found: Observation) -> Verdict:
-    """Return the verdict on every version, those of CW too, which keeps to no eps."""
+    """Return the verdict over every version, including those of CW, which has no eps bound."""
     versions = (found.clean, *found.oblivious.values(), *(found.white_box or {}).values())
     return reduce(and_, (Verdict.of(seen, found.limits_S) for seen in versions))
 
 
 @torch.no_grad()
 def curve(args: argparse.Namespace) -> str:
-    """Return Defense-GAN's accuracy under oblivious iFGSM after each number of steps, and what a step costs."""
+    """Return Defense-GAN's accuracy under oblivious iFGSM by number of steps, and the seconds per step."""
     runner = opened("defense_gan", args)
     _, defense = runner.trainer.fit(runner.assets.resolved.space.complete({}), lambda epoch, metrics: None)
     assert isinstance(defense, DefenseGAN)
@@ -149,8 +149,8 @@ def curve(args: argparse.Namespace) -> str:
 def latency(args: argparse.Namespace) -> str:
     """Return the purification latency at batch 128 of every defense: at the size trained here, and at its defaults.
 
-    Weights do not matter, so none are trained. Defense-GAN's default, 200 steps, takes minutes a batch on a CPU: it is
-    timed at 2 steps, which are 3 evaluations, and multiplied, since each step costs the same.
+    Weights do not matter, so nothing is trained. Defense-GAN's default, 200 steps, takes minutes per batch on a CPU: it
+    is timed at 2 steps, which are 3 evaluations, and multiplied, because all steps cost the same.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"| defense | ms, as trained here | ms, default size | on {device_name(device)} |", "| --- " * 4 + "|"]
@@ -173,7 +173,7 @@ def _figures(verdict: Any) -> dict[str, float]:
 
 
 def _first_of(name: str) -> dict[str, Any]:
-    """Return each knob's default, so that the paper's grids are one setting."""
+    """Return the default of each knob, which reduces the paper's grids to one setting."""
     return dict(SearchSpace.of(defenses.find(name)).defaults)
 
 
@@ -183,7 +183,7 @@ def _cell(figures: dict[str, float]) -> str:
 
 
 def table(args: argparse.Namespace) -> str:
-    """Return the table in Markdown, percent: accuracy, and the error too where images are rejected."""
+    """Return the Markdown table in percent: accuracy, and also the error if images are rejected."""
     rows = [json.loads(path.read_text()) for path in sorted((Path(args.storage) / "results").glob("*.json"))]
     names = [key for key in rows[0] if isinstance(rows[0][key], dict) and "oblivious" in rows[0][key]]
     names.remove("images")

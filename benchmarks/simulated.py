@@ -1,5 +1,5 @@
-"""A simulated trial for `benchmarks.engine_overhead`: it trains nothing, sleeps, and returns made-up but lawful scores;
-and what is noted of a run.
+"""Simulated trials for `benchmarks.engine_overhead`, which sleep and return made-up but valid scores without training;
+and the times of a run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spaces.puvae import SIGMA_EPS
 from spaces.space import Params
 
 CPUS = (os.cpu_count() or 1) / 4
-"""CPU cores of a trial, so that the machine has four slots."""
+"""CPU cores per trial, so that the machine has four slots."""
 SLOTS = 4
 EPOCHS = 4
 LAMBDAS = ("lambda_rc", "lambda_kl", "lambda_ce")
@@ -39,7 +39,7 @@ def working(seconds: float) -> Work:
 
 
 def scored(params: Params, fit: str) -> Candidate:
-    """Return a candidate with a known function of the knobs: the wider the network, the more robust and the slower."""
+    """Return a candidate scored by a fixed function of the knobs: a wider network is more robust and slower."""
     knobs: dict[str, Any] = params.flat()
     lost = sum(abs(math.log10(knobs[name])) for name in LAMBDAS) / 9
     noise = abs(math.log10(knobs["sigma_eps"] + 0.01)) / 2
@@ -80,14 +80,14 @@ def undefended(study: Study) -> Candidate:
 
 
 def sweep(params: Params) -> list[Candidate]:
-    """Return the candidates of a training at every sigma_eps, the proposed one first."""
+    """Return the candidates of a training for every sigma_eps, the proposed one first."""
     fit = fingerprint(**params.train)
     values = dict.fromkeys((params.inference["sigma_eps"], *SIGMA_EPS))
     return [scored(Params(params.train, {**params.inference, "sigma_eps": value}), fit) for value in values]
 
 
 def execute(study: Study, proposal: Proposal, report: Report, seconds: float) -> dict[str, Any]:
-    """Sleep so long, and return made-up candidates."""
+    """Sleep for `seconds`, and return made-up candidates."""
     candidates, curve = sweep(proposal.params), []
     for epoch in range(1, EPOCHS + 1):
         time.sleep(seconds / EPOCHS)
@@ -106,14 +106,14 @@ class Timed:
 
     Args:
         way: ours, or the plain script.
-        start: seconds from the call to the first trial's start: Ray, its workers, and what they import.
-        trials_s: from there to the end of the last trial.
-        ideal: what the trials sleep, over the slots.
-        wall: from the call to its return.
-        report: seconds that report.html takes afterwards; 0 for the plain script.
-        each_ms: milliseconds a trial, in each quarter of the run.
-        driver_mib: what the driver holds at the end of each quarter.
-        load: of the machine at the end, processes that want a core.
+        start: seconds from the call to the first trial's start: Ray, its workers and their imports.
+        trials_s: seconds from there to the end of the last trial.
+        ideal: seconds that the trials sleep on all slots.
+        wall: seconds from the call to its return.
+        report: seconds to write report.html afterwards; 0 for the plain script.
+        each_ms: milliseconds per trial, in each quarter of the run.
+        driver_mib: memory of the driver at the end of each quarter.
+        load: load average of the machine at the end.
     """
 
     way: str
@@ -130,7 +130,7 @@ class Timed:
 
 
 class Pulse(Callback):
-    """Notes the time and the driver's memory whenever a trial ends."""
+    """Records the time and the memory of the driver when a trial ends."""
 
     def __init__(self) -> None:
         self.called = time.perf_counter()

@@ -1,13 +1,13 @@
-"""Time to quality: the epochs that a search spends until it is within a point of the best of PuVAE's whole paper grid.
+"""Time to quality: the epochs that a search needs to get within one point of the best of PuVAE's whole paper grid.
 
-    python -m benchmarks.time_to_quality grid 1 2 3 4 5   trains the grids: 216 trainings, 14 minutes of a core each
+    python -m benchmarks.time_to_quality grid 1 2 3 4 5   trains the grids: 216 trainings, 14 minutes on one core each
     python -m benchmarks.time_to_quality search 1 2 3 4 5       searches on each grid; trains nothing
-    python -m benchmarks.time_to_quality continuous 1 2 3 4 5   searches the continuous ranges of the same knobs, really
+    python -m benchmarks.time_to_quality continuous 1 2 3 4 5   searches continuous ranges of the same knobs; trains
 
-Task: sklearn's 8 x 8 digits under white-box attack, a small PuVAE. What comes of a training depends on its knobs and
-the seed alone, so a search on the grid's values is replayed: each training that it asks for gives the rung scores and
-the candidates that it had in the grid. Its epochs count as if they were trained, those of stopped trainings too. Each
-grid is searched by several samplers' seeds. `--storage` keeps the grids, which go on where they stopped.
+Task: sklearn's 8 x 8 digits under white-box attack, with a small PuVAE. The result of a training depends only on its
+knobs and the seed, so a search over the values of the grid is replayed: each proposed training gets the rung scores and
+candidates that it has in the grid. Its epochs count as if it were trained, also those of stopped trainings. Each grid
+is searched with several sampler seeds. Grids are stored in `--storage`, and continue where they stopped.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random", "stopping": "none"},
     "random, halving": {"method": "random"},
 }
-"""What is compared; the paper's best setting is tried first except where an arm is called `without` or `random`."""
+"""The arms to compare. The paper's best setting is tried first, except in arms named `without` or `random`."""
 
 
 def study_of(storage: Path, name: str, **fields: Any) -> Study:
@@ -76,7 +76,7 @@ def grid_of(storage: Path, seed: int) -> Study:
 
 @dataclass(frozen=True)
 class Training:
-    """What came of one training of a grid: the rung score of each epoch, and a candidate for each sigma_eps."""
+    """The result of one training of a grid: the rung score of each epoch, and a candidate for each sigma_eps."""
 
     curve: Sequence[float]
     candidates: Sequence[Candidate]
@@ -87,9 +87,9 @@ class Table:
     """A finished grid.
 
     Args:
-        trainings: by their train-time knobs.
+        trainings: the trainings by their train-time knobs.
         best: the best attacked accuracy within the constraints.
-        epochs: what the grid cost.
+        epochs: total number of epochs.
     """
 
     undefended: Candidate
@@ -99,10 +99,10 @@ class Table:
 
     @classmethod
     def of(cls, study: Study) -> Table:
-        """Read the grid from its study; a training that failed is left out.
+        """Read the grid from its study, without failed trainings.
 
         Raises:
-            InputError: the grid has not ended.
+            InputError: the grid is not finished.
         """
         history, found = SearchHistory(study), dict[str, list[Candidate]]()
         whole = history.space.trainings()
@@ -125,11 +125,11 @@ class Table:
 
     @staticmethod
     def key(params: Params) -> str:
-        """Return the identity of a training."""
+        """Return the key of a training."""
         return json.dumps(dict(params.train), sort_keys=True)
 
     def work(self) -> Work:
-        """Return workers that look up what a training gave."""
+        """Return workers that look up the result of a training in the table."""
 
         def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
             training = self.trainings[Table.key(proposal.params)]
@@ -149,7 +149,7 @@ class Table:
 
 
 class Spent(NamedTuple):
-    """What a search had spent when it was good enough, or in all where it never was."""
+    """The cost of a search until it reached the goal, or its total cost if it did not."""
 
     trainings: int
     epochs: int
@@ -176,11 +176,11 @@ class Meter(Callback):
         good = feasible(self.study, candidates)
         if good and max(candidate.score.attacked_accuracy for candidate in good) >= self.goal - 1e-9:
             self.spent = self.spent._replace(reached=True)
-            raise KeyboardInterrupt  # as a person would who has seen enough
+            raise KeyboardInterrupt  # ends the search as Ctrl-C does
 
 
 def spend(study: Study, goal: float, work: Work = REAL, *, starts: bool = True) -> Spent:
-    """Search until a candidate reaches `goal`, an attacked accuracy, and return what that took."""
+    """Search until a candidate reaches `goal`, an attacked accuracy, and return the cost."""
     meter = Meter(study, goal)
     with mock.patch.object(puvae, "STARTS", puvae.STARTS if starts else ()):
         run(study, [meter], debug=True, work=work)
@@ -188,7 +188,7 @@ def spend(study: Study, goal: float, work: Work = REAL, *, starts: bool = True) 
 
 
 def quickly(do: Callable[[], T]) -> T:
-    """Do without the audit's cheap checks and without pictures, which take longer than these trainings."""
+    """Call `do` without cheap gates and pictures, which take longer than these trainings."""
     with (
         mock.patch.object(evaluator, "quick_gates", lambda *args, **kwargs: ()),
         mock.patch.object(TrialRunner, "picture", lambda runner, params, path: path),
@@ -197,7 +197,7 @@ def quickly(do: Callable[[], T]) -> T:
 
 
 def replays(table: Table, seeds: Sequence[int], arm: str) -> list[Spent]:
-    """Search a grid's table anew with each of the samplers' seeds."""
+    """Replay a search on the table of a grid with each sampler seed."""
     found = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +208,7 @@ def replays(table: Table, seeds: Sequence[int], arm: str) -> list[Spent]:
 
 
 def row(name: str, found: Sequence[Sequence[Spent]], tables: Sequence[Table]) -> str:
-    """Return a line of the table: for each grid the median epochs (trainings), the median of all, its share."""
+    """Return a line of the table: median epochs (trainings) for each grid and overall, and the fraction of the grid."""
     cells = [f"{median(s.epochs for s in spent):.0f} ({median(s.trainings for s in spent):.0f})" for spent in found]
     shares = [s.epochs / table.epochs for spent, table in zip(found, tables, strict=True) for s in spent]
     missed = sum(not s.reached for spent in found for s in spent)
@@ -218,7 +218,7 @@ def row(name: str, found: Sequence[Sequence[Spent]], tables: Sequence[Table]) ->
 
 
 def header(seeds: Sequence[int], tables: Sequence[Table]) -> str:
-    """Return the table's head and the line of the grids themselves."""
+    """Return the header of the table and the line of the grids themselves."""
     cells = [f"{table.epochs} ({len(table.trainings)}), best {100 * table.best:.0f} %" for table in tables]
     head = f"| epochs (trainings) | {' | '.join(f'seed {seed}' for seed in seeds)} | median | of the grid | missed |"
     return f"{head}\n|{' --- |' * (len(seeds) + 4)}\n| the whole grid | {' | '.join(cells)} | | 1 | |"

@@ -148,7 +148,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
         console.print(line, highlight=False, soft_wrap=True)
 
     try:
-        with study.store.lock("searches", study.name).acquire(timeout=0), sync.sending(study, say) as couriers:
+        with study.store.lock("searches", study.name).acquire(timeout=0), sync.syncing(study, say) as syncs:
             if new:
                 _new(study)  # another driver may have run this search in the meantime
             known, ended = _held(study)
@@ -164,7 +164,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
             display = LiveTable(console, study, list(resolved.space.searched()), resolved.epochs, ended.total())
             with closing(tracker):  # closed last, so that results do not wait for a server
                 with closing(display):
-                    state = run.run(study, [csv_log, tracker, *couriers, display], debug=debug)
+                    state = run.run(study, [csv_log, tracker, *syncs, display], debug=debug)
                 return _conclude(study, state, console, tracker)
     except Timeout:
         raise InputError(f"a search must run once at a time, but {study.name!r} runs already") from None

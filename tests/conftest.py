@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _lane_of_its_own() -> Iterator[None]:
-    """Give each of several workers a temporary folder, and so a latency lane: none waits for another's tests."""
+    """Give each of several workers a temporary folder, and so a device lock: none waits for another's tests."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None:
         yield

@@ -182,10 +182,10 @@ def _flag(name: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _knobs(code_digests: Sequence[str]) -> dict[str, Any]:
+def _knobs(texts: Sequence[str]) -> dict[str, Any]:
     """Parse NAME=VALUE and NAME=V1,V2 into the knobs of a study."""
     found = {}
-    for text in code_digests:
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise InputError(f"--knob must be NAME=VALUE or NAME=V1,V2, but is {text!r}")

@@ -35,7 +35,7 @@ from search.trial.training import silent
 from spaces.exceptions import InputError
 
 TRIES = 2
-"""Number of further candidates to audit if the audit rejects some."""
+"""Number of further candidates that may be audited if the audit rejects some."""
 FIGURES = (
     *("attacked_accuracy", "attacked_accuracy_of_the_search", "attacked_error", "attacked_rejection"),
     *("oblivious_accuracy", "black_box_accuracy", "white_box_accuracy"),

@@ -62,8 +62,9 @@ def _of_search(study: Study, source: str) -> WarmStart:
     for candidate in feasible(study, inside):
         fits.setdefault(str(candidate.params.train), candidate.params)
     settings = list(fits.values())[:FIRST]
-    same = _exam(other) == _exam(study)
-    learnt = f"the sampler learns from all {len(inside)}" if same else "under another exam, so the sampler learns none"
+    same = _evaluated_by(other) == _evaluated_by(study)
+    other_way = "evaluated in another way, so the sampler learns from none"
+    learnt = f"the sampler learns from all {len(inside)}" if same else other_way
     return WarmStart(
         settings,
         inside if same else [],
@@ -94,7 +95,7 @@ def _lies_in(resolved: ResolvedStudy, params: Params) -> bool:
     )
 
 
-def _exam(study: Study) -> tuple[object, ...]:
+def _evaluated_by(study: Study) -> tuple[object, ...]:
     """Return everything that a candidate's figures depend on besides its setting."""
     resolved = study.resolved
     substitute = resolved.substitute if study.threat == "black-box" else None

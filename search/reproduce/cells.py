@@ -38,7 +38,7 @@ CLASSIFIER_EPOCHS, ROUNDS = 10, 6
 BATCH = 128
 """Batch size for timing purification, in images."""
 TIMED = (1, 3)
-"""Two numbers of steps to time if not all steps are timed; the rest is extrapolated, because all steps cost the same."""
+"""Numbers of steps that are timed if the run is reduced; the rest is extrapolated, because all steps cost the same."""
 CHEAP = 64
 """Images for the quick score of an epoch."""
 UNTAUGHT = ("defense_gan", "magnet")
@@ -225,7 +225,7 @@ class Cells:
         return runner.scorer.latency(defense).ms_p50 / 1000
 
     def _slope(self, runner: TrialRunner, params: Params, name: str) -> Callable[[int], float]:
-        """Return the time by number of steps, in seconds, as a line through two measurements: all steps cost the same."""
+        """Return the seconds as a function of the number of steps, from two measurements: all steps cost the same."""
         few, more = (
             self._batch_seconds(runner, Params(params.train, {**params.inference, name: steps})) for steps in TIMED
         )

@@ -20,9 +20,9 @@ LEAST_BATCH, LEAST_IMAGES = 16, 50
 class Fraction:
     """A fraction F of the work for a table.
 
-    Training images are reduced by the factor F^(3/4), epochs and batch size by F^(1/2) each: the arithmetic of a training
-    is reduced at least by F, its number of steps by less. Each number of repetitions in purifying is reduced by F^(1/2),
-    and the number of attacked images by F.
+    Training images are reduced by the factor F^(3/4), epochs and batch size by F^(1/2) each: a training then does at
+    most F of the arithmetic, but more than F of the steps. Each number of repetitions in purifying is reduced by
+    F^(1/2), and the number of attacked images by F.
 
     Args:
         fraction: F, in (0, 1]; 1 reduces nothing.

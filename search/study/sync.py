@@ -51,14 +51,14 @@ def deliver(study: Study, *paths: Path) -> None:
 
 
 @contextmanager
-def sending(study: Study, say: Callable[[str], None]) -> Iterator[list[Callback]]:
+def syncing(study: Study, say: Callable[[str], None]) -> Iterator[list[Callback]]:
     """Yield the callback that uploads the search while it runs and at the end; an empty list if storage is a folder."""
-    courier = StorageSync(study, study.mirror, say) if study.mirror else None
+    storage_sync = StorageSync(study, study.mirror, say) if study.mirror else None
     try:
-        yield [courier] if courier else []
+        yield [storage_sync] if storage_sync else []
     finally:
-        if courier:
-            courier.close()
+        if storage_sync:
+            storage_sync.close()
 
 
 def picture(study: Study, path: str) -> Path | None:
@@ -89,7 +89,7 @@ class StorageSync(Callback):
         self._wake = threading.Event()
         self._wake.set()  # other machines must soon see that this one is the driver
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="courier", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="storage sync", daemon=True)
         self._thread.start()
 
     def search_started(self, study: Study, undefended: Candidate) -> None:

@@ -81,7 +81,7 @@ class WandbWriter:
             self._thread.start()
 
     def __repr__(self) -> str:
-        return f"Logbook(mode={self._mode!r}, folder={str(self._folder)!r})"
+        return f"WandbWriter(mode={self._mode!r}, folder={str(self._folder)!r})"
 
     @property
     def mode(self) -> Mode:

@@ -23,11 +23,11 @@ LOOK_S = 0.002
 
 
 class DeviceLock:
-    """A readers-writer lock over the processes of a node, made of two locked files: the lane (the lock) and the gate.
+    """A readers-writer lock over the processes of a node, made of two locked files: the lock itself and a gate.
 
-    A computing process holds the lane shared and checks the gate at each batch boundary. A measuring process locks the
-    gate, so that the others release the lane and wait, and then locks the lane exclusively. No process waits for
-    another lock while it holds the lane, since the owner of that lock may be waiting at the gate; nor for the driver or
+    A computing process holds the lock shared and checks the gate at each batch boundary. A measuring process locks the
+    gate, so that the others release the lock and wait, and then locks the lock exclusively. No process waits for
+    another lock while it holds the lock, since the owner of that lock may be waiting at the gate; nor for the driver or
     the storage, since all others would wait as long. The locks of a process that dies are released.
     """
 
@@ -36,9 +36,9 @@ class DeviceLock:
         self._held = False
         self._looked = 0.0
         folder = Path(tempfile.gettempdir())
-        self._gate, self._lane = (
+        self._gate, self._lock = (
             os.open(folder / f"crucible-{os.getuid()}-{_identity(device)}-{part}", os.O_RDWR | os.O_CREAT)
-            for part in ("gate", "lane")
+            for part in ("gate", "lock")
         )
 
     @contextmanager
@@ -78,15 +78,15 @@ class DeviceLock:
         """Hold the lock in exclusive mode."""
         fcntl.flock(self._gate, fcntl.LOCK_EX)
         try:
-            fcntl.flock(self._lane, fcntl.LOCK_EX)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
             yield
         finally:
-            fcntl.flock(self._lane, fcntl.LOCK_UN)
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             fcntl.flock(self._gate, fcntl.LOCK_UN)
 
     def _enter(self) -> None:
         fcntl.flock(self._gate, fcntl.LOCK_SH)
-        fcntl.flock(self._lane, fcntl.LOCK_SH)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
         fcntl.flock(self._gate, fcntl.LOCK_UN)
         self._held = True
 
@@ -95,7 +95,7 @@ class DeviceLock:
             synchronise(self._device)  # a GPU would still compute its queued work after the release
         finally:
             self._held = False
-            fcntl.flock(self._lane, fcntl.LOCK_UN)
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
 
 
 def _identity(device: torch.device) -> str:

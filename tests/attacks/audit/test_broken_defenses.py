@@ -1,4 +1,4 @@
-"""The known-broken zoo: each defense raises its own alarm and none is exported; honest defenses raise none."""
+"""Broken defenses: each raises its own alarm and none is exported; honest defenses raise none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import defenses
 from attacks.audit.audit import Audit, audit
 from attacks.audit.quick_gates import quick_gates
 from attacks.threat import ThreatModel
-from benchmarks.broken import HONEST, LABELS, ZOO
+from benchmarks.broken import BROKEN, HONEST, LABELS
 from defenses.base import Defended
 from search.data import splits
 from search.engine.run import run
@@ -32,13 +32,13 @@ SLOW = "unconverged Defense-GAN"
 
 @pytest.fixture(scope="module")
 def caged(digits: Digits, classifier: nn.Module) -> Iterator[Callable[[str], Defended]]:
-    """Return a member of the zoo by its name, made once; one may peek at the labels of the images that are held out."""
+    """Return a broken or honest defense by its name, made once; one may see the labels of the held-out images."""
     made: dict[str, Defended] = {}
 
     def member(name: str) -> Defended:
         LABELS[:] = [held_out(digits)[1]]
         if name not in made:
-            made[name] = ZOO[name].before(classifier, digits[0][:1400], digits[1][:1400])
+            made[name] = BROKEN[name].before(classifier, digits[0][:1400], digits[1][:1400])
         return made[name]
 
     yield member
@@ -49,29 +49,29 @@ def alarms(found: Audit) -> set[str]:
     return {gate.name for gate in found.gates if not gate.passed}
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", BROKEN)
 def test_each_broken_defense_raises_its_own_alarm(name: str, digits: Digits, caged: Callable[[str], Defended]) -> None:
     x, y = held_out(digits)
     images = 8 if name == SLOW else 100
     found = audit(caged(name), x[:images], y[:images], WHITE, seed=1)
-    assert ZOO[name].alarm in alarms(found)
+    assert BROKEN[name].alarm in alarms(found)
     assert len(found.alarms) == len(alarms(found))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", BROKEN)
 def test_a_search_raises_the_alarms_that_need_no_attack(
     name: str, digits: Digits, caged: Callable[[str], Defended]
 ) -> None:
     """A no-op and noise that is announced are caught by what their attacked images are compared with: the audit."""
     gates = quick_gates(caged(name), *held_out(digits), seed=0)
-    assert (ZOO[name].alarm in {gate.name for gate in gates if not gate.passed}) is ZOO[name].quick
+    assert (BROKEN[name].alarm in {gate.name for gate in gates if not gate.passed}) is BROKEN[name].quick
 
 
 def test_a_descent_that_has_arrived_raises_no_alarm(digits: Digits, caged: Callable[[str], Defended]) -> None:
     defended = caged(SLOW)
     defended.defense.at({"steps": 50, "restarts": 1})
     gates = {gate.name: gate for gate in quick_gates(defended, *held_out(digits), seed=0)}
-    defended.defense.at(ZOO[SLOW].inference)
+    defended.defense.at(BROKEN[SLOW].inference)
     assert gates["inner-loop"].passed and gates["inner-loop"].figure > 0
 
 
@@ -89,7 +89,7 @@ def shelter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def searched(name: str, shelter: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, Candidate]:
     """Return a finished search of a member as if it were a file among the defenses, and its candidate."""
     find = defenses.find
-    monkeypatch.setattr(defenses, "find", lambda wanted: ZOO[wanted].kind if wanted in ZOO else find(wanted))
+    monkeypatch.setattr(defenses, "find", lambda wanted: BROKEN[wanted].kind if wanted in BROKEN else find(wanted))
     LABELS[:] = [splits.load("digits", "validation", None, 60)[1]]
     study = digits_study(shelter, name=name.replace(" ", "-"), defense=name, space="default", trials=1, eps=0.1)
     if not study.folder.exists():
@@ -100,11 +100,11 @@ def searched(name: str, shelter: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
 @pytest.mark.parametrize("name", ["no-op", "peeks at the label"])
 def test_none_is_exported(name: str, shelter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, candidate = searched(name, shelter, monkeypatch)
-    if ZOO[name].quick:
-        assert ZOO[name].alarm in candidate.score.alarms
+    if BROKEN[name].quick:
+        assert BROKEN[name].alarm in candidate.score.alarms
         with pytest.raises(InputError, match="needs a candidate within the constraints"):
             pick(study, pareto=False, top=1, candidate=None)
-    with pytest.raises(AlarmError, match=ZOO[name].alarm):
+    with pytest.raises(AlarmError, match=BROKEN[name].alarm):
         export(study, candidate, study.store, study.folder / "export")
     assert not (study.folder / "export").exists()
 

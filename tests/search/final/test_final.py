@@ -330,7 +330,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
 ) -> None:
     said = list[str]()
     (case,) = cases_of(exported)
-    contender = evaluated_models([case], 1000)[1]
+    model = evaluated_models([case], 1000)[1]
     heard = FinalEvaluator(
         *splits.open_test("digits", None, 3),
         7,
@@ -339,7 +339,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
         lambda doing, share: said.append(doing),
         steps=1,
     )
-    heard.evaluate([contender])
+    heard.evaluate([model])
     assert any("images 0 to 3: standard apgd-ce" in line for line in said)
     assert any("images 0 to 3: full pgd-5" in line for line in said)
     screen = io.StringIO()
@@ -353,7 +353,7 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
     with job_runner(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
         work("training", [Job("seed 1000", speaks, ())])
     assert pipe.getvalue().startswith("training: seed 1000: puvae: epoch 1/2, 50 %\n")
-    heard.evaluate([contender])
+    heard.evaluate([model])
     assert said[-1].endswith("kept from an earlier run")
 
 

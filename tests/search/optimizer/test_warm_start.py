@@ -66,7 +66,7 @@ def test_a_fit_comes_by_its_best_candidate_whatever_its_others_are_worth(tmp_pat
 
 def test_another_exam_gives_its_settings_and_teaches_nothing(tmp_path: Path, earlier: Study) -> None:
     found = warm_start_of(digits_study(tmp_path, eps=0.1), "earlier")
-    assert len(found.settings) == 4 and not found.candidates and "under another exam" in found.said
+    assert len(found.settings) == 4 and not found.candidates and "evaluated in another way" in found.said
 
 
 def test_settings_outside_the_space_or_of_another_defense_are_left(tmp_path: Path, earlier: Study) -> None:

@@ -233,12 +233,12 @@ STAND_IN = replace(PRETENDED, execute=execute)
 
 
 def search(study: Study, *listeners: Callback) -> list[str]:
-    """Run a search without trainings, and return what the courier said."""
+    """Run a search without trainings, and return what was said of its storage."""
     said = list[str]()
     study.root.mkdir(parents=True, exist_ok=True)
-    with sync.sending(study, said.append) as couriers:
+    with sync.syncing(study, said.append) as syncs:
         csv_log = CsvLog(study.folder / "candidates.csv", SearchHistory(study).candidates() if has_begun(study) else [])
-        assert run(study, [csv_log, *listeners, *couriers], debug=True, work=STAND_IN) == "finished"
+        assert run(study, [csv_log, *listeners, *syncs], debug=True, work=STAND_IN) == "finished"
         session.write_report(study)
     return said
 
@@ -331,8 +331,8 @@ def test_a_search_runs_on_one_machine_at_a_time(tmp_path: Path, monkeypatch: pyt
     on("one", tmp_path, monkeypatch)
     study.root.mkdir(parents=True)
     study.write()
-    with sync.sending(study, print) as couriers:
-        couriers[0].trial_ended(Proposal("t001", Params({}, {})), "pruned", [], None, "")
+    with sync.syncing(study, print) as syncs:
+        syncs[0].trial_ended(Proposal("t001", Params({}, {})), "pruned", [], None, "")
         until = time.monotonic() + 20
         while not (tmp_path / "far" / "smoke" / "driver.json").exists():
             assert time.monotonic() < until

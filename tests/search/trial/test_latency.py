@@ -1,4 +1,4 @@
-"""Latency: the lane keeps a measurement alone, and the figures are what was timed."""
+"""Latency: the device lock keeps a measurement alone, and the figures are what was timed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def compute(folder: Path, name: str) -> None:
 
 @pytest.fixture
 def own_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lane of the test's own, for child processes too."""
+    """A device lock of the test's own, for child processes too."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
 
@@ -76,7 +76,7 @@ def test_who_measures_is_alone_and_the_others_go_on_afterwards(tmp_path: Path, o
 
 
 def linger(folder: Path, name: str, alone: bool) -> None:
-    """Hold the lane, together with the others or alone, and never let go."""
+    """Hold the device lock, together with the others or alone, and never let go."""
     device_lock = DeviceLock(CPU)
     with device_lock.quiet() if alone else device_lock.working():
         (folder / f"{name}.ready").touch()
@@ -99,7 +99,7 @@ def test_a_process_that_is_killed_lets_go_of_the_lane(tmp_path: Path, own_lane: 
 
 
 def measure_often(folder: Path, name: str) -> None:
-    """Hold the lane alone ten times."""
+    """Hold the device lock alone ten times."""
     device_lock, spans = DeviceLock(CPU), []
     while not (folder / "go").exists():
         time.sleep(0.001)
