@@ -4,7 +4,7 @@
     python -m benchmarks.latency_under_load --neighbours 1 2 4 8 --rounds 9
     python -m benchmarks.latency_under_load --json                the rows as JSON, one per line
 
-The neighbours are separate processes, like trials: each trains a PuVAE and attacks it in a loop. In a round the purifier
+Neighbours are separate processes, like trials: each trains a PuVAE and attacks it in a loop. In a round the purifier
 is measured alone, then beside each number of neighbours without the lock and with it; a row has the median over the
 rounds. On a machine with other users, the latency alone is disturbed too: the lock only holds back our own trials.
 

@@ -64,7 +64,7 @@ def attack(
         knowledge, norm, eps: the threat model; default: that of the export. If the norm differs, eps is required.
         images: number of validation images; default: as many as the search attacked.
         substitute: the architecture of the black-box attacker's network; default: that of the study.
-        seed: of random starts and targets; use a seed that differs from the search's for different ones.
+        seed: of random starts and targets, which differ from the search's if the seeds differ.
         console: where progress is shown; default: nowhere.
 
     Returns:

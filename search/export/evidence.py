@@ -27,7 +27,7 @@ from search.study.candidate import Candidate
 from search.trial.runner import TrialRunner
 
 REPRODUCED = 0.02
-"""Largest difference between the search's attacked accuracy and that of the same attacks run again, a fraction."""
+"""Largest allowed difference between the search's attacked accuracy and that of its attacks run again, a fraction."""
 
 
 def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Robustness) -> dict[str, Any]:

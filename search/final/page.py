@@ -44,7 +44,7 @@ def as_csv(table: Mapping[str, Any]) -> str:
             **row,
             "each": " ".join(f"{x:.6g}" for x in row["each"]),
             "split": "test",
-            "look": looks.get(row["export"], max(looks.values())),  # a baseline has no log; take its exports'
+            "look": looks.get(row["export"], max(looks.values())),  # a baseline has no log: use the exports'
             "smaller": table["smaller"],
             "alarms": alarms.get(row["export"], ""),
         }

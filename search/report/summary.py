@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -17,7 +17,6 @@ from search.export.loader import opened
 from search.formatting import milliseconds, percent, spoken_device, spoken_eps
 from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report import status
-from search.report.faults import Fault, gathered
 from search.report.importance import Importances, importances
 from search.report.rank_correlation import RankCorrelation, rank_correlation
 from search.study import ranking, sync
@@ -29,6 +28,21 @@ from spaces.space import Params
 
 APART = 0.1
 """Largest relative difference between the two latencies of a candidate of the front without a remark."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One problem.
+
+    Args:
+        state: failed, interrupted, restarted or alarm.
+        words: the reason; empty if unknown.
+        where: names of the trials or candidates.
+    """
+
+    state: str
+    words: str
+    where: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -179,6 +193,15 @@ class Summary:
         """Return the trial that trained the fit of a candidate."""
         train = dict(candidate.params.train)
         return next((t for t in self.trials if dict(t.params.train) == train), None)
+
+
+def gathered(found: Iterable[tuple[str, str, str]]) -> list[Fault]:
+    """Group (state, words, where) into faults, the most frequent first."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for state, words, where in found:
+        places.setdefault((state, words), []).append(where)
+    faults = [Fault(state, words, where) for (state, words), where in places.items()]
+    return sorted(faults, key=lambda fault: -len(fault.where))
 
 
 def summarise(study: Study) -> Summary:

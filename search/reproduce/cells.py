@@ -38,7 +38,7 @@ CLASSIFIER_EPOCHS, ROUNDS = 10, 6
 BATCH = 128
 """Batch size for timing purification, in images."""
 TIMED = (1, 3)
-"""Numbers of steps that are timed if the run is reduced; the rest is extrapolated, because all steps cost the same."""
+"""Numbers of steps that are timed; other numbers are extrapolated from them, because all steps cost the same."""
 CHEAP = 64
 """Images for the quick score of an epoch."""
 UNTAUGHT = ("defense_gan", "magnet")
@@ -104,7 +104,7 @@ class Cells:
         key = runner.trainer.key(self.params(setting))
         return "" if key in runner.assets.store.held("fits") else key
 
-    # The study that a setting stands for.
+    # The study of a setting.
 
     def runner(self, setting: Setting) -> TrialRunner:
         """Return the trial runner of a setting; the last one is cached."""

@@ -128,9 +128,16 @@ class _Meaning(ast.NodeTransformer):
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        if ast.unparse(node.value) in self.imports.paths:
+        if _dotted(node.value) in self.imports.paths:
             return ast.Name(node.attr, node.ctx)
         return self.generic_visit(node)
+
+
+def _dotted(node: ast.expr) -> str:
+    """Return a name with its attributes, as `attacks.threat`; empty for any other expression."""
+    if isinstance(node, ast.Attribute):
+        return (inner := _dotted(node.value)) and f"{inner}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _canonical(node: object) -> object:

@@ -137,7 +137,7 @@ def _identity(run: Path) -> str:
 
 
 def _reached(server: str) -> None:
-    """Raise an error if the server does not answer soon; wandb would retry for a long time."""
+    """Raise an error if the server does not answer in `REACH_S`; wandb would retry for a long time."""
     try:
         urlopen(server, timeout=REACH_S).close()
     except HTTPError:
