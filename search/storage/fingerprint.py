@@ -20,7 +20,6 @@ def fingerprint(**parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@cache
 def code_digests(*modules: str) -> list[str]:
     """Return a digest of the behaviour of each module, and of each module that they import from `FOLLOWED`, sorted.
 
@@ -31,12 +30,18 @@ def code_digests(*modules: str) -> list[str]:
     while pending:
         name = pending.pop()
         if name not in digests:
-            tree = ast.parse(inspect.getsource(importlib.import_module(name)))
-            imports = _Imports(tree)
-            canonical = repr(_canonical(_Meaning(imports).visit(tree)))
-            digests[name] = hashlib.sha256(canonical.encode()).hexdigest()
-            pending += [each for each in imports.ours if each.partition(".")[0] in FOLLOWED]
+            digests[name], imported = _digest(name)
+            pending += [each for each in imported if each.partition(".")[0] in FOLLOWED]
     return sorted(digests.values())
+
+
+@cache
+def _digest(module: str) -> tuple[str, frozenset[str]]:
+    """Return the digest of one module, and our own modules that it imports."""
+    tree = ast.parse(inspect.getsource(importlib.import_module(module)))
+    imports = _Imports(tree)
+    canonical = repr(_canonical(_Meaning(imports).visit(tree)))
+    return hashlib.sha256(canonical.encode()).hexdigest(), frozenset(imports.ours)
 
 
 class _Imports(ast.NodeVisitor):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from search.storage.fingerprint import code_digests, fingerprint
+from search.storage.fingerprint import _digest, code_digests, fingerprint
 
 BASE = '''
     """A defense."""
@@ -56,9 +56,9 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Written
         modules.append(module)
         return code_digests(module)
 
-    code_digests.cache_clear()
+    _digest.cache_clear()
     yield write
-    code_digests.cache_clear()
+    _digest.cache_clear()
     for module in modules:
         sys.modules.pop(module, None)
 
