@@ -24,7 +24,7 @@ from search.exceptions import NoSpace
 from spaces.exceptions import InputError
 
 HOME = "~/.cache/crucible"
-LEDGER = "decoded.json"
+INDEX = "decoded.json"
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -76,8 +76,8 @@ def ensure(dataset: str, data_dir: str | Path | None, progress: Progress = silen
 def fault(decoded: Path, thorough: bool) -> str | None:
     """Return what is wrong with a decoded cache, or None; checks file sizes and, if `thorough`, digests."""
     try:
-        csv_log = read_ledger(decoded)
-        files, _ = csv_log["files"], csv_log["checksum"]
+        index = read_index(decoded)
+        files, _ = index["files"], index["checksum"]
         for part in PARTS:
             for name in (f"x_{part}.npy", f"y_{part}.npy"):
                 size, sha256 = files[name]["bytes"], files[name]["sha256"]
@@ -90,10 +90,10 @@ def fault(decoded: Path, thorough: bool) -> str | None:
     return None
 
 
-def read_ledger(decoded: Path) -> dict[str, Any]:
+def read_index(decoded: Path) -> dict[str, Any]:
     """Return the index of a decoded cache: `files`, `checksum` and, where recorded, `train` (the training images)."""
-    csv_log: dict[str, Any] = json.loads((decoded / LEDGER).read_text())
-    return csv_log
+    index: dict[str, Any] = json.loads((decoded / INDEX).read_text())
+    return index
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def _clear_errors(dataset: str, root: Path) -> Iterator[None]:
 def pack(dataset: str, data_dir: str | Path | None) -> dict[str, Pixels]:
     """Return the memory-mapped files of the decoded cache by name, so that another machine needs no network."""
     decoded = ensure(dataset, data_dir)
-    names = [*read_ledger(decoded)["files"], LEDGER]
+    names = [*read_index(decoded)["files"], INDEX]
     return {name: np.asarray(np.memmap(decoded / name, np.uint8, "r")) for name in names}
 
 
@@ -167,7 +167,7 @@ def _decode(data: DataSet, folder: Path, new: Path, progress: Progress) -> None:
     """Write the cache into the folder `new`; its index, which `fault` reads, is written last."""
     new.mkdir(parents=True)
     shape = (data.shape.channels, data.shape.height, data.shape.width)
-    csv_log: dict[str, Any] = {"files": {}}
+    index: dict[str, Any] = {"files": {}}
     for part in PARTS:
         found = data.decode(data.origin, folder, part)
         x_path, y_path = new / f"x_{part}.npy", new / f"y_{part}.npy"
@@ -175,13 +175,13 @@ def _decode(data: DataSet, folder: Path, new: Path, progress: Progress) -> None:
         _save(x_path, x_shape, _heard(found.blocks, f"decoding {data.origin.dataset}", math.prod(x_shape), progress))
         _save(y_path, found.y_N.shape, [found.y_N])
         for path in (x_path, y_path):
-            csv_log["files"][path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+            index["files"][path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
         if part == "train":
             mark = hashlib.sha256(np.load(x_path, mmap_mode="r").data)
             mark.update(np.load(y_path).data)
-            csv_log["checksum"] = mark.hexdigest()
-            csv_log["train"] = data.train if found.train is None else found.train
-    (new / LEDGER).write_text(json.dumps(csv_log, indent=1))
+            index["checksum"] = mark.hexdigest()
+            index["train"] = data.train if found.train is None else found.train
+    (new / INDEX).write_text(json.dumps(index, indent=1))
 
 
 def _heard(blocks: Iterable[Pixels], what: str, total: int, progress: Progress) -> Iterator[Pixels]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from search.data.cache import caches, ensure, fault, read_ledger, roots, silent
+from search.data.cache import caches, ensure, fault, read_index, roots, silent
 from search.data.datasets import DATASETS, DataSet
 from search.data.decoders import PARTS, Part
 from search.data.downloads import Progress
@@ -87,7 +87,7 @@ def open_test(dataset: str, data_dir: str | Path | None = None, limit: int | Non
 def checksum(dataset: str, data_dir: str | Path | None = None) -> str:
     """Return the SHA-256 of the decoded official training set, that is of train and validation together."""
     _data_set(dataset)
-    return str(read_ledger(ensure(dataset, data_dir))["checksum"])
+    return str(read_index(ensure(dataset, data_dir))["checksum"])
 
 
 def fetch(dataset: str, data_dir: str | Path | None = None, progress: Progress = silent) -> None:
@@ -156,7 +156,7 @@ def _data_set(name: str) -> DataSet:
 
 
 def _train(data: DataSet, decoded: Path) -> int:
-    return int(read_ledger(decoded).get("train", data.train))
+    return int(read_index(decoded).get("train", data.train))
 
 
 def _sizes(data: DataSet, decoded: Path) -> Sizes:

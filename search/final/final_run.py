@@ -176,9 +176,9 @@ def _evaluated(work: RunJobs, cases: Sequence[ExportedWinner], settings: FinalSe
     return FinalResults(found[: len(trained)], own)
 
 
-def _storage(loader: Path) -> str:
+def _storage(export: Path) -> str:
     """Return the storage that contains an export; `runs` if there is none."""
-    inside = [folder for folder in loader.resolve().parents if (folder / ".store").is_dir()]
+    inside = [folder for folder in export.resolve().parents if (folder / ".store").is_dir()]
     return str(inside[0]) if inside else "runs"
 
 

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from attacks.confidence import wilson
 from search.classifiers.task import find_task
-from search.data.cache import caches, read_ledger
+from search.data.cache import caches, read_index
 from search.data.datasets import DATASETS
 from search.export import provenance
 from search.formatting import milliseconds, percent, spoken_device, spoken_eps
@@ -136,7 +136,7 @@ def _checksum(study: Study) -> str:
     """Return the SHA-256 of the decoded data; empty if they are not on this machine."""
     for decoded in caches(find_task(study.task).dataset, study.data_dir):
         try:
-            return str(read_ledger(decoded)["checksum"])
+            return str(read_index(decoded)["checksum"])
         except (OSError, ValueError, KeyError):
             continue
     return ""

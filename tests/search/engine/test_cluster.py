@@ -70,8 +70,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     shared.mkdir()
     private.mkdir()
     fetch("digits", data)
-    csv_log = data / "decoded" / "digits" / "decoded.json"
-    csv_log.write_text(json.dumps(json.loads(csv_log.read_text()) | {"came": "from the first node"}))
+    index = data / "decoded" / "digits" / "decoded.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"came": "from the first node"}))
     port, dashboard, *agents = _free_ports(4)
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment = {**os.environ, **token, "CRUCIBLE_DATA": str(data), "OMP_NUM_THREADS": "1"}

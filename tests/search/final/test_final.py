@@ -299,8 +299,8 @@ def test_another_look_is_noted_and_the_page_says_so(judged: Found, exported: Pat
     assert sum(row["figure"] == "accuracy" for row in table["rows"]) == (2 + 2) * 5
     assert "**Look 2 at the test split**" in page(table) and "look 2 at the test split" in screen.getvalue()
     rows = csv.DictReader(io.StringIO((tmp_path / "final" / "FINAL.csv").read_text()))
-    test_set_log = {(row["export"], row["look"]) for row in rows}
-    assert test_set_log == {(judged[0]["exports"][0]["export"], "2"), ("twin", "1"), ("", "2")}
+    openings = {(row["export"], row["look"]) for row in rows}
+    assert openings == {(judged[0]["exports"][0]["export"], "2"), ("twin", "1"), ("", "2")}
     assert "**Look 2" not in (twin / "final" / "FINAL.md").read_text()
     assert "2 exports stand side by side" in (tmp_path / "final" / "FINAL.md").read_text()
     assert all(row["deviation"] is None for row in table["rows"]), "one seed has none"
