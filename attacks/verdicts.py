@@ -169,5 +169,15 @@ class Observation:
         return (self.clean, *(seen for seen in crafted if seen.bounded))
 
 
+def worse(one: Verdict, other: Verdict) -> Verdict:
+    """Return the worst case of two verdicts, per image for a deterministic defense.
+
+    With noise, draws do not correspond: the verdict with less accuracy; `one`, if the numbers of draws differ.
+    """
+    if len(one.right) == 1:
+        return one & other
+    return min(one, other, key=lambda verdict: verdict.accuracy) if len(other.right) == len(one.right) else one
+
+
 def share(verdicts: Tensor) -> float:
     return float(verdicts.double().mean())

@@ -255,7 +255,7 @@ def settle(controller: Controller, name: str, last: dict[str, Any] | None) -> No
         controller.silent(name)
 
 
-def time_again(controller: Controller, measure: Callable[[Candidate], Latency]) -> None:
+def remeasure_front(controller: Controller, measure: Callable[[Candidate], Latency]) -> None:
     """Re-measure the latencies of the front; if that fails, the first measurement stays."""
     for candidate in () if controller.trouble else controller.leaders():
         try:

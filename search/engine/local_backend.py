@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from defenses.base import Metrics
-from search.engine.controller import Controller, settle, time_again
+from search.engine.controller import Controller, remeasure_front, settle
 from search.engine.worker import Work
 from search.study.callbacks import State
 
@@ -31,7 +31,7 @@ def run(controller: Controller, work: Work) -> State:
             except Stopped:
                 last = None
             settle(controller, name, last)
-        time_again(controller, lambda candidate: work.remeasure(study, candidate))
+        remeasure_front(controller, lambda candidate: work.remeasure(study, candidate))
     except KeyboardInterrupt:
         return "interrupted"
     return "finished"

@@ -28,7 +28,7 @@ from ray.tune.search import Searcher
 
 from defenses.base import Metrics
 from search.engine.cluster import WorkerResources, at_work, ready, slots
-from search.engine.controller import RESTARTS, Controller, settle, time_again
+from search.engine.controller import RESTARTS, Controller, remeasure_front, settle
 from search.engine.timeout import TrialTimeout
 from search.engine.worker import Work
 from search.study.callbacks import State
@@ -142,7 +142,9 @@ def run(controller: Controller, resources: WorkerResources, work: Work) -> State
                 break
         if callbacks.names or not controller.done:
             return "interrupted"
-        time_again(controller, lambda candidate: ray.get(remote.remote(study, resources, work.remeasure, candidate)))
+        remeasure_front(
+            controller, lambda candidate: ray.get(remote.remote(study, resources, work.remeasure, candidate))
+        )
     except KeyboardInterrupt:
         return "interrupted"
     return "finished"

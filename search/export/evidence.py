@@ -17,7 +17,7 @@ from attacks.audit.gate import Gate, at_most
 from attacks.confidence import wilson
 from attacks.suites import SUITES
 from attacks.threat import ThreatModel
-from attacks.verdicts import Robustness, Verdict
+from attacks.verdicts import Robustness, Verdict, worse
 from defenses.base import Defense
 from search.data import splits
 from search.data.datasets import DATASETS
@@ -183,16 +183,6 @@ def _baseline(beside: Robustness, images: int) -> dict[str, Any]:
         "oblivious_accuracy": beside.oblivious.accuracy,
         "white_box_accuracy": beside.strongest.accuracy,
     }
-
-
-def worse(one: Verdict, other: Verdict) -> Verdict:
-    """Return the worst case of two verdicts, per image for a deterministic defense.
-
-    With noise, draws do not correspond: the verdict with less accuracy; `one`, if the numbers of draws differ.
-    """
-    if len(one.right) == 1:
-        return one & other
-    return min(one, other, key=lambda verdict: verdict.accuracy) if len(other.right) == len(one.right) else one
 
 
 def figures(name: str, verdict: Verdict, images: int) -> dict[str, Any]:

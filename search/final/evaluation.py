@@ -20,10 +20,9 @@ from attacks.audit.audit import audit
 from attacks.evaluation import observe
 from attacks.gradient_view import bare
 from attacks.suites import SUITES, Suite, craft_oblivious
-from attacks.verdicts import Verdict
+from attacks.verdicts import Verdict, worse
 from defenses.base import Defended
 from search.engine.jobs import Tell
-from search.export.evidence import worse
 from search.final.retraining import EvaluatedModel, ExportedWinner
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Content, Store
@@ -145,7 +144,7 @@ class FinalEvaluator:
     def key(self, model: EvaluatedModel, **more: object) -> str:
         """Return the fingerprint of everything that affects a verdict."""
         return fingerprint(
-            source=code_digests(attacks.black_box.__name__, __name__, Evaluator.__module__, worse.__module__),
+            source=code_digests(attacks.black_box.__name__, __name__, Evaluator.__module__),
             split="test",
             model=model.identity,
             classifier=model.classifier,
