@@ -83,7 +83,7 @@ def _stood(dump: str, thread: str) -> str:
     """Return the innermost line of our own code in a thread, from faulthandler's dump of all threads."""
     for stack in dump.split("\n\n"):
         frames = re.findall(r'File "(.+)", line (\d+) in (.+)', stack)
-        if frames and thread in stack.partition("\n")[0]:
+        if frames and f"hread {thread} " in stack:  # the first stack stands below the line that names the limit
             ours = [frame for frame in frames if "/lib/python" not in frame[0]]
             file, line, function = (ours or frames)[0]
             return f"; it stood at {Path(file).name} line {line} in {function}"
