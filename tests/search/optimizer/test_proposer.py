@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -23,7 +24,7 @@ from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
 from tests.conftest import digits_study
-from tests.support.engine import Pretence, scored
+from tests.support.engine import LATENCY, Pretence, scored
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,18 @@ def test_every_candidate_of_a_trial_is_a_trial_of_the_study(study: Study) -> Non
     assert len({t.params["sigma_eps"] for t in trials}) == 6
     assert {tuple(t.values) for t in trials} == {(c.score.attacked_error, 5.0) for c in six(params)}
     assert proposer.optuna.directions[0].name == "MINIMIZE" and proposer.optuna.directions[1].name == "MINIMIZE"
+
+
+def test_latencies_that_were_measured_again_are_kept_by_candidate_beside_those_of_an_earlier_version(
+    study: Study,
+) -> None:
+    proposer = Proposer(study)
+    first, second, third = six(proposed(proposer)[1])[:3]
+    proposer.optuna.set_user_attr(f"clocked {first.candidate}", LATENCY.to_json())  # as it was until 2026-11
+    for candidate, ms in ((second, 6.0), (third, 7.0), (second, 8.0)):
+        proposer.keep_remeasured(candidate, replace(LATENCY, ms_p50=ms))
+    found = {name: latency.ms_p50 for name, latency in SearchHistory(study).remeasured().items()}
+    assert found == {first.candidate: 5.0, second.candidate: 8.0, third.candidate: 7.0}
 
 
 def test_pruned_and_failed_trials_keep_their_state_and_reason(study: Study) -> None:
