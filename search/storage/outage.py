@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import fcntl
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, Self, TypeVar
@@ -116,8 +118,17 @@ def patiently(method: Callable[Concatenate[Where, P], T]) -> Callable[Concatenat
 
 
 class WaitingLock(FileLock):
-    """A lock of a store. Each attempt recreates the lock's folder, so it first waits until the store is available."""
+    """A lock of a store. It makes no folder but its own: FileLock would make the whole path while the store is away."""
 
     def _acquire(self) -> None:
-        WaitedFolder(Path(self.lock_file).parent.parent).wait()
-        super()._acquire()
+        folder = Path(self.lock_file).parent
+        WaitedFolder(folder.parent).wait()
+        with suppress(FileNotFoundError):  # the store went meanwhile: the next attempt waits for it
+            folder.mkdir(exist_ok=True)
+            file = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+            else:
+                self._context.lock_file_fd = file
