@@ -70,9 +70,8 @@ def at_work(study: Study, resources: WorkerResources, what: Callable[..., Any], 
 def ready(study: Study, resources: WorkerResources) -> None:
     """Prepare a worker: cap its share of the GPU memory, and ensure that its node has the data."""
     if 0 < resources.gpu < 1 and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(
-            (1 - CONTEXTS) * resources.gpu
-        )  # Ray's fractions are bookkeeping only
+        # Ray's fractions are bookkeeping only.
+        torch.cuda.set_per_process_memory_fraction((1 - CONTEXTS) * resources.gpu)
     if (data := resources.data) is not None:
         cache.adopt(find_task(study.task).dataset, study.data_dir, lambda: ray.get(data))
 

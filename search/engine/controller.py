@@ -152,14 +152,8 @@ class Controller:
         running.curve = dict(enumerate(curve, start=1))
         for epoch, score in running.curve.items() if not running.proposal.refines else ():
             self.rule.stops(name, epoch, score)  # epochs of an earlier run or another search are new to it
-        about = {"picture": str(picture) if picture else ""}
-        self._end(
-            name,
-            "finished",
-            lambda: self.proposer.finish(name, candidates, running.about() | about),
-            candidates,
-            picture,
-        )
+        about = running.about() | {"picture": str(picture) if picture else ""}
+        self._end(name, "finished", lambda: self.proposer.finish(name, candidates, about), candidates, picture)
 
     def silent(self, name: str) -> None:
         """Record a trial that ended without a last report: it was stopped early, or its defense ended the worker."""

@@ -128,7 +128,9 @@ class WaitingLock(FileLock):
             file = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError as error:
                 os.close(file)
+                if not isinstance(error, BlockingIOError):
+                    raise
             else:
                 self._context.lock_file_fd = file
