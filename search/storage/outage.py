@@ -118,7 +118,7 @@ def patiently(method: Callable[Concatenate[Where, P], T]) -> Callable[Concatenat
 
 
 class WaitingLock(FileLock):
-    """A lock of a store. It makes no folder but its own: FileLock would make the whole path while the store is away."""
+    """A lock of a store, whose attempts make no folder but its own; FileLock makes the whole path once before."""
 
     def _acquire(self) -> None:
         folder = Path(self.lock_file).parent

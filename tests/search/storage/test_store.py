@@ -15,7 +15,7 @@ from torch import nn
 
 from search.storage.atomic import folder_atomic, write_atomic
 from search.storage.fingerprint import fingerprint
-from search.storage.outage import MARKER, MEANING
+from search.storage.outage import MARKER, MEANING, WaitedFolder
 from search.storage.store import Content, Store, to_bytes
 
 FILES = {"a.bin": b"one", "b.bin": b"two"}
@@ -159,6 +159,25 @@ def test_a_lock_lets_one_process_in(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert (tmp_path / "count").read_text() == "40"
+
+
+def test_a_lock_of_a_storage_that_has_just_gone_makes_nothing_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, gone, waits = Store(tmp_path / "store").make(), tmp_path / "gone", []
+
+    def wait(folder: WaitedFolder) -> None:
+        waits.append(folder)
+        if len(waits) == 2:  # it goes between an attempt's wait and its lock; the first wait is `lock`'s own
+            store.root.rename(gone)
+        elif gone.exists():
+            assert not store.root.exists()
+            gone.rename(store.root)
+
+    monkeypatch.setattr(WaitedFolder, "wait", wait)
+    with store.lock("fits", "k"):
+        assert len(waits) == 3
+        assert (store.root / "locks" / "fits-k").exists()
 
 
 def test_a_storage_whose_mount_is_broken_is_away(tmp_path: Path) -> None:
