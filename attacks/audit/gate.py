@@ -17,6 +17,7 @@ class Gate:
         law: the requirement, in words.
         figure: the measured value.
         limit: the largest value that passes.
+        images: number of images that the figure was measured on; 0 for a gate that asks about no image.
     """
 
     check: int
@@ -25,12 +26,13 @@ class Gate:
     figure: float
     limit: float
     passed: bool
+    images: int = 0
 
     @property
     def alarm(self) -> str:
         return f"{self.name}: it does not hold that {self.law}"
 
 
-def at_most(check: int, name: str, law: str, figure: float, limit: float) -> Gate:
+def at_most(check: int, name: str, law: str, figure: float, limit: float, images: int = 0) -> Gate:
     """Return the gate that passes if the figure is at most the limit; NaN fails."""
-    return Gate(check, name, law, figure, limit, figure <= limit)
+    return Gate(check, name, law, figure, limit, figure <= limit, images)
