@@ -165,6 +165,7 @@ def attack(
     substitute: f.Substitute = None,
     seed: f.Seed = 1,
     data_dir: f.DataDir = None,
+    changed: f.Changed = False,
     as_json: f.Json = False,
 ) -> None:
     """Attack an exported winner by any suite, on validation images.
@@ -176,7 +177,7 @@ def attack(
 
     how: dict[str, Any] = {"norm": norm, "eps": eps, "images": images, "substitute": substitute, "seed": seed}
     with progress(as_json) as screen:
-        how["console"] = screen
+        how |= {"changed": changed, "console": screen}
         found = attack.attack(listings.export(export), suite, knowledge=threat, data_dir=data_dir, **how)
     show(found, as_json, attack.page)
 
@@ -192,6 +193,7 @@ def final(
     gpus_per_trial: f.Gpus = None,
     cpus_per_trial: f.Cpus = None,
     data_dir: f.DataDir = None,
+    changed: f.Changed = False,
     debug: f.Debug = False,
     as_json: f.Json = False,
 ) -> None:
@@ -206,7 +208,7 @@ def final(
     from search.final.page import page
 
     where: dict[str, Any] = {"storage": storage, "address": address, "concurrent": concurrent, "data_dir": data_dir}
-    where |= {"gpus_per_trial": gpus_per_trial, "cpus_per_trial": cpus_per_trial}
+    where |= {"gpus_per_trial": gpus_per_trial, "cpus_per_trial": cpus_per_trial, "changed": changed}
     with progress(as_json) as screen:
         found = run_final(listings.exports(exports), seeds=seeds, images=images, debug=debug, console=screen, **where)
     show(found, as_json, page)

@@ -124,6 +124,7 @@ Pareto = Annotated[bool, _switch("--pareto", "the whole Pareto front")]
 Top = Annotated[int | None, _value("INTEGER", "the best K (least attacked error) that pass the audit", min=1)]
 Candidate = Annotated[str | None, _value("NAME", "one candidate, by its name or the beginning of it", "candidates")]
 Out = Annotated[Path | None, _value("PATH", "the folder of exports; else STORAGE/NAME/export")]
+Changed = Annotated[bool, _switch("--changed", "go on where the code changed since the export; the results say so")]
 Despite = Annotated[bool, _switch("--despite-alarms", "write what the audit refuses")]
 
 Suite = Annotated[str, _value("NAME", "the attacks (list attacks)", "attacks")]

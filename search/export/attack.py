@@ -56,6 +56,7 @@ def attack(
     substitute: str | None = None,
     data_dir: str | None = None,
     seed: int = 1,
+    changed: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run a suite on an export and on its bare classifier, and write the results to the folder of the export.
@@ -65,6 +66,7 @@ def attack(
         images: number of validation images; default: as many as the search attacked.
         substitute: the architecture of the black-box attacker's network; default: that of the study.
         seed: of random starts and targets, which differ from the search's if the seeds differ.
+        changed: go on where the code of the export changed; the table says so.
         console: where progress is shown; default: nowhere.
 
     Returns:
@@ -73,7 +75,7 @@ def attack(
     Raises:
         InputError: the folder is not an export, or an argument is invalid.
     """
-    prepared = _prepared(folder, suite, knowledge, norm, eps, images, substitute, data_dir, seed)
+    prepared = _prepared(folder, suite, knowledge, norm, eps, images, substitute, data_dir, seed, changed)
     (folder / "attacks").mkdir(exist_ok=True)  # fail here, not after hours of work
     said = f"attacking {prepared.known['candidate']}, then the bare classifier: suite {suite}, {prepared.images} images"
     start, device_lock = time.monotonic(), DeviceLock(prepared.x_NCHW.device)  # a search may measure here
@@ -94,11 +96,13 @@ class _Preparation:
     """An export, the attacks on it and the images.
 
     Args:
+        changed: how its code changed since it was judged; empty if it did not.
         known: the content of its evidence.json.
         substitute: the architecture of the black-box attacker's network.
     """
 
     target: nn.Module
+    changed: str
     known: Mapping[str, Any]
     task: Task
     attacks: Suite
@@ -139,10 +143,11 @@ def _prepared(
     substitute: str | None,
     data_dir: str | None,
     seed: int,
+    changed: bool,
 ) -> _Preparation:
     """Check the arguments of `attack` and load what it needs."""
     attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=DRAWS)
-    target = load(folder).unchecked()
+    exported = load(folder, changed)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     known = json.loads((folder / "evidence.json").read_text())
     threat = _threat(ThreatModel(**config["threat"]), knowledge, norm, eps)
@@ -160,7 +165,8 @@ def _prepared(
         raise InputError(f"images must be from 1 to {free} of {task.dataset}'s validation split, but is {wanted}")
     held_out_NCHW = splits.load_held_out(task.dataset, data_dir)
     return _Preparation(
-        target=target.to(device),
+        target=exported.unchecked().to(device),
+        changed=exported.changed,
         known=known,
         task=task,
         attacks=attacks,
@@ -178,6 +184,7 @@ def _table(prepared: _Preparation, found: Robustness, undefended: Robustness, se
     attacks, noisy = prepared.attacks, stochastic(prepared.target)
     return {
         "export": prepared.known["candidate"],
+        "changed": prepared.changed,
         "alarms": prepared.known["alarms"],
         "suite": attacks.name,
         "threat": asdict(prepared.threat),
@@ -205,7 +212,9 @@ _percent = partial(percent, unit=" %", absent="-")
 def page(table: Mapping[str, Any]) -> str:
     """Return the table in markdown."""
     threat, attacked, clean = ThreatModel(**table["threat"]), table["attacked"], table["clean"]
-    warning = "".join(f"> **ALARM** {alarm}\n\n" for alarm in table["alarms"])
+    warning = f"> **CHANGED** {table['export']} {table['changed']}: these figures are of the code as it is now.\n\n"
+    warning = warning if table["changed"] else ""
+    warning += "".join(f"> **ALARM** {alarm}\n\n" for alarm in table["alarms"])
     low, high = attacked["interval"]
     rows = "\n".join(
         f"| {name} | {_percent(left)} | {_percent(table['undefended_trail'].get(name))} |"

@@ -21,6 +21,7 @@ from attacks.verdicts import Robustness, Verdict, worse
 from defenses.base import Defense
 from search.data import splits
 from search.data.datasets import DATASETS
+from search.export.loader import ran
 from search.export.provenance import again as command
 from search.export.provenance import code, libraries
 from search.study.candidate import Candidate
@@ -62,7 +63,7 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
         "training": {"classifier_epochs": study.classifier_epochs, "last_epoch": _last_epoch(runner, candidate)},
         "seeds": {"search": study.seed, "audit": study.seed + 1},
         "device": score.device,
-        "code": code(),
+        "code": code() | {"modules": ran(study.defense)},
         "versions": {"python": sys.version.split()[0], **libraries()},
         "reproduce": command(study, candidate.params),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),

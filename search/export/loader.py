@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load as from_bytes
 from torch import Tensor
 
 import defenses
 from defenses.base import Defended, Shape
+from search.classifiers import architectures
 from search.classifiers.architectures import ARCHITECTURES
+from search.storage.fingerprint import loaded_digests
 from spaces.exceptions import InputError
 
 FILES = ("card.md", "classifier.safetensors", "config.yaml", "evidence.json", "pictures.png", "weights.safetensors")
@@ -27,7 +31,13 @@ ROUNDING = 1e-3
 
 
 class Exported(Defended):
-    """An exported winner. It accepts only images of its task, float in [0, 1], and raises an error for other input."""
+    """An exported winner. It accepts only images of its task, float in [0, 1], and raises an error for other input.
+
+    Attributes:
+        changed: how its code differs from the code that it was judged with, one line; empty if it does not.
+    """
+
+    changed = ""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits_NK.
@@ -61,21 +71,59 @@ class Exported(Defended):
         return x_NCHW
 
 
-def load(folder: str | Path) -> Exported:
+def load(folder: str | Path, changed: bool = False) -> Exported:
     """Load an export as a plain nn.Module in eval mode on the CPU: images in [0, 1] in, logits out.
 
+    Args:
+        changed: go on where the code differs from the code that the export was judged with; a line on standard error
+            says so.
+
     Raises:
-        InputError: a file is missing, or was changed since the export.
+        InputError: a file is missing, or was changed since the export; or so was the code that it runs (`ran`).
     """
     files = opened(folder)
-    model = json.loads(files["evidence.json"])["model"]
+    known = json.loads(files["evidence.json"])
+    model, differs = known["model"], _differs(known)
+    if differs and not changed:
+        raise InputError(
+            f"an export must run the code that it was judged with, but {folder} {differs}: take that code"
+            f"{_commit(known)}, export it anew, or go on with changed=True (--changed)"
+        )
+    if differs:
+        print(f"{folder} {differs}: it is no longer what was judged", file=sys.stderr)
     shape = Shape(**model["shape"])
     defense = defenses.find(model["defense"])(model["train"], model["inference"], shape)
     defense.adopt(ARCHITECTURES[model["trained_with"]].build(shape))
     defense.load_state_dict(from_bytes(files["weights.safetensors"]))
     classifier = ARCHITECTURES[model["classifier"]].build(shape)
     classifier.load_state_dict(from_bytes(files["classifier.safetensors"]))
-    return Exported(defense, classifier).eval().requires_grad_(False)
+    exported = Exported(defense, classifier).eval().requires_grad_(False)
+    exported.changed = differs
+    return exported
+
+
+def ran(defense: str) -> dict[str, str]:
+    """Return the digest of each module of ours that an export of a defense runs, by the name of the module.
+
+    They are the defense's own, the classifiers', and all that is loaded with them (`loaded_digests`). What loads them,
+    this file, is not among them.
+    """
+    return loaded_digests(defenses.find(defense).__module__, architectures.__name__)
+
+
+def _differs(known: Mapping[str, Any]) -> str:
+    """Return how the code differs from the code of the evidence; empty if it does not. A moved file is the same."""
+    then, now = known["code"].get("modules"), ran(known["model"]["defense"])
+    if then is None:
+        return "does not say which code that is (its version of Crucible did not note it)"
+    changed = [name for name, digest in then.items() if digest not in now.values()]
+    further = [name for name, digest in now.items() if digest not in then.values() and name not in changed]
+    return f"was judged with another {', '.join((*changed, *further))}" if changed or further else ""
+
+
+def _commit(known: Mapping[str, Any]) -> str:
+    commit, dirty = known["code"]["commit"], known["code"]["changed_since"]
+    return f" (commit {commit[:12]}{', changed since' if dirty else ''})" if commit else ""
 
 
 def opened(folder: str | Path) -> dict[str, bytes]:

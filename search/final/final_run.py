@@ -48,6 +48,7 @@ def final(
     gpus_per_trial: float | None = None,
     cpus_per_trial: float | None = None,
     debug: bool = False,
+    changed: bool = False,
     console: Console,
 ) -> dict[str, Any]:
     """Retrain exports on train + validation, evaluate them on the test split, and write the results.
@@ -62,6 +63,7 @@ def final(
         concurrent: number of parallel seeds; default: as many as fit on the cluster.
         gpus_per_trial, cpus_per_trial: for each seed; default: those of the first export's search.
         debug: run in this process, without Ray.
+        changed: go on where the code of an export changed; the table says so.
 
     Returns:
         The table, as JSON. Each export has its table in FOLDER/final; several exports also have a common one.
@@ -79,7 +81,7 @@ def final(
     asks = {"gpus_per_trial": gpus_per_trial, "cpus_per_trial": cpus_per_trial}
     moves: dict[str, Any] = {"storage": home, "data_dir": data_dir, "address": address}
     moves |= {name: share for name, share in asks.items() if share is not None}
-    cases = [_case(folder, moves) for folder in exports]
+    cases = [_case(folder, moves, changed) for folder in exports]
     settings = _settings(cases, seeds, images)
     study, chosen = cases[0].study, settings.seeds
     _prepared(cases)
@@ -182,13 +184,13 @@ def _storage(export: Path) -> str:
     return str(inside[0]) if inside else "runs"
 
 
-def _case(folder: Path, moves: Mapping[str, Any]) -> ExportedWinner:
+def _case(folder: Path, moves: Mapping[str, Any], changed: bool = False) -> ExportedWinner:
     """Return an export with the study of its search, moved to the storage and cluster of this run.
 
     Raises:
-        InputError: it is not an export, it was changed, or its data differ.
+        InputError: it is not an export, it or its code was changed, or its data differ.
     """
-    target, files = loader.load(folder), loader.opened(folder)
+    target, files = loader.load(folder, changed), loader.opened(folder)
     config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
     study = make_study({**config["study"], **moves, "warm_start": None})
     dataset = study.resolved.task.dataset

@@ -38,6 +38,7 @@ def write(folder: Path, table: Mapping[str, Any]) -> None:
 def as_csv(table: Mapping[str, Any]) -> str:
     """Return one row per figure, accuracies as fractions; each row has the limits of the run and its test openings."""
     alarms = {one["export"]: "; ".join(one["alarms"]) for one in table["exports"]}
+    changed = {one["export"]: one["changed"] for one in table["exports"]}
     looks = {one["export"]: len(one["looks"]) for one in table["exports"]}
     rows = [
         {
@@ -47,6 +48,7 @@ def as_csv(table: Mapping[str, Any]) -> str:
             "look": looks.get(row["export"], max(looks.values())),  # a baseline has no log: use the exports'
             "smaller": table["smaller"],
             "alarms": alarms.get(row["export"], ""),
+            "changed": changed.get(row["export"], ""),
         }
         for row in table["rows"]
     ]
@@ -108,7 +110,12 @@ def page(table: Mapping[str, Any]) -> str:
 
 
 def _warnings(table: Mapping[str, Any]) -> list[str]:
-    lines = [f"> **ALARM** {one['export']}: {alarm}" for one in table["exports"] for alarm in one["alarms"]]
+    lines = [
+        f"> **CHANGED** {one['export']} {one['changed']}: these figures are of the code as it is now."
+        for one in table["exports"]
+        if one["changed"]
+    ]
+    lines += [f"> **ALARM** {one['export']}: {alarm}" for one in table["exports"] for alarm in one["alarms"]]
     lines += [f"> **This is {table['smaller']}.**"] if table["smaller"] else []
     for one in table["exports"]:
         if len(one["looks"]) > 1:

@@ -123,6 +123,7 @@ def _export(case: ExportedWinner, looks: Sequence[Mapping[str, Any]], found: Fin
         "knobs": case.params.flat(),
         "threat": known["threat"],
         "train_images": case.study.train_images,
+        "changed": case.target.changed,
         "alarms": known["alarms"],
         "gates": len(known["gates"]),
         "gates_passed": sum(gate["passed"] for gate in known["gates"]),

@@ -13,6 +13,8 @@ from functools import cache
 OURS = ("spaces", "attacks", "defenses", "search")
 FOLLOWED = ("attacks", "defenses")
 """Packages whose modules count as part of the module that imports them."""
+RUN = ("attacks.", "defenses.", "spaces.", "search.classifiers.")
+"""Where the code lies that a loaded model can run."""
 
 
 def fingerprint(**parts: object) -> str:
@@ -33,6 +35,27 @@ def code_digests(*modules: str) -> list[str]:
             digests[name], imported = _digest(name)
             pending += [each for each in imported if each.partition(".")[0] in FOLLOWED]
     return sorted(digests.values())
+
+
+def loaded_digests(*modules: str) -> dict[str, str]:
+    """Return the digest of each module, and of each that is loaded with it: those imported at the top of files, in `RUN`.
+
+    An import inside a function is not followed. In our defenses only `fit` and what it calls import so, since a model
+    that answers needs no attacks: a change of an attack that a defense was trained with is no change of the model. An
+    export whose model does load more of `RUN` while it answers is refused (search/export/confirm.py).
+    """
+    digests, pending = dict[str, str](), list(modules)
+    while pending:
+        name = pending.pop()
+        if name not in digests:
+            digests[name], _ = _digest(name)
+            pending += sorted(each for each in _at_the_top(name) if each.startswith(RUN))
+    return dict(sorted(digests.items()))
+
+
+def _at_the_top(module: str) -> frozenset[str]:
+    """Return our own modules that a module imports when it is loaded itself."""
+    return frozenset(_Loaded(ast.parse(inspect.getsource(importlib.import_module(module)))).ours)
 
 
 @cache
@@ -81,6 +104,13 @@ class _Imports(ast.NodeVisitor):
     def _module(self, name: str, path: str) -> None:
         self.ours.add(name)
         self.paths.add(path)
+
+
+class _Loaded(_Imports):
+    """The imports of a module outside its functions."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        """Do not look inside."""
 
 
 def _is_module(name: str) -> bool:

@@ -1,0 +1,30 @@
+"""One small export that several files of tests read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from search.export.exporter import export
+from search.study.study import Study
+from search.trial.runner import run_trial
+from search.trial.training import silent
+from spaces.space import Params
+from tests.conftest import digits_study
+
+
+def exported(storage: Path, **fields: object) -> Path:
+    """Export the usual setting of a defense, trained for seconds on digits, whatever the audit says."""
+    small: dict[str, object] = {"train_images": 300, "eval_images": 20, "cheap_images": 10, "suite": "quick"}
+    study: Study = digits_study(storage, **{**small, "eps": 0.1, **fields})
+    store, space = study.store.make(), study.resolved.space
+    usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
+    candidate, *_ = run_trial(study, Params(usual, space.usual()), store, silent, alone=True)
+    return export(study, candidate, store, study.folder / "export", despite_alarms=True)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of a MagNet, which rejects."""
+    return exported(tmp_path_factory.mktemp("runs"), defense="magnet")
