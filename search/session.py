@@ -196,9 +196,7 @@ def _conclude(study: Study, state: State, console: Console, tracker: WandbTracke
         lines = [refusals(study, candidates), agreed.line, *([f"warning: {agreed.warning}"] if agreed.warning else [])]
         for line in lines if candidates else ():
             console.print(line, highlight=False, soft_wrap=True)
-        if not ranked:
-            console.print("no candidate is within the constraints", highlight=False)
-        elif IFGSM in ranked[0].score.attacks:
+        if ranked and IFGSM in ranked[0].score.attacks:
             threat = replace(ranked[0].score.threat, knowledge="oblivious")
             console.print(
                 f"targeted iFGSM ({threat}): {ranked[0].candidate} keeps "

@@ -62,7 +62,8 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
         return [known[begun[0]]], 1
     chosen = ranking.front(study, known.values()) if pareto else history.feasible()
     if not chosen:
-        raise InputError(f"an export needs a candidate within the constraints, but {study.name} has none")
+        why = ranking.refusals_in_words(study, known.values()) or "no training has left a candidate"
+        raise InputError(f"an export needs a candidate within the constraints, but {study.name} has none: {why}")
     return chosen, len(chosen) if top is None else min(top, len(chosen))
 
 

@@ -40,13 +40,12 @@ def leaderboard(
 
 
 def refusals(study: Study, candidates: Sequence[Candidate]) -> str:
-    """Return one line with the number of candidates within each constraint, the strictest constraint first."""
+    """Return one line: how many candidates satisfy all constraints, and what refuses how many of the others."""
     within = len(ranking.feasible(study, candidates))
-    each = (
-        f"{one.words}: {one.within}" + (f" (refuses {one.alone} alone)" if one.alone else "")
-        for one in ranking.kept(study, candidates)
-    )
-    return f"constraints: {within} of {len(candidates)} candidates keep to all; {', '.join(each)}"
+    refused = ranking.refusals_in_words(study, candidates)
+    if not within:
+        return f"no candidate is within the constraints: {refused}"
+    return f"constraints: {within} of {len(candidates)} candidates keep to all" + (f"; {refused}" if refused else "")
 
 
 def _figures(candidate: Candidate, rejects: bool) -> list[str]:

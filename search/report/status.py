@@ -12,6 +12,7 @@ from rich.table import Table
 
 from search.formatting import duration
 from search.optimizer.history import ENDED, SearchHistory, state_of
+from search.report.leaderboard import refusals
 from search.report.rank_correlation import rank_correlation
 from search.study import ranking
 from search.study.study import Study
@@ -51,7 +52,8 @@ def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
         "refinements": len(refinements),
         **_pace(study, trials, runs=runs),
         "feasible": len(feasible),
-        "constraints": [{**vars(one), "words": one.words} for one in ranking.kept(study, candidates)],
+        "constraints": [{**vars(one), "words": one.words} for one in ranking.refusals(study, candidates)],
+        "refusals": refusals(study, candidates) if candidates else "",
         "rank_correlation": agreed.to_json(),
         "restarts": sum(trial.user_attrs.get("restarts", 0) for trial in trials),
         "failures": failed,
@@ -103,14 +105,13 @@ def board(states: Sequence[Mapping[str, Any]]) -> Table:
 
 def details(state: Mapping[str, Any]) -> list[str]:
     """Return further details of one search, one per line."""
-    constraints = ", ".join(f"{one['words']}: {one['within']}" for one in state["constraints"])
     last = state["rank_correlation"]["ranks"][-1]
     rho = "unknown" if last["rho"] is None else f"{last['rho']:.2f}"
     pace = state["trainings_per_minute"]
     return [
         *([f"pace: {pace:.1f} trainings a minute"] if pace else []),
         f"stopping: {state['stopping']}; cheap against final scores of {last['trainings']} trainings: rho {rho}",
-        f"constraints: {state['feasible']} of {state['candidates']} candidates keep to all ({constraints})",
+        *([state["refusals"]] if state["refusals"] else []),
         *([f"warning: {state['rank_correlation']['warning']}"] if state["rank_correlation"]["warning"] else []),
         *([f"refinements: {state['refinements']}"] if state["refinements"] else []),
         *([f"restarts after a worker died: {state['restarts']}"] if state["restarts"] else []),

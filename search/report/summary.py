@@ -21,7 +21,7 @@ from search.report.importance import Importances, importances
 from search.report.rank_correlation import RankCorrelation, rank_correlation
 from search.study import ranking, sync
 from search.study.candidate import Candidate, Latency
-from search.study.ranking import Kept
+from search.study.ranking import Refusal
 from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -110,9 +110,14 @@ class Summary:
         return sorted(ranking.ranked(self.candidates), key=lambda c: bool(self.broken(c)))
 
     @cached_property
-    def kept(self) -> list[Kept]:
-        """The number of candidates within each constraint."""
-        return ranking.kept(self.study, self.candidates)
+    def refusals(self) -> list[Refusal]:
+        """The number of candidates that each constraint, and each gate, refuses."""
+        return ranking.refusals(self.study, self.candidates)
+
+    @cached_property
+    def refused(self) -> str:
+        """The same in words; empty if all candidates are within the constraints."""
+        return ranking.refusals_in_words(self.study, self.candidates)
 
     @cached_property
     def within(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from search.study.candidate import Candidate
@@ -27,39 +27,91 @@ def constraints(study: Study, candidate: Candidate) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """How many candidates satisfy a constraint.
+class Refusal:
+    """How many candidates a constraint refuses, or one gate of the constraint `alarms`.
 
     Args:
-        limit: the study's bound; None for a constraint without one, as with alarms.
-        within: how many satisfy it.
-        alone: how many violate it and no other.
+        gate: the name of the gate; empty for the whole constraint.
+        limit: the study's bound; None for alarms.
+        within: how many candidates satisfy it.
+        refused: how many violate it; a candidate counts at everything that it violates.
+        alone: how many violate it and nothing else.
     """
 
     constraint: str
+    gate: str
     limit: float | None
     within: int
+    refused: int
     alone: int
 
     @property
     def words(self) -> str:
+        """What is required."""
         return {
-            "alarms": "no alarm",
+            "alarms": f"no alarm {self.gate}".rstrip(),
             "max_clean_rejection": f"at most {100 * (self.limit or 0):.1f} % of the clean images rejected",
             "min_clean_accuracy": f"clean accuracy of at least {100 * (self.limit or 0):.1f} %",
             "max_latency_ms": f"purification latency of at most {self.limit or 0:.3g} ms",
         }[self.constraint]
 
+    @property
+    def violation(self) -> str:
+        """What the refused candidates do, such as `raise the alarm noise`, in their number."""
+        one = self.refused == 1
+        return {
+            "alarms": f"{'raises' if one else 'raise'} the alarm {self.gate}",
+            "max_clean_rejection": f"{'rejects' if one else 'reject'} more than {100 * (self.limit or 0):.1f} % "
+            "of the clean images",
+            "min_clean_accuracy": f"{'has' if one else 'have'} clean accuracy below {100 * (self.limit or 0):.1f} %",
+            "max_latency_ms": f"{'is' if one else 'are'} slower than {self.limit or 0:.3g} ms",
+        }[self.constraint]
 
-def kept(study: Study, candidates: Iterable[Candidate]) -> list[Kept]:
-    """Return for each constraint of the study how many candidates satisfy it, the most restrictive first."""
-    excesses = [constraints(study, candidate) for candidate in candidates]
-    broken = [{name for name, excess in each.items() if excess > 0} for each in excesses]
-    found = [
-        Kept(name, getattr(study, name, None), sum(name not in b for b in broken), sum(b == {name} for b in broken))
-        for name in _names(study)
+
+def refusals(study: Study, candidates: Iterable[Candidate]) -> list[Refusal]:
+    """Return what refuses how many candidates: each constraint of the study, and each gate that raised an alarm.
+
+    The most restrictive constraint comes first; the gates, the most restrictive first, follow `alarms`.
+    """
+    every = list(candidates)
+    broken = [{name for name, excess in constraints(study, c).items() if excess > 0} for c in every]
+    alarms = [set(c.score.alarms) for c in every]
+
+    def refusal(constraint: str, gate: str, refuses: Sequence[bool], alone: Sequence[bool]) -> Refusal:
+        limit, refused = getattr(study, constraint, None), sum(refuses)
+        return Refusal(constraint, gate, limit, len(every) - refused, refused, sum(alone))
+
+    whole = [refusal(name, "", [name in b for b in broken], [b == {name} for b in broken]) for name in _names(study)]
+    gates = [
+        refusal(
+            "alarms",
+            g,
+            [g in a for a in alarms],
+            [a == {g} and len(b) == 1 for a, b in zip(alarms, broken, strict=True)],
+        )
+        for g in sorted(set().union(*alarms))
     ]
-    return sorted(found, key=lambda one: (one.within, -one.alone))
+    strict = sorted(whole, key=lambda one: (one.within, -one.alone))
+    place = 1 + [one.constraint for one in strict].index("alarms")
+    return [*strict[:place], *sorted(gates, key=lambda one: (one.within, -one.alone)), *strict[place:]]
+
+
+def refusals_in_words(study: Study, candidates: Iterable[Candidate]) -> str:
+    """Return which gates and other constraints refuse how many candidates, the most first; empty if all are feasible.
+
+    Example: `12 of 20 raise the alarm gradient (9 for this alone), 5 have clean accuracy below 90.0 %; reasons overlap`
+    """
+    every = list(candidates)
+    found = [one for one in refusals(study, every) if one.refused and (one.gate or one.constraint != "alarms")]
+    found.sort(key=lambda one: (-one.refused, -one.alone))
+    each = [
+        f"{one.refused}{'' if nth else f' of {len(every)}'} {one.violation}"
+        + (f" ({one.alone} for this alone)" if 0 < one.alone < one.refused else "")
+        for nth, one in enumerate(found)
+    ]
+    refused = len(every) - len(feasible(study, every))
+    overlap = "; reasons overlap" if sum(one.refused for one in found) > refused else ""
+    return ", ".join(each) + overlap
 
 
 def _names(study: Study) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +15,16 @@ from benchmarks.fault_injection import rows
 from defenses.base import Batches, Metrics
 from search import session
 from search.engine.run import run
+from search.export.exporter import pick
 from search.optimizer.history import SearchHistory, state_of
+from search.report.status import details
+from search.study import ranking
 from search.study.callbacks import Callback
 from search.study.candidate import Proposal
 from search.study.study import Study
+from spaces.exceptions import InputError
 from tests.conftest import digits_study
+from tests.support.page import Page
 
 
 class Diary(Callback):
@@ -75,13 +82,29 @@ def test_pruned_trials_are_told_as_pruned_and_bring_no_candidates(
     assert not list((tmp_path / ".store" / "progress").glob("*"))  # a pruned fit is not gone on with
 
 
-def test_a_search_without_a_feasible_candidate_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_without_a_feasible_candidate_says_everywhere_what_refused_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from rich.console import Console
 
+    honest = defenses.puvae.PuVAE.purify
+    monkeypatch.setattr(defenses.puvae.PuVAE, "purify", lambda self, x_NCHW: honest(self, x_NCHW).detach())
     study: Study = digits_study(tmp_path, trials=1, min_clean_accuracy=1.0)
     assert session.begin(study, Console(width=160), debug=True) == 0
     shown = capsys.readouterr().out
-    assert "no candidate is within the constraints" in shown and "undefended" in shown
+    candidates = SearchHistory(study).candidates()
+    alarmed = Counter(alarm for c in candidates for alarm in c.score.alarms)
+    assert len(candidates) == 6 and all(c.score.clean_accuracy < 1 for c in candidates) and alarmed
+    why = ranking.refusals_in_words(study, candidates)
+    assert "6 of 6 have clean accuracy below 100.0 %" in why and "6 raise the alarm gradient" in why
+    assert all(f"the alarm {gate}" in why for gate in alarmed) and why.endswith("; reasons overlap")
+    told = session.status(study)
+    assert {one["gate"]: one["refused"] for one in told["constraints"] if one["gate"]} == alarmed
+    assert "undefended" in shown
+    for said in (shown, "\n".join(details(told)), Page((study.folder / "report.html").read_text()).words):
+        assert why in said
+    with pytest.raises(InputError, match=re.escape(f"{study.name} has none: {why}")):
+        pick(study, pareto=False, top=1, candidate=None)
     assert len(rows(study.folder)) == 6
     assert session.proceed(study, Console(width=160, quiet=True), debug=True) == 0  # nothing is left to do
     assert len(rows(study.folder)) == 6

@@ -55,29 +55,32 @@ def test_latencies_of_different_devices_do_not_compare(study: Study) -> None:
         assert ranking.front(study, own) == [c for c in found if c.score.device == device]
 
 
-def test_the_constraint_that_refuses_most_comes_first_and_what_it_refuses_alone_is_counted(tmp_path: Path) -> None:
+def test_each_constraint_and_gate_counts_what_it_refuses_and_what_it_refuses_alone(tmp_path: Path) -> None:
     study = digits_study(tmp_path, min_clean_accuracy=0.9, max_latency_ms=10)
     told = [
         on("", 0.5, 5.0),
         on("", 0.6, 20.0),
         on("", 0.7, 20.0, clean_accuracy=0.8),
         on("", 0.8, 5.0, alarms=("noise",)),
+        on("", 0.9, 5.0, alarms=("gradient", "noise")),
     ]
-    found = {one.constraint: (one.within, one.alone) for one in ranking.kept(study, told)}
-    assert found == {
-        "max_latency_ms": (2, 1),
-        "min_clean_accuracy": (3, 0),
-        "alarms": (3, 1),
-        "max_clean_rejection": (4, 0),
-    }
-    assert next(iter(found)) == "max_latency_ms"
-    assert all(
-        sum(ranking.constraints(study, c)[name] <= 0 for c in told) == within for name, (within, _) in found.items()
+    found = {(one.constraint, one.gate): (one.within, one.refused, one.alone) for one in ranking.refusals(study, told)}
+    assert list(found.items()) == [
+        (("alarms", ""), (3, 2, 2)),
+        (("alarms", "noise"), (3, 2, 1)),
+        (("alarms", "gradient"), (4, 1, 0)),
+        (("max_latency_ms", ""), (3, 2, 1)),
+        (("min_clean_accuracy", ""), (4, 1, 0)),
+        (("max_clean_rejection", ""), (5, 0, 0)),
+    ]
+    assert refusals(study, told) == (
+        "constraints: 1 of 5 candidates keep to all; 2 of 5 raise the alarm noise (1 for this alone), 2 are slower "
+        "than 10 ms (1 for this alone), 1 raises the alarm gradient, 1 has clean accuracy below 90.0 %; reasons overlap"
     )
-    line = refusals(study, told)
-    assert line.startswith("constraints: 1 of 4 candidates keep to all; ")
-    assert "purification latency of at most 10 ms: 2 (refuses 1 alone)" in line and "no alarm: 3" in line
-    assert [one.within for one in ranking.kept(study, [])] == [0] * 4
+    assert refusals(study, told[1:3]).startswith("no candidate is within the constraints: 2 of 2 are slower than 10 ms")
+    assert refusals(study, told[:1]) == "constraints: 1 of 1 candidates keep to all"
+    assert "overlap" not in refusals(study, told[:2])
+    assert [one.within for one in ranking.refusals(study, [])] == [0] * 4
 
 
 def test_the_leaderboard_names_the_devices_where_there_are_several(study: Study) -> None:
@@ -147,7 +150,7 @@ def test_status_says_pace_rule_constraints_correlation_and_faults(
     words = status()
     assert "6 of 7 finished, 1 failed" in words and " trainings a minute" in words
     assert "stopping: median; cheap against final scores of 6 trainings: rho 1.00" in words
-    assert "constraints: 0 of 6 candidates keep to all (purification latency of at most 1 ms: 0" in words
+    assert "no candidate is within the constraints: 6 of 6 are slower than 1 ms" in words
     assert f"t002 failed: {REASON}" in words
 
 
