@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from attacks.audit.audit import TWICE, Audit
+from attacks.audit.consistency import REGULAR
 from attacks.audit.gate import Gate, at_most
 from attacks.confidence import wilson
 from attacks.suites import SUITES
@@ -70,6 +71,16 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
     }
 
 
+def with_gates(known: Mapping[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:
+    """Return the evidence with further gates, and their alarms."""
+    alarms = [gate.alarm for gate in gates if not gate.passed]
+    return {
+        **known,
+        "alarms": [*known["alarms"], *alarms],
+        "gates": [*known["gates"], *(asdict(gate) for gate in gates)],
+    }
+
+
 def _accuracies(audited: Robustness, again: Robustness, images: int) -> dict[str, Any]:
     """Return the accuracies under the audit's attacks combined with the search's attacks, run again."""
     attacked, oblivious, strongest = (
@@ -117,7 +128,12 @@ def _named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any
 
 
 def _budgets(runner: TrialRunner, threat: ThreatModel) -> dict[str, Any]:
-    suites = {"search": runner.assets.resolved.suite, "audit": SUITES["audit"].within(threat), "convergence": TWICE}
+    suites = {
+        "search": runner.assets.resolved.suite,
+        "audit": SUITES["audit"].within(threat),
+        "convergence": TWICE,
+        "regular": REGULAR.within(threat),
+    }
     return {
         name: {
             "draws": suite.draws,

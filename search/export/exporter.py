@@ -19,7 +19,8 @@ from attacks.verdicts import Robustness
 from defenses.base import Defended, Defense
 from search.console import working
 from search.exceptions import AlarmError
-from search.export.evidence import evidence
+from search.export.confirm import confirm
+from search.export.evidence import evidence, with_gates
 from search.export.loader import SEAL, opened, seal
 from search.export.model_card import card
 from search.formatting import points
@@ -121,7 +122,7 @@ def export(
 
     Raises:
         InputError: the export exists, or the fit that was scored can no longer be reproduced.
-        AlarmError: the audit raised alarms.
+        AlarmError: the audit raised alarms, or a new process that loads the export does not confirm its verdicts.
     """
     folder = out / candidate.candidate
     if folder.exists():
@@ -135,14 +136,16 @@ def export(
     _, defense = runner.trainer.fit(candidate.params, silent)
     found, again = _examined(runner, candidate, defense)
     known = evidence(runner, candidate, found, again) | {"refused_before_it": refused}
-    if known["alarms"] and not despite_alarms:
-        raise AlarmError(f"{candidate.candidate} raised {len(known['alarms'])} alarm(s): {'; '.join(known['alarms'])}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_atomic(folder) as temporary:
-        files = _files(runner, defense, known)
-        files["pictures.png"] = runner.picture(candidate.params, temporary / "pictures.png").read_bytes()
-        for name, content in {**files, SEAL: seal(files)}.items():
-            write_atomic(temporary / name, content)
+        picture = runner.picture(candidate.params, temporary / "pictures.png").read_bytes()
+        _write(temporary, runner, defense, known, picture)
+        with runner.assets.device_lock.working():
+            y_N, seed = runner.assets.evaluator.y_N, runner.study.seed + 1
+            known = with_gates(known, confirm(temporary, found.versions, found.right, y_N, seed=seed))
+        if (alarms := known["alarms"]) and not despite_alarms:
+            raise AlarmError(f"{candidate.candidate} raised {len(alarms)} alarm(s): {'; '.join(alarms)}")
+        _write(temporary, runner, defense, known, picture)
     return folder
 
 
@@ -169,17 +172,20 @@ def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tu
     return found, again
 
 
-def _files(runner: TrialRunner, defense: Defense, known: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the files of an export, except the pictures."""
+def _write(folder: Path, runner: TrialRunner, defense: Defense, known: Mapping[str, Any], picture: bytes) -> None:
+    """Write the files of an export, and their seal."""
     study = runner.study.model_dump(exclude={"storage", "data_dir", "address"})
     config = {**known["model"], "threat": known["threat"], "study": study}
-    return {
+    files = {
         "weights.safetensors": to_bytes(defense),
         "classifier.safetensors": to_bytes(runner.assets.target),
         "config.yaml": yaml.safe_dump(config, sort_keys=False).encode(),
         "card.md": card(known).encode(),
         "evidence.json": json.dumps(known, indent=1).encode(),
+        "pictures.png": picture,
     }
+    for name, content in {**files, SEAL: seal(files)}.items():
+        write_atomic(folder / name, content)
 
 
 def _writable(out: Path) -> None:

@@ -13,8 +13,6 @@ from functools import cache
 OURS = ("spaces", "attacks", "defenses", "search")
 FOLLOWED = ("attacks", "defenses")
 """Packages whose modules count as part of the module that imports them."""
-RUN = ("attacks.", "defenses.", "spaces.", "search.classifiers.")
-"""Where the code lies that a loaded model can run."""
 
 
 def fingerprint(**parts: object) -> str:
@@ -38,18 +36,18 @@ def code_digests(*modules: str) -> list[str]:
 
 
 def loaded_digests(*modules: str) -> dict[str, str]:
-    """Return the digest of each module, and of each that is loaded with it: those imported at the top of files, in `RUN`.
+    """Return the digest of each module, and of each of ours that is loaded with it: imported at the top of files.
 
     An import inside a function is not followed. In our defenses only `fit` and what it calls import so, since a model
     that answers needs no attacks: a change of an attack that a defense was trained with is no change of the model. An
-    export whose model does load more of `RUN` while it answers is refused (search/export/confirm.py).
+    export whose model does load more of ours while it answers is refused (search/export/confirm.py).
     """
     digests, pending = dict[str, str](), list(modules)
     while pending:
         name = pending.pop()
         if name not in digests:
             digests[name], _ = _digest(name)
-            pending += sorted(each for each in _at_the_top(name) if each.startswith(RUN))
+            pending += sorted(_at_the_top(name))
     return dict(sorted(digests.items()))
 
 

@@ -1,7 +1,8 @@
-"""One small export that several files of tests read."""
+"""What several files of tests need: one small export, and a copy of our code."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from search.trial.runner import run_trial
 from search.trial.training import silent
 from spaces.space import Params
 from tests.conftest import digits_study
+from tests.support.paths import ROOT
 
 
 def exported(storage: Path, **fields: object) -> Path:
@@ -28,3 +30,12 @@ def exported(storage: Path, **fields: object) -> Path:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of a MagNet, which rejects."""
     return exported(tmp_path_factory.mktemp("runs"), defense="magnet")
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A copy of our code, to be edited."""
+    for part in ("spaces", "attacks", "defenses", "search"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "launch.py", tmp_path)
+    return tmp_path

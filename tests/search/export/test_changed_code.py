@@ -13,18 +13,8 @@ import pytest
 
 from search.export.loader import SEAL, load, opened, ran, seal
 from spaces.exceptions import InputError
-from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def code(tmp_path: Path) -> Path:
-    """A copy of our code, to be edited."""
-    for part in ("spaces", "attacks", "defenses", "search"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "launch.py", tmp_path)
-    return tmp_path
 
 
 def edited(path: Path, old: str, new: str) -> None:

@@ -1,0 +1,93 @@
+"""Confirms the verdicts on an export in a new process, which knows nothing of what the model was asked before.
+
+Shapes: D draws, N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from attacks.audit.consistency import beyond_chance
+from attacks.audit.gate import Gate, at_most
+from search.export.provenance import ROOT
+
+CLEAN = "clean"
+
+
+def confirm(
+    folder: Path,
+    versions: Mapping[str, Tensor],
+    right: Mapping[str, Tensor],
+    y_N: Tensor,
+    *,
+    seed: int,
+    changed: bool = False,
+) -> tuple[Gate, ...]:
+    """Load an export in a new process, ask it the adversarial images first, in another order, and compare verdicts.
+
+    Args:
+        versions: images x_NCHW by name, N each; those named `clean` are asked last.
+        right: the verdicts to be confirmed: whether the model accepted each image and was correct, bool_DN.
+        seed: of the order and of the model's noise.
+        changed: the export may run another code than it was judged with.
+
+    Returns:
+        The gates `confirmed`, and `code`: the model loaded no code of ours that its evidence does not name.
+    """
+    order_N = torch.randperm(len(y_N), generator=torch.Generator().manual_seed(seed))
+    names = sorted(versions, key=lambda name: name == CLEAN)
+    how = {
+        "names": names,
+        "seed": seed,
+        "draws": len(right[names[0]]),
+        "device": str(y_N.device),
+        "threads": torch.get_num_threads(),
+        "changed": changed,
+    }
+    with tempfile.TemporaryDirectory() as room:
+        asked, answered = Path(room) / "asked.safetensors", Path(room) / "answered.safetensors"
+        images = {name: versions[name].detach().cpu()[order_N].contiguous() for name in names}
+        save_file(images, asked, {"how": json.dumps(how)})
+        command = [sys.executable, "-m", "search.export.answer", str(folder.resolve()), str(asked), str(answered)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode != 0:
+            why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            law = f"a new process can load it and answer, which ended with {done.returncode}: {why}"
+            return (at_most(13, "confirmed", law, 1.0, 0.0, len(y_N)),)
+        classes = load_file(answered)
+        with safe_open(answered, "pt") as answers:
+            further = json.loads(answers.metadata()["further"])
+    y_N = y_N.cpu()[order_N]
+    fresh = {name: classes[name] == y_N for name in names}
+    return (
+        _confirmed({name: right[name].cpu()[:, order_N] for name in names}, fresh),
+        at_most(13, "code", _code_law(further), len(further), 0.0),
+    )
+
+
+def _confirmed(right: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Gate:
+    """Check 13: the verdicts of a new process are those of the process that judged, beyond one image and chance."""
+    beyond = {name: beyond_chance(right[name], fresh[name]) for name in right}
+    worst = max(beyond, key=lambda name: beyond[name])
+    images = right[worst].shape[1]
+    differ = (right[worst].double().mean(0) - fresh[worst].double().mean(0)).abs()
+    law = (
+        "a new process that loads it, and is asked the attacked images first, in another order, gives the same verdicts"
+        f" (others on {float(differ.sum()):.3g} of {images} images, {worst})"
+    )
+    return at_most(13, "confirmed", law, beyond[worst], 0.0, images)
+
+
+def _code_law(further: list[str]) -> str:
+    said = f", but it loads {', '.join(further)}" if further else ""
+    return f"while it answers it loads no code of ours beyond what its evidence names{said}"
