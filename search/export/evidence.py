@@ -115,7 +115,7 @@ def _gates(runner: TrialRunner, candidate: Candidate, found: Audit, again: Robus
     return (
         named,
         *found.gates,
-        at_most(2, "reproduced", law, drift, REPRODUCED),
+        at_most(2, "reproduced", law, drift, REPRODUCED, candidate.score.images),
         at_most(12, "separate", "what audits is not what selected", same, 0.0),
     )
 

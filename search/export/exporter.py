@@ -19,6 +19,7 @@ from attacks.verdicts import Robustness
 from defenses.base import Defended, Defense
 from search.console import working
 from search.exceptions import AlarmError
+from search.export.checks import checks, spoken
 from search.export.confirm import confirm
 from search.export.evidence import evidence, with_gates
 from search.export.loader import SEAL, opened, seal
@@ -205,12 +206,11 @@ def _exported(folder: Path) -> str | None:
 
 
 def _audited(found: Mapping[str, Any]) -> str:
-    """Return the accuracies under the audit beside that of the search, as text."""
+    """Return the accuracies under the audit beside that of the search, and what was checked, as text."""
     audited, searched = points(found["attacked_accuracy"]), points(found["attacked_accuracy_of_the_search"])
-    passed = sum(gate["passed"] for gate in found["gates"])
     return (
         f"audited: {audited} % attacked accuracy ({ThreatModel(**found['threat'])}; the search's lighter attacks left "
         f"{searched} %), error {points(found['attacked_error'])} %, "
-        f"rejected {points(found['attacked_rejection'])} %, white-box {points(found['white_box_accuracy'])} %, "
-        f"{passed} of {len(found['gates'])} gates passed"
+        f"rejected {points(found['attacked_rejection'])} %, white-box {points(found['white_box_accuracy'])} %\n"
+        f"{spoken(checks(found['gates']))}"
     )

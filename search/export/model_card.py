@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks.threat import ThreatModel
+from search.export.checks import checks, passed, sizes
 from search.templates import render
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
@@ -24,12 +25,15 @@ SHAPING = ("python", "torch", "torchattacks", "numpy", "scipy", "safetensors", "
 
 def card(evidence: Mapping[str, Any]) -> str:
     """Return the model card in markdown."""
-    threat = ThreatModel(**evidence["threat"])
+    threat, found = ThreatModel(**evidence["threat"]), checks(evidence["gates"])
     return render(
         TEMPLATE,
         e=evidence,
         m=evidence["model"],
         threat=threat,
+        checks=found,
+        passed=passed(found),
+        sizes=sizes(found),
         knows=KNOWS[threat.knowledge],
         strongest=strongest(evidence["attacks"]["audit"], threat),
         versions={name: evidence["versions"][name] for name in SHAPING if name in evidence["versions"]},

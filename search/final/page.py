@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from attacks.threat import ThreatModel
+from search.export.checks import spoken
 from search.final.evaluation import AUTOATTACK, FULL
 from search.final.table import COLUMNS, INTERVAL
 from search.formatting import counted, points, spoken_device
@@ -170,9 +171,8 @@ def _audited(one: Mapping[str, Any]) -> str:
     exported = "; ".join(f"ALARM {alarm}" for alarm in one["alarms_on_test_as_exported"]) or "no alarm"
     before = "".join(f"; ALARM {alarm}" for alarm in one["alarms"])
     return (
-        f"{one['export']}: {one['gates_passed']} of {one['gates']} gates passed before the export, on {validation} "
-        f"validation images{before}. Audited again on {tested} test images: as it was exported, {exported}; retrained, "
-        f"{again}."
+        f"{one['export']}, before the export, on {validation} validation images: {spoken(one['checks'])}{before}.\n"
+        f"Audited again on {tested} test images: as it was exported, {exported}; retrained, {again}."
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from attacks.confidence import wilson
 from attacks.verdicts import Verdict
+from search.export.checks import checks
 from search.final.evaluation import AUTOATTACK, FULL, FinalVerdicts
 from search.final.results import FinalResults, FinalSettings, ModelResult
 from search.final.retraining import ExportedWinner
@@ -125,8 +126,7 @@ def _export(case: ExportedWinner, looks: Sequence[Mapping[str, Any]], found: Fin
         "train_images": case.study.train_images,
         "changed": case.target.changed,
         "alarms": known["alarms"],
-        "gates": len(known["gates"]),
-        "gates_passed": sum(gate["passed"] for gate in known["gates"]),
+        "checks": checks(known["gates"]),
         "alarms_on_test": [list(judged.about["alarms"]) for judged in compared],
         "alarms_on_test_as_exported": list(own.about["alarms"]),
         "looks": list(looks),

@@ -1,0 +1,83 @@
+"""What the gates of an export checked, on how many images, and what no gate can see; the same words in every place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from search.formatting import percent
+
+AREAS = {
+    1: "budgets",
+    2: "repeatability",
+    3: "gradients",
+    4: "weaker attacks",
+    5: "convergence",
+    6: "larger eps",
+    7: "gradient sources",
+    8: "noise",
+    9: "planted examples",
+    10: "baseline",
+    11: "tailored attacks",
+    12: "batch",
+    13: "state",
+}
+"""What the checks of docs/honest-numbers.md ask about, by number."""
+SHARES = ("noise", "single-step", "transfer", "square", "estimated", "convergence", "regular")
+"""Gates that compare attacks: their figure is the share of images that another attack breaks in addition."""
+UNSEEN = (
+    "attacks that nobody has thought of",
+    "whether the judged images were stored (only `final` tells)",
+    "other norms, corruptions, images from elsewhere",
+)
+"""What no gate can see. Source: docs/honest-numbers.md, What it does not prove."""
+
+
+def checks(gates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the gates of an export's evidence checked, as JSON.
+
+    Returns:
+        passed, gates: numbers of gates; checked, unseen: in words; images: the fewest and the most images of a gate
+        that asks about images; seen_by_one, seen_by_all: the smallest share of images on which a fault raises the alarm
+        of some gate that compares attacks, and of each of them (None without such a gate).
+    """
+    seen = [_smallest(gate) for gate in gates if gate["name"] in SHARES and gate["images"]]
+    images = [gate["images"] for gate in gates if gate["images"]]
+    areas = [AREAS.get(gate["check"], gate["name"]) for gate in sorted(gates, key=lambda gate: gate["check"])]
+    return {
+        "passed": sum(gate["passed"] for gate in gates),
+        "gates": len(gates),
+        "checked": list(dict.fromkeys(areas)),
+        "images": [min(images), max(images)] if images else None,
+        "seen_by_one": min(seen, default=None),
+        "seen_by_all": max(seen, default=None),
+        "unseen": list(UNSEEN),
+    }
+
+
+def _smallest(gate: Mapping[str, Any]) -> float:
+    """Return the smallest share of images that is beyond the limit of a gate."""
+    return (math.floor(gate["limit"] * gate["images"]) + 1) / gate["images"]
+
+
+def passed(found: Mapping[str, Any]) -> str:
+    """Return how many checks passed, in words."""
+    return f"{found['passed']} of {found['gates']} checks of the measurement passed"
+
+
+def sizes(found: Mapping[str, Any]) -> str:
+    """Return the numbers of images, and the shares of images that the checks can see, in words."""
+    low, high = found["images"] or (0, 0)
+    said = f"{low} to {high} images" if low < high else f"{low} images"
+    if found["seen_by_one"] is None:
+        return said
+    one, every = (percent(found[name], unit=" %") for name in ("seen_by_one", "seen_by_all"))
+    more = f", on fewer than {every} not by every check" if one != every else ""
+    return f"{said}: a fault on fewer than {one} of them is not seen{more}"
+
+
+def spoken(found: Mapping[str, Any]) -> str:
+    """Return two lines: how much was checked, then what was and what was not."""
+    checked, unseen = ", ".join(found["checked"]), "; ".join(found["unseen"])
+    return f"{passed(found)}, on {sizes(found)}\nchecked: {checked}; not checked: {unseen}"
