@@ -26,6 +26,7 @@ from multiprocessing.sharedctypes import Synchronized
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from attacks.evaluation import evaluate
 from attacks.suites import SUITES, craft_oblivious
@@ -33,6 +34,7 @@ from attacks.threat import ThreatModel
 from defenses.base import Batches, Defended, Shape
 from defenses.puvae import PuVAE
 from search.classifiers.architectures import ARCHITECTURES
+from search.study.candidate import Images
 from search.trial.device_lock import DeviceLock
 from search.trial.latency import device_name, measure
 
@@ -107,7 +109,9 @@ def compare(neighbours: Sequence[int], rounds: int, device: torch.device) -> lis
     crowd = [context.Process(target=live, args=(rank, *rest), daemon=True) for rank in range(max(neighbours))]
     for process in crowd:
         process.start()
-    defense, device_lock = PuVAE(KNOBS, {}, SHAPE).to(device).eval().requires_grad_(False), DeviceLock(device)
+    neighbour, device_lock = Neighbour(device), DeviceLock(device)  # one that only purifies
+    target = Defended(neighbour.defense, neighbour.classifier).requires_grad_(False)
+    images: dict[Images, Tensor] = {"clean": neighbour.x_NCHW, "attacked": next(iter(neighbour.oblivious.values()))}
 
     def beside(count: int, held: bool) -> tuple[float, float]:
         busy.value, laned.value, done.value = count, int(held), 0
@@ -116,7 +120,7 @@ def compare(neighbours: Sequence[int], rounds: int, device: torch.device) -> lis
                 raise RuntimeError("a neighbour has died")
             time.sleep(0.05)
         start = time.perf_counter()
-        return measure(defense, device_lock, device).ms_p50, time.perf_counter() - start
+        return measure(target, images, device_lock).ms_p50, time.perf_counter() - start
 
     ways = [(count, held) for count in neighbours for held in (False, True)]
     alone, found = [], {way: list[tuple[float, float]]() for way in ways}

@@ -21,16 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import defenses
 from attacks.attack import Attack
 from attacks.catalog import CW_L2, FGSM, IFGSM, PGD_40
 from attacks.evaluation import observe
+from attacks.gradient_view import View
 from attacks.suites import Suite
+from attacks.threat import ThreatModel
 from attacks.verdicts import Observation, Verdict
-from defenses.base import Defended
+from defenses.base import Defended, Defense
 from defenses.defense_gan import DefenseGAN
+from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.task import find_task
+from search.data import splits
+from search.study.candidate import Images
 from search.study.loading import make_study
 from search.trial.device_lock import DeviceLock
 from search.trial.latency import device_name, measure
@@ -149,10 +155,15 @@ def curve(args: argparse.Namespace) -> str:
 def latency(args: argparse.Namespace) -> str:
     """Return the purification latency at batch 128 of every defense: at the size trained here, and at its defaults.
 
-    Weights do not matter, so nothing is trained. Defense-GAN's default, 200 steps, takes minutes per batch on a CPU: it
+    Nothing is trained: no defense here takes longer for other weights. The images are validation images, and the same
+    under iFGSM on an untrained classifier. Defense-GAN's default, 200 steps, takes minutes per batch on a CPU: it
     is timed at 2 steps, which are 3 evaluations, and multiplied, because all steps cost the same.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = find_task(args.task)
+    bare = ARCHITECTURES[task.classifier].build(task.shape).to(device).eval().requires_grad_(False)
+    x_NCHW, y_N = (part.to(device) for part in splits.load(task.dataset, "validation", None, args.eval_images))
+    attacked_NCHW = IFGSM.craft(View(bare), x_NCHW, y_N, ThreatModel("Linf", task.eps, "oblivious"), 0)
     lines = [f"| defense | ms, as trained here | ms, default size | on {device_name(device)} |", "| --- " * 4 + "|"]
     for name in args.names or defenses.names():
         family, cells = defenses.find(name), []
@@ -161,8 +172,11 @@ def latency(args: argparse.Namespace) -> str:
             values = {**space.defaults, **knobs}
             slow = name == "defense_gan" and not knobs
             inference = {n: values[n] for n in space.inference} | ({"steps": 2} if slow else {})
-            defense = family({n: values[n] for n in space.train}, inference, find_task(args.task).shape).to(device)
-            ms = measure(defense, DeviceLock(device), device).ms_p50
+            defense = family({n: values[n] for n in space.train}, inference, task.shape).to(device)
+            if type(defense).adopt is not Defense.adopt:
+                defense.adopt(bare)
+            images: dict[Images, Tensor] = {"clean": x_NCHW, "attacked": attacked_NCHW}
+            ms = measure(Defended(defense, bare), images, DeviceLock(device)).ms_p50
             cells.append(f"{67 * ms:.0f} (67 x {ms:.0f})" if slow else f"{ms:.1f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " | |")
     return "\n".join(lines)

@@ -37,6 +37,13 @@ def _lane_of_its_own() -> Iterator[None]:
             yield
 
 
+@pytest.fixture
+def own_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device lock of the test's own, for child processes too."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import attacks.black_box
 from attacks.attack import Attack, AttackError
 from attacks.audit.audit import audit
+from attacks.catalog import IFGSM_TARGETED
 from attacks.evaluation import observe
-from attacks.gradient_view import bare
+from attacks.gradient_view import View, bare
 from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.verdicts import Verdict, worse
 from defenses.base import Defended
@@ -173,10 +174,19 @@ class FinalEvaluator:
         return FinalVerdicts.of(load_file(entry / "verdicts.safetensors"), self.store.about("finals", key))
 
     def timed(self, model: EvaluatedModel) -> Latency:
-        """Return the latency of a model's defense, measured once for each kind of device, alone on the device."""
-        device, defense = self.x_NCHW.device, cast(Defended, model.target).defense
-        key = self.key(model, timed=device_name(device), by=code_digests(DeviceLock.__module__))
-        self.store.cached("finals", key, lambda: ({}, measure(defense, self.device_lock, device).to_json()))
+        """Return the latency of a model, measured once for each kind of device, alone on the device."""
+
+        def measured() -> Content:
+            target, attack = cast(Defended, model.target), IFGSM_TARGETED
+            x_NCHW, y_N, blind = self.x_NCHW[:BLOCK], self.y_N[:BLOCK], replace(model.threat, knowledge="oblivious")
+            with self.device_lock.working():
+                attacked_NCHW = attack.craft(View(target.classifier), x_NCHW, y_N, blind, self.seed)
+            return {}, measure(target, {"clean": x_NCHW, "attacked": attacked_NCHW}, self.device_lock).to_json()
+
+        by = code_digests(DeviceLock.__module__, measure.__module__)
+        timed = [device_name(self.x_NCHW.device), min(BLOCK, len(self.y_N))]
+        key = self.key(model, timed=timed, by=by)
+        self.store.cached("finals", key, measured)
         return Latency(**self.store.about("finals", key))
 
     def _attack_block(

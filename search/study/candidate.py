@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from attacks.threat import ThreatModel
 from spaces.domain import Scalar
@@ -25,16 +25,21 @@ class Proposal:
     refines: bool = False
 
 
+Images = Literal["clean", "attacked", ""]
+"""On which images a defended model took longer, so that its latency is theirs; empty: not noted until 2026-11."""
+
+
 @dataclass(frozen=True)
 class Latency:
-    """Purification latency of one setting on one device, in milliseconds.
+    """Purification latency of one setting on one device: the defended model's time minus the bare classifier's, in ms.
 
     Args:
-        ms_p50, ms_p95: of a batch of 128 images.
+        ms_p50, ms_p95: of a batch of 128 images, at least 0; the bare classifier's is its median.
         single_ms_p50: of one image.
         drift: relative change of the reference kernel's time from before to after, a fraction.
         device: where it was measured.
         repeats: how often the batch was timed.
+        images: whose batches took longer; `single_ms_p50` is of the kind that took longer one by one.
     """
 
     ms_p50: float
@@ -43,6 +48,7 @@ class Latency:
     drift: float
     device: str
     repeats: int
+    images: Images = ""
 
     def to_json(self) -> dict[str, float | str]:
         return asdict(self)
@@ -62,6 +68,7 @@ class Score:
         queries: number of queries of the black-box attacker; 0 if it was not run.
         images: number of validation images that were attacked.
         device: where the latency was measured.
+        latency_images: which images took longer, so that the latency is theirs; empty if none was measured.
         alarms: names of the quick gates that failed (attacks/audit/quick_gates.py).
         risk_coverage: (clean rejection, attacked error) of every threshold setting that no other beats, if this
             candidate's thresholds were picked from the curve.
@@ -81,6 +88,7 @@ class Score:
     black_box_accuracy: float | None = None
     queries: int = 0
     device: str = ""
+    latency_images: Images = ""
     attacks: Mapping[str, float] = field(default_factory=dict)
     alarms: tuple[str, ...] = ()
     risk_coverage: tuple[tuple[float, float], ...] = ()
@@ -128,6 +136,7 @@ class Candidate:
             "device": s.device,
             "queries": s.queries,
             "norm": s.threat.norm,
+            "latency_images": s.latency_images,
             **s.attacks,
         }
 

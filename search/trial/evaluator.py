@@ -142,6 +142,7 @@ class Evaluator:
             latency_ms_p95=latency.ms_p95 if latency else 0.0,
             images=len(self.y_N),
             device=latency.device if latency else "",
+            latency_images=latency.images if latency else "",
             attacks=verdict.trail,
             alarms=tuple(gate.name for gate in gates if not gate.passed),
         )

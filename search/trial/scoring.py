@@ -10,14 +10,18 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+import attacks.suites
 from attacks.risk_coverage import Point, pick, risk_coverage
 from defenses.base import Defended, Defense
+from search.classifiers.architectures import ARCHITECTURES
 from search.data.splits import HELD_OUT
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Content
-from search.study.candidate import Candidate, Latency
+from search.study.candidate import Candidate, Images, Latency
 from search.trial.assets import Assets
 from search.trial.evaluator import Evaluation
 from search.trial.latency import device_name, measure
@@ -136,11 +140,16 @@ class Scorer:
         """Return the latency, measured once for each setting of the knobs that can change it and each device."""
         knobs = {**_latency_knobs(defense.train_knobs), **_latency_knobs(defense.inference_knobs)}
         key = fingerprint(
-            source=code_digests(type(defense).__module__, measure.__module__),
+            source=code_digests(type(defense).__module__, measure.__module__, attacks.suites.__name__),
             defense=type(defense).__qualname__,
             knobs=knobs,
             shape=str(defense.shape),
             device=device_name(self.assets.device),
+            classifier=self.assets.classifier_key(self.resolved.protected),  # of these data
+            suite=repr(self.resolved.suite),
+            threat=[self.resolved.threat.norm, self.resolved.threat.eps],
+            images=self.resolved.eval_images,
+            seed=self.study.seed,
         )
         self.store.cached("latency", key, lambda: ({}, {**self.measured(defense).to_json(), "knobs": knobs}))
         about = self.store.about("latency", key)
@@ -148,8 +157,16 @@ class Scorer:
         return Latency(**about)
 
     def measured(self, defense: Defense) -> Latency:
-        """Measure the latency now; the stored latency stays."""
-        return measure(defense, self.assets.device_lock, self.assets.device)
+        """Measure the latency now, on the evaluation's clean and oblivious images; the stored latency stays."""
+        evaluator, target = self.assets.evaluator, self.assets.target
+        # A network that no training has had in its hands, which might have slowed it.
+        bare = ARCHITECTURES[self.resolved.protected].build(self.resolved.task.shape).to(self.assets.device)
+        bare.load_state_dict(target.state_dict())
+        kinds: dict[Images, Tensor] = {
+            "clean": evaluator.x_NCHW,
+            "attacked": torch.cat(list(evaluator.oblivious.values())),
+        }
+        return measure(Defended(defense, bare.requires_grad_(False)), kinds, self.assets.device_lock)
 
 
 def _latency_knobs(knobs: Any) -> dict[str, Scalar]:

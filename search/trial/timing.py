@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
 from search.data.splits import HELD_OUT
 from search.trial.evaluator import Evaluator
-from search.trial.latency import REPEATS, WARM_UP, device_name
+from search.trial.latency import BATCH, PATIENCE_S, REPEATS, WARM_UP, asked, device_name
 from search.trial.runner import TrialRunner
 from spaces.space import Params
 
@@ -111,11 +112,15 @@ class Step:
 
     @torch.no_grad()
     def latency(self) -> float:
-        """Return the seconds of one latency measurement."""
-        x_NCHW, _ = self._random(128)
-        self.defense.purify(x_NCHW)
-        batch_s = self._timed(lambda: (self.defense.purify(x_NCHW), self.defense.accept(x_NCHW)))
-        return min(20.0, (WARM_UP + REPEATS) * batch_s)
+        """Return the seconds of one latency measurement: clean and attacked images, in batches and one by one."""
+        target = Defended(self.defense, self.target).eval()
+        user, seconds = asked(target), 0.0
+        for count in (BATCH, 1):
+            x_NCHW, _ = self._random(count)
+            user(x_NCHW)
+            turn_s = self._timed(partial(self.target, x_NCHW)) + self._timed(partial(user, x_NCHW))
+            seconds += min(PATIENCE_S, (WARM_UP + REPEATS) * 2 * turn_s)
+        return seconds
 
     def classifier(self) -> float:
         """Return the seconds of training one classifier."""

@@ -1,193 +1,207 @@
-"""Latency: the device lock keeps a measurement alone, and the figures are what was timed."""
+"""Latency: all that the defended model does beyond the bare classifier is timed, whatever the images."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import multiprocessing
-import os
-import signal
+import copy
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from defenses.base import Shape
+from attacks.catalog import IFGSM_TARGETED
+from attacks.gradient_view import View
+from attacks.threat import ThreatModel
+from defenses.adversarial_training import AdversarialTraining
+from defenses.base import Defended, Defense, Shape
+from defenses.identity import Identity
 from defenses.puvae import PuVAE
-from search.trial import device_lock as device_lock_module
+from search.study.candidate import Images, Latency
 from search.trial import latency
-from search.trial.device_lock import LOOK_S, DeviceLock
-from search.trial.latency import measure
+from search.trial.device_lock import DeviceLock
+from search.trial.latency import Unseen, measure
+from spaces.domain import Scalar
 
 CPU = torch.device("cpu")
-FORK = multiprocessing.get_context("fork")  # they compute nothing, so that torch need not be imported anew
-
-
-def start(work: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:
-    process = FORK.Process(target=work, args=args)
-    process.start()
-    return process
-
-
-def compute(folder: Path, name: str) -> None:
-    """Work in batches of 5 ms until told to stop, and note when each began and ended."""
-    device_lock = DeviceLock(CPU)
-    spans = []
-    with device_lock.working():
-        (folder / f"{name}.ready").touch()
-        while not (folder / "stop").exists():
-            device_lock.boundary()
-            began = time.monotonic()
-            time.sleep(0.005)
-            spans.append((began, time.monotonic()))
-    (folder / f"{name}.log").write_text(json.dumps(spans))
 
 
 @pytest.fixture
-def own_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device lock of the test's own, for child processes too."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
+def few(own_lane: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "REPEATS", 7)
 
 
-def test_who_measures_is_alone_and_the_others_go_on_afterwards(tmp_path: Path, own_lane: None) -> None:
-    workers = [start(compute, tmp_path, name) for name in "ab"]
-    while not all((tmp_path / f"{name}.ready").exists() for name in "ab"):
-        time.sleep(0.01)
-    quiet, device_lock = [], DeviceLock(CPU)
-    for _ in range(3):
-        time.sleep(0.1)
-        with device_lock.quiet():
-            began = time.monotonic()
-            time.sleep(0.1)
-            quiet.append((began, time.monotonic()))
-    time.sleep(0.1)
-    (tmp_path / "stop").touch()
-    for worker in workers:
-        worker.join()
-    for name in "ab":
-        spans = json.loads((tmp_path / f"{name}.log").read_text())
-        assert spans[0][1] < quiet[0][0] and quiet[-1][1] < spans[-1][0]
-        for began, ended in quiet:
-            assert not [span for span in spans if span[0] < ended and span[1] > began]
+@pytest.fixture(scope="module")
+def kinds(digits: tuple[Tensor, Tensor], classifier: nn.Module) -> dict[Images, Tensor]:
+    x_NCHW, y_N = digits[0][1400:1500], digits[1][1400:1500]
+    threat = ThreatModel("Linf", 0.1, "oblivious")
+    return {"clean": x_NCHW, "attacked": IFGSM_TARGETED.craft(View(classifier), x_NCHW, y_N, threat, 0)}
 
 
-def linger(folder: Path, name: str, alone: bool) -> None:
-    """Hold the device lock, together with the others or alone, and never let go."""
-    device_lock = DeviceLock(CPU)
-    with device_lock.quiet() if alone else device_lock.working():
-        (folder / f"{name}.ready").touch()
-        time.sleep(600)
+def taken(defense: Defense, classifier: nn.Module, kinds: dict[Images, Tensor]) -> Latency:
+    return measure(Defended(defense, classifier), kinds, DeviceLock(CPU))
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["computing", "measuring"])
-def test_a_process_that_is_killed_lets_go_of_the_lane(tmp_path: Path, own_lane: None, alone: bool) -> None:
-    holder = start(linger, tmp_path, "dead", alone)
-    while not (tmp_path / "dead.ready").exists():
-        time.sleep(0.01)
-    assert holder.pid is not None
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.join()
-    device_lock = DeviceLock(CPU)
-    with device_lock.quiet():  # it would wait for ever
-        pass
-    with device_lock.working():
-        device_lock.boundary()
+def made(kind: type[Defense], **knobs: Scalar) -> Defense:
+    return kind(knobs, {}, Shape(1, 8, 8, 10)).eval().requires_grad_(False)
 
 
-def measure_often(folder: Path, name: str) -> None:
-    """Hold the device lock alone ten times."""
-    device_lock, spans = DeviceLock(CPU), []
-    while not (folder / "go").exists():
-        time.sleep(0.001)
-    for _ in range(10):
-        with device_lock.quiet():
-            began = time.monotonic()
-            time.sleep(0.005)
-            spans.append((began, time.monotonic()))
-    (folder / f"{name}.log").write_text(json.dumps(spans))
+SLEEP_S = 0.02
 
 
-def test_nobody_starves_where_many_compute_and_several_measure(tmp_path: Path, own_lane: None) -> None:
-    crowd = [start(compute, tmp_path, f"works{number}") for number in range(8)]
-    measuring = [start(measure_often, tmp_path, f"measures{number}") for number in range(3)]
-    while len(list(tmp_path.glob("*.ready"))) < len(crowd):
-        time.sleep(0.01)
-    (tmp_path / "go").touch()
-    for process in measuring:
-        process.join(60)
-        assert process.exitcode == 0
-    time.sleep(0.1)
-    (tmp_path / "stop").touch()
-    for process in crowd:
-        process.join(60)
-    quiet = sorted(span for path in tmp_path.glob("measures*.log") for span in json.loads(path.read_text()))
-    assert len(quiet) == 30 and all(one[1] <= next[0] for one, next in zip(quiet, quiet[1:], strict=False))
-    for path in tmp_path.glob("works*.log"):
-        spans = json.loads(path.read_text())
-        assert spans[-1][0] > quiet[-1][1]  # it went on
-        assert not [span for span in spans for began, ended in quiet if span[0] < ended and span[1] > began]
+class WorksWhileItClassifies(Identity):
+    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+        time.sleep(SLEEP_S)
+        return classifier(x_NCHW)
 
 
-def test_whoever_runs_a_network_in_the_lane_lets_a_measurement_pass_between_its_layers(
-    own_lane: None, monkeypatch: pytest.MonkeyPatch
+class Detector(Identity):
+    def accept(self, x_NCHW: Tensor) -> Tensor:
+        time.sleep(SLEEP_S)
+        return torch.ones(len(x_NCHW), dtype=torch.bool)
+
+
+class QuickOnNoise(Identity):
+    """Takes a short way for images that are as bright as random ones."""
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        time.sleep(0 if x_NCHW.mean() > 0.45 else SLEEP_S)
+        return x_NCHW
+
+
+class QuickOnClean(Identity):
+    """Takes a short way for images all of whose values are k / 16, as those of the clean digits are."""
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        off = (16 * x_NCHW - (16 * x_NCHW).round()).abs() > 1e-4
+        time.sleep(SLEEP_S * float(off.flatten(1).any(1).float().mean()))
+        return x_NCHW
+
+
+class QuickOnAttacked(QuickOnClean):
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        off = (16 * x_NCHW - (16 * x_NCHW).round()).abs() > 1e-4
+        time.sleep(SLEEP_S * float((~off.flatten(1).any(1)).float().mean()))
+        return x_NCHW
+
+
+class Remembers(Identity):
+    """Works for images only that it has not seen: each image by its bytes, and the whole batch by its first image."""
+
+    def build(self) -> None:
+        self.seen = set[bytes]()
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        keys = {image.numpy().tobytes() for image in x_NCHW}
+        time.sleep(SLEEP_S * len(keys - self.seen) / len(keys))
+        self.seen |= keys
+        return x_NCHW
+
+
+class SlowsTheBareClassifier(Identity):
+    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+        if not classifier._forward_pre_hooks:
+            classifier.register_forward_pre_hook(lambda *_: time.sleep(SLEEP_S))
+        return classifier(x_NCHW)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [WorksWhileItClassifies, Detector, QuickOnNoise, Remembers, SlowsTheBareClassifier],
+    ids=lambda k: k.__name__,
+)
+def test_work_shows_wherever_it_is_hidden(
+    few: None, classifier: nn.Module, kinds: dict[Images, Tensor], kind: type[Defense]
 ) -> None:
-    device_lock, seen = DeviceLock(CPU), list[bool]()
-
-    class Layer(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(device_lock._held)
-            time.sleep(2 * LOOK_S)
-            return x
-
-    network = nn.Sequential(Layer(), Layer())
-    looks: list[float] = []
-    monkeypatch.setattr(device_lock, "boundary", lambda: looks.append(time.monotonic()))
-    with device_lock.working():
-        network(torch.rand(1))
-    assert seen == [True, True] and len(looks) == 3  # the network itself, and its layers
-    network(torch.rand(1))
-    assert seen[2:] == [False, False] and len(looks) == 3  # not while nobody asks
+    defense = made(kind)
+    for x_NCHW in kinds.values():  # as an attack has shown it all images before
+        defense.purify(x_NCHW)
+    found = taken(defense, copy.deepcopy(classifier), kinds)
+    assert 0.9 * SLEEP_S < found.ms_p50 / 1e3 < 3 * SLEEP_S and found.ms_p50 <= found.ms_p95
+    assert 0.9 * SLEEP_S < found.single_ms_p50 / 1e3 < 3 * SLEEP_S
 
 
-def test_who_is_away_holds_nothing_up_and_comes_back(own_lane: None) -> None:
-    device_lock, other = DeviceLock(CPU), DeviceLock(CPU)
-    with device_lock.working():
-        with pytest.raises(ZeroDivisionError), device_lock.away():
-            with other.quiet():
-                device_lock.boundary()  # does not wait for what it does not hold
-            raise ZeroDivisionError
-        assert device_lock._held
-    assert not device_lock._held
+@pytest.mark.parametrize(("kind", "slower"), [(QuickOnClean, "attacked"), (QuickOnAttacked, "clean")])
+def test_the_slower_kind_of_images_counts_and_is_named(
+    few: None, classifier: nn.Module, kinds: dict[Images, Tensor], kind: type[Defense], slower: str
+) -> None:
+    found = taken(made(kind), classifier, kinds)
+    assert found.images == slower and found.ms_p50 / 1e3 > 0.9 * SLEEP_S
 
 
-def test_each_device_has_a_lane_of_its_own(own_lane: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_lock_module, "_identity", lambda device: f"GPU-{device.index}")
-    first, again, second = (DeviceLock(torch.device("cuda", index)) for index in (0, 0, 1))
-    for device_lock in (first, again, second):
-        monkeypatch.setattr(device_lock, "_device", CPU)
-    with first.quiet(), second.quiet():
-        held = os.open(f"/proc/self/fd/{again._gate}", os.O_RDWR)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+def test_what_takes_no_longer_than_the_bare_classifier_shows_nothing(
+    few: None, classifier: nn.Module, kinds: dict[Images, Tensor]
+) -> None:
+    trained = made(AdversarialTraining)
+    trained.adopt(classifier)
+    for defense in (made(Identity), trained):
+        found = taken(defense, classifier, kinds)
+        assert 0 <= found.ms_p50 < 2 and 0 <= found.single_ms_p50 < 2 and found.ms_p95 >= found.ms_p50
 
 
-def test_a_measurement_has_ordered_percentiles_and_names_its_device(own_lane: None) -> None:
-    small = {"conv_maps": 2, "decoder_maps": 2, "dense": 8, "latent": 2}
-    found = measure(PuVAE(small, {"sigma_eps": 0.0}, Shape(1, 8, 8, 10)), DeviceLock(CPU), CPU)
+def test_what_the_defense_saves_the_classifier_is_no_negative_latency(
+    few: None, classifier: nn.Module, kinds: dict[Images, Tensor]
+) -> None:
+    slow = nn.Sequential(copy.deepcopy(classifier))
+    slow.register_forward_pre_hook(lambda *_: time.sleep(SLEEP_S))
+
+    class Skips(Identity):
+        def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+            return x_NCHW.flatten(1)[:, :10]
+
+    found = taken(made(Skips), slow, kinds)
+    assert (found.ms_p50, found.ms_p95, found.single_ms_p50) == (0, 0, 0)
+
+
+def test_acceptance_is_timed_only_where_the_defense_can_reject(
+    few: None, classifier: nn.Module, kinds: dict[Images, Tensor]
+) -> None:
+    class Suspects(Identity):
+        """Has scores, but no threshold."""
+
+        def suspicion(self, x_NCHW: Tensor) -> Tensor:
+            time.sleep(SLEEP_S)
+            return x_NCHW.new_zeros((len(x_NCHW), 0))
+
+    assert not Suspects.rejects() and Detector.rejects()
+    assert taken(made(Suspects), classifier, kinds).ms_p50 / 1e3 < SLEEP_S / 2
+
+
+@pytest.mark.parametrize("count", [1, 128])
+def test_no_image_is_served_twice_and_only_levels_of_the_data_occur(kinds: dict[Images, Tensor], count: int) -> None:
+    x_NCHW = kinds["clean"][:3]
+    levels_V = x_NCHW.unique()
+    stream, again = Unseen(x_NCHW, levels_V), Unseen(x_NCHW, levels_V)
+    served = torch.cat([stream.take(count) for _ in range(1 + 384 // count)])
+    known = {image.numpy().tobytes() for image in x_NCHW}
+    assert not known & {image.numpy().tobytes() for image in served}
+    assert len({image.numpy().tobytes() for image in served}) == len(served)
+    assert torch.isin(served, levels_V).all() and served.shape[1:] == x_NCHW.shape[1:]
+    far = (served[:, None] != x_NCHW[None]).flatten(2).sum(2)
+    assert (far.min(1).values == 1).all()  # one value of a real image
+    assert not torch.equal(again.take(3), Unseen(x_NCHW, levels_V).take(3))  # each begins elsewhere
+
+
+def test_a_measurement_has_ordered_percentiles_and_names_its_device(
+    few: None, classifier: nn.Module, kinds: dict[Images, Tensor]
+) -> None:
+    found = taken(made(PuVAE, conv_maps=8, decoder_maps=8, dense=64, latent=2), classifier, kinds)
     assert 0 < found.single_ms_p50 <= found.ms_p50 <= found.ms_p95
     assert found.device.endswith(f", {torch.get_num_threads()} thread(s)")
+    assert found.images in ("clean", "attacked") and found.repeats == 7
 
 
-def test_a_measurement_is_repeated_while_the_reference_drifts(own_lane: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    defense = PuVAE({"conv_maps": 1, "decoder_maps": 1, "dense": 8, "latent": 1}, {}, Shape(1, 8, 8, 10))
-    series = iter([[1.0], [5.0], [5.0], [2.0], [1.0], [7.0], [7.0], [1.1]])  # reference, batch, single, reference
+def test_a_measurement_is_repeated_while_the_reference_drifts(
+    few: None, classifier: nn.Module, kinds: dict[Images, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series = iter([[1.0], [2.0], [1.0], [1.1]])
     monkeypatch.setattr(latency, "_times", lambda work, device: next(series))
-    found = measure(defense, DeviceLock(CPU), CPU)
-    assert found.ms_p50 == 7.0 and found.drift == pytest.approx(0.1)
+    found = taken(made(Identity), classifier, kinds)
+    assert found.drift == pytest.approx(0.1) and not list(series)
+
+
+def test_a_slow_model_is_repeated_three_times_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "PATIENCE_S", 0.0)
+    assert len(latency._times(lambda: time.sleep(0.01), CPU)) == 3
 
 
 def test_the_times_of_a_sleep_are_its_length() -> None:
