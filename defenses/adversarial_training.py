@@ -17,20 +17,34 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.seeding import evaluating
+from attacks.seeding import Draws, evaluating
 from defenses.base import Batches, Defense, Knobs, Metrics
+from spaces.exceptions import InputError
 from spaces.space import knob
 
 
 @dataclass(frozen=True)
 class Train(Knobs):
     attack: str = knob("pgd", CategoricalDistribution(("fgsm", "pgd")), "what makes each step's adversarial images")
-    eps: float = knob(0.3, FloatDistribution(0.0, 1.0), "their L-infinity bound, in pixel units of [0, 1]")
+    norm: str = knob(
+        "Linf",
+        CategoricalDistribution(("Linf", "L2")),
+        "of their perturbation; fgsm's is Linf",
+        given={"attack": ("pgd",)},
+    )
+    eps: float = knob(
+        0.3, FloatDistribution(0.0, 1000.0), "bound of their perturbation, in pixel units of [0, 1]; in Linf at most 1"
+    )
     pgd_steps: int = knob(
         40, IntDistribution(1, 1000), "gradient steps; AdvAE on MNIST 40, on CIFAR-10 10", given={"attack": ("pgd",)}
     )
     pgd_step_size: float = knob(
-        0.01, FloatDistribution(1e-4, 1.0, log=True), "step, in pixel units; AdvAE's", given={"attack": ("pgd",)}
+        0.01, FloatDistribution(1e-4, 1000.0, log=True), "step, in pixel units; AdvAE's", given={"attack": ("pgd",)}
+    )
+    warm_up: int = knob(
+        0,
+        IntDistribution(0, 1000),
+        "first epochs in which eps and step grow linearly (inferred: at a large eps a training may stay at chance)",
     )
     clean_share: float = knob(
         0.5,
@@ -53,18 +67,35 @@ class AdversarialTraining(Defense):
 
     Train = Train
 
+    def build(self) -> None:
+        k = self.train_knobs
+        if k.norm == "Linf" and k.eps > 1:
+            raise InputError(f"eps must be at most 1 in Linf, in pixel units of [0, 1], but is {k.eps}")
+
     def adopt(self, classifier: nn.Module) -> None:
         self.network = copy.deepcopy(classifier).requires_grad_(True)
 
-    def attacked(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
-        """Return x + delta: the inner maximum of AdvAE's Eq. 4, found by the attack on the current network."""
+    def attacked(self, x_NCHW: Tensor, y_N: Tensor, share: float = 1.0) -> Tensor:
+        """Return x + delta: the inner maximum of AdvAE's Eq. 4, found by the attack on the current network.
+
+        Args:
+            share: of eps and of the step; less than 1 while the training warms up.
+        """
         import torchattacks  # only a training needs it
 
+        from attacks.algorithms.pgd import PGD  # loads torchattacks
+
         k = self.train_knobs
+        eps, alpha = share * k.eps, share * k.pgd_step_size
+        attack: torchattacks.attack.Attack
         if k.attack == "fgsm":
-            attack = torchattacks.FGSM(self.network, eps=k.eps)
-        else:
-            attack = torchattacks.PGD(self.network, eps=k.eps, alpha=k.pgd_step_size, steps=k.pgd_steps)
+            attack = torchattacks.FGSM(self.network, eps=eps)
+        elif k.norm == "Linf":
+            attack = torchattacks.PGD(self.network, eps=eps, alpha=alpha, steps=k.pgd_steps)
+        else:  # torchattacks' PGDL2 adds 1e-10 to the norm of the gradient of the batch's mean loss, which may be less
+            attack = PGD(self.network, eps=eps, alpha=alpha, steps=k.pgd_steps, norm="L2")
+            seed = int(torch.randint(2**31, ()))  # of this step's random starts; it follows from the epoch's seed
+            attack.draws = Draws(seed, torch.arange(len(x_NCHW), device=x_NCHW.device))
         with evaluating(self.network):
             return attack(x_NCHW, y_N)
 
@@ -83,10 +114,11 @@ class AdversarialTraining(Defense):
         for number, epoch in enumerate(batches, start=batches.start):
             if number == 0 and k.start == "scratch":  # here, so that the weights follow from the epoch's seed
                 self._forget()
+            share = min(1.0, (number + 1) / (k.warm_up + 1))
             self.train()
             total, images = torch.zeros((), device=batches.x_NCHW.device), 0
             for x_NCHW, y_N in epoch:
-                loss = self.loss(x_NCHW, self.attacked(x_NCHW, y_N), y_N)
+                loss = self.loss(x_NCHW, self.attacked(x_NCHW, y_N, share), y_N)
                 adam.zero_grad(set_to_none=True)
                 loss.backward()
                 adam.step()

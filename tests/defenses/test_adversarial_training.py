@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from defenses.adversarial_training import AdversarialTraining
 from defenses.base import Batches, Shape
+from spaces.exceptions import InputError
 
 SHAPE = Shape(1, 8, 8, 10)
 Digits = tuple[Tensor, Tensor]
@@ -83,6 +84,51 @@ def test_pgd_starts_at_random_stays_within_eps_and_outdoes_fgsm(digits: Digits, 
     assert pgd.loss(x, first, y) > pgd.loss(x, single, y)
 
 
+def test_pgd_in_l2_stays_within_eps_starts_anew_at_each_step_and_goes_farther_than_linf(
+    digits: Digits, classifier: nn.Module
+) -> None:
+    x, y = digits[0][:64], digits[1][:64]
+    pgd = adopted(classifier, attack="pgd", norm="L2", eps=1.5, pgd_steps=10, pgd_step_size=0.375)
+    first, second = pgd.attacked(x, y), pgd.attacked(x, y)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    once = pgd.attacked(x, y)
+    torch.manual_seed(3)
+    assert torch.equal(once, pgd.attacked(x, y))
+    lengths = (first - x).flatten(1).norm(dim=1)
+    assert float(lengths.max()) <= 1.5 + 1e-5 and float(lengths.median()) > 1
+    assert float((first - x).abs().max()) > 0.3 and 0 <= float(first.min()) and float(first.max()) <= 1
+    torch.manual_seed(3)
+    noise = torch.randn_like(x)
+    noisy = (x + 1.5 * noise / noise.flatten(1).norm(dim=1)[:, None, None, None]).clamp(0, 1)
+    assert pgd.loss(x, first, y) > 2 * pgd.loss(x, noisy, y)
+
+
+def test_eps_may_exceed_1_in_l2_alone() -> None:
+    assert adopted(small(), norm="L2", eps=3.0).train_knobs.eps == 3
+    with pytest.raises(InputError, match="eps must be at most 1 in Linf, in pixel units"):
+        adopted(small(), eps=1.5)
+
+
+def test_eps_and_step_grow_over_the_warm_up(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = small()
+    defense = adopted(classifier, attack="fgsm", eps=0.2, warm_up=3)
+    attack, shares, farthest = defense.attacked, list[float](), list[float]()
+
+    def attacked(x: Tensor, y: Tensor, share: float) -> Tensor:
+        result = attack(x, y, share)
+        shares.append(share)
+        farthest.append(float((result - x).abs().max()))
+        return result
+
+    monkeypatch.setattr(defense, "attacked", attacked)
+    list(defense.fit(Batches(digits[0][:32], digits[1][:32], epochs=5, batch_size=32), classifier))
+    assert shares == [0.25, 0.5, 0.75, 1, 1] and farthest == pytest.approx([0.2 * share for share in shares])
+    shares.clear()
+    list(defense.fit(Batches(digits[0][:32], digits[1][:32], epochs=5, batch_size=32, start=2), classifier))
+    assert shares == [0.75, 1, 1]  # a resumed fit goes on where it was
+
+
 def test_the_defaults_are_advaes_on_mnist(monkeypatch: pytest.MonkeyPatch, digits: Digits) -> None:
     monkeypatch.setattr(torchattacks.PGD, "__call__", lambda attack, x, y: attack)
     used: Any = adopted(small()).attacked(*digits)
@@ -95,9 +141,9 @@ def test_the_attack_sees_no_dropout_and_the_step_does(digits: Digits, monkeypatc
     attack, loss, dropout = defense.attacked, defense.loss, list(defense.network.children())[2]
     modes: list[tuple[bool, bool]] = []
 
-    def attacked(x: Tensor, y: Tensor) -> Tensor:
+    def attacked(x: Tensor, y: Tensor, share: float) -> Tensor:
         hook = defense.network.register_forward_pre_hook(lambda *_: modes.append((True, dropout.training)))
-        result = attack(x, y)
+        result = attack(x, y, share)
         hook.remove()
         return result
 
@@ -156,18 +202,19 @@ def test_a_resumed_fit_keeps_what_it_learnt(start: str, digits: Digits, classifi
     assert weights_equal(whole, rest.network)
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd"])
+@pytest.mark.parametrize(("attack", "norm", "eps"), [("fgsm", "Linf", 0.15), ("pgd", "Linf", 0.15), ("pgd", "L2", 1.0)])
 def test_it_withstands_a_white_box_attack_that_breaks_the_classifier(
-    attack: str, digits: Digits, classifier: nn.Module
+    attack: str, norm: str, eps: float, digits: Digits, classifier: nn.Module
 ) -> None:
     x, y = digits[0][1400:], digits[1][1400:]
-    pgd: dict[str, Any] = {"pgd_steps": 5, "pgd_step_size": 0.05}
-    network = fitted(classifier, digits, images=1400, epochs=7, attack=attack, eps=0.15, start="pretrained", **pgd)
+    pgd: dict[str, Any] = {"norm": norm, "eps": eps, "pgd_steps": 5, "pgd_step_size": eps / 3}
+    network = fitted(classifier, digits, images=1400, epochs=7, attack=attack, start="pretrained", **pgd)
 
     def right(model: nn.Module, images: Tensor) -> float:
         return float((model(images).argmax(1) == y).float().mean())
 
     def left(model: nn.Module) -> float:
-        return right(model, torchattacks.PGD(model, eps=0.15, alpha=0.03, steps=20)(x, y))
+        pgd = torchattacks.PGD if norm == "Linf" else torchattacks.PGDL2
+        return right(model, pgd(model, eps=eps, alpha=eps / 5, steps=20)(x, y))
 
     assert left(network) > left(classifier) + 0.1 and right(network, x) > right(classifier, x) - 0.02
