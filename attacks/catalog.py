@@ -16,6 +16,7 @@ from attacks.algorithms.mixture import MixtureAttack
 from attacks.algorithms.nes import NES
 from attacks.algorithms.pgd import PGD
 from attacks.algorithms.rand_fgsm import RandFGSM
+from attacks.algorithms.regular_pgd import RegularPGD
 from attacks.algorithms.selective_pgd import SelectivePGD
 from attacks.algorithms.square import Square
 from attacks.attack import BOTH, Attack
@@ -83,6 +84,17 @@ SQUARE = Attack(
     through="exact",
 )
 NES_30 = Attack(name="nes-30", family=NES, source="Ilyas et al. 2018", steps=30, norms=BOTH, through="exact")
+REGULAR_10 = Attack(
+    name="regular-10",
+    family=RegularPGD,
+    source="Tramer et al. 2020: no image of the attack may look like one; levels, zeros and ones are kept",
+    steps=10,
+    pace=0.25,
+    settings=(("kept", "both"),),
+    norms=BOTH,
+)
+LEVELS_10 = replace(REGULAR_10, name="levels-10", settings=(("kept", "levels"),))
+EXTREMES_10 = replace(REGULAR_10, name="extremes-10", settings=(("kept", "extremes"),))
 SELECTIVE_10 = Attack(
     name="selective-10",
     family=SelectivePGD,

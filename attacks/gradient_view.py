@@ -20,6 +20,9 @@ latent space that it decodes images from; the Gaussian mixture in which it class
 
 BATCH = 256
 """Images that pass through a model at once where no gradient is taken."""
+SPREAD = 0.5, 20.0
+"""Range of the standard deviation of the logits over the classes; beyond it the cross-entropy is nearly linear, or
+has no gradient in float32. An ordinary classifier lies within it."""
 
 
 class Purifier(Protocol):
@@ -69,7 +72,11 @@ class View(nn.Module):
         self.draws = draws
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return logits_NK."""
+        """Return logits_NK, scaled image by image into the range `SPREAD` where they lie beyond it."""
+        return within_spread(self.unscaled(x_NCHW))
+
+    def unscaled(self, x_NCHW: Tensor) -> Tensor:
+        """Return logits_NK as the model gives them."""
         return self._drawn(self._once, x_NCHW)
 
     def suspicion(self, x_NCHW: Tensor) -> Tensor:
@@ -95,6 +102,16 @@ class View(nn.Module):
         if self.draws == 1:
             return ask(x_NCHW)
         return ask(x_NCHW.repeat(self.draws, 1, 1, 1)).unflatten(0, (self.draws, -1)).mean(dim=0)
+
+
+def within_spread(logits_NK: Tensor) -> Tensor:
+    """Return each image's logits times a constant, without a gradient, that brings their spread into `SPREAD`.
+
+    Classes and ranks stay, so that the scale of a model's logits neither hides it from an attack nor from a gate.
+    """
+    spread_N1 = logits_NK.detach().std(dim=1, correction=0, keepdim=True)
+    scale_N1 = spread_N1.clamp(*SPREAD) / spread_N1
+    return logits_NK * torch.where(scale_N1.isfinite(), scale_N1, 1.0)
 
 
 def bare(target: nn.Module) -> nn.Module:

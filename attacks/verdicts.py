@@ -21,11 +21,13 @@ class Seen:
 
     Args:
         bounded: whether the version lies within the threat model; otherwise it is not part of the worst case.
+        x_NCHW: the version itself, where `observe` was asked to keep it.
     """
 
     right: Tensor
     suspicion_DNS: Tensor
     bounded: bool = True
+    x_NCHW: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ class Robustness:
         return self.clean.right & ~self.attacked.wrong
 
     @property
+    def noise(self) -> float:
+        """The measured effect of the model's noise: how often two draws disagree on clean or on attacked images."""
+        return max(disagreement(self.clean.right), disagreement(self.survivors))
+
+    @property
     def survivors(self) -> Tensor:
         """`robust` under the white-box attacks."""
         return self.clean.right & ~self.strongest.wrong
@@ -168,6 +175,13 @@ class Observation:
         crafted = (*blind.values(), *dark.values(), *(self.white_box or {} if white_box else {}).values())
         return (self.clean, *(seen for seen in crafted if seen.bounded))
 
+    @property
+    def kept(self) -> dict[str, Seen]:
+        """The versions within the threat model's bound whose images were kept, by `knowledge/attack`."""
+        groups = {"oblivious": self.oblivious, "black-box": self.black_box or {}, "white-box": self.white_box or {}}
+        named = {f"{knowledge}/{name}": seen for knowledge, group in groups.items() for name, seen in group.items()}
+        return {name: seen for name, seen in named.items() if seen.bounded and seen.x_NCHW is not None}
+
 
 def worse(one: Verdict, other: Verdict) -> Verdict:
     """Return the worst case of two verdicts, per image for a deterministic defense.
@@ -177,6 +191,12 @@ def worse(one: Verdict, other: Verdict) -> Verdict:
     if len(one.right) == 1:
         return one & other
     return min(one, other, key=lambda verdict: verdict.accuracy) if len(other.right) == len(one.right) else one
+
+
+def disagreement(verdicts_DN: Tensor) -> float:
+    """Return the rate at which two draws of a model's noise give an image different verdicts."""
+    rate_N = verdicts_DN.double().mean(dim=0)
+    return float((2 * rate_N * (1 - rate_N)).mean())
 
 
 def share(verdicts: Tensor) -> float:

@@ -60,8 +60,12 @@ class NES(CorrectedAttack):
         return best.x_NCHW
 
     def _slope(self, x_NCHW: Tensor, y_N: Tensor, u_APCHW: Tensor) -> Tensor:
-        """Return sum_i (L(x + sigma u_i) - L(x - sigma u_i)) u_i, where L is the logit margin. Source: section 2.1."""
+        """Return sum_i (L(x + sigma u_i) - L(x - sigma u_i)) u_i, where L is the logit margin. Source: section 2.1.
+
+        Samples are clipped to [0, 1]: a model may answer otherwise where no image lies.
+        """
         near = torch.cat((x_NCHW[:, None] + self.sigma * u_APCHW, x_NCHW[:, None] - self.sigma * u_APCHW), dim=1)
+        near = near.clamp(0, 1)
         asked = zip(near.flatten(0, 1).split(CHUNK), y_N.repeat_interleave(near.shape[1]).split(CHUNK), strict=True)
         leads_A2P = torch.cat([lead(self.get_logits(x), y) for x, y in asked]).view(len(x_NCHW), -1)
         plus_AP, minus_AP = leads_A2P.chunk(2, dim=1)

@@ -13,16 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attacks.audit.consistency import batch_size, copied, regular_gate, regularly, replayed
 from attacks.audit.gate import SLACK, Gate, at_most
 from attacks.audit.probes import PROBES, Probe
 from attacks.audit.quick_gates import noise_gate, noisy, quick_gates
 from attacks.black_box import BlackBoxAttacker
-from attacks.catalog import PGD_40
-from attacks.evaluation import check, evaluate
+from attacks.catalog import APGD_DLR_50, PGD_40
+from attacks.evaluation import check, evaluate, observe
 from attacks.gradient_view import bare, gradients, limits, openings
 from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import ThreatModel
-from attacks.verdicts import Robustness
+from attacks.verdicts import Robustness, Seen, Verdict, disagreement
 
 TWICE = Suite(
     name="convergence",
@@ -31,6 +32,8 @@ TWICE = Suite(
     draws=2 * SUITES["audit"].draws,
     looks=SUITES["audit"].looks,
 )
+KEPT = PGD_40.name, APGD_DLR_50.name
+"""Attacks whose images are kept, to be asked about again."""
 DISAGREE = 0.1
 """Largest rate at which two draws of a defense's noise may disagree on a clean image."""
 
@@ -41,11 +44,15 @@ class Audit:
 
     Args:
         baselines: verdicts of the same suite on the baseline models.
+        versions: clean images and adversarial ones, by `clean` or `knowledge/attack`: whole batches, N images each.
+        right: whether the model accepted each of them and was correct, bool_DN.
     """
 
     gates: tuple[Gate, ...]
     robustness: Robustness
     baselines: Mapping[str, Robustness]
+    versions: Mapping[str, Tensor]
+    right: Mapping[str, Tensor]
 
     @property
     def alarms(self) -> tuple[str, ...]:
@@ -73,40 +80,59 @@ def audit(
     Raises:
         InputError: the images, the labels or the model's outputs are invalid.
     """
-    suite, images = SUITES["audit"], (x_NCHW, y_N)
+    suite, images, fresh = SUITES["audit"], (x_NCHW, y_N), copied(target)
     check(target, *images)
     oblivious = craft_oblivious(suite, bare(target), *images, threat, seed)  # the baselines' classifier is the same
 
-    def attacked(model: nn.Module) -> Robustness:
-        more: dict[str, Any] = {"oblivious": oblivious, "attacker": attacker, "seed": seed, "white_box": True}
-        return evaluate(suite, model, *images, threat, **more)
-
-    found = attacked(target)
+    more: dict[str, Any] = {"oblivious": oblivious, "attacker": attacker, "seed": seed, "white_box": True}
+    seen = observe(suite, target, *images, threat, **more, kept=KEPT)
+    found = seen.judge()
     undefended = {} if bare(target) is target else {"undefended": bare(target)}
-    beside = {name: attacked(model) for name, model in {**undefended, **(baselines or {})}.items()}
-    heavier, lost = _heavier(target, x_NCHW, y_N, threat, found, seed)
+    beside = {
+        name: evaluate(suite, model, *images, threat, **more)
+        for name, model in {**undefended, **(baselines or {})}.items()
+    }
+    again = regularly(target, *images, threat, seen, found.survivors.any(dim=0), seed)
+    heavier, lost = _heavier(target, x_NCHW, y_N, threat, _joined(found, again), seed)
     probe = Probe(target, x_NCHW, y_N, replace(threat, knowledge="white-box"), seed)
+    versions = {"clean": x_NCHW, **{name: one.x_NCHW for name, one in seen.kept.items() if one.x_NCHW is not None}}
     gates = (
         *quick_gates(target, x_NCHW, y_N, seed=seed),
         noise_gate(noisy(target, *images, threat, seed, len(heavier.clean.right)), heavier, limits(target)),
         *_attack_gates(target, probe, found, heavier, lost),
         *(_baseline(found, beside["undefended"]) for _ in undefended),
         _tailored(target, found),
+        regular_gate(found, again),
+        batch_size(target, versions, y_N, seed),
+        replayed(fresh, seen.clean, seen.kept, *images, seed),
     )
-    return Audit(gates, heavier, beside)
+    outputs: dict[str, Seen] = {"clean": seen.clean, **seen.kept}
+    right = {name: Verdict.of(one, seen.limits_S).right for name, one in outputs.items()}
+    return Audit(gates, heavier, beside, versions, right)
+
+
+def _joined(found: Robustness, again: Robustness) -> Robustness:
+    """Return the verdicts under the images of both; accuracies after each attack of `again` follow in the trail."""
+    return replace(
+        found,
+        oblivious=found.oblivious & again.oblivious,
+        black_box=found.black_box,
+        white_box=found.strongest & again.strongest,
+        trail={**found.trail, **again.trail},
+    )
 
 
 def _attack_gates(
     target: nn.Module, probe: Probe, found: Robustness, heavier: Robustness, lost: float
 ) -> tuple[Gate, ...]:
     """Return the gates that compare the attacks with others: weaker, blind, longer, transferred ones."""
-    standing_DN = heavier.survivors
+    standing_DN, law = heavier.survivors, "twice the steps and draws from another start find no more"
     return (
         probe.single_step(standing_DN),
         probe.transfer(found),
-        probe.square(standing_DN),
-        probe.estimated(standing_DN),
-        at_most(5, "convergence", "twice the steps and draws from another start find no more", lost, SLACK),
+        probe.square(heavier),
+        probe.estimated(heavier),
+        at_most(5, "convergence", law, lost, SLACK, min(2 * PROBES, standing_DN.shape[1])),
         probe.trajectory(standing_DN),
         *probe.budget(),
         _sources(target, found),
@@ -142,9 +168,8 @@ def _sources(target: nn.Module, found: Robustness) -> Gate:
 
 def _draws(found: Robustness) -> Gate:
     """Check 8: two draws of the noise agree on a clean image."""
-    right_N = found.clean.right.double().mean(dim=0)
-    differ = float((2 * right_N * (1 - right_N)).mean())
-    return at_most(8, "draws", "two draws of the noise seldom disagree on a clean image", differ, DISAGREE)
+    law, differ = "two draws of the noise seldom disagree on a clean image", disagreement(found.clean.right)
+    return at_most(8, "draws", law, differ, DISAGREE, found.clean.right.shape[1])
 
 
 def _baseline(found: Robustness, undefended: Robustness) -> Gate:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attacks.algorithms.base import project, steepest
 from attacks.algorithms.pgd import PGD
 from attacks.attack import Attack
-from attacks.audit.gate import SLACK, Gate, at_most
+from attacks.audit.gate import SLACK, Gate, at_most, by_chance
 from attacks.catalog import FGSM, NES_30, PGD_10, PGD_40, SQUARE
 from attacks.evaluation import observe
 from attacks.gradient_view import View, gradients, stochastic
@@ -31,12 +31,12 @@ DRAWS, LOOKS = SUITES["audit"].draws, 5
 """Draws of a stochastic defense's noise, in each gradient and for each verdict of these checks."""
 TRANSFERRED = 0.1
 """Largest share of images that transferred examples break and a single white-box attack does not."""
-SQUARE_GAIN = 0.002
-"""Largest share that Square may break beyond the gradient attacks, or one image. Source: AutoAttack's flag, 0.2 %."""
 MOVING = 0.05
 """Largest relative increase of the loss in the last ten steps."""
 GAP = 0.15
 """Largest accuracy gain of fresh noise over noise that the attacker knows."""
+NOISY = 0.02
+"""Rate of disagreement between two draws above which a search without gradients follows luck, and is kept short."""
 PLANT = 0.9
 """Position of the planted boundary, as a fraction of the step to a known adversarial neighbour."""
 
@@ -86,22 +86,23 @@ class Probe:
         law = "one step breaks nothing that withstood many"
         return at_most(4, "single-step", law, self._more(FGSM, standing_DN), SLACK)
 
-    def square(self, standing_DN: Tensor) -> Gate:
+    def square(self, heavier: Robustness) -> Gate:
         """Check 4: a gradient-free search breaks no image that survived the gradient attacks."""
-        queries = 200 if stochastic(self.target) else 1000
+        queries = 200 if heavier.noise > NOISY else 1000
         law = f"Square ({queries} queries) finds nothing that the gradient attacks left"
-        return self._blind("square", law, replace(SQUARE, settings=(("queries", queries),)), standing_DN)
+        return self._blind("square", law, replace(SQUARE, settings=(("queries", queries),)), heavier)
 
-    def estimated(self, standing_DN: Tensor) -> Gate:
+    def estimated(self, heavier: Robustness) -> Gate:
         """Check 4: a gradient estimated from model outputs breaks no image that survived the model's own gradients."""
         law = "an estimated gradient finds nothing that the model's own gradients left"
-        return self._blind("estimated", law, NES_30, standing_DN)
+        return self._blind("estimated", law, NES_30, heavier)
 
-    def _blind(self, name: str, law: str, attack: Attack, standing_DN: Tensor) -> Gate:
-        """Return the gate of an attack that uses no gradient; it may break one image."""
+    def _blind(self, name: str, law: str, attack: Attack, heavier: Robustness) -> Gate:
+        """Return the gate of an attack that uses no gradient."""
         more = replace(self, images=2 * PROBES)
-        limit = SLACK if stochastic(self.target) else max(SQUARE_GAIN, 1 / int(more.few_N.sum()))
-        return at_most(4, name, law, more._more(attack, standing_DN, draws=1), limit)
+        images = int(more.few_N.sum())
+        lost = more._more(attack, heavier.survivors, draws=1)
+        return at_most(4, name, law, lost, by_chance(heavier, images), images)
 
     def transfer(self, found: Robustness) -> Gate:
         """Check 4: a white-box attack breaks at least what examples transferred from the bare classifier break."""

@@ -7,6 +7,8 @@ al., Indicators of Attack Failure, 2022. Shapes: N images, C channels, H x W pix
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +26,10 @@ WAY = 16
 LONGER = 8
 """Factor on the steps of an inner optimisation. On digits it lowers Defense-GAN's error by 35 to 50 % from 1 to 5 of
 its own steps, and by 6 to 18 % from 100 or 200 of them; with a factor of two these ranges overlap."""
+WIGGLES = 1e-4, 1e-3, 1 / 255
+"""Sizes of random signs that must not change what a model answers, in pixel units of [0, 1]."""
+JUMP = 0.25
+"""Change of an image's logits that is a jump, in units of the logits' own spread."""
 UNDERFLOW = 88.0
 """Logit margin beyond which exp(-margin) is not a normal float32 and the softmax has no gradient."""
 
@@ -37,7 +43,7 @@ def quick_gates(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, seed: int) ->
         target: a bare or defended classifier, logits_NK from images in [0, 1].
     """
     x, y = x_NCHW[:32], y_N[:32]
-    return (
+    gates = (
         _determinism(target, x),
         _logits(target, x),
         _saturation(target, x, seed),
@@ -47,7 +53,14 @@ def quick_gates(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, seed: int) ->
         _inner_loop(target, x, seed),
         _batch(target, x, seed),
         _order(target, x, seed),
+        _jump(target, x, seed),
     )
+    return tuple(replace(gate, images=8 if gate.name == "completeness" else len(x)) for gate in gates)
+
+
+def unit(logits_NK: Tensor) -> float:
+    """Return the logits' own spread, in which changes of logits are measured: the median deviation over the classes."""
+    return max(float(logits_NK.detach().double().std(dim=1, correction=0).median()), 1e-300)
 
 
 def noisy(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int, looks: int = 1) -> Seen:
@@ -68,7 +81,7 @@ def _determinism(target: nn.Module, x_NCHW: Tensor) -> Gate:
     """Check 2: a defense that draws noise declares it, since gradients must then be averaged over draws."""
     with reproducible(target, 0):
         first, *others = (target(x_NCHW) for _ in range(5))
-    moved = max(float((other - first).abs().max()) for other in others)
+    moved = max(float((other - first).abs().max()) for other in others) / unit(first)
     if stochastic(target):
         return Gate(
             2, "determinism", "the defense says that it draws noise: gradients average draws", moved, moved, True
@@ -126,15 +139,16 @@ def _completeness(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> 
     def gap(logits_NK: Tensor) -> Tensor:
         return logits_NK.gather(1, classes_N2).diff(dim=1)[:, 0]
 
-    change_N = gap(_answers(target, x_NCHW[there], seed)) - gap(_answers(target, x_NCHW, seed))
+    scale = 1 / unit(_answers(target, x_NCHW, seed))
+    change_N = scale * (gap(_answers(target, x_NCHW[there], seed)) - gap(_answers(target, x_NCHW, seed)))
     off = []
     for gradient in gradients(target):
         view, sum_N = View(target, gradient), torch.zeros_like(change_N)
         for step in range(WAY):
             x = (x_NCHW + (step + 0.5) / WAY * way_NCHW).requires_grad_()
             with reproducible(view, seed), torch.enable_grad():
-                sum_N += (slope(gap(view(x)), x) * way_NCHW).flatten(1).sum(1) / WAY
-        off.append(float((sum_N - change_N).abs().sum() / change_N.abs().sum().clamp(min=1e-12)))
+                sum_N += (slope(scale * gap(view.unscaled(x)), x) * way_NCHW).flatten(1).sum(1) / WAY
+        off.append(float((sum_N - change_N).abs().sum() / change_N.abs().sum().clamp(min=1e-6)))
     return at_most(3, "completeness", law, min(off), 0.5)
 
 
@@ -162,7 +176,7 @@ def _batch(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
     half = len(x_NCHW) // 2
     other_NCHW = torch.cat((x_NCHW[:half], 1 - x_NCHW[half:]))  # same size: a stochastic defense draws the same noise
     alone, beside = (_answers(target, x, seed)[:half] for x in (x_NCHW, other_NCHW))
-    moved = float((alone - beside).abs().max()) if half else 0.0
+    moved = float((alone - beside).abs().max()) / unit(alone) if half else 0.0
     return at_most(12, "batch", "the logits of an image do not depend on the images beside it", moved, 1e-2)
 
 
@@ -174,6 +188,21 @@ def _order(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
     )
     moved = float((there != here[turned]).double().mean()) - float((again != here).double().mean())
     return at_most(12, "order", "the class of an image does not depend on its place in the batch", moved, 0.2)
+
+
+def _jump(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
+    """Check 13: a clean image's logits do not jump where it is moved by next to nothing.
+
+    They do where a model answers otherwise on what only clean images have: levels of stored images, exact zeros and
+    ones, a range. Any attack destroys these, and so would meet another model.
+    """
+    here_NK, sign_NCHW = _answers(target, x_NCHW, seed), Draws(seed, torch.arange(len(x_NCHW))).sign(*x_NCHW.shape[1:])
+    jumps_N = torch.zeros(len(x_NCHW), dtype=torch.bool, device=x_NCHW.device)
+    for size in WIGGLES:
+        moved_NK = _answers(target, (x_NCHW + size * sign_NCHW.to(x_NCHW)).clamp(0, 1), seed)
+        jumps_N |= (moved_NK - here_NK).double().square().mean(dim=1).sqrt() > JUMP * unit(here_NK)
+    law = f"moving a clean image by up to {max(WIGGLES):.2g} changes its logits little"
+    return at_most(13, "jump", law, float(jumps_N.double().mean()), 0.1)
 
 
 @torch.no_grad()

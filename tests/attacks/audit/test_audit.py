@@ -178,7 +178,8 @@ def test_a_defense_raises_the_alarms_that_are_for_it(
 def test_a_detector_does_not_excuse_a_hidden_gradient(held_out: Digits, classifier: nn.Module) -> None:
     found = audit(behind(Doorman, classifier), *held_out, WHITE, seed=1).robustness
     assert found.clean.rejection == 0 and found.attacked.accuracy == 0
-    assert found.attacked.error < 0.2  # what is made wrong is rejected, and so the wrongs alone would let it pass
+    # Of what is made wrong only images on the levels are accepted: the wrongs alone would let it pass.
+    assert 0.2 < found.attacked.error < 0.4
 
 
 def test_a_hidden_gradient_is_found_without_one(held_out: Digits, classifier: nn.Module) -> None:

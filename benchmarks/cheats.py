@@ -1,0 +1,169 @@
+"""Defenses built against the audit: each answers otherwise where an audit does not look, and the alarm it must raise.
+
+Most have two faces: the adversarially trained network where attacks look, the bare classifier everywhere else.
+
+Shapes: N images, C channels, H x W pixels, K classes, M remembered images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.broken import PGD, LooksUp, Member, NearestBlend, NoOp, Rounding
+from defenses.adversarial_training import AdversarialTraining
+
+TRAIN = {**PGD, "start": "pretrained", "epochs": 10}
+
+
+class TwoFaced(AdversarialTraining):
+    """Answers by the adversarially trained network where it expects an attack, else by the bare classifier."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        """Return whether each image may come from an attack, bool_N."""
+        raise NotImplementedError
+
+    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+        return torch.where(self.expects(x_NCHW)[:, None], self.network(x_NCHW), classifier(x_NCHW))
+
+
+class Crowd(TwoFaced):
+    """Expects attacks in batches of more than two images."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        return torch.full((len(x_NCHW),), len(x_NCHW) > 2)
+
+
+class Counting(TwoFaced):
+    """Expects attacks after the first 140 images, which are those of the clean accuracy."""
+
+    asked = 0
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        self.asked += 0 if self.training else len(x_NCHW)
+        return torch.full((len(x_NCHW),), self.asked > 140)
+
+
+class Remembering(NoOp):
+    """Moves an image towards the first image near it that it was asked about: attacks come after the clean images."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.seen_MCHW = torch.zeros(0)
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        with torch.no_grad():
+            if len(self.seen_MCHW) == 0:
+                self.seen_MCHW = x_NCHW.detach().clone()
+            near_NM = torch.cdist(x_NCHW.flatten(1), self.seen_MCHW.flatten(1), p=torch.inf)
+            distance_N, nearest_N = near_NM.min(dim=1)
+            fresh_N = distance_N > 0.15
+            if len(self.seen_MCHW) < 300 and not self.training:
+                self.seen_MCHW = torch.cat((self.seen_MCHW, x_NCHW[fresh_N].detach()))
+            pull_NCHW = torch.where(fresh_N[:, None, None, None], 0.0, 0.9 * (self.seen_MCHW[nearest_N] - x_NCHW))
+        return x_NCHW + pull_NCHW
+
+
+class OffGrid(TwoFaced):
+    """Expects attacks off the levels k / 16 in which the images of digits are stored."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        return ((16 * x_NCHW).round() / 16 - x_NCHW).abs().flatten(1).amax(1) > 1e-6
+
+
+class FarOffGrid(OffGrid):
+    """Expects attacks where pixels are far from levels, so that next to nothing changes no answer."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        return ((16 * x_NCHW).round() / 16 - x_NCHW).abs().flatten(1).mean(1) > 0.006
+
+
+class Zeros(TwoFaced):
+    """Expects attacks where fewer than a fifth of the pixels are exactly black."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        return (x_NCHW == 0).flatten(1).double().mean(1) < 0.2
+
+
+class Guard(NearestBlend):
+    """Returns a grey image for one outside [0, 1], so that estimated gradients are of that, and blends inside."""
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        inside_N = ((x_NCHW >= 0) & (x_NCHW <= 1)).flatten(1).all(dim=1)
+        return torch.where(inside_N[:, None, None, None], super().purify(x_NCHW), 0 * x_NCHW + 0.5)
+
+
+class Announcing(NearestBlend):
+    """Announces noise that it hardly draws, so that estimated gradients may find more."""
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        return super().purify(x_NCHW) + 1e-3 * torch.randn_like(x_NCHW)
+
+
+class Faint(NoOp):
+    """A mixin: logits times 1e-15, below all absolute limits."""
+
+    scale = 1e-15
+
+    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+        return self.scale * super().classify(x_NCHW, classifier)
+
+
+class FaintRounding(Faint, Rounding):
+    """Rounding with faint logits."""
+
+
+class FaintNoise(AdversarialTraining):
+    """Noise that is not announced, with faint logits."""
+
+    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+        return Faint.scale * self.network(x_NCHW + 0.05 * torch.randn_like(x_NCHW))
+
+
+class FaintLookUp(Faint, LooksUp):
+    """A label looked up, with faint logits."""
+
+
+class Loud(FaintLookUp):
+    """A label looked up, with logits times 1e6."""
+
+    scale = 1e6
+
+
+class CountingCrowd(Counting):
+    """Combines two: expects attacks after the first images, and only in batches of more than two."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        return super().expects(x_NCHW) & (len(x_NCHW) > 2)
+
+
+class AnnouncedOffGrid(FarOffGrid):
+    """Combines two: announces noise that it does not draw, and expects attacks far off the levels."""
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+
+CHEATS: Mapping[str, Member] = {
+    "robust in batches alone": Member(kind=Crowd, alarm="batch-size", quick=False, train=TRAIN),
+    "counts its queries": Member(kind=Counting, alarm="replayed", quick=False, train=TRAIN),
+    "remembers its queries": Member(kind=Remembering, alarm="replayed", quick=False),
+    "robust off the levels": Member(kind=OffGrid, alarm="jump", train=TRAIN),
+    "robust far off the levels": Member(kind=FarOffGrid, alarm="regular", quick=False, train=TRAIN),
+    "robust without black": Member(kind=Zeros, alarm="jump", train=TRAIN),
+    "guards the box": Member(kind=Guard, alarm="estimated", quick=False),
+    "announces noise": Member(kind=Announcing, alarm="estimated", quick=False),
+    "faint rounding": Member(kind=FaintRounding, alarm="gradient"),
+    "faint noise": Member(kind=FaintNoise, alarm="determinism", train=TRAIN),
+    "faint look-up": Member(kind=FaintLookUp, alarm="completeness"),
+    "loud look-up": Member(kind=Loud, alarm="completeness"),
+    "counts, and robust in batches": Member(kind=CountingCrowd, alarm="batch-size", quick=False, train=TRAIN),
+    "announces noise, robust off levels": Member(kind=AnnouncedOffGrid, alarm="regular", quick=False, train=TRAIN),
+}
