@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from search.data import splits
-from search.data.cache import data_folder
 from search.data.datasets import DATASETS
+from search.data.folders import data_folder
 from search.storage.mirror import mirror_of
 from search.storage.uri import check_storage, local_folder
 from search.study.study import Study

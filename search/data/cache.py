@@ -18,12 +18,13 @@ from filelock import FileLock
 from search.data.archives import digest
 from search.data.datasets import DATASETS, DataSet
 from search.data.decoders import PARTS, Pixels
-from search.data.downloads import FULL, Progress
+from search.data.downloads import FULL, Folder, Progress, ScikitLearn
+from search.data.folders import roots
+from search.data.guard import refuse_while_closed, watch
 from search.data.official_files import gather
 from search.exceptions import NoSpace
 from spaces.exceptions import InputError
 
-HOME = "~/.cache/crucible"
 INDEX = "decoded.json"
 
 
@@ -31,27 +32,13 @@ def silent(what: str, done: int, total: int) -> None:
     """Ignore the progress."""
 
 
-def data_folder(data_dir: str | Path | None = None) -> Path:
-    """Return `data_dir`, else $CRUCIBLE_DATA, else ~/.cache/crucible."""
-    return Path(data_dir or os.environ.get("CRUCIBLE_DATA") or HOME).expanduser().absolute()
-
-
-def roots(data_dir: str | Path | None) -> tuple[Path, Path]:
-    """Return the data folder, and the folder that keeps downloaded and decoded files.
-
-    They are the same unless the data folder is read-only: then these files are kept in the home cache.
-    """
-    root = data_folder(data_dir)
-    # The mode is checked too, because os.access reports everything as writable for the superuser.
-    if not root.is_dir() or (os.access(root, os.W_OK) and root.stat().st_mode & 0o222):
-        return root, root
-    mark = hashlib.sha256(str(root).encode()).hexdigest()[:12]
-    return root, Path(HOME).expanduser().absolute() / "read-only" / mark
-
-
 def caches(dataset: str, data_dir: str | Path | None) -> list[Path]:
-    """Return the folders that may hold the decoded cache of a data set."""
-    return [folder / "decoded" / dataset for folder in dict.fromkeys(roots(data_dir))]
+    """Return the folders that may hold the decoded cache of a data set; a defense cannot open them from now on."""
+    origin, (root, home) = DATASETS[dataset].origin, roots(data_dir)
+    decoded = [folder / "decoded" / dataset for folder in dict.fromkeys((root, home))]
+    here = (source.path for source in origin.sources if isinstance(source, Folder | ScikitLearn))
+    watch(*decoded, *origin.places(root, home), *here)
+    return decoded
 
 
 def ensure(dataset: str, data_dir: str | Path | None, progress: Progress = silent, *, thorough: bool = False) -> Path:
@@ -59,7 +46,9 @@ def ensure(dataset: str, data_dir: str | Path | None, progress: Progress = silen
 
     Raises:
         InputError: an altered file, no source, or no disk space; the message is one line.
+        TrialError: a defense asks for it (search/data/guard.py).
     """
+    refuse_while_closed(f"loads {dataset}")
     for decoded in caches(dataset, data_dir):
         if fault(decoded, thorough) is None:
             return decoded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
+import importlib.util
 import os
 import shutil
 import struct
@@ -145,6 +146,12 @@ class ScikitLearn:
 
     def __str__(self) -> str:
         return "scikit-learn"
+
+    @property
+    def path(self) -> Path:
+        """The file of the package that holds them."""
+        package = importlib.util.find_spec("sklearn")
+        return Path(str(package and package.origin)).parent / "datasets" / "data" / "digits.csv.gz"
 
     def open(self, work: Path, progress: Progress) -> Path:
         from sklearn.datasets import load_digits  # slow to import, and only the first fetch needs it

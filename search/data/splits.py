@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from search.data.cache import caches, ensure, fault, read_index, roots, silent
+from search.data.cache import caches, ensure, fault, read_index, silent
 from search.data.datasets import DATASETS, DataSet
 from search.data.decoders import PARTS, Part
 from search.data.downloads import Progress
+from search.data.folders import roots
 from search.exceptions import AlteredFile
 from spaces.exceptions import InputError, choose
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,17 @@ from attacks.algorithms.mixture import fool
 from attacks.black_box import BlackBoxAttacker
 from attacks.catalog import MIXTURE
 from attacks.confidence import wilson
-from attacks.evaluation import evaluate
+from attacks.evaluation import observe
 from attacks.gradient_view import View, bare, openings, stochastic
 from attacks.seeding import Draws, reproducible
 from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import Norm, ThreatModel
-from attacks.verdicts import Robustness, Verdict
+from attacks.verdicts import Observation, Robustness, Verdict
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.task import Task, find_task
 from search.console import working
 from search.data import splits
+from search.export.confirm import confirm, recorded
 from search.export.loader import load
 from search.formatting import percent
 from search.storage.atomic import write_atomic
@@ -81,8 +82,9 @@ def attack(
     start, device_lock = time.monotonic(), DeviceLock(prepared.x_NCHW.device)  # a search may measure here
     with working(console or Console(quiet=True), f"{said}, {prepared.threat}"), device_lock.working():
         oblivious = prepared.oblivious()
-        found, undefended = prepared.run(prepared.target, oblivious), prepared.run(bare(prepared.target), oblivious)
-    table = _table(prepared, found, undefended, time.monotonic() - start)
+        seen, undefended = prepared.run(prepared.target, oblivious), prepared.run(bare(prepared.target), oblivious)
+        alarms = prepared.alarms(folder, seen)
+    table = _table(prepared, seen.judge(), undefended.judge(), alarms, time.monotonic() - start)
     threat = prepared.threat
     by = f"-by-{prepared.substitute}" if prepared.blind else ""
     name = f"{suite}-{threat.knowledge}{by}-{threat.norm}-{threat.eps:g}-images-{prepared.images}-seed-{seed}"
@@ -121,11 +123,17 @@ class _Preparation:
     def blind(self) -> bool:
         return self.threat.knowledge == "black-box"
 
-    def run(self, model: nn.Module, oblivious: Mapping[str, Tensor]) -> Robustness:
+    def run(self, model: nn.Module, oblivious: Mapping[str, Tensor]) -> Observation:
         """Attack a model; `oblivious` has the adversarial examples of the oblivious attacks."""
-        attacker = self.attacker if self.blind else None
+        attacker, suite = self.attacker if self.blind else None, self.attacks
         options: dict[str, Any] = {"oblivious": oblivious, "attacker": attacker, "seed": self.seed}
-        return evaluate(self.attacks, model, self.x_NCHW, self.y_N, self.threat, **options)
+        options["kept"] = {one.name for one in (*suite.oblivious, *suite.transfer, *suite.white_box)}
+        return observe(self.attacks, model, self.x_NCHW, self.y_N, self.threat, **options)
+
+    def alarms(self, folder: Path, seen: Observation) -> list[str]:
+        """Return the alarms of the export, and those that a new process raises which is asked the same images."""
+        gates = confirm(folder, *recorded(seen, self.x_NCHW), self.y_N, seed=self.seed, changed=bool(self.changed))
+        return [*self.known["alarms"], *(gate.alarm for gate in gates if not gate.passed)]
 
     def oblivious(self) -> dict[str, Tensor]:
         """Return the adversarial examples against the bare classifier, by attack."""
@@ -179,13 +187,15 @@ def _prepared(
     )
 
 
-def _table(prepared: _Preparation, found: Robustness, undefended: Robustness, seconds: float) -> dict[str, Any]:
+def _table(
+    prepared: _Preparation, found: Robustness, undefended: Robustness, alarms: Sequence[str], seconds: float
+) -> dict[str, Any]:
     """Return the table of results, as JSON."""
     attacks, noisy = prepared.attacks, stochastic(prepared.target)
     return {
         "export": prepared.known["candidate"],
         "changed": prepared.changed,
-        "alarms": prepared.known["alarms"],
+        "alarms": list(alarms),
         "suite": attacks.name,
         "threat": asdict(prepared.threat),
         "images": prepared.images,

@@ -9,8 +9,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,7 +21,11 @@ from torch import Tensor
 
 from attacks.audit.consistency import beyond_chance
 from attacks.audit.gate import Gate, at_most
+from attacks.verdicts import Observation, Verdict
+from defenses.base import Defended
+from search.export.loader import FILES, SEAL, ran, seal
 from search.export.provenance import ROOT
+from search.storage.store import to_bytes
 
 CLEAN = "clean"
 
@@ -73,6 +79,32 @@ def confirm(
         _confirmed({name: right[name].cpu()[:, order_N] for name in names}, fresh),
         at_most(13, "code", _code_law(further), len(further), 0.0),
     )
+
+
+def recorded(seen: Observation, x_NCHW: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the clean images and the versions that an observation kept, and its verdicts on them (see `confirm`)."""
+    versions, outputs = {CLEAN: x_NCHW}, {CLEAN: seen.clean, **seen.kept}
+    versions |= {name: one.x_NCHW for name, one in seen.kept.items() if one.x_NCHW is not None}
+    return versions, {name: Verdict.of(one, seen.limits_S).right for name, one in outputs.items()}
+
+
+@contextmanager
+def written(target: Defended, model: Mapping[str, Any]) -> Iterator[Path]:
+    """Write a defended classifier as what `load` reads of an export, into a folder that is removed afterwards.
+
+    Args:
+        model: the part `model` of the evidence of an export with the same defense, knobs and classifier.
+    """
+    code = {"modules": ran(model["defense"])}
+    files = dict.fromkeys(FILES, b"") | {
+        "evidence.json": json.dumps({"model": model, "code": code}).encode(),
+        "weights.safetensors": to_bytes(target.defense),
+        "classifier.safetensors": to_bytes(target.classifier),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in {**files, SEAL: seal(files)}.items():
+            (Path(folder) / name).write_bytes(content)
+        yield Path(folder)
 
 
 def _confirmed(right: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Gate:

@@ -54,6 +54,7 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
         "rejects": runner.assets.resolved.defense.rejects(),
         "latency_ms_p50": score.latency_ms_p50,
         "latency_ms_p95": score.latency_ms_p95,
+        "latency_images": score.latency_images,
         "images": score.images,
         "baselines": {name: _baseline(beside, score.images) for name, beside in found.baselines.items()},
         "gates": [asdict(gate) for gate in gates],

@@ -20,6 +20,7 @@ import defenses
 from defenses.base import Defended, Shape
 from search.classifiers import architectures
 from search.classifiers.architectures import ARCHITECTURES
+from search.data.guard import closed
 from search.storage.fingerprint import loaded_digests
 from spaces.exceptions import InputError
 
@@ -92,9 +93,10 @@ def load(folder: str | Path, changed: bool = False) -> Exported:
     if differs:
         print(f"{folder} {differs}: it is no longer what was judged", file=sys.stderr)
     shape = Shape(**model["shape"])
-    defense = defenses.find(model["defense"])(model["train"], model["inference"], shape)
-    defense.adopt(ARCHITECTURES[model["trained_with"]].build(shape))
-    defense.load_state_dict(from_bytes(files["weights.safetensors"]))
+    with closed("loaded"):
+        defense = defenses.find(model["defense"])(model["train"], model["inference"], shape)
+        defense.adopt(ARCHITECTURES[model["trained_with"]].build(shape))
+        defense.load_state_dict(from_bytes(files["weights.safetensors"]))
     classifier = ARCHITECTURES[model["classifier"]].build(shape)
     classifier.load_state_dict(from_bytes(files["classifier.safetensors"]))
     exported = Exported(defense, classifier).eval().requires_grad_(False)

@@ -24,6 +24,7 @@ from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.verdicts import Verdict, worse
 from defenses.base import Defended
 from search.engine.jobs import Tell
+from search.export.confirm import confirm, written
 from search.final.retraining import EvaluatedModel, ExportedWinner
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Content, Store
@@ -259,7 +260,10 @@ class FinalEvaluator:
         audited = again.attacked
         try:
             found = audit(target, x_NCHW, y_N, threat, seed=self.seed + 1, attacker=attacker)
-            audited, alarms = worse(found.robustness.attacked, audited), list(found.alarms)
+            audited = worse(found.robustness.attacked, audited)
+            with written(target, case.evidence["model"]) as folder:
+                gates = confirm(folder, found.versions, found.right, y_N, seed=self.seed + 1)
+            alarms = [gate.alarm for gate in (*found.gates, *gates) if not gate.passed]
         except (AttackError, InputError) as error:
             alarms = [f"it cannot be audited: {error}"]
         return FinalVerdicts({"search": again.attacked, "audit": audited}, again.trail, {"alarms": alarms})

@@ -5,6 +5,7 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,13 +25,19 @@ from search.engine.jobs import Tell
 from search.export.loader import Exported
 from search.storage.fingerprint import fingerprint
 from search.study.study import ResolvedStudy, Study
+from search.trial.baseline import ADVERSARIAL, name_of
 from search.trial.runner import TrialRunner
-from search.trial.training import ADVERSARIAL, silent
+from search.trial.training import silent
+from spaces.domain import Scalar
 from spaces.space import Params
 
 FIRST_SEED = 1000
 STEPS = 10
 """Gradient steps of the baseline's adversarial training, each of 2.5 eps / steps. Source: Madry et al. 2017."""
+EPOCHS, UPDATES, MOST, WARM_UP = 20, 1000, 100, 10
+"""Epochs of the baseline's training: the least, and as many as make this number of updates, at most so many; and
+those in
+which eps grows: on digits, at eps 0.3, it stays at chance without. One that has not converged is named so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,30 +79,40 @@ class ExportedWinner:
         """Yield the trainings of each seed: the defense, and the adversarially trained classifier as a baseline.
 
         The baseline starts from the weights of the undefended classifier, because with random weights the loss stays at
-        chance level for long at large eps. It trains against PGD at the eps of the export (in L2, that of the task),
-        for as many epochs as the defense or the classifier, whichever has more.
+        chance level for long at large eps, and its eps grows over the first epochs. It trains against PGD at the norm
+        and eps of the export, for at least `EPOCHS` epochs and `UPDATES` updates, and as many epochs as the defense or
+        the classifier have. An epoch costs `STEPS` + 1 passes forward and back over all images: beside a small defense
+        this is most of the training of a final run.
         """
         yield self.name, self.study, self.params
-        eps = self.threat.eps if self.threat.norm == "Linf" else self.resolved.task.eps
-        knobs = {
-            "attack": "pgd",
-            "start": "pretrained",
-            "eps": eps,
-            "pgd_steps": STEPS,
-            "pgd_step_size": max(1e-4, 2.5 * eps / STEPS),
-            "epochs": max(epochs(self.params), self.study.classifier_epochs),
-        }
         beside: dict[str, Any] = {
             "defense": ADVERSARIAL,
             "task": f"{self.resolved.task.dataset}/{self.resolved.protected}",
             "protect": None,
+            "threat": "white-box",  # of its quick scores, which say whether it has converged
             "space": "default",
             "knobs": {},
             "epochs": None,
             "method": "random",
         }
+        yield ADVERSARIAL, self.study.model_copy(update=beside), Params(self._adversarial(), {})
+
+    def _adversarial(self) -> dict[str, Scalar]:
+        """Return the knobs of the baseline's adversarial training."""
+        knobs: dict[str, Any] = {
+            "attack": "pgd",
+            "norm": self.threat.norm,
+            "eps": self.threat.eps,
+            "pgd_steps": STEPS,
+            "pgd_step_size": max(1e-4, 2.5 * self.threat.eps / STEPS),
+            "warm_up": WARM_UP,
+            "start": "pretrained",
+        }
         usual = asdict(defenses.find(ADVERSARIAL).Train(**knobs))
-        yield "adversarially trained", self.study.model_copy(update=beside), Params(usual, {})
+        sizes = splits.sizes(self.resolved.task.dataset, self.study.data_dir)
+        images = min(self.study.train_images or sizes.train, sizes.train) + sizes.validation
+        least = min(MOST, math.ceil(UPDATES / math.ceil(images / usual["batch_size"])))
+        return {**usual, "epochs": max(EPOCHS, least, epochs(self.params), self.study.classifier_epochs)}
 
     def runner(self, study: Study, seed: int) -> TrialRunner:
         """Return the trial runner of one seed, which trains on train + validation; rungs use validation images."""
@@ -103,6 +120,12 @@ class ExportedWinner:
         rungs = {"suite": "quick", "eval_images": min(study.cheap_images, free)}
         whole = study.model_copy(update={"seed": seed, "eps": self.threat.eps, "norm": self.threat.norm, **rungs})
         return TrialRunner(whole, whole.store.expected(), with_validation=True)
+
+
+def _baseline(runner: TrialRunner, key: str) -> str:
+    """Return the name of the trained baseline, which says so if it has not converged."""
+    threat, shape = runner.assets.resolved.threat, runner.assets.resolved.task.shape
+    return name_of(runner.assets.store.about("fits", key), threat, shape.classes)
 
 
 def epochs(params: Params) -> int:
@@ -157,9 +180,10 @@ def evaluated_models(cases: Sequence[ExportedWinner], seed: int) -> list[Evaluat
             key, defense = runner.trainer.fit(params, silent)
             protected, threat = runner.assets.resolved.protected, replace(case.threat, knowledge="white-box")
             where, own = f"{protected}, {threat.norm} eps {threat.eps:g}", name == case.name
+            spoken = case.study.defense if own else _baseline(runner, key)
             made = EvaluatedModel(
                 export=name if own else "",
-                name=f"{case.study.defense if own else name} ({where})",
+                name=f"{spoken} ({where})",
                 identity=fingerprint(fit=key, setting=dict(params.inference)),
                 classifier=runner.assets.classifier_key(protected),
                 target=Defended(defense, runner.assets.target).eval().requires_grad_(False),

@@ -75,13 +75,18 @@ def _trail(seeds: Sequence[ModelResult]) -> dict[str, Any]:
     """Return the accuracy of one model after each attack, as mean over the seeds."""
     trails = [seed.verdicts.trail for seed in seeds]
     left = {name: mean(trail[name] for trail in trails) for name in trails[0]}
-    return {"export": seeds[0].export, "model": seeds[0].model, "accuracy_after": left}
+    return {"export": seeds[0].export, "model": _name(seeds), "accuracy_after": left}
+
+
+def _name(seeds: Sequence[ModelResult]) -> str:
+    """Return the name of one model; the trainings of a baseline have several names if some have not converged."""
+    return " and ".join(dict.fromkeys(seed.model for seed in seeds))
 
 
 def _rows(seeds: Sequence[ModelResult], settings: FinalSettings) -> list[dict[str, Any]]:
     """Return the rows of one model, aggregated over the seeds."""
     first, threat = seeds[0], seeds[0].threat
-    named = {"export": first.export, "model": first.model, "norm": threat.norm, "eps": threat.eps}
+    named = {"export": first.export, "model": _name(seeds), "norm": threat.norm, "eps": threat.eps}
     rows = []
     for what in COLUMNS:
         verdicts = [seed.verdicts.verdicts[what] for seed in seeds]

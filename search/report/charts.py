@@ -71,6 +71,7 @@ def _candidate(summary: Summary, candidate: Candidate, on_front: bool, devices: 
     return {
         "id": candidate.candidate,
         "ms": _number(score.latency_ms_p50),
+        "images": score.latency_images,
         "attacked": _points(1 - score.attacked_error),
         "low": _points(low),
         "high": _points(high),
@@ -102,7 +103,7 @@ def latencies(summary: Summary) -> list[dict[str, Any]]:
     """Return each distinct latency, grouped by device and, if there are few settings, by setting."""
     knobs = _latency_knobs(summary)
     found = Counter(
-        (c.score.device, _setting(c, knobs), c.score.latency_ms_p50, c.score.latency_ms_p95)
+        (c.score.device, _setting(c, knobs), c.score.latency_ms_p50, c.score.latency_ms_p95, c.score.latency_images)
         for c in summary.candidates
         if math.isfinite(c.score.latency_ms_p50) and math.isfinite(c.score.latency_ms_p95)
     )
@@ -114,9 +115,10 @@ def latencies(summary: Summary) -> list[dict[str, Any]]:
             "setting": setting,
             "p50": _number(p50),
             "p95": _number(p95),
+            "images": images,
             "candidates": count,
         }
-        for (device, setting, p50, p95), count in sorted(found.items(), key=lambda one: (one[0][0], one[0][2]))
+        for (device, setting, p50, p95, images), count in sorted(found.items(), key=lambda one: (one[0][0], one[0][2]))
     ]
 
 

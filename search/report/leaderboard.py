@@ -28,6 +28,7 @@ def leaderboard(
     apart = ("error %", "rejected %", "clean rejected %") if rejects else ()
     for heading in ("attacked %", "95 %", *apart, "oblivious %", "white-box %", "clean %", "p50 ms"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=max(6, len(heading)))
+    table.add_column("ms on", no_wrap=True, min_width=8)  # clean or attacked images, whichever took longer
     if several:
         table.add_column("timed on")
     for candidate in ranked[:top]:
@@ -60,4 +61,5 @@ def _figures(candidate: Candidate, rejects: bool) -> list[str]:
         points(score.white_box_accuracy),
         points(score.clean_accuracy),
         f"{score.latency_ms_p50:.1f}",
+        score.latency_images or "-",
     ]

@@ -43,7 +43,7 @@ class Fields(BaseModel):
     )
     suite: str = Field("search", description="the attacks that score a candidate (list attacks)")
     max_latency_ms: float | None = Field(
-        None, gt=0, description="constraint: p50 of purifying a batch of 128, in milliseconds"
+        None, gt=0, description="constraint: p50 of the purification latency of a batch of 128, in milliseconds"
     )
     min_clean_accuracy: float | None = Field(
         None, ge=0, le=1, description="constraint: least accuracy on clean images, a fraction"

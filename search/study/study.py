@@ -19,6 +19,7 @@ from attacks.threat import ThreatModel
 from defenses.base import Defense
 from search.classifiers.task import Task, find_task
 from search.data import splits
+from search.data.guard import closed
 from search.data.splits import HELD_OUT
 from search.exceptions import RefusedField
 from search.storage.atomic import write_atomic
@@ -81,19 +82,19 @@ class Study(Fields):
         Raises:
             InputError: a name is unknown, or a knob does not fit the defense.
         """
-        defense = defenses.find(self.defense)
         task = find_task(self.task)
+        sizes = splits.sizes(task.dataset, self.data_dir)
+        with closed("imported"):
+            defense, wishes = defenses.find(self.defense), {**spaces.named(self.defense, self.space), **self.knobs}
         protected = task if self.protect is None else find_task(self.protect)
         if protected.dataset != task.dataset:
             raise InputError(f"protect must be a task on {task.dataset}, as {self.task} is, but is {self.protect}")
-        wishes = {**spaces.named(self.defense, self.space), **self.knobs}
         if self.epochs is not None and "epochs" in SearchSpace.of(defense).train:
             wishes["epochs"] = self.epochs
         space = SearchSpace.of(defense).narrow(wishes)
         if self.method == "grid":
             next(space.grid())
         suite = SUITES[choose("the suite", self.suite, list(SUITES))]
-        sizes = splits.sizes(task.dataset, self.data_dir)
         for name, most in (("train_images", sizes.train), ("eval_images", sizes.validation)):
             asked = getattr(self, name)
             if asked is not None and asked > most:

@@ -20,6 +20,7 @@ from defenses.base import Defense
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.training import classifier_key, train
 from search.data import splits
+from search.data.guard import closed
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Content, Store, to_bytes
 from search.study.study import Study
@@ -113,7 +114,7 @@ class Assets:
         """Return the architectures whose classifiers are needed at the study's usual setting."""
         space, task = self.resolved.space, self.resolved.task
         usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
-        with torch.device("meta"):
+        with torch.device("meta"), closed("built"):
             defense = self.resolved.defense(usual, space.usual(), task.shape)
         adopted = {task.classifier} if type(defense).adopt is not Defense.adopt else set()
         return {self.resolved.protected, *self.consulted(defense), *adopted}

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from search.data.guard import closed
+
 LOOK_S = 0.002
 """Minimum seconds between two checks of a computing process whether another one waits to measure."""
 
@@ -43,11 +45,16 @@ class DeviceLock:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Hold the lock in shared mode; every layer that runs meanwhile is a boundary."""
+        """Hold the lock in shared mode; every layer that runs meanwhile is a boundary, and no data can be loaded.
+
+        Raises:
+            TrialError: a model's code asked for the data.
+        """
         self._enter()
         looking = register_module_forward_pre_hook(lambda *_: self.boundary())
         try:
-            yield
+            with closed("trained or judged"):
+                yield
         finally:
             looking.remove()
             self._leave()
@@ -75,11 +82,12 @@ class DeviceLock:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Hold the lock in exclusive mode."""
+        """Hold the lock in exclusive mode; no data can be loaded, as in `working`."""
         fcntl.flock(self._gate, fcntl.LOCK_EX)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            yield
+            with closed("timed"):
+                yield
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             fcntl.flock(self._gate, fcntl.LOCK_UN)

@@ -5,7 +5,7 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -16,18 +16,19 @@ import defenses
 from attacks.seeding import seeded
 from attacks.suites import SUITES
 from defenses.base import Batches, Defended, Defense, Metrics, Tensors, halved
+from search.data.guard import closed
 from search.exceptions import TrialError
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Content, to_bytes
 from search.trial.assets import Assets
+from search.trial.baseline import ADVERSARIAL, ranked
 from search.trial.evaluator import Evaluator
+from spaces.domain import Scalar
 from spaces.exceptions import InputError
 from spaces.space import Params
 
 Report = Callable[[int, Metrics], None]
 """Called after each epoch, counted from 1; it may raise to stop the trial, whose progress stays in the store."""
-
-ADVERSARIAL = "adversarial_training"
 
 
 def silent(epoch: int, metrics: Metrics) -> None:
@@ -42,11 +43,14 @@ class Trainer:
         self.study, self.resolved, self.store = assets.study, assets.resolved, assets.store
 
     def build(self, params: Params) -> Defense:
+        adopts = self.resolved.defense.adopt is not Defense.adopt
+        adopted = self.assets.classifier(self.resolved.task.classifier) if adopts else None
         torch.manual_seed(self.study.seed)
-        defense = self.resolved.defense(params.train, params.inference, self.resolved.task.shape)
-        if type(defense).adopt is not Defense.adopt:
-            defense.adopt(self.assets.classifier(self.resolved.task.classifier))
-        return defense.to(self.assets.device)
+        with closed("built"):
+            defense = self.resolved.defense(params.train, params.inference, self.resolved.task.shape)
+            if adopted is not None:
+                defense.adopt(adopted)
+            return defense.to(self.assets.device)
 
     def fit(self, params: Params, report: Report) -> tuple[str, Defense]:
         """Return the fingerprint and fit of `params`, loaded from the store or trained from its last saved epoch."""
@@ -58,11 +62,13 @@ class Trainer:
                 curve, rungs = self._train(key, defense, report)
                 about = {"defense": self.study.defense, "task": self.study.task, "knobs": dict(params.train)}
                 weights = {"weights.safetensors": to_bytes(defense)}
-                entry = self.store.put("fits", key, weights, {**about, "curve": curve, "rungs": rungs})
+                scored = {"curve": curve, "rungs": rungs, "threat": str(self.resolved.threat)}
+                entry = self.store.put("fits", key, weights, {**about, **scored})
                 self.store.drop_progress(key)
                 if len(curve) == defense.train_knobs.epochs:  # a fit that ended early has reported its last epoch
                     report(len(curve), curve[-1])
-            defense.load_state_dict(load_file(entry / "weights.safetensors", device=str(self.assets.device)))
+            with closed("loaded"):
+                defense.load_state_dict(load_file(entry / "weights.safetensors", device=str(self.assets.device)))
         return key, defense.at(params.inference).eval().requires_grad_(False)
 
     def curve(self, key: str) -> list[float]:
@@ -84,8 +90,9 @@ class Trainer:
 
     def key(self, params: Params) -> str:
         """Return the fit's fingerprint, which covers everything that shapes it."""
-        with torch.device("meta"):
-            return self._key(self.resolved.defense(params.train, params.inference, self.resolved.task.shape))
+        with torch.device("meta"), closed("built"):
+            defense = self.resolved.defense(params.train, params.inference, self.resolved.task.shape)
+        return self._key(defense)
 
     def _key(self, defense: Defense) -> str:
         adopted = [self.resolved.task.classifier] if type(defense).adopt is not Defense.adopt else []
@@ -106,28 +113,31 @@ class Trainer:
         }
 
     def adversarially_trained(self) -> dict[str, nn.Module]:
-        """Return the static baseline for a winner: the adversarially trained classifier, if there is one.
+        """Return the static baseline for a winner: an adversarially trained classifier by its name, if there is one.
 
-        Of those that searches of this storage trained on the same images, it is the one with the best last epoch; those
-        whose epochs were scored in the same way as this study's take precedence.
+        It is the best (`ranked`) of those that searches of this storage trained on the same images.
         """
-        fits = ((key, self.store.about("fits", key)) for key in self.store.keys("fits"))
-        kind = ADVERSARIAL, self.study.task
-        alike = [(key, about) for key, about in fits if (about["defense"], about["task"]) == kind]
-        for key, about in sorted(
-            alike, key=lambda fit: (fit[1]["rungs"] != self.rungs(), -fit[1]["curve"][-1]["cheap"])
-        ):
-            try:
-                defense = defenses.find(ADVERSARIAL)(about["knobs"], {}, self.resolved.task.shape)
-            except (TypeError, InputError):
-                continue  # the fit is of another version of the defense
-            defense.adopt(self.assets.classifier(self.resolved.task.classifier))
-            entry = self.store.get("fits", key) if self._key(defense) == key else None
+        task, kind = self.resolved.task, (ADVERSARIAL, self.study.task)
+        every = ((key, self.store.about("fits", key)) for key in self.store.keys("fits"))
+        alike = {key: about for key, about in every if (about["defense"], about["task"]) == kind}
+        known = {key: about for key, about in alike.items() if self._adversarial_key(about["knobs"]) == key}
+        for key, name in ranked(known, self.resolved.threat, task.shape.classes):
+            entry = self.store.get("fits", key)
             if entry is not None:
+                defense = defenses.find(ADVERSARIAL)(known[key]["knobs"], {}, task.shape)
+                defense.adopt(self.assets.classifier(task.classifier))
                 defense.load_state_dict(load_file(entry / "weights.safetensors"))
                 beside = Defended(defense, self.assets.target).to(self.assets.device)
-                return {"adversarially trained": beside.eval().requires_grad_(False)}
+                return {name: beside.eval().requires_grad_(False)}
         return {}
+
+    def _adversarial_key(self, knobs: Mapping[str, Scalar]) -> str | None:
+        """Return the key that a fit of adversarial training has now; None for knobs of another version of it."""
+        try:
+            with torch.device("meta"):
+                return self._key(defenses.find(ADVERSARIAL)(knobs, {}, self.resolved.task.shape))
+        except (TypeError, InputError):
+            return None
 
     def _train(self, key: str, defense: Defense, report: Report) -> tuple[list[Metrics], str]:
         """Train from the last saved epoch, and return the metrics of every epoch and how they were scored (`rungs`)."""

@@ -23,9 +23,9 @@ import torch
 from search.classifiers.architectures import ARCHITECTURES, PARTNERS
 from search.classifiers.task import TASKS, Task, find_task
 from search.data import cache, splits
-from search.data.cache import data_folder
 from search.data.datasets import DATASETS
 from search.data.downloads import Folder, Npm, Official, Progress
+from search.data.folders import data_folder
 from search.data.official_files import Origin, gather
 from search.data.splits import check, checksum, fetch, load, open_test, sizes
 

@@ -20,10 +20,10 @@ from PIL import Image
 from search.classifiers.task import find_task
 from search.data import cache as cache_module
 from search.data.archives import digest, rebuild_cifar
-from search.data.cache import data_folder
 from search.data.datasets import DATASETS
 from search.data.decoders import Pixels
 from search.data.downloads import Npm
+from search.data.folders import data_folder
 from search.data.official_files import Origin
 from search.data.splits import check, checksum, fetch, load
 from search.exceptions import AlteredFile, NoSource, NoSpace

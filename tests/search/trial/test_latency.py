@@ -116,8 +116,8 @@ def test_work_shows_wherever_it_is_hidden(
     for x_NCHW in kinds.values():  # as an attack has shown it all images before
         defense.purify(x_NCHW)
     found = taken(defense, copy.deepcopy(classifier), kinds)
-    assert 0.9 * SLEEP_S < found.ms_p50 / 1e3 < 3 * SLEEP_S and found.ms_p50 <= found.ms_p95
-    assert 0.9 * SLEEP_S < found.single_ms_p50 / 1e3 < 3 * SLEEP_S
+    assert 0.5 * SLEEP_S < found.ms_p50 / 1e3 < 5 * SLEEP_S and found.ms_p50 <= found.ms_p95
+    assert 0.5 * SLEEP_S < found.single_ms_p50 / 1e3 < 5 * SLEEP_S
 
 
 @pytest.mark.parametrize(("kind", "slower"), [(QuickOnClean, "attacked"), (QuickOnAttacked, "clean")])
@@ -125,7 +125,7 @@ def test_the_slower_kind_of_images_counts_and_is_named(
     few: None, classifier: nn.Module, kinds: dict[Images, Tensor], kind: type[Defense], slower: str
 ) -> None:
     found = taken(made(kind), classifier, kinds)
-    assert found.images == slower and found.ms_p50 / 1e3 > 0.9 * SLEEP_S
+    assert found.images == slower and found.ms_p50 / 1e3 > 0.5 * SLEEP_S
 
 
 def test_what_takes_no_longer_than_the_bare_classifier_shows_nothing(

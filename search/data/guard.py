@@ -1,0 +1,158 @@
+"""Keeps the data from a defense's own code: while that runs, no file of them can be opened in this process.
+
+A file is known by its device and inode, so a symbolic link, a hard link or /proc/self/fd is no way around; a copy
+cannot be made, as its original cannot be read. What still gets past: native code that opens files without telling
+Python, programs that an installed package starts, other copies of a data set on the machine, and code that changes this
+module's own state. The audit's gate `unseen` (search/export/unseen.py) is the second line.
+"""
+
+from __future__ import annotations
+
+import _posixsubprocess
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from search.data.folders import roots
+from search.exceptions import TrialError
+
+OPENINGS = {"open": 1, "os.remove": 1, "os.truncate": 1, "os.link": 1, "os.rename": 2}
+"""Audit events of Python, and how many of their first arguments are paths."""
+PROGRAMS = frozenset({"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn"})
+"""Audit events that start another program, which could read the files for this one."""
+PACKAGES, LIBRARY = (
+    tuple(sysconfig.get_paths()[name] for name in names) for names in (("purelib", "platlib"), ("stdlib", "platstdlib"))
+)
+DATA, SEARCH = (str(folder) for folder in Path(__file__).parents[:2])
+Identity = tuple[int, int]
+"""The device and the inode of a file."""
+
+_folders: set[Path] = set()
+_doing: list[str] = []
+_refusals: list[str] = []
+_data: frozenset[Identity] = frozenset()
+
+
+def watch(*paths: Path) -> None:
+    """Add files, or folders with all that is in them, that cannot be opened inside `closed`."""
+    _folders.update(paths)
+
+
+@contextmanager
+def closed(doing: str) -> Iterator[None]:
+    """Refuse every opening of a file of the data, in all threads of this process, until the context ends.
+
+    Args:
+        doing: what happens meanwhile to a defense, such as "trained", for the error.
+
+    Raises:
+        TrialError: the data were asked for, also where the code inside caught the refusal.
+    """
+    _listen()
+    if not _doing:
+        _identify()
+    before = len(_refusals)
+    _doing.append(doing)
+    try:
+        yield
+    finally:
+        _doing.pop()
+    if len(_refusals) > before:
+        raise TrialError(_refusals[before])
+
+
+def refuse_while_closed(what: str) -> None:
+    """Raise a TrialError inside `closed`.
+
+    Args:
+        what: what is refused, such as "reads FILE".
+    """
+    if _doing:
+        law = "a defense must not get at the data that it is judged by"
+        _refusals.append(f"{law}, but it {what} while it is {_doing[-1]} (search/data/guard.py)")
+        raise TrialError(_refusals[-1])
+
+
+def _identify() -> None:
+    global _data
+    usual = [part for root in roots(None) for name in ("decoded", "raw") for part in (root / name).glob("*")]
+    found: set[Identity] = set()
+    for path in {*_folders, *usual}:
+        with suppress(OSError):
+            found |= _identities(path, path.stat().st_mtime_ns)
+    _data = frozenset(found)
+
+
+@cache
+def _identities(path: Path, changed: int) -> frozenset[Identity]:
+    """Return the identity of a file, or those of a folder and all that is in it; `changed` is when it last changed."""
+    found = (each.stat() for each in (path, *path.rglob("*")))
+    return frozenset((one.st_dev, one.st_ino) for one in found)
+
+
+@cache
+def _listen() -> None:
+    """Be told of all that is opened from now on; Python has no way to end this, but outside `closed` it costs nothing.
+
+    Functions of torch and multiprocessing that Python does not report are made to report themselves.
+    """
+    sys.addaudithook(_heard)
+    torch.from_file = _reported("open", torch.from_file)
+    torch.UntypedStorage.from_file = _reported("open", torch.UntypedStorage.from_file)  # type: ignore[method-assign]
+    _posixsubprocess.fork_exec = _reported("subprocess.Popen", _posixsubprocess.fork_exec)
+
+
+def _reported(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def reporting(*given: Any, **more: Any) -> Any:
+        sys.audit(event, *given, *more.values())
+        return function(*given, **more)
+
+    return reporting
+
+
+def _heard(event: str, given: tuple[Any, ...]) -> None:
+    if not _doing:
+        return
+    for path in given[: OPENINGS.get(event, 0)]:
+        if _is_data(path):
+            refuse_while_closed(f"opens {os.fsdecode(path) if isinstance(path, bytes) else path}")
+    if event in PROGRAMS and not _trusted():
+        refuse_while_closed("starts another program")
+
+
+def _is_data(path: Any) -> bool:
+    """Return whether a path or a descriptor leads to a file of the data."""
+    folders: list[int | None] = [None]
+    if isinstance(path, str | bytes) and not os.path.isabs(path):  # it may be meant relative to an open folder
+        with suppress(OSError):
+            folders += map(int, os.listdir("/proc/self/fd"))
+    return any(_identity(path, folder) in _data for folder in folders)
+
+
+def _identity(path: Any, folder: int | None) -> Identity | None:
+    try:
+        found = os.stat(path, dir_fd=folder)
+    except (OSError, ValueError, TypeError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _trusted() -> bool:
+    """Return whether an installed package, such as torch, or the search asks, directly or through Python's library."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith((*PACKAGES, SEARCH)) and not file.startswith(DATA):
+            return True
+        if not (file == __file__ or file.startswith((*LIBRARY, "<frozen "))):
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -1,0 +1,120 @@
+"""The guard: while a defense's own code runs, no way that Python knows leads to the data that it is judged by."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from search.data import splits
+from search.data.cache import ensure
+from search.data.folders import data_folder
+from search.data.guard import closed
+from search.exceptions import TrialError
+
+
+@pytest.fixture
+def images() -> Path:
+    """The file with the training and the validation images."""
+    return ensure("digits", None) / "x_train.npy"
+
+
+def linked(images: Path, folder: Path, link: Callable[[Path, Path], None]) -> Path:
+    link(images, folder / "innocent.npy")
+    return folder / "innocent.npy"
+
+
+def from_an_open_folder(images: Path) -> int:
+    folder = os.open(data_folder(), os.O_RDONLY)
+    try:
+        return os.open(images.relative_to(data_folder()), os.O_RDONLY, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def in_a_thread(images: Path) -> object:
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(np.load, images).result()
+
+
+def in_a_new_python(images: Path) -> None:
+    multiprocessing.get_context("spawn").Process(target=np.load, args=(images,)).start()
+
+
+WAYS: dict[str, Callable[[Path], object]] = {
+    "the loader": lambda images: splits.load("digits", "validation"),
+    "the held-out images": lambda images: splits.load_held_out("digits"),
+    "the test split": lambda images: splits.open_test("digits"),
+    "its sizes": lambda images: splits.sizes("digits"),
+    "numpy.load": np.load,
+    "a memory map": lambda images: np.load(images, mmap_mode="r"),
+    "numpy.fromfile": lambda images: np.fromfile(images, np.uint8),
+    "a path in bytes": lambda images: open(os.fsencode(images), "rb"),
+    "os.open": lambda images: os.open(images, os.O_RDONLY),
+    "a relative path": lambda images: os.open(os.path.relpath(images), os.O_RDONLY),
+    "an open folder": from_an_open_folder,
+    "the official files": lambda images: (data_folder() / "raw" / "digits" / "train-images-idx3-ubyte").read_bytes(),
+    "scikit-learn's own copy": lambda images: load_digits(),
+    "torch.from_file": lambda images: torch.from_file(str(images), size=100, dtype=torch.uint8),
+    "a storage of torch": lambda images: torch.UntypedStorage.from_file(str(images), False, 100),
+    "a thread": in_a_thread,
+    "another program": lambda images: subprocess.run(["cat", images]),
+    "a shell": lambda images: os.system(f"cat {images}"),
+    "another Python": in_a_new_python,
+    "another name for it": lambda images: os.rename(images, images.with_suffix(".moved")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_way_leads_to_the_data(way: str, images: Path) -> None:
+    with pytest.raises(TrialError, match="must not get at the data that it is judged by, but it .* while it is tried"):
+        with closed("tried"):
+            WAYS[way](images)
+    assert len(splits.load("digits", "validation")[0]) == 180  # they are there, and open to us
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic link", "hard link"])
+def test_a_link_elsewhere_is_no_way_around(
+    link: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRUCIBLE_DATA", str(tmp_path / "data"))  # on one disk with the link
+    other = linked(ensure("digits", None) / "x_train.npy", tmp_path, link)
+    with pytest.raises(TrialError, match="it opens .*innocent.npy"), closed("tried"):
+        np.load(other)
+    assert len(np.load(other)) == 1437
+
+
+def test_data_in_a_folder_of_the_study_are_kept_too(tmp_path: Path) -> None:
+    splits.load("digits", "train", tmp_path)
+    with pytest.raises(TrialError), closed("tried"):
+        np.load(tmp_path / "decoded" / "digits" / "y_train.npy")
+
+
+def test_a_refusal_that_is_caught_is_told_all_the_same(images: Path) -> None:
+    with pytest.raises(TrialError, match="x_train.npy"), closed("tried"):
+        with pytest.raises(TrialError):
+            np.load(images)
+
+
+def test_another_error_inside_stays_what_it_was() -> None:
+    with pytest.raises(KeyError), closed("tried"):
+        raise KeyError("its own")
+
+
+def test_all_else_goes_on(tmp_path: Path) -> None:
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    with closed("tried"), closed("tried within"):
+        torch.save(torch.ones(3), tmp_path / "own.pt")
+        found = torch.load(tmp_path / "own.pt", mmap=True)
+        assert torch.compile(doubled, backend="eager")(found).tolist() == [2, 2, 2]
+        assert [path.name for path in tmp_path.iterdir()] == ["own.pt"]
