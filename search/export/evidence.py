@@ -122,9 +122,12 @@ def _gates(runner: TrialRunner, candidate: Candidate, found: Audit, again: Robus
 
 
 def _named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any], threat: ThreatModel) -> Gate:
-    """Return the gate of check 1: for each attack that ran, the evidence has a budget."""
+    """Return the gate of check 1: for each attack that ran, the evidence has a budget.
+
+    In a trail an attack's name is followed by ` (gradient source)`, and by `, kept` where its images were snapped.
+    """
     known = {one["attack"] for suite in budgets.values() for one in (*suite["oblivious"], *suite["white_box"])}
-    ran = {name.partition("/")[2].partition(" (")[0] for trail in attacks.values() for name in trail}
+    ran = {re.split(r" \(|, ", name.partition("/")[2])[0] for trail in attacks.values() for name in trail}
     return at_most(1, "named", f"every attack has a name and a budget ({threat})", len(ran - known), 0.0)
 
 

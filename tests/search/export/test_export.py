@@ -167,7 +167,7 @@ def test_the_evidence_says_all_that_a_number_needs(folder: Path, searched: Study
     assert said["white_box_accuracy"] <= said["oblivious_accuracy"] <= said["clean_accuracy"]
     assert said["seeds"]["search"] != said["seeds"]["audit"]
     assert "validation" in said["split"] and len(said["data_sha256"]) == 64
-    assert {gate["check"] for gate in said["gates"]} == set(range(1, 13))
+    assert {gate["check"] for gate in said["gates"]} == set(range(1, 14))
     pgd, *others = said["budgets"]["audit"]["white_box"]
     assert "choice-40" in {other["attack"] for other in others}
     alpha = pgd.pop("alpha")
