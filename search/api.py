@@ -18,7 +18,7 @@ from search.study.loading import check_study
 from search.study.study import Study
 from spaces.exceptions import InputError
 
-TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm")
+TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm", "latency_images")
 FREE = {"trials", "address", "concurrent", "gpus_per_trial", "cpus_per_trial", "trial_timeout", "wandb", "data_dir"}
 """Fields of a study that may change when a search is resumed."""
 
