@@ -21,7 +21,7 @@ AREAS = {
     10: "baseline",
     11: "tailored attacks",
     12: "batch",
-    13: "state",
+    13: "state and regularities",
 }
 """What the checks of docs/honest-numbers.md ask about, by number."""
 SHARES = ("noise", "single-step", "transfer", "square", "estimated", "convergence", "regular")
