@@ -184,7 +184,7 @@ class FinalEvaluator:
                 attacked_NCHW = attack.craft(View(target.classifier), x_NCHW, y_N, blind, self.seed)
             return {}, measure(target, {"clean": x_NCHW, "attacked": attacked_NCHW}, self.device_lock).to_json()
 
-        by = code_digests(DeviceLock.__module__, measure.__module__)
+        by = code_digests(DeviceLock.__module__, device_name.__module__)
         timed = [device_name(self.x_NCHW.device), min(BLOCK, len(self.y_N))]
         key = self.key(model, timed=timed, by=by)
         self.store.cached("finals", key, measured)
