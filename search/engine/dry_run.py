@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from search.data.guard import closed
 from search.optimizer.refinement import refinable
 from search.storage.store import to_bytes
 from search.study.study import Study
@@ -82,8 +81,7 @@ def forecast(study: Study, slots: int) -> Forecast:
     refinements = study.refine if refinable(study) else 0
 
     classifier_s = step.classifier()  # first, as the first optimiser of a process imports half of torch
-    with closed("timed"):
-        training, (evaluation_s, rung_s) = step.training(), step.scoring()
+    training, (evaluation_s, rung_s) = step.training(), step.scoring()
     train_s = training.fit + step.epochs * (training.epoch + rung_s)
     score_s = evaluations * evaluation_s + latencies * step.latency()
     first_s = len(missing) * classifier_s + training.shared

@@ -18,6 +18,7 @@ from defenses.base import Batches, Defended, Defense, Tensors, halved
 from search.classifiers import training
 from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
+from search.data.guard import closed
 from search.data.splits import HELD_OUT
 from search.trial.evaluator import Evaluator
 from search.trial.latency import BATCH, PATIENCE_S, REPEATS, WARM_UP, asked, device_name
@@ -50,14 +51,19 @@ class Step:
         self.device = device_name(runner.assets.device)
         space = self.resolved.space
         self.usual: Params = space.setting(space.usual_of)
-        self.defense: Defense = self.resolved.defense(self.usual.train, self.usual.inference, self.resolved.task.shape)
-        if type(self.defense).adopt is not Defense.adopt:
-            self.defense.adopt(self._network(self.resolved.task.classifier))
-        self.defense.to(runner.assets.device)
+        with closed("built"):
+            self.defense = self._built()
         self.epochs = int(self.defense.train_knobs.epochs)
         self.images = self.study.train_images or splits.sizes(self.resolved.task.dataset, self.study.data_dir).train
         self.target = self._network(self.resolved.protected)
 
+    def _built(self) -> Defense:
+        defense = self.resolved.defense(self.usual.train, self.usual.inference, self.resolved.task.shape)
+        if type(defense).adopt is not Defense.adopt:
+            defense.adopt(self._network(self.resolved.task.classifier))
+        return defense.to(self.runner.assets.device)
+
+    @closed("timed")
     def training(self) -> Training:
         """Time the steps of one short epoch."""
         size = self.defense.train_knobs.batch_size
@@ -84,6 +90,7 @@ class Step:
         each = (epoch - ticks[warm]) / (len(ticks) - warm) * len(ticks)
         return Training(whole * each, max(0.0, ticks[0] - begin - made) + whole * rest, whole * made)
 
+    @closed("timed")
     def scoring(self) -> tuple[float, float]:
         """Return the seconds of an evaluation at one setting, and those of a quick score."""
         defended = Defended(self.defense.at(self.usual.inference), self.target).eval().requires_grad_(False)
@@ -110,6 +117,7 @@ class Step:
             fixed_s += self._timed(lambda: attacker.craft(suite, defended, x_NCHW, y_N, threat, seed))
         return fixed_s + observe_s * self.resolved.eval_images / len(y_N), rung_s
 
+    @closed("timed")
     @torch.no_grad()
     def latency(self) -> float:
         """Return the seconds of one latency measurement: clean and attacked images, in batches and one by one."""
