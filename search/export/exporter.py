@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,7 @@ def export(
     _, defense = runner.trainer.fit(candidate.params, silent)
     found, again = _examined(runner, candidate, defense)
     known = evidence(runner, candidate, found, again) | {"refused_before_it": refused}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder_atomic(folder) as temporary:
+    with _new(folder) as temporary:
         picture = runner.picture(candidate.params, temporary / "pictures.png").read_bytes()
         _write(temporary, runner, defense, known, picture)
         with runner.assets.device_lock.working():
@@ -148,6 +148,21 @@ def export(
             raise AlarmError(f"{candidate.candidate} raised {len(alarms)} alarm(s): {'; '.join(alarms)}")
         _write(temporary, runner, defense, known, picture)
     return folder
+
+
+@contextmanager
+def _new(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder`; after an error no new folder of exports is left."""
+    there = folder.parent.exists()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with folder_atomic(folder) as temporary:
+            yield temporary
+    except BaseException:
+        if not there:
+            with suppress(OSError):  # another process may have exported into it meanwhile
+                folder.parent.rmdir()
+        raise
 
 
 def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness]:
