@@ -3,7 +3,7 @@
 A file is known by its device and inode, so a symbolic link, a hard link or /proc/self/fd is no way around; a copy
 cannot be made, as its original cannot be read. What still gets past: native code that opens files without telling
 Python, programs that an installed package starts, other copies of a data set on the machine, and code that changes this
-module's own state. The audit's gate `unseen` (search/export/unseen.py) is the second line.
+module's own state, or takes the judged images from this process's memory.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Exported(Defended):
         return super().accept(self._checked(x_NCHW))
 
     def unchecked(self) -> Defended:
-        """Return the same model without input checks: attacks such as NES query images outside [0, 1]."""
+        """Return the same model without input checks, for attacks, which ask thousands of times and stay in [0, 1]."""
         return Defended(self.defense, self.classifier).eval()
 
     def _checked(self, x_NCHW: Tensor) -> Tensor:
