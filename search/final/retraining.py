@@ -35,9 +35,8 @@ FIRST_SEED = 1000
 STEPS = 10
 """Gradient steps of the baseline's adversarial training, each of 2.5 eps / steps. Source: Madry et al. 2017."""
 EPOCHS, UPDATES, MOST, WARM_UP = 20, 1000, 100, 10
-"""Epochs of the baseline's training: the least, and as many as make this number of updates, at most so many; and
-those in
-which eps grows: on digits, at eps 0.3, it stays at chance without. One that has not converged is named so."""
+"""Epochs of the baseline's training: the least; as many as make so many updates, but at most `MOST`; and those in which
+its eps grows, without which it stays at chance on digits at eps 0.3. One that has not converged is named so."""
 
 
 @dataclass(frozen=True, kw_only=True)

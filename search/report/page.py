@@ -101,10 +101,9 @@ def threat_in_words(summary: Summary) -> str:
 
 def measures(summary: Summary) -> Iterator[tuple[str, str, list[str]]]:
     """Yield each measure with its condition and its values for the best candidate and the undefended classifier."""
-    slower = (
-        f", {summary.best.score.latency_images} images" if summary.best and summary.best.score.latency_images else ""
-    )
-    batch = f"p50, batch of 128{slower}" + (f", {spoken_device(summary.device)}" if summary.device else "")
+    images = summary.best.score.latency_images if summary.best else ""
+    device = spoken_device(summary.device) if summary.device else ""
+    batch = ", ".join(filter(None, ("p50, batch of 128", images and f"{images} images", device)))
     asked = [("Black-box accuracy", summary.named("black-box"), lambda s: percent(s.black_box_accuracy))]
     rejection: list[tuple[str, str, Callable[[Score], str]]] = [
         ("Attacked images accepted and wrong", summary.named(), lambda s: percent(s.attacked_error)),

@@ -46,6 +46,7 @@ def scored(attacked: float, clean: float, ms: float, threat: Knowledge = "white-
         clean_rejection=0.0,
         latency_ms_p50=ms,
         latency_ms_p95=1.2 * ms,
+        latency_images="attacked" if ms else "",
         images=IMAGES,
     )
 

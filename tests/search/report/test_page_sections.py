@@ -74,6 +74,14 @@ def test_knobs_are_shown_beside_chance_and_against_attacked_accuracy() -> None:
     assert sum(attrs.get("id", "") in [f"slice{i}" for i in range(5)] for _, attrs in page.tags) == 5
 
 
+def test_it_is_said_what_a_latency_is_and_on_which_images_it_was_timed() -> None:
+    page = Page(render(findings_of()))
+    assert page.words.count("the defended model's time minus the bare classifier's") == 2
+    assert "p50, batch of 128, attacked images" in page.words and "ms attacked images" in page.words
+    assert {one["images"] for one in page.data["latency"]} == {"attacked"}
+    assert {one["images"] for one in page.data["candidates"]} == {"attacked"}
+
+
 def test_latencies_stand_once_a_setting_and_device() -> None:
     summary = findings_of()
     quick = [replace(c, score=replace(c.score, latency_ms_p50=3.0, latency_ms_p95=4.0)) for c in summary.candidates]
