@@ -28,6 +28,11 @@ HELD_OUT = 150
 
 Source: Papernot et al. 2017, section 5.1.
 """
+ASIDE = 500
+"""Number of validation images, the last ones, that no search judges by, but at most a quarter of all.
+
+The audit of an export compares its figures with those on these images. A black-box attacker starts from some of them.
+"""
 
 
 class Sizes(NamedTuple):
@@ -37,9 +42,14 @@ class Sizes(NamedTuple):
     validation: int
     test: int
 
+    @property
+    def aside(self) -> int:
+        """The number of validation images that no search judges by."""
+        return min(ASIDE, self.validation // 4)
+
     def attackable(self, knowledge: str) -> int:
         """Return how many validation images an attacker with this knowledge can attack."""
-        return self.validation - (HELD_OUT if knowledge == "black-box" else 0)
+        return self.validation - max(self.aside, HELD_OUT if knowledge == "black-box" else 0)
 
 
 def sizes(dataset: str, data_dir: str | Path | None = None) -> Sizes:
@@ -77,6 +87,13 @@ def load(
 def load_held_out(dataset: str, data_dir: str | Path | None = None) -> Tensor:
     """Return the validation images from which a black-box attacker starts, x_NCHW; raises the errors of `load`."""
     return load(dataset, "validation", data_dir)[0][-HELD_OUT:]
+
+
+def load_aside(dataset: str, data_dir: str | Path | None = None) -> tuple[Tensor, Tensor]:
+    """Return the validation images that no search judges by, in the form of `load`, whose errors it raises."""
+    x_NCHW, y_N = load(dataset, "validation", data_dir)
+    judged = len(y_N) - sizes(dataset, data_dir).aside
+    return x_NCHW[judged:], y_N[judged:]
 
 
 def open_test(dataset: str, data_dir: str | Path | None = None, limit: int | None = None) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attacks.gradient_view import BATCH
 from attacks.seeding import reproducible
+from search.data.guard import closed
 from search.export.loader import Exported, load
 from search.storage.fingerprint import OURS
 
@@ -37,9 +38,11 @@ def main(folder: str, asked: Path, answered: Path) -> None:
     torch.set_num_threads(how["threads"])
     model = load(folder, how["changed"]).to(how["device"])
     before = set(sys.modules)
-    classes = {
-        name: _classes(model, x_NCHW.to(how["device"]), how["seed"], how["draws"]) for name, x_NCHW in images.items()
-    }
+    with closed("asked"):
+        classes = {
+            name: _classes(model, x_NCHW.to(how["device"]), how["seed"], how["draws"])
+            for name, x_NCHW in images.items()
+        }
     further = sorted(name for name in set(sys.modules) - before if name.partition(".")[0] in OURS)
     save_file(classes, answered, {"further": json.dumps(further)})
 

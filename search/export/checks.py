@@ -20,7 +20,7 @@ AREAS = {
     9: "planted examples",
     10: "baseline",
     11: "tailored attacks",
-    12: "batch",
+    12: "batch, and images kept aside",
     13: "state and regularities",
 }
 """What the checks of docs/honest-numbers.md ask about, by number."""
@@ -28,7 +28,7 @@ SHARES = ("noise", "single-step", "transfer", "square", "estimated", "convergenc
 """Gates that compare attacks: their figure is the share of images that another attack breaks in addition."""
 UNSEEN = (
     "attacks that nobody has thought of",
-    "whether the judged images were stored (only `final` tells)",
+    "images of the test split (only `final` opens them)",
     "other norms, corruptions, images from elsewhere",
 )
 """What no gate can see. Source: docs/honest-numbers.md, What it does not prove."""

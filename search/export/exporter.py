@@ -19,7 +19,8 @@ from attacks.threat import ThreatModel
 from attacks.verdicts import Robustness
 from defenses.base import Defended, Defense
 from search.console import working
-from search.exceptions import AlarmError
+from search.exceptions import AlarmError, TrialError
+from search.export.aside import Aside, compare
 from search.export.checks import checks, spoken
 from search.export.confirm import confirm
 from search.export.evidence import evidence, with_gates
@@ -136,8 +137,9 @@ def export(
             f"have changed since; search again under another name"
         )
     _, defense = runner.trainer.fit(candidate.params, silent)
-    found, again = _examined(runner, candidate, defense)
-    known = evidence(runner, candidate, found, again) | {"refused_before_it": refused}
+    found, again, aside = _examined(runner, candidate, defense)
+    known = with_gates(evidence(runner, candidate, found, again), [aside.gate])
+    known |= {"aside": aside.figures(), "refused_before_it": refused}
     with _new(folder) as temporary:
         picture = runner.picture(candidate.params, temporary / "pictures.png").read_bytes()
         _write(temporary, runner, defense, known, picture)
@@ -165,8 +167,8 @@ def _new(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness]:
-    """Return the audit of a candidate, and the result of the search's attacks, run again."""
+def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness, Aside]:
+    """Return a candidate's audit, the result of the search's attacks, run again, and that on images kept aside."""
     evaluator, bare = runner.assets.evaluator, runner.assets.target
     beside = runner.trainer.adversarially_trained()
     try:
@@ -180,12 +182,12 @@ def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tu
                 attacker=evaluator.attacker,
                 baselines=beside,
             )
-    except (AttackError, InputError) as error:
+        aimed = Defended(defense.at(runner.scorer.aimed(candidate.params).inference), bare)
+        with runner.assets.device_lock.working():
+            again = evaluator.observe(aimed).judge(defense.at(candidate.params.inference).limits())
+        return found, again, compare(runner, candidate, defense, again)
+    except (AttackError, InputError, TrialError) as error:
         raise AlarmError(f"{candidate.candidate} cannot be audited: {error}") from None
-    aimed = Defended(defense.at(runner.scorer.aimed(candidate.params).inference), bare)
-    with runner.assets.device_lock.working():
-        again = evaluator.observe(aimed).judge(defense.at(candidate.params.inference).limits())
-    return found, again
 
 
 def _write(folder: Path, runner: TrialRunner, defense: Defense, known: Mapping[str, Any], picture: bytes) -> None:

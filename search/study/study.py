@@ -20,7 +20,6 @@ from defenses.base import Defense
 from search.classifiers.task import Task, find_task
 from search.data import splits
 from search.data.guard import closed
-from search.data.splits import HELD_OUT
 from search.exceptions import RefusedField
 from search.storage.atomic import write_atomic
 from search.storage.mirror import Mirror, mirror_of
@@ -95,16 +94,13 @@ class Study(Fields):
         if self.method == "grid":
             next(space.grid())
         suite = SUITES[choose("the suite", self.suite, list(SUITES))]
-        for name, most in (("train_images", sizes.train), ("eval_images", sizes.validation)):
+        free = sizes.attackable(self.threat)
+        kept = f", as {sizes.validation - free} of the validation images are kept from it"
+        for name, most, why in (("train_images", sizes.train, ""), ("eval_images", free, kept)):
             asked = getattr(self, name)
             if asked is not None and asked > most:
-                raise InputError(f"{name} must be at most {most} on {task.dataset}, but is {asked}")
-        free = sizes.attackable(self.threat)
+                raise InputError(f"{name} must be at most {most} on {task.dataset}{why}, but is {asked}")
         images = min(1000, free) if self.eval_images is None else self.eval_images
-        if images > free:
-            raise InputError(
-                f"eval_images must leave a black-box attacker {HELD_OUT} images, at most {free}, but is {images}"
-            )
         substitute = find_task(f"{task.dataset}/{self.substitute or protected.partner}").classifier
         threat = ThreatModel(self.norm, self._eps(suite, task), self.threat)
         within = suite.within(threat)

@@ -176,9 +176,9 @@ def test_an_outsider_needs_images_of_its_own(digits: Digits, classifier: nn.Modu
         ({"eps": math.nan}, "eps must be"),
         (
             {"threat": "black-box", "eval_images": 31},
-            "eval_images must leave a black-box attacker 150 images, at most 30, but is 31",
+            "eval_images must be at most 30 on digits, as 150 of",
         ),
-        ({"threat": "black-box", "eval_images": 181}, "eval_images must be at most 180 on digits, but is 181"),
+        ({"eval_images": 136}, "eval_images must be at most 135 on digits, as 45 of the validation images are kept"),
         (
             {"threat": "black-box", "substitute": "Z"},
             "'digits/Z', after the slash, must be one of A, B, .*, but is 'Z'",
@@ -195,7 +195,7 @@ def test_a_black_box_study_keeps_150_images_for_the_attacker() -> None:
     assert HELD_OUT == 150 and sizes("digits", None).validation == 180
     for fields, images in (({}, 30), ({"eval_images": 30}, 30), ({"eval_images": 7}, 7)):
         assert make_study({**SMOKE, "threat": "black-box", **fields}).resolved.eval_images == images
-    assert make_study({**SMOKE, "threat": "oblivious"}).resolved.eval_images == 180
+    assert make_study({**SMOKE, "threat": "oblivious"}).resolved.eval_images == 135
 
 
 def test_eps_is_the_given_one_else_the_suites_papers_else_the_tasks() -> None:
