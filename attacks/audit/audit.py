@@ -18,7 +18,7 @@ from attacks.audit.gate import SLACK, Gate, at_most
 from attacks.audit.probes import PROBES, Probe
 from attacks.audit.quick_gates import noise_gate, noisy, quick_gates
 from attacks.black_box import BlackBoxAttacker
-from attacks.catalog import APGD_DLR_50, PGD_40
+from attacks.catalog import APGD_DLR_50, PGD_40, PGD_80
 from attacks.evaluation import check, evaluate, observe
 from attacks.gradient_view import bare, gradients, limits, openings
 from attacks.suites import SUITES, Suite, craft_oblivious
@@ -28,7 +28,7 @@ from attacks.verdicts import Robustness, Seen, Verdict, disagreement
 TWICE = Suite(
     name="convergence",
     oblivious=(),
-    white_box=(replace(PGD_40, name="pgd-80", steps=80, pace=0.05),),
+    white_box=(PGD_80,),
     draws=2 * SUITES["audit"].draws,
     looks=SUITES["audit"].looks,
 )
