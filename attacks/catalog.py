@@ -17,7 +17,7 @@ from attacks.algorithms.nes import NES
 from attacks.algorithms.pgd import PGD
 from attacks.algorithms.rand_fgsm import RandFGSM
 from attacks.algorithms.regular_pgd import RegularPGD
-from attacks.algorithms.selective_pgd import SelectivePGD
+from attacks.algorithms.selective_pgd import PenalisedPGD, SelectivePGD
 from attacks.algorithms.square import Square
 from attacks.attack import BOTH, Attack
 
@@ -106,6 +106,9 @@ SELECTIVE_10 = Attack(
     aims="rejection",
 )
 SELECTIVE_40 = replace(SELECTIVE_10, name="selective-40", steps=40, pace=0.1)
+PENALISED_40 = replace(
+    SELECTIVE_40, name="penalised-40", family=PenalisedPGD, source="Carlini and Wagner 2017, detectors"
+)
 CHOICE_10 = Attack(
     name="choice-10",
     family=ChoicePGD,

@@ -29,6 +29,7 @@ from attacks.catalog import (
     MIM_10,
     MIXTURE,
     NES_30,
+    PENALISED_40,
     PGD_5,
     PGD_10,
     PGD_10_ADVAE,
@@ -83,7 +84,7 @@ class Suite:
 
 FIRST = (FGSM_TARGETED, IFGSM_TARGETED, FGSM, IFGSM)
 AUTO = (APGD_CE, APGD_T, FAB_T, SQUARE)
-TAILORED_10, TAILORED_40 = (SELECTIVE_10, CHOICE_10), (SELECTIVE_40, CHOICE_40, LATENT)
+TAILORED_10, TAILORED_40 = (SELECTIVE_10, CHOICE_10), (SELECTIVE_40, PENALISED_40, CHOICE_40, LATENT)
 SUITES: Mapping[str, Suite] = {
     suite.name: suite
     for suite in (

@@ -109,11 +109,6 @@ class Robustness:
         return self.clean.right & ~self.attacked.wrong
 
     @property
-    def noise(self) -> float:
-        """The measured effect of the model's noise: how often two draws disagree on clean or on attacked images."""
-        return max(disagreement(self.clean.right), disagreement(self.survivors))
-
-    @property
     def survivors(self) -> Tensor:
         """`robust` under the white-box attacks."""
         return self.clean.right & ~self.strongest.wrong

@@ -106,6 +106,36 @@ class Announcing(NearestBlend):
         return super().purify(x_NCHW) + 1e-3 * torch.randn_like(x_NCHW)
 
 
+class NoisyStraight(NearestBlend):
+    """Blends with the stored image that is nearest to a noisy copy; the gradient passes straight through."""
+
+    differentiable, surrogate = True, NoOp.surrogate
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        noisy_NCHW = x_NCHW + 0.05 * torch.randn_like(x_NCHW)
+        return x_NCHW + (super().purify(noisy_NCHW) - x_NCHW).detach()
+
+
+class Tempered(NearestBlend):
+    """Blends as well, straight through, and multiplies the logits by a random number, which changes no class."""
+
+    differentiable, surrogate = True, NoOp.surrogate
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        return x_NCHW + (super().purify(x_NCHW) - x_NCHW).detach()
+
+    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+        return super().classify(x_NCHW, classifier) * torch.randn(len(x_NCHW), 1).div(2).exp()
+
+
 class Faint(NoOp):
     """A mixin: logits times 1e-15, below all absolute limits."""
 
@@ -160,6 +190,8 @@ CHEATS: Mapping[str, Member] = {
     "robust without black": Member(kind=Zeros, alarm="jump", train=TRAIN),
     "guards the box": Member(kind=Guard, alarm="estimated", quick=False),
     "announces noise": Member(kind=Announcing, alarm="estimated", quick=False),
+    "straight through, with noise": Member(kind=NoisyStraight, alarm="prediction"),
+    "straight through, random scale": Member(kind=Tempered, alarm="prediction"),
     "faint rounding": Member(kind=FaintRounding, alarm="gradient"),
     "faint noise": Member(kind=FaintNoise, alarm="determinism", train=TRAIN),
     "faint look-up": Member(kind=FaintLookUp, alarm="completeness"),

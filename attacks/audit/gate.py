@@ -1,10 +1,11 @@
-"""A gate: one check of the audit, with its measured figure and its limit."""
+"""A gate: one check of the audit, with its measured figure and its limit. Shapes: D draws, N images."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from attacks.verdicts import Robustness
+from torch import Tensor
 
 SLACK = 0.05
 """Tolerance for chance in a share of a few dozen images."""
@@ -38,16 +39,21 @@ class Gate:
         return f"{self.name}: it does not hold that {self.law}"
 
 
-def by_chance(found: Robustness, images: int | None = None) -> float:
-    """Return the share of images that a weaker attack may break beyond stronger ones: one image, or 0.2 %.
+def broken(standing_DN: Tensor, left_DN: Tensor) -> tuple[float, float]:
+    """Return the share of images that stood and that another attack breaks, and the share that it may break by chance.
 
-    With noise, each further attack is another try: as many more as two draws are measured to disagree on, at most
-    `SLACK`. What a defense says about its noise does not count.
-
-    Args:
-        images: number of images attacked; None: those of the verdicts.
+    That is one image, or 0.2 %. With noise every further attack is another try; so the images that it breaks more often
+    in the first half of the draws are judged in the second half, and three standard errors are added. What a defense
+    says about its noise does not count.
     """
-    return max(SQUARE_GAIN, 1 / (images or found.clean.right.shape[1]), min(SLACK, found.noise))
+    draws, images = min(len(standing_DN), len(left_DN)), standing_DN.shape[1]
+    least = max(SQUARE_GAIN, 1 / images)
+    lost_DN = standing_DN[:draws].double() - left_DN[:draws].double()
+    if draws == 1:
+        return float(lost_DN.clamp(min=0).mean()), least
+    chosen_N, judged_DN = lost_DN[: draws // 2].mean(dim=0) > 0, lost_DN[draws // 2 :]
+    error = math.sqrt(float((judged_DN.var(dim=0) * chosen_N).sum()) / len(judged_DN)) / images
+    return float((judged_DN * chosen_N).mean()), least + 3 * error
 
 
 def at_most(check: int, name: str, law: str, figure: float, limit: float, images: int = 0) -> Gate:

@@ -16,7 +16,7 @@ from attacks.algorithms.base import project, steepest
 from attacks.algorithms.pgd import PGD
 from attacks.algorithms.selective_pgd import SelectivePGD
 from attacks.attack import Attack
-from attacks.audit.gate import SLACK, Gate, at_most, by_chance
+from attacks.audit.gate import SLACK, Gate, at_most, broken
 from attacks.catalog import FGSM, NES_30, PGD_10, PGD_40, PGD_80, SQUARE
 from attacks.evaluation import observe
 from attacks.gradient_view import View, gradients, openings, stochastic
@@ -38,8 +38,8 @@ LONGEST = 320
 """Most steps of an attack that goes on until the loss stops rising."""
 GAP = 0.15
 """Largest accuracy gain of fresh noise over noise that the attacker knows."""
-NOISY = 0.02
-"""Rate of disagreement between two draws above which a search without gradients follows luck, and is kept short."""
+QUERIES = 1000
+"""Queries of Square for each image; with noise, each is a mean of `DRAWS` draws."""
 PLANT = 0.9
 """Position of the planted boundary, as a fraction of the step to a known adversarial neighbour."""
 
@@ -65,10 +65,10 @@ class Probe:
     def _share(self, verdicts_DN: Tensor) -> float:
         return float(verdicts_DN[:, self.few_N].double().mean())
 
-    def _more(self, attack: Attack, standing_DN: Tensor, draws: int = DRAWS) -> float:
-        """Return the share of the images that the attack breaks although they survived so far."""
-        found = self._alone(attack, self.threat, standing_DN.any(dim=0), draws).judge()
-        return self._share(standing_DN[: len(found.survivors)] & ~found.survivors)
+    def _more(self, attack: Attack, standing_DN: Tensor) -> tuple[float, float]:
+        """Return the share of the images that the attack breaks although they survived, and that by chance."""
+        found = self._alone(attack, self.threat, standing_DN.any(dim=0), looks=len(standing_DN)).judge()
+        return broken(standing_DN[:, self.few_N], found.survivors[:, self.few_N])
 
     def _alone(
         self,
@@ -91,13 +91,13 @@ class Probe:
     def single_step(self, standing_DN: Tensor) -> Gate:
         """Check 4: per image, many steps are at least as strong as one."""
         law = "one step breaks nothing that withstood many"
-        return at_most(4, "single-step", law, self._more(FGSM, standing_DN), SLACK)
+        return at_most(4, "single-step", law, self._more(FGSM, standing_DN)[0], SLACK)
 
     def square(self, heavier: Robustness) -> Gate:
         """Check 4: a gradient-free search breaks no image that survived the gradient attacks."""
-        queries = 200 if heavier.noise > NOISY else 1000
-        law = f"Square ({queries} queries) finds nothing that the gradient attacks left"
-        return self._blind("square", law, replace(SQUARE, settings=(("queries", queries),)), heavier)
+        law = f"Square ({QUERIES} queries) finds nothing that the gradient attacks left"
+        settings = ("queries", QUERIES), ("standardised", stochastic(self.target))
+        return self._blind("square", law, replace(SQUARE, settings=settings), heavier)
 
     def estimated(self, heavier: Robustness) -> Gate:
         """Check 4: a gradient estimated from model outputs breaks no image that survived the model's own gradients."""
@@ -107,9 +107,8 @@ class Probe:
     def _blind(self, name: str, law: str, attack: Attack, heavier: Robustness) -> Gate:
         """Return the gate of an attack that uses no gradient."""
         more = replace(self, images=2 * PROBES)
-        images = int(more.few_N.sum())
-        lost = more._more(attack, heavier.survivors, draws=1)
-        return at_most(4, name, law, lost, by_chance(heavier, images), images)
+        lost, chance = more._more(attack, heavier.survivors)
+        return at_most(4, name, law, lost, chance, int(more.few_N.sum()))
 
     def transfer(self, found: Robustness) -> Gate:
         """Check 4: a white-box attack breaks at least what examples transferred from the bare classifier break."""
@@ -128,11 +127,11 @@ class Probe:
         rise = self._rise(attack, left) if len(left) else 0.0
         while rise > MOVING and (attack.steps or LONGEST) < LONGEST:
             attack = replace(attack, steps=2 * (attack.steps or LONGEST))
-            rise = max(self._rise(attack, left), self._more(attack, standing_DN))
+            rise = max(self._rise(attack, left), self._more(attack, standing_DN)[0])
         return at_most(5, "trajectory", law, rise, MOVING, self.images)
 
     def _rise(self, attack: Attack, left: Tensor) -> float:
-        """Return how much the loss of the images `left` rises in the last quarter of the steps, by the best gradient."""
+        """Return how much the loss of the images `left` rises in the last quarter of the steps; the best gradient's."""
         best_S = []
         for gradient in gradients(self.target):
             view = View(self.target, gradient, DRAWS if stochastic(self.target) else 1)
@@ -148,7 +147,10 @@ class Probe:
 
         The unbounded attack ignores rejection, since a detector does not justify a masked gradient.
         """
-        left = [self._at(replace(self.threat, eps=share * self.threat.eps), self._aimed(PGD_10)) for share in (0.25, 0.5, 1.0)]
+        left = [
+            self._at(replace(self.threat, eps=share * self.threat.eps), self._aimed(PGD_10))
+            for share in (0.25, 0.5, 1.0)
+        ]
         rise = max(after - before for before, after in pairwise(left))
         farthest = 1.0 if self.threat.norm == "Linf" else math.sqrt(self.x_NCHW[0].numel())
         free = self._at(replace(self.threat, eps=farthest), PGD_20, limited=False)

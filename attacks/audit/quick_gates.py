@@ -7,16 +7,17 @@ al., Indicators of Attack Failure, 2022. Shapes: N images, C channels, H x W pix
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.algorithms.base import project, slope, steepest
+from attacks.algorithms.base import margin, project, slope, steepest
 from attacks.audit.gate import SLACK, Gate, at_most
 from attacks.evaluation import look, probabilities
-from attacks.gradient_view import View, deepened, gradients, openings, stochastic
+from attacks.gradient_view import Gradient, View, deepened, gradients, openings, stochastic
 from attacks.seeding import Draws, reproducible
 from attacks.threat import ThreatModel
 from attacks.verdicts import Robustness, Seen, Verdict
@@ -26,6 +27,8 @@ WAY = 16
 LONGER = 8
 """Factor on the steps of an inner optimisation. On digits it lowers Defense-GAN's error by 35 to 50 % from 1 to 5 of
 its own steps, and by 6 to 18 % from 100 or 200 of them; with a factor of two these ranges overlap."""
+STEPS, STEP_DRAWS, STARTS = (1 / 32, 1 / 8, 1 / 2), 4, 4
+"""Steps whose effect a gradient must predict, as fractions of eps; draws of noise in each answer; most starts."""
 WIGGLES = 1e-4, 1e-3, 1 / 255
 """Sizes of random signs that must not change what a model answers, in pixel units of [0, 1]."""
 JUMP = 0.25
@@ -34,7 +37,7 @@ UNDERFLOW = 88.0
 """Logit margin beyond which exp(-margin) is not a normal float32 and the softmax has no gradient."""
 
 
-def quick_gates(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, seed: int) -> tuple[Gate, ...]:
+def quick_gates(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, *, seed: int) -> tuple[Gate, ...]:
     """Return the gates that cost a few passes over 32 images, for every candidate of a search.
 
     A purifier that optimises is run once with its own number of steps and once with `LONGER` times as many.
@@ -49,6 +52,7 @@ def quick_gates(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, *, seed: int) ->
         _saturation(target, x, seed),
         _gradient(target, x, y, seed),
         _completeness(target, x[:8], y[:8], seed),
+        _prediction(target, x, y, threat, seed),
         _stand_in(target),
         _inner_loop(target, x, seed),
         _batch(target, x, seed),
@@ -103,24 +107,29 @@ def _saturation(target: nn.Module, x_NCHW: Tensor, seed: int) -> Gate:
 
 
 def _gradient(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> Gate:
-    """Check 3: every gradient source of the defense gives each image a finite, non-zero gradient."""
-    without = 0.0
+    """Check 3: every gradient source of the defense gives each image a finite, non-zero gradient.
+
+    A stand-in may do so in place of the defense itself, which it stands for.
+    """
+    without = dict[str, Tensor]()
     for gradient in gradients(target):
         view, x = View(target, gradient), x_NCHW.clone().requires_grad_()
         with reproducible(view, seed), torch.enable_grad():
-            slope_NCHW = slope(F.cross_entropy(view(x), y_N, reduction="none"), x).flatten(1)
-        without = max(without, _unusable(slope_NCHW))
+            unusable_N = _unusable(slope(F.cross_entropy(view(x), y_N, reduction="none"), x).flatten(1))
+        source = "exact" if gradient == "surrogate" else gradient
+        without[source] = unusable_N & without.get(source, unusable_N)
     if "rejection" in openings(target):
         view, x = View(target), x_NCHW.clone().requires_grad_()
         with reproducible(view, seed), torch.enable_grad():
-            without = max(without, _unusable(slope(view.suspicion(x).sum(1), x).flatten(1)))
+            without["detectors"] = _unusable(slope(view.suspicion(x).sum(1), x).flatten(1))
     law = "through every source that it names, and its detectors, images have a finite gradient that is not zero"
-    return at_most(3, "gradient", law, without, 0.1)
+    figure = max((float(unusable_N.double().mean()) for unusable_N in without.values()), default=0.0)
+    return at_most(3, "gradient", law, figure, 0.1)
 
 
-def _unusable(slope_ND: Tensor) -> float:
-    """Return the share of gradients that are zero or not finite."""
-    return 1 - float((slope_ND.isfinite().all(1) & (slope_ND.abs().amax(1) > 0)).double().mean())
+def _unusable(slope_ND: Tensor) -> Tensor:
+    """Return which gradients are zero or not finite, bool_N."""
+    return ~(slope_ND.isfinite().all(1) & (slope_ND.abs().amax(1) > 0))
 
 
 def _completeness(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> Gate:
@@ -150,6 +159,51 @@ def _completeness(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> 
                 sum_N += (slope(scale * gap(view.unscaled(x)), x) * way_NCHW).flatten(1).sum(1) / WAY
         off.append(float((sum_N - change_N).abs().sum() / change_N.abs().sum().clamp(min=1e-6)))
     return at_most(3, "completeness", law, min(off), 0.5)
+
+
+def _prediction(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int) -> Gate:
+    """Check 3: a step that is short in the ball changes the logits as the gradient predicts.
+
+    It does not where the gradient is that of another function: passed straight through a choice, a look-up or
+    quantisation, or of a smooth remainder. The figure is the share of the change that is mispredicted, summed over
+    the images and starts, by the best source and step. A stand-in is smoother than what it stands for, and may miss
+    more; since it tends to be slow, further starts are made only where one does not do.
+    """
+    law = "short steps along the gradient change the logits as it predicts"
+    limit, least = (0.5, 1) if "surrogate" in gradients(target) else (0.2, STARTS)
+    draws = Draws(seed, torch.arange(len(x_NCHW), device=x_NCHW.device))
+    sums: dict[tuple[Gradient, float], Tensor] = {}
+    figure = 1.0 if threat.eps else 0.0
+    for number in range(STARTS if threat.eps else 0):
+        if number >= least and figure <= limit:
+            break
+        way_NCHW = threat.eps / 2 * steepest(draws.sign(*x_NCHW.shape[1:]), threat.norm)
+        start_NCHW = project(x_NCHW + way_NCHW, x_NCHW, threat.eps, threat.norm)
+        for key, pair_2 in _foreseen(target, start_NCHW, y_N, threat, seed):
+            sums[key] = sums.get(key, 0) + pair_2
+        ratios = [float(pair_2.min() / pair_2.max()) for pair_2 in sums.values() if bool((pair_2 > 0).all())]
+        figure = 1 - max(ratios, default=0.0)
+    return at_most(3, "prediction", law, figure, limit)
+
+
+def _foreseen(
+    target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int
+) -> Iterator[tuple[tuple[Gradient, float], Tensor]]:
+    """Yield, by source and step, how steps along the gradient change the margins, and how the gradient says, 2."""
+    draws = STEP_DRAWS if stochastic(target) else 1
+
+    def asked(gradient: Gradient, moved_NCHW: Tensor) -> Tensor:
+        with reproducible(target, seed), torch.set_grad_enabled(moved_NCHW.requires_grad):
+            return margin(View(target, gradient, draws).unscaled(moved_NCHW), y_N)
+
+    for gradient in gradients(target):
+        x = x_NCHW.clone().requires_grad_()
+        slope_NCHW = slope(asked(gradient, x), x)
+        for share in STEPS:
+            step_NCHW = share * threat.eps * steepest(slope_NCHW, threat.norm)
+            low_NCHW, high_NCHW = ((x_NCHW + side * step_NCHW).clamp(0, 1) for side in (-1, 1))
+            change = (asked("exact", high_NCHW) - asked("exact", low_NCHW)).double().sum()
+            yield (gradient, share), torch.stack((change, (slope_NCHW * (high_NCHW - low_NCHW)).double().sum()))
 
 
 def _stand_in(target: nn.Module) -> Gate:

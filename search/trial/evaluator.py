@@ -101,7 +101,7 @@ class Evaluator:
         found = self.observe(target)
         images, looks = (self.x_NCHW, self.y_N), len(found.clean.right)
         noise = noisy(target, *images, self.threat, self.seed, looks)
-        return Evaluation(found, quick_gates(target, *images, seed=self.seed), noise)
+        return Evaluation(found, quick_gates(target, *images, self.threat, seed=self.seed), noise)
 
     def observe(self, target: nn.Module) -> Observation:
         """Attack under the oblivious and the white-box threat models in any case, and under the study's own."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attacks.algorithms.mixture import MixtureAttack, fool, objective
 from attacks.algorithms.pgd import PGD
-from attacks.algorithms.selective_pgd import SelectivePGD, _aside
+from attacks.algorithms.selective_pgd import PenalisedPGD, SelectivePGD, _aside
 from attacks.gradient_view import View
 from attacks.seeding import Draws
 from attacks.threat import Norm
@@ -119,8 +119,11 @@ def test_in_l2_it_finds_the_least_margin_among_the_wrong_images_of_a_linear_mode
     assert float(target.defense.suspicion(moved)) == pytest.approx(least, abs=0.01)
 
 
+@pytest.mark.parametrize("kind", [SelectivePGD, PenalisedPGD])
 @pytest.mark.parametrize("seed", range(4))
-def test_in_linf_it_is_wrong_and_accepted_where_a_linear_program_finds_room(seed: int) -> None:
+def test_in_linf_it_is_wrong_and_accepted_where_a_linear_program_finds_room(
+    seed: int, kind: type[SelectivePGD]
+) -> None:
     (w, v), eps, score = planes(seed), 0.1, 0.1
     found = linprog(v.flatten(), w.flatten()[None], [-score], bounds=(-eps, eps))
     least = float(found.fun)
@@ -128,7 +131,7 @@ def test_in_linf_it_is_wrong_and_accepted_where_a_linear_program_finds_room(seed
     assert least < -0.1
     for limit, there in ((least / 3, True), (least - 0.001, False)):  # signs of steps do not reach the optimum itself
         target = linear(w, v, score, limit)
-        moved = SelectivePGD(View(target), eps=eps, alpha=0.002, steps=400)(x, y)
+        moved = kind(View(target), eps=eps, alpha=0.002, steps=400)(x, y)
         assert errors(target, moved, y) == there
 
 

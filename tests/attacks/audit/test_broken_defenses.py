@@ -63,14 +63,14 @@ def test_a_search_raises_the_alarms_that_need_no_attack(
     name: str, digits: Digits, caged: Callable[[str], Defended]
 ) -> None:
     """A no-op and noise that is announced are caught by what their attacked images are compared with: the audit."""
-    gates = quick_gates(caged(name), *held_out(digits), seed=0)
+    gates = quick_gates(caged(name), *held_out(digits), WHITE, seed=0)
     assert (BROKEN[name].alarm in {gate.name for gate in gates if not gate.passed}) is BROKEN[name].quick
 
 
 def test_a_descent_that_has_arrived_raises_no_alarm(digits: Digits, caged: Callable[[str], Defended]) -> None:
     defended = caged(SLOW)
     defended.defense.at({"steps": 50, "restarts": 1})
-    gates = {gate.name: gate for gate in quick_gates(defended, *held_out(digits), seed=0)}
+    gates = {gate.name: gate for gate in quick_gates(defended, *held_out(digits), WHITE, seed=0)}
     defended.defense.at(BROKEN[SLOW].inference)
     assert gates["inner-loop"].passed and gates["inner-loop"].figure > 0
 

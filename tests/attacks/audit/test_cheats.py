@@ -47,7 +47,7 @@ def test_each_cheat_raises_its_own_alarm(name: str, digits: Digits, classifier: 
 def test_a_search_raises_the_alarms_that_need_no_attack(
     name: str, digits: Digits, made: Callable[[str], Defended]
 ) -> None:
-    gates = quick_gates(made(name), digits[0][1400:1500], digits[1][1400:1500], seed=0)
+    gates = quick_gates(made(name), digits[0][1400:1500], digits[1][1400:1500], WHITE, seed=0)
     assert CHEATS[name].alarm in {gate.name for gate in gates if not gate.passed}
 
 
