@@ -107,7 +107,11 @@ SELECTIVE_10 = Attack(
 )
 SELECTIVE_40 = replace(SELECTIVE_10, name="selective-40", steps=40, pace=0.1)
 PENALISED_40 = replace(
-    SELECTIVE_40, name="penalised-40", family=PenalisedPGD, source="Carlini and Wagner 2017, detectors"
+    SELECTIVE_40,
+    name="penalised-40",
+    family=PenalisedPGD,
+    source="Carlini and Wagner 2017, detectors",
+    through="exact",
 )
 CHOICE_10 = Attack(
     name="choice-10",

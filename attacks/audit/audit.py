@@ -103,7 +103,7 @@ def audit(
         *(_baseline(found, beside["undefended"]) for _ in undefended),
         _tailored(target, found),
         regular_gate(found, again),
-        batch_size(target, versions, y_N, seed),
+        batch_size(target, {name: versions[name] for name in ("clean", list(versions)[-1])}, y_N, seed),
         replayed(fresh, seen.clean, seen.kept, *images, seed),
     )
     outputs: dict[str, Seen] = {"clean": seen.clean, **seen.kept}

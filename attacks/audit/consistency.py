@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attacks.algorithms.base import slope
-from attacks.algorithms.regular_pgd import Kept, regular
+from attacks.algorithms.regular_pgd import regular
 from attacks.audit.gate import SLACK, Gate, at_most, broken
 from attacks.audit.quick_gates import unit
 from attacks.catalog import EXTREMES_10, LEVELS_10, REGULAR_10
@@ -35,15 +35,13 @@ MOVED = 0.01
 """Largest change of a logit between batches, in units of the logits' own spread."""
 ALIKE = 0.9
 """Least cosine between the gradients of an image in two batches."""
-UNTOUCHED = LEVELS_10, EXTREMES_10, REGULAR_10
 REGULAR = Suite(
     name="regular",
-    oblivious=UNTOUCHED,
-    white_box=UNTOUCHED,
+    oblivious=(LEVELS_10, EXTREMES_10, REGULAR_10),
+    white_box=(REGULAR_10,),
     draws=SUITES["audit"].draws,
     looks=SUITES["audit"].looks,
 )
-SNAPPED: tuple[Kept, ...] = ("levels", "both")
 
 
 def copied(target: nn.Module) -> nn.Module:
@@ -161,9 +159,8 @@ def regularly(
     """
     again = observe(REGULAR, target, x_NCHW, y_N, threat, seed=seed, white_box=True, standing_N=standing_N)
     snapped = {
-        f"{name} ({kept})": look(target, regular(seen.x_NCHW, x_NCHW, kept), y_N, seed, len(seen.right))
+        f"{name} (regular)": look(target, regular(seen.x_NCHW, x_NCHW, "both"), y_N, seed, len(seen.right))
         for name, seen in found.kept.items()
-        for kept in SNAPPED
         if seen.x_NCHW is not None
     }
     blind = {name.partition("/")[2]: seen for name, seen in snapped.items() if name.startswith("oblivious")}

@@ -39,7 +39,7 @@ LONGEST = 320
 GAP = 0.15
 """Largest accuracy gain of fresh noise over noise that the attacker knows."""
 QUERIES = 1000
-"""Queries of Square for each image; with noise, each is a mean of `DRAWS` draws."""
+"""Queries of Square for each image."""
 PLANT = 0.9
 """Position of the planted boundary, as a fraction of the step to a known adversarial neighbour."""
 
@@ -65,9 +65,9 @@ class Probe:
     def _share(self, verdicts_DN: Tensor) -> float:
         return float(verdicts_DN[:, self.few_N].double().mean())
 
-    def _more(self, attack: Attack, standing_DN: Tensor) -> tuple[float, float]:
+    def _more(self, attack: Attack, standing_DN: Tensor, draws: int = DRAWS) -> tuple[float, float]:
         """Return the share of the images that the attack breaks although they survived, and that by chance."""
-        found = self._alone(attack, self.threat, standing_DN.any(dim=0), looks=len(standing_DN)).judge()
+        found = self._alone(attack, self.threat, standing_DN.any(dim=0), draws, len(standing_DN)).judge()
         return broken(standing_DN[:, self.few_N], found.survivors[:, self.few_N])
 
     def _alone(
@@ -107,7 +107,7 @@ class Probe:
     def _blind(self, name: str, law: str, attack: Attack, heavier: Robustness) -> Gate:
         """Return the gate of an attack that uses no gradient."""
         more = replace(self, images=2 * PROBES)
-        lost, chance = more._more(attack, heavier.survivors)
+        lost, chance = more._more(attack, heavier.survivors, draws=1)
         return at_most(4, name, law, lost, chance, int(more.few_N.sum()))
 
     def transfer(self, found: Robustness) -> Gate:
