@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +14,12 @@ import defenses
 from attacks.audit.audit import Audit, audit
 from attacks.audit.quick_gates import quick_gates
 from attacks.threat import ThreatModel
-from benchmarks.broken import BROKEN, HONEST, LABELS
+from benchmarks.broken import BROKEN, HONEST, LABELS, Member
+from benchmarks.cheats import CHEATS
 from defenses.base import Defended
+from defenses.gmvae import GMVAE
+from defenses.magnet import MagNet
+from defenses.puvae import PuVAE
 from search.data import splits
 from search.engine.run import run
 from search.exceptions import AlarmError
@@ -27,6 +32,7 @@ from tests.conftest import digits_study
 
 WHITE = ThreatModel("Linf", 0.1, "white-box")
 Digits = tuple[Tensor, Tensor]
+CAGED = {**BROKEN, **CHEATS}
 SLOW = "unconverged Defense-GAN"
 
 
@@ -89,22 +95,24 @@ def shelter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def searched(name: str, shelter: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, Candidate]:
     """Return a finished search of a member as if it were a file among the defenses, and its candidate."""
     find = defenses.find
-    monkeypatch.setattr(defenses, "find", lambda wanted: BROKEN[wanted].kind if wanted in BROKEN else find(wanted))
+    monkeypatch.setattr(defenses, "find", lambda wanted: CAGED[wanted].kind if wanted in CAGED else find(wanted))
     LABELS[:] = [splits.load("digits", "validation", None, 60)[1]]
-    study = digits_study(shelter, name=name.replace(" ", "-"), defense=name, space="default", trials=1, eps=0.1)
+    study = digits_study(shelter, name=re.sub("[ ,]+", "-", name), defense=name, space="default", trials=1, eps=0.1)
     if not study.folder.exists():
         assert run(study, [], debug=True) == "finished"
     return study, SearchHistory(study).candidates()[0]
 
 
-@pytest.mark.parametrize("name", ["no-op", "peeks at the label"])
+@pytest.mark.parametrize(
+    "name", ["no-op", "peeks at the label", "remembers its queries", "straight through, with noise"]
+)
 def test_none_is_exported(name: str, shelter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, candidate = searched(name, shelter, monkeypatch)
-    if BROKEN[name].quick:
-        assert BROKEN[name].alarm in candidate.score.alarms
+    if CAGED[name].quick:
+        assert CAGED[name].alarm in candidate.score.alarms
         with pytest.raises(InputError, match="needs a candidate within the constraints"):
             pick(study, pareto=False, top=1, candidate=None)
-    with pytest.raises(AlarmError, match=BROKEN[name].alarm):
+    with pytest.raises(AlarmError, match=CAGED[name].alarm):
         export(study, candidate, study.store, study.folder / "export")
     assert not (study.folder / "export").exists()
 
@@ -123,3 +131,26 @@ def test_an_honest_defense_raises_no_alarm(name: str, digits: Digits, classifier
     found = audit(target, *held_out(digits), WHITE, seed=1)
     assert found.alarms == ()
     assert found.robustness.attacked.accuracy > found.baselines["undefended"].attacked.accuracy + 0.05
+
+
+OF_LITTLE_USE = {
+    "MagNet": Member(kind=MagNet, train={"maps": 8, "learning_rate": 2e-2, "batch_size": 16, "epochs": 3}),
+    "GMVAE": Member(kind=GMVAE, train={"maps": 8, "dense": 32, "learning_rate": 3e-3, "batch_size": 32, "epochs": 3}),
+    "PuVAE": Member(
+        kind=PuVAE,
+        train={"conv_maps": 8, "decoder_maps": 8, "dense": 64, "latent": 8, "batch_size": 32, "epochs": 6}
+        | {"lambda_rc": 1.0, "lambda_kl": 0.1, "lambda_ce": 10.0, "learning_rate": 2e-3},
+        inference={"sigma_eps": 0.1},
+    ),
+}
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.3])
+@pytest.mark.parametrize("name", OF_LITTLE_USE)
+def test_a_defense_of_little_use_is_refused_for_that_alone(
+    name: str, eps: float, digits: Digits, classifier: nn.Module
+) -> None:
+    """No attack of a gate may be too weak for a detector, a class choice or a slow descent."""
+    target = OF_LITTLE_USE[name].before(classifier, digits[0][:1400], digits[1][:1400])
+    x, y = held_out(digits)
+    assert alarms(audit(target, x[:50], y[:50], ThreatModel("Linf", eps, "white-box"), seed=1)) <= {"baseline"}
