@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from benchmarks.broken import PGD, LooksUp, Member, NearestBlend, NoOp, Rounding
+from benchmarks.broken import PGD, Argmin, LooksUp, Member, NearestBlend, NoOp, Rounding
 from defenses.adversarial_training import AdversarialTraining
+from defenses.magnet import MagNet
 
 TRAIN = {**PGD, "start": "pretrained", "epochs": 10}
 
@@ -136,6 +137,28 @@ class Tempered(NearestBlend):
         return super().classify(x_NCHW, classifier) * torch.randn(len(x_NCHW), 1).div(2).exp()
 
 
+class NoisyBlend(Argmin):
+    """Blends a noisy copy with the stored image nearest to it, without any trick: the choice has no gradient."""
+
+    differentiable = True
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def purify(self, x_NCHW: Tensor) -> Tensor:
+        noisy_NCHW = x_NCHW + 0.05 * torch.randn_like(x_NCHW)
+        return 0.35 * noisy_NCHW + 0.65 * super().purify(noisy_NCHW)
+
+
+class OthersGradient(MagNet):
+    """Rejects like a MagNet, and gives its detectors the gradient of something else."""
+
+    def suspicion(self, x_NCHW: Tensor) -> Tensor:
+        decoy_N1 = 1e-3 * x_NCHW.square().flatten(1).mean(1, keepdim=True)
+        return super().suspicion(x_NCHW.detach()).detach() + decoy_N1 - decoy_N1.detach()
+
+
 class Faint(NoOp):
     """A mixin: logits times 1e-15, below all absolute limits."""
 
@@ -192,6 +215,13 @@ CHEATS: Mapping[str, Member] = {
     "announces noise": Member(kind=Announcing, alarm="estimated", quick=False),
     "straight through, with noise": Member(kind=NoisyStraight, alarm="prediction"),
     "straight through, random scale": Member(kind=Tempered, alarm="prediction"),
+    "nearest, blended, with noise": Member(kind=NoisyBlend, alarm="prediction"),
+    "detectors with another's gradient": Member(
+        kind=OthersGradient,
+        alarm="prediction",
+        train={"maps": 8, "learning_rate": 2e-2, "batch_size": 16, "epochs": 3},
+        inference={"detector_1": 0.95, "detector_2": 0.95},
+    ),
     "faint rounding": Member(kind=FaintRounding, alarm="gradient"),
     "faint noise": Member(kind=FaintNoise, alarm="determinism", train=TRAIN),
     "faint look-up": Member(kind=FaintLookUp, alarm="completeness"),

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from attacks.algorithms.base import slope
 from attacks.algorithms.regular_pgd import regular
-from attacks.audit.gate import SLACK, Gate, at_most, broken
-from attacks.audit.quick_gates import unit
+from attacks.audit.gate import SLACK, Gate, at_most, broken, unit
 from attacks.catalog import EXTREMES_10, LEVELS_10, REGULAR_10
 from attacks.evaluation import look, observe
 from attacks.gradient_view import BATCH, View, gradients, limits, stochastic

@@ -1,4 +1,4 @@
-"""A gate: one check of the audit, with its measured figure and its limit. Shapes: D draws, N images."""
+"""A gate: one check of the audit, with its measured figure and its limit. Shapes: D draws, N images, K classes."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ class Gate:
     @property
     def alarm(self) -> str:
         return f"{self.name}: it does not hold that {self.law}"
+
+
+def unit(logits_NK: Tensor) -> float:
+    """Return the logits' own spread, in which changes of logits are measured: the median deviation over the classes."""
+    return max(float(logits_NK.detach().double().std(dim=1, correction=0).median()), 1e-300)
 
 
 def broken(standing_DN: Tensor, left_DN: Tensor) -> tuple[float, float]:

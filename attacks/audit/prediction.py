@@ -7,25 +7,25 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from attacks.algorithms.base import margin, project, slope, steepest
-from attacks.audit.gate import Gate, at_most
+from attacks.algorithms.base import lead, project, slope, steepest
+from attacks.audit.gate import Gate, at_most, unit
 from attacks.gradient_view import Gradient, View, limits, openings, stochastic
 from attacks.seeding import Draws, reproducible
 from attacks.threat import ThreatModel
 
-STEP, STARTS, OFF = 1 / 64, 4, 0.08
-"""Step as a fraction of eps, starts for each image, and the largest share of the change that may be mispredicted.
-Exact gradients of honest defenses, without a choice inside, were off by 0.07 at most (digits, eps 0.3)."""
-DRAWS = 8
-"""Draws of the noise in each answer."""
-STEPS, FEWER_DRAWS, APART = (1 / 32, 1 / 8, 1 / 2), 4, 0.5
+STEP, SAMPLES, OFF = 1 / 64, 8, 0.3
+"""Step as a fraction of eps; starts for each image, eight times as many with noise; and the largest share of the change
+that may be mispredicted. An adversarially trained network, full of kinks, was off by 0.19 (Fashion-MNIST, eps 0.3)."""
+JUMP, JUMPS = 0.25, 0.05
+"""Misprediction of one step that is a jump if it exceeds what was predicted, in units of the logits' spread; and the
+largest share of the change that may come from jumps: there is next to none without a choice or a look-up inside."""
+STEPS, STARTS, DRAWS, APART = (1 / 32, 1 / 8, 1 / 2), 4, 4, 0.5
 """The same for a stand-in, which is smoother than what it stands for, and for rejection margins, which may be piecewise
 linear: only the sums over the images are compared, and the best step counts."""
 Ask = Callable[[Tensor], Tensor]
@@ -42,7 +42,7 @@ def prediction(
     law = "short steps in the ball change the logits, and rejection margins, as the gradient predicts"
     figure = 0.0
     if threat.eps:
-        figure = math.inf
+        figure = 1 / OFF
         for gradient in sources:  # a stand-in first: the others may be slow behind it
             if figure > 1:
                 figure = min(figure, _source(target, gradient, x_NCHW, y_N, threat, seed))
@@ -56,18 +56,32 @@ def _source(
 ) -> float:
     """Return the figure of the logit margins through a source."""
 
-    def asked(gradient: Gradient, draws: int) -> Ask:
-        view = View(target, gradient, draws if stochastic(target) else 1)
+    draws, scale = (DRAWS if gradient == "surrogate" and stochastic(target) else 1), 1.0
+
+    def asked(gradient: Gradient, seed: int) -> Ask:
+        view = View(target, gradient, draws)
 
         def ask(moved_NCHW: Tensor) -> Tensor:
             with reproducible(target, seed), torch.set_grad_enabled(moved_NCHW.requires_grad):
-                return margin(view.unscaled(moved_NCHW), y_N)
+                return lead(view.unscaled(moved_NCHW), y_N) / scale
 
         return ask
 
+    with torch.no_grad(), reproducible(target, seed):
+        scale = unit(target(x_NCHW))
     if gradient == "surrogate":
-        return _apart(asked("exact", FEWER_DRAWS), asked(gradient, FEWER_DRAWS), x_NCHW, threat, seed) / APART
-    return _off(asked("exact", DRAWS), asked(gradient, DRAWS), x_NCHW, threat, seed) / OFF
+        return _apart(asked("exact", seed), asked(gradient, seed), x_NCHW, threat, seed) / APART
+    samples = islice(_starts(x_NCHW, threat, seed), 8 * SAMPLES if stochastic(target) else SAMPLES)
+    change, predicted = torch.cat(
+        [
+            torch.stack(_changes(asked("exact", seed + i), asked(gradient, seed + i), start_NCHW, threat, STEP))
+            for i, start_NCHW in enumerate(samples)
+        ],
+        dim=1,
+    )
+    size, missed = torch.maximum(change.abs().sum(), predicted.abs().sum()), (change - predicted).abs()
+    jumps = missed[(missed > JUMP) & (missed > predicted.abs())].sum()
+    return float(max(missed.sum() / OFF, jumps / JUMPS) / size) if size else 1 / OFF  # nothing changes
 
 
 def _detectors(target: nn.Module, x_NCHW: Tensor, threat: ThreatModel, seed: int) -> float:
@@ -81,16 +95,6 @@ def _detectors(target: nn.Module, x_NCHW: Tensor, threat: ThreatModel, seed: int
             return over_NS.amax(dim=1) if over_NS.shape[1] else 0 * moved_NCHW.flatten(1).sum(1)
 
     return _apart(ask, ask, x_NCHW, threat, seed) / APART
-
-
-def _off(answer: Ask, foreseen: Ask, x_NCHW: Tensor, threat: ThreatModel, seed: int) -> float:
-    """Return the share of the change that is mispredicted, image by image; 1 where nothing changes."""
-    starts = islice(_starts(x_NCHW, threat, seed), STARTS)
-    change, predicted = torch.cat(
-        [torch.stack(_changes(answer, foreseen, start_NCHW, threat, STEP)) for start_NCHW in starts], dim=1
-    )
-    size = float(torch.maximum(change.abs().sum(), predicted.abs().sum()))
-    return float((change - predicted).abs().sum()) / size if size else 1.0
 
 
 def _apart(answer: Ask, foreseen: Ask, x_NCHW: Tensor, threat: ThreatModel, seed: int) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attacks.algorithms.base import project, slope, steepest
-from attacks.audit.gate import SLACK, Gate, at_most
+from attacks.audit.gate import SLACK, Gate, at_most, unit
 from attacks.audit.prediction import prediction
 from attacks.evaluation import look, probabilities
 from attacks.gradient_view import Gradient, View, deepened, gradients, openings, stochastic
@@ -62,11 +62,6 @@ def quick_gates(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatMo
         _jump(target, x, seed),
     )
     return tuple(replace(gate, images=8 if gate.name == "completeness" else len(x)) for gate in gates)
-
-
-def unit(logits_NK: Tensor) -> float:
-    """Return the logits' own spread, in which changes of logits are measured: the median deviation over the classes."""
-    return max(float(logits_NK.detach().double().std(dim=1, correction=0).median()), 1e-300)
 
 
 def noisy(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int, looks: int = 1) -> Seen:
