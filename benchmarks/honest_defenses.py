@@ -112,10 +112,11 @@ def table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
         rows = list(group)
         raised = [alarm for row in rows for alarm in row["alarms"]]
         alarms = ", ".join(f"{name} {raised.count(name)}" for name in dict.fromkeys(raised)) or "none"
-        spans = [
-            f"{100 * min(row[key] for row in rows):.0f} to {100 * max(row[key] for row in rows):.0f}"
+        ends = [
+            dict.fromkeys(f"{100 * end(row[key] for row in rows):.0f}" for end in (min, max))
             for key in ("clean", "attacked", "error", "apart", "bare", "bare apart")
         ]
+        spans = [" to ".join(pair) for pair in ends]
         yield f"| {' | '.join([*map(str, setting), *spans, alarms])} (of {len(rows)}) |"
 
 

@@ -6,15 +6,22 @@ Shapes: N images, C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchattacks
 from torch import Tensor
 from torch.nn import functional as F
 
+from attacks.gradient_view import limits
 from attacks.seeding import Draws, evaluating, seeded
 from attacks.threat import Norm
+
+NEVER = 1e9
+"""Value used for an infinite threshold: far above every score, small enough for float64 to distinguish margins."""
+Rank = Literal["lead", "margin", "evading"]
+"""What attacks that use answers alone maximise: the logit margin; the same in units of the logits' spread, for models
+that scale them; or the lesser of that and of how far the image is from being rejected."""
 
 
 class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torchattacks is not typed
@@ -30,10 +37,12 @@ class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torc
         draws: random numbers of the images; None: at each call, those of seed 0 and the places in the batch.
         stops: whether a misclassified image is returned at once, without further steps. False where the model is
             stochastic or can reject, and where the images are meant to fool another model.
+        rank: what attacks that use answers alone maximise.
     """
 
     draws: Draws | None = None
     stops: bool = False
+    rank: Rank = "lead"
 
     def __call__(self, x_NCHW: Tensor, y_N: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         applied = self._normalization_applied
@@ -51,6 +60,16 @@ class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torc
     def _random(self, x_NCHW: Tensor) -> Draws:
         """Return the random numbers of the images."""
         return self.draws or Draws(0, torch.arange(len(x_NCHW), device=x_NCHW.device))
+
+    def _rank(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
+        """Return how good adversarial images are, above 0 where they succeed, N; without a gradient. See `Rank`."""
+        logits_NK = self.get_logits(x_NCHW)
+        if self.rank == "lead":
+            return lead(logits_NK, y_N)
+        if self.rank == "margin":
+            return margin(logits_NK, y_N)
+        over_N = excess(self.model.suspicion(x_NCHW), limits(self.model.target)).to(logits_NK)
+        return torch.minimum(margin(logits_NK, y_N), -over_N)
 
     def _gain(self, x_NCHW: Tensor, aim_N: Tensor, logits_NK: Tensor) -> Tensor:
         """Return the objective that the attack maximises, N: the cross-entropy of `aim_N`, negated if targeted."""
@@ -135,6 +154,12 @@ def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
     """Return the logit margin in units of the image's own spread of logits, so that their scale decides nothing, N."""
     spread_N = logits_NK.std(dim=1, correction=0)
     return lead(logits_NK, y_N) / torch.where(spread_N > 0, spread_N, 1.0)
+
+
+def excess(suspicion_NS: Tensor, limits_S: Tensor) -> Tensor:
+    """Return the rejection margin, the largest (score - threshold) / (1 + |threshold|) over the detectors, N."""
+    limits_S = limits_S.to(suspicion_NS.device, torch.float64).clamp(-NEVER, NEVER)
+    return ((suspicion_NS - limits_S) / (1 + limits_S.abs())).amax(dim=1)
 
 
 def wide(t_N: Tensor) -> Tensor:

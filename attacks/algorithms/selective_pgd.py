@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attacks.algorithms.base import project, slope, steepest
+from attacks.algorithms.base import excess, project, slope, steepest
 from attacks.algorithms.pgd import PGD
 from attacks.gradient_view import limits
-
-NEVER = 1e9
-"""Value used for an infinite threshold: far above every score, small enough for float64 to distinguish margins."""
 
 
 class SelectivePGD(PGD):
@@ -40,7 +37,7 @@ class SelectivePGD(PGD):
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
         x_NCHW, aim_N = self._given(x_NCHW, y_N)
         moved_NCHW = self._start(x_NCHW) if self.random_start else x_NCHW.clone()
-        limits_S = limits(self.model.target).to(x_NCHW.device, torch.float64).clamp(-NEVER, NEVER)
+        limits_S = limits(self.model.target).to(x_NCHW.device, torch.float64)
         best_NCHW, least_N = moved_NCHW, limits_S.new_full((len(x_NCHW),), torch.inf)
         self.gains = []
         for step in range(self.steps + 1):
@@ -61,9 +58,9 @@ class SelectivePGD(PGD):
         margin_N, wrong = limits_S.new_full((len(aim_N),), torch.inf), wrong_N.nonzero().flatten()
         if len(wrong):
             wrong_NCHW = moved_NCHW[wrong].requires_grad_()
-            over_NS = (self.model.suspicion(wrong_NCHW) - limits_S) / (1 + limits_S.abs())
-            margin_N[wrong] = over_NS.detach().amax(dim=1)
-            aside_NCHW = _aside(slope(-over_NS.amax(dim=1), wrong_NCHW), slope_NCHW[wrong])
+            over_N = excess(self.model.suspicion(wrong_NCHW), limits_S)
+            margin_N[wrong] = over_N.detach()
+            aside_NCHW = _aside(slope(-over_N, wrong_NCHW), slope_NCHW[wrong])
             slope_NCHW = slope_NCHW.index_copy(0, wrong, aside_NCHW.to(slope_NCHW))
         return slope_NCHW, gain_N, margin_N
 
@@ -89,7 +86,7 @@ class PenalisedPGD(SelectivePGD):
     def _choose(self, moved_NCHW: Tensor, aim_N: Tensor, limits_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_NCHW = moved_NCHW.detach().requires_grad_()
         logits_NK = self.get_logits(x_NCHW)
-        over_N = ((self.model.suspicion(x_NCHW) - limits_S) / (1 + limits_S.abs())).amax(dim=1)
+        over_N = excess(self.model.suspicion(x_NCHW), limits_S)
         gain_N = self._gain(x_NCHW, aim_N, logits_NK) - self.weight * over_N.clamp(min=0).to(logits_NK)
         wrong_N = (logits_NK.argmax(1) == aim_N) == self.targeted
         return slope(gain_N, x_NCHW), gain_N.detach(), over_N.detach().where(wrong_N, torch.inf)

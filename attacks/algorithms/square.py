@@ -14,7 +14,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.algorithms.base import Best, CorrectedAttack, lead, lengths, margin, project
+from attacks.algorithms.base import Best, CorrectedAttack, Rank, lengths, project
 from attacks.seeding import Draws
 from attacks.threat import Norm
 from spaces.exceptions import choose
@@ -38,7 +38,7 @@ class Square(CorrectedAttack, torchattacks.Square):  # type: ignore[misc]  # tor
         eps: bound of the perturbation, in pixel units of [0, 1].
         queries: most queries per image.
         p_init: initial share of the image's pixels in the window.
-        standardised: whether margins are in units of the logits' own spread, for models that scale them at random.
+        rank: what is maximised; `evading` needs a View of a model that rejects.
 
     Raises:
         InputError: the norm is not a legal one.
@@ -53,13 +53,13 @@ class Square(CorrectedAttack, torchattacks.Square):  # type: ignore[misc]  # tor
         queries: int = 5000,
         norm: Norm = "Linf",
         p_init: float = 0.8,
-        standardised: bool = False,
+        rank: Rank = "lead",
     ) -> None:
         choose("the norm", norm, get_args(Norm))
         super().__init__(model, norm, eps, queries, p_init=p_init, resc_schedule=False)
         self.supported_mode = ["default"]
         self.queries_N = torch.zeros(0)
-        self.rank = margin if standardised else lead
+        self.rank = rank
 
     @torch.no_grad()
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Square(CorrectedAttack, torchattacks.Square):  # type: ignore[misc]  # tor
                 break
             u_NU = draws.uniform(5 + channels)[going]
             moved_NCHW = self._jump(i, x_NCHW[going], best.x_NCHW[going], u_NU) if i else start_NCHW
-            best.offer(going, moved_NCHW, self.rank(self.get_logits(moved_NCHW), y_N[going]))
+            best.offer(going, moved_NCHW, self._rank(moved_NCHW, y_N[going]))
             self.queries_N[going] += 1
         return best.x_NCHW
 

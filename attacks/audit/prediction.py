@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from attacks.algorithms.base import lead, project, slope, steepest
+from attacks.algorithms.base import excess, lead, project, slope, steepest
 from attacks.audit.gate import Gate, at_most, unit
 from attacks.gradient_view import Gradient, View, limits, openings, stochastic
 from attacks.seeding import Draws, reproducible
@@ -55,8 +55,9 @@ def _source(
     target: nn.Module, gradient: Gradient, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int
 ) -> float:
     """Return the figure of the logit margins through a source."""
-
-    draws, scale = (DRAWS if gradient == "surrogate" and stochastic(target) else 1), 1.0
+    draws = DRAWS if gradient == "surrogate" and stochastic(target) else 1
+    with torch.no_grad(), reproducible(target, seed):
+        scale = unit(target(x_NCHW))
 
     def asked(gradient: Gradient, seed: int) -> Ask:
         view = View(target, gradient, draws)
@@ -67,8 +68,6 @@ def _source(
 
         return ask
 
-    with torch.no_grad(), reproducible(target, seed):
-        scale = unit(target(x_NCHW))
     if gradient == "surrogate":
         return _apart(asked("exact", seed), asked(gradient, seed), x_NCHW, threat, seed) / APART
     samples = islice(_starts(x_NCHW, threat, seed), 8 * SAMPLES if stochastic(target) else SAMPLES)
@@ -85,14 +84,14 @@ def _source(
 
 
 def _detectors(target: nn.Module, x_NCHW: Tensor, threat: ThreatModel, seed: int) -> float:
-    """Return the figure of the rejection margins, the largest over the detectors of (score - limit)."""
+    """Return the figure of the rejection margins; 0 where nothing is rejected."""
     view = View(target, "exact", DRAWS if stochastic(target) else 1)
-    limits_S = limits(target).to(x_NCHW.device, torch.float64)
+    if not bool(limits(target).isfinite().any()):
+        return 0.0
 
     def ask(moved_NCHW: Tensor) -> Tensor:
         with reproducible(target, seed), torch.set_grad_enabled(moved_NCHW.requires_grad):
-            over_NS = (view.suspicion(moved_NCHW).double() - limits_S)[:, limits_S.isfinite()]
-            return over_NS.amax(dim=1) if over_NS.shape[1] else 0 * moved_NCHW.flatten(1).sum(1)
+            return excess(view.suspicion(moved_NCHW), limits(target))
 
     return _apart(ask, ask, x_NCHW, threat, seed) / APART
 

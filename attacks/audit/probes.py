@@ -96,8 +96,8 @@ class Probe:
     def square(self, heavier: Robustness) -> Gate:
         """Check 4: a gradient-free search breaks no image that survived the gradient attacks."""
         law = f"Square ({QUERIES} queries) finds nothing that the gradient attacks left"
-        settings = ("queries", QUERIES), ("standardised", stochastic(self.target))
-        return self._blind("square", law, replace(SQUARE, settings=settings), heavier)
+        rank = "margin" if stochastic(self.target) else "lead"
+        return self._blind("square", law, replace(SQUARE, settings=(("queries", QUERIES), ("rank", rank))), heavier)
 
     def estimated(self, heavier: Robustness) -> Gate:
         """Check 4: a gradient estimated from model outputs breaks no image that survived the model's own gradients."""
@@ -107,6 +107,8 @@ class Probe:
     def _blind(self, name: str, law: str, attack: Attack, heavier: Robustness) -> Gate:
         """Return the gate of an attack that uses no gradient."""
         more = replace(self, images=2 * PROBES)
+        if "rejection" in openings(self.target):
+            attack = replace(attack, settings=tuple({**dict(attack.settings), "rank": "evading"}.items()))
         lost, chance = more._more(attack, heavier.survivors, draws=1)
         return at_most(4, name, law, lost, chance, int(more.few_N.sum()))
 

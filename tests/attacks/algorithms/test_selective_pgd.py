@@ -13,8 +13,10 @@ from scipy.optimize import linprog, minimize_scalar
 from torch import Tensor, nn
 
 from attacks.algorithms.mixture import MixtureAttack, fool, objective
+from attacks.algorithms.nes import NES
 from attacks.algorithms.pgd import PGD
 from attacks.algorithms.selective_pgd import PenalisedPGD, SelectivePGD, _aside
+from attacks.algorithms.square import Square
 from attacks.gradient_view import View
 from attacks.seeding import Draws
 from attacks.threat import Norm
@@ -90,6 +92,15 @@ def test_a_detector_catches_what_the_stock_class_finds_and_not_what_selective_pg
     assert errors(guarded, plain, y) < 0.25 and errors(guarded, ours, y) > 0.8
     off = l2(ours, x) if norm == "L2" else (ours - x).flatten(1).abs().amax(1)
     assert float(off.max()) <= eps + 1e-6 and 0 <= float(ours.min()) and float(ours.max()) <= 1
+
+
+@pytest.mark.parametrize(("family", "budget"), [(Square, {"queries": 600}), (NES, {"steps": 20})])
+def test_a_search_without_gradients_evades_a_detector_if_it_is_told_to(
+    family: Any, budget: dict[str, int], held_out: Digits, guarded: Watched
+) -> None:
+    x, y = held_out
+    plain, ours = (family(View(guarded), eps=0.25, rank=rank, **budget)(x, y) for rank in ("margin", "evading"))
+    assert errors(guarded, ours, y) > errors(guarded, plain, y) + 0.2
 
 
 def planes(seed: int, shape: tuple[int, int, int] = (1, 4, 4)) -> tuple[Tensor, Tensor]:
