@@ -20,7 +20,7 @@ AREAS = {
     9: "planted examples",
     10: "baseline",
     11: "tailored attacks",
-    12: "batch, and images kept aside",
+    12: "batch and images kept aside",
     13: "state and regularities",
 }
 """What the checks of docs/honest-numbers.md ask about, by number."""
