@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 import defenses.puvae
 from benchmarks.fault_injection import rows
-from defenses.base import Batches, Metrics
+from defenses.base import Batches, Defense, Metrics
 from search import session
 from search.engine.run import run
 from search.export.exporter import pick
@@ -82,13 +82,18 @@ def test_pruned_trials_are_told_as_pruned_and_bring_no_candidates(
     assert not list((tmp_path / ".store" / "progress").glob("*"))  # a pruned fit is not gone on with
 
 
+def _detached(honest: Callable[[Defense, Tensor], Tensor]) -> Callable[[Defense, Tensor], Tensor]:
+    return lambda self, x_NCHW: honest(self, x_NCHW).detach()
+
+
 def test_a_search_without_a_feasible_candidate_says_everywhere_what_refused_how_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rich.console import Console
 
-    honest = defenses.puvae.PuVAE.purify
-    monkeypatch.setattr(defenses.puvae.PuVAE, "purify", lambda self, x_NCHW: honest(self, x_NCHW).detach())
+    for name in ("purify", "surrogate"):
+        honest = getattr(defenses.puvae.PuVAE, name)
+        monkeypatch.setattr(defenses.puvae.PuVAE, name, _detached(honest))
     study: Study = digits_study(tmp_path, trials=1, min_clean_accuracy=1.0)
     assert session.begin(study, Console(width=160), debug=True) == 0
     shown = capsys.readouterr().out
