@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
 from rich.console import Console
 from rich.progress import DownloadColumn, TaskID
 
@@ -166,7 +165,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
                 with closing(display):
                     state = run.run(study, [csv_log, tracker, *syncs, display], debug=debug)
                 return _conclude(study, state, console, tracker)
-    except Timeout:
+    except TimeoutError:
         raise InputError(f"a search must run once at a time, but {study.name!r} runs already") from None
     except Exception as error:
         if (reason := trouble(error)) is None:
@@ -225,7 +224,7 @@ def _resume(study: Study) -> str:
 def _runs(study: Study) -> bool:
     """Return whether a driver runs this search now; this also works on a read-only storage."""
     try:
-        with open(study.store.lock("searches", study.name).lock_file) as held:
+        with open(study.store.lock("searches", study.name).path) as held:
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         pass

@@ -9,15 +9,13 @@ from __future__ import annotations
 import errno
 import faulthandler
 import fcntl
+import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, Self, TypeVar
-
-from filelock import FileLock
 
 from search.exceptions import StorageError
 
@@ -117,20 +115,51 @@ def patiently(method: Callable[Concatenate[Where, P], T]) -> Callable[Concatenat
     return patient
 
 
-class WaitingLock(FileLock):
-    """A lock of a store, whose attempts make no folder but its own; FileLock makes the whole path once before."""
+class WaitingLock:
+    """A lock between processes, which ends with its process; no attempt makes the path of a storage that has gone."""
 
-    def _acquire(self) -> None:
-        folder = Path(self.lock_file).parent
-        WaitedFolder(folder.parent).wait()
-        with suppress(FileNotFoundError):  # the store went meanwhile: the next attempt waits for it
-            folder.mkdir(exist_ok=True)
-            file = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(file)
-                if not isinstance(error, BlockingIOError):
-                    raise
-            else:
-                self._context.lock_file_fd = file
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+
+    def acquire(self, timeout: float = math.inf) -> Self:
+        """Wait for the lock, at most `timeout` seconds.
+
+        Raises:
+            TimeoutError: another process holds it.
+        """
+        until = time.monotonic() + timeout
+        while not self._attempt():
+            if time.monotonic() >= until:
+                raise TimeoutError(f"{self.path} is held by another process")
+            time.sleep(0.05)
+        return self
+
+    def _attempt(self) -> bool:
+        WaitedFolder(self.path.parent.parent).wait()
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the storage has just gone: the next attempt waits for it
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(file)
+            if not isinstance(error, BlockingIOError):
+                raise
+            return False
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Release the lock if this object holds it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self if self._file is not None else self.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from filelock import FileLock
 from safetensors.torch import save
 from torch import nn
 
@@ -68,7 +67,7 @@ class Store(WaitedFolder):
         """Treat the store as existing; with a mirror, create it, as each node then has its own folder."""
         return super().expected() if self.mirror is None else self.make()
 
-    def lock(self, kind: str, key: str) -> FileLock:
+    def lock(self, kind: str, key: str) -> WaitingLock:
         """Return the lock of one entry; it is released if its process dies."""
         self.make().wait()
         return WaitingLock(self.root / "locks" / f"{kind}-{key}")

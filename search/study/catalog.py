@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import Timeout
-
 from search.exceptions import Unreachable
 from search.storage.mirror import mirror_of
 from search.storage.store import Store
@@ -54,7 +52,10 @@ def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
     mirror = mirror_of(storage, name)
     if mirror is not None:
         try:
-            with suppress(Timeout), Store(local_folder(storage) / ".store").lock("searches", name).acquire(timeout=0):
+            with (
+                suppress(TimeoutError),
+                Store(local_folder(storage) / ".store").lock("searches", name).acquire(timeout=0),
+            ):
                 bring(mirror, whole=whole)  # if a driver holds the lock, all is here
         except OSError as error:
             raise InputError(f"a storage must answer, but {error}") from None

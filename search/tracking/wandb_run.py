@@ -131,7 +131,7 @@ def identity(folder: Path, search: str, key: str) -> str:
     """Return the id of a run: unchanged when the search is resumed, different in another folder."""
     path = folder / "wandb" / "identity"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not its parents: a storage that has gone must return by itself
         write_atomic(path, uuid.uuid4().hex[:8].encode())
     return re.sub(r"[^\w.-]+", "-", f"{search[:40]}-{key}-{path.read_text()}")
 

@@ -161,14 +161,15 @@ def test_a_lock_lets_one_process_in(tmp_path: Path) -> None:
     assert (tmp_path / "count").read_text() == "40"
 
 
+@pytest.mark.parametrize("goes", [1, 2], ids=["before the first attempt", "in an attempt"])
 def test_a_lock_of_a_storage_that_has_just_gone_makes_nothing_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes: int
 ) -> None:
     store, gone, waits = Store(tmp_path / "store").make(), tmp_path / "gone", []
 
     def wait(folder: WaitedFolder) -> None:
         waits.append(folder)
-        if len(waits) == 2:  # it goes between an attempt's wait and its lock; the first wait is `lock`'s own
+        if len(waits) == goes:  # the first wait is `lock`'s own, the second that of the first attempt
             store.root.rename(gone)
         elif gone.exists():
             assert not store.root.exists()
@@ -176,7 +177,7 @@ def test_a_lock_of_a_storage_that_has_just_gone_makes_nothing_in_its_place(
 
     monkeypatch.setattr(WaitedFolder, "wait", wait)
     with store.lock("fits", "k"):
-        assert len(waits) == 3
+        assert len(waits) == goes + 1
         assert (store.root / "locks" / "fits-k").exists()
 
 

@@ -58,7 +58,7 @@ def test_runs_arrive_and_a_resumed_search_goes_on_in_them(
     monkeypatch.setattr(wandb_run, "PATIENCE_S", 60.0)  # on a busy machine a server that is well is slow too
     said: list[str] = []
     for session in (1, 2):
-        tracker = WandbTracker("online", tmp_path / "one", said.append, ended={"finished": session - 1})
+        tracker = WandbTracker("online", tmp_path, said.append, ended={"finished": session - 1})
         tell(tracker)
         end(tracker)
         assert (tracker.mode, tracker.upload) == ("online", None)
@@ -84,10 +84,10 @@ def test_runs_arrive_and_a_resumed_search_goes_on_in_them(
 
 def test_the_command_that_is_printed_uploads_both_sessions_of_an_offline_search(server: Server, tmp_path: Path) -> None:
     for _ in range(2):
-        tracker = WandbTracker("offline", tmp_path / "one", print)
+        tracker = WandbTracker("offline", tmp_path, print)
         tell(tracker)
         end(tracker)
-    assert tracker.upload == f"wandb sync {tmp_path / 'one' / 'wandb'}" and server.runs == {}
+    assert tracker.upload == f"wandb sync {tmp_path / 'wandb'}" and server.runs == {}
     command = [sys.executable, "-m", *shlex.split(tracker.upload)]
     subprocess.run(command, check=True, capture_output=True, timeout=60, cwd=tmp_path)
     (trial,) = (run for name, run in server.runs.items() if "-t-" in name)

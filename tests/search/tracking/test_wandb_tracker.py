@@ -50,6 +50,7 @@ def _machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search's folder: trials that overlap, one of every end, and one that is still open at the end."""
     folder = tmp_path_factory.mktemp("runs") / "shown"
+    folder.mkdir()
     picture = folder.parent / "picture.png"
     picture.write_bytes(png(torch.rand(4, 2, 1, 8, 8), caption="defended, attacked: 7 rejected"))
     said: list[str] = []
@@ -166,6 +167,7 @@ def test_the_chart_names_the_threat_and_draws_the_feasible_front() -> None:
 @pytest.mark.slow
 def test_a_search_keeps_its_identities_when_it_is_resumed(tmp_path: Path) -> None:
     for folder in (tmp_path / "one", tmp_path / "one", tmp_path / "two"):
+        folder.mkdir(exist_ok=True)
         tracker = WandbTracker("offline", folder, print)
         told(tracker)
         tracker.close()
