@@ -95,7 +95,7 @@ SUITES: Mapping[str, Suite] = {
             oblivious=(*FIRST, PGD_40),
             white_box=(PGD_40, APGD_DLR_50, *TAILORED_40, replace(MIXTURE, name="gmvae-eq10-200", steps=200)),
             draws=4,
-            looks=20,
+            looks=10,
         ),
         Suite(name="standard", oblivious=AUTO, white_box=AUTO, draws=20, looks=20, transfer=(APGD_CE,)),
         Suite(

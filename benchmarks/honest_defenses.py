@@ -4,8 +4,9 @@
     python -m benchmarks.honest_defenses --storage /tmp/honest --defenses magnet --sizes smoke --eps 0.1 --seeds 1
 
 Each defense is trained on digits with the usual setting of a named space, for each seed. The attack apart shares no
-code with attacks/: projected gradient ascent, 3 x 100 steps, through the model, past the purifier, and on the bare
-classifier, and for a defense that rejects with the detectors' excess subtracted at four weights. A refusal by
+code with attacks/: projected gradient ascent, 100 steps each, through the model, past the purifier, on the bare
+classifier, and on the distances of a defense that chooses the nearest of a candidate for each class; and for a defense
+that rejects with the detectors' excess subtracted at four weights. A refusal by
 `baseline` is confirmed where its attack leaves no 5 points fewer errors behind the defense than on the bare classifier.
 
 Shapes: D draws, N images, C channels, H x W pixels.
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from attacks.audit.audit import audit
 from attacks.threat import ThreatModel
 from defenses.base import Defended
+from defenses.puvae import PuVAE
 from search.study.loading import make_study
 from search.trial.runner import TrialRunner
 from search.trial.training import silent
@@ -65,6 +67,8 @@ def apart(model: Defended, x_NCHW: Tensor, y_N: Tensor, eps: float, *, bare: boo
 
     fell_DN = wrong(x_NCHW)
     ways: list[Callable[[Tensor], Tensor]] = [classifier] if bare else [model, past, classifier]
+    if not bare and isinstance(defense, PuVAE):
+        ways.append(lambda z: -50 * (defense.candidates(z) - z[:, None]).flatten(2).norm(dim=2))
     weights = (0.0,) if bare or not len(defense.limits()) else (0.0, 0.1, 1.0, 10.0)
     for start, (way, weight) in enumerate(product(ways, weights)):
         torch.manual_seed(start)

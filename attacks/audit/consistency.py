@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -34,6 +34,8 @@ MOVED = 0.01
 """Largest change of a logit between batches, in units of the logits' own spread."""
 ALIKE = 0.9
 """Least cosine between the gradients of an image in two batches."""
+LOOKS = 5
+"""Noise draws of the verdicts that confirm others; a cheat's differ by far more than those of so few draws."""
 REGULAR = Suite(
     name="regular",
     oblivious=(LEVELS_10, EXTREMES_10, REGULAR_10),
@@ -83,7 +85,7 @@ def replayed(fresh: nn.Module, clean: Seen, kept: Mapping[str, Seen], x_NCHW: Te
     figure, limits_S = 0.0, limits(fresh)
     for seen in (*reversed(list(kept.values())), replace(clean, x_NCHW=x_NCHW)):
         assert seen.x_NCHW is not None, "the images were kept"
-        again = look(fresh, seen.x_NCHW.flip(0), y_N.flip(0), seed + 1, len(seen.right))
+        again = look(fresh, seen.x_NCHW.flip(0), y_N.flip(0), seed + 1, min(LOOKS, len(seen.right)))
         here, there = Verdict.of(seen, limits_S), Verdict.of(again, limits_S)
         for one_DN, other_DN in ((here.right, there.right), (here.wrong, there.wrong)):
             figure = max(figure, beyond_chance(one_DN, other_DN.flip(1)))
@@ -103,37 +105,46 @@ def batch_size(target: nn.Module, versions: Mapping[str, Tensor], y_N: Tensor, s
     for x_NCHW in versions.values():
         whole, part = (x_NCHW[:BATCH], y_N[:BATCH]), (x_NCHW[:few], y_N[:few])
         compare = _accuracies if stochastic(target) else _answers
-        figure = max(figure, *(compare(target, whole, part, size, seed) for size in SIZES))
+        figure = max(figure, compare(target, whole, part, seed))
     return at_most(13, "batch-size", law, figure, 0.0, few)
 
 
 Labelled = tuple[Tensor, Tensor]
 
 
-def _accuracies(target: nn.Module, whole: Labelled, part: Labelled, size: int, seed: int) -> float:
-    """Return by how much the accuracies of a model with noise differ beyond chance."""
-    draws, few = 5, len(part[1])
+def _accuracies(target: nn.Module, whole: Labelled, part: Labelled, seed: int) -> float:
+    """Return by how much the accuracies of a model with noise differ beyond chance, at most."""
     accepted_S = limits(target)
-    here_DN = Verdict.of(look(target, *whole, seed, draws), accepted_S).right[:, :few]
-    parts = zip(part[0].split(size), part[1].split(size), strict=True)
-    there = [Verdict.of(look(target, x, y, seed + i, draws), accepted_S).right for i, (x, y) in enumerate(parts)]
-    return max(0.0, beyond_chance(here_DN, torch.cat(there, dim=1)) - SLACK)
+    here_DN = Verdict.of(look(target, *whole, seed, LOOKS), accepted_S).right[:, : len(part[1])]
+    differ = 0.0
+    for size in SIZES:
+        parts = enumerate(_parts(part, size))
+        there = [Verdict.of(look(target, x, y, seed + i, LOOKS), accepted_S).right for i, (x, y) in parts]
+        differ = max(differ, beyond_chance(here_DN, torch.cat(there, dim=1)) - SLACK)
+    return differ
 
 
-def _answers(target: nn.Module, whole: Labelled, part: Labelled, size: int, seed: int) -> float:
-    """Return the share of images with another class, other logits or another gradient; one image is not counted."""
+def _answers(target: nn.Module, whole: Labelled, part: Labelled, seed: int) -> float:
+    """Return the share of images with another class, other logits or another gradient, at most; one does not count."""
     few = len(part[1])
+    differ_SN = torch.zeros(len(SIZES), few, dtype=torch.bool, device=part[1].device)
     with reproducible(target, seed), torch.no_grad():
         here_NK = target(whole[0])[:few]
-        there_NK = torch.cat([target(x) for x in part[0].split(size)])
-    differ_N = (here_NK - there_NK).abs().amax(dim=1) > MOVED * unit(here_NK)
+        for differ_N, size in zip(differ_SN, SIZES, strict=True):
+            there_NK = torch.cat([target(x) for x, _ in _parts(part, size)])
+            differ_N |= (here_NK - there_NK).abs().amax(dim=1) > MOVED * unit(here_NK)
     for gradient in gradients(target):
         view = View(target, gradient)
         here_ND = _gradient(view, *whole, seed)[:few]
-        there = [_gradient(view, x, y, seed) for x, y in zip(part[0].split(size), part[1].split(size), strict=True)]
-        alike_N = F.cosine_similarity(here_ND, torch.cat(there), dim=1, eps=0)
-        differ_N |= alike_N < ALIKE  # NaN, where a gradient is zero, is the concern of another gate
-    return max(0.0, float(differ_N.double().mean()) - 1 / few)
+        for differ_N, size in zip(differ_SN, SIZES, strict=True):
+            there_ND = torch.cat([_gradient(view, x, y, seed) for x, y in _parts(part, size)])
+            # NaN, where a gradient is zero, is the concern of another gate
+            differ_N |= F.cosine_similarity(here_ND, there_ND, dim=1, eps=0) < ALIKE
+    return max(0.0, float(differ_SN.double().mean(dim=1).max()) - 1 / few)
+
+
+def _parts(labelled: Labelled, size: int) -> Iterable[Labelled]:
+    return zip(labelled[0].split(size), labelled[1].split(size), strict=True)
 
 
 def _gradient(view: View, x_NCHW: Tensor, y_N: Tensor, seed: int) -> Tensor:

@@ -54,7 +54,9 @@ def compare(runner: TrialRunner, candidate: Candidate, defense: Defense, again: 
     """
     assets, limits_S = runner.assets, defense.at(candidate.params.inference).limits()
     resolved, bare, seed = assets.resolved, assets.target, runner.study.seed
-    x_NCHW, y_N = (t.to(assets.device) for t in splits.load_aside(resolved.task.dataset, runner.study.data_dir))
+    apart = splits.load_aside(resolved.task.dataset, runner.study.data_dir)
+    few = len(assets.evaluator.y_N)  # more images than it was judged by would cost more than they tell
+    x_NCHW, y_N = (t[:few].to(assets.device) for t in apart)
     threat = resolved.threat
     if threat.knowledge == "black-box":  # another substitute would cost as much as the whole audit
         threat = replace(threat, knowledge="white-box")
@@ -64,8 +66,7 @@ def compare(runner: TrialRunner, candidate: Candidate, defense: Defense, again: 
         evaluator = Evaluator(resolved.suite, threat, x_NCHW, y_N, blind, seed)
         aside = evaluator.observe(aimed).judge(limits_S)
     defense.at(candidate.params.inference)
-    judged = replace(again, threat=threat)
-    return Aside(gap(judged, aside), len(y_N), aside.clean.accuracy, aside.attacked.accuracy)
+    return Aside(gap(replace(again, threat=threat), aside), len(y_N), aside.clean.accuracy, aside.attacked.accuracy)
 
 
 def gap(judged: Robustness, aside: Robustness) -> Gate:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from attacks.audit.consistency import beyond_chance
+from attacks.audit.consistency import LOOKS, beyond_chance
 from attacks.audit.gate import Gate, at_most
 from attacks.verdicts import Observation, Verdict
 from defenses.base import Defended
@@ -55,7 +55,7 @@ def confirm(
     how = {
         "names": names,
         "seed": seed,
-        "draws": len(right[names[0]]),
+        "draws": min(LOOKS, len(right[names[0]])),
         "device": str(y_N.device),
         "threads": torch.get_num_threads(),
         "changed": changed,

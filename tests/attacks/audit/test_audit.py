@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import attacks.audit.audit
 import attacks.audit.probes
 from attacks.audit.audit import Audit, audit
-from attacks.audit.gate import Gate, at_most, broken
+from attacks.audit.gate import Gate
 from attacks.audit.quick_gates import quick_gates
 from attacks.catalog import PGD_40, PGD_80
 from attacks.evaluation import observe
@@ -255,7 +255,9 @@ def test_a_heavier_attack_never_leaves_more(held_out: Digits, classifier: nn.Mod
         assert bool((heavier.strongest.right <= heavier.oblivious.right).all())
         assert bool((heavier.oblivious.right <= heavier.clean.right).all())
         assert heavier.strongest.worst <= heavier.strongest.accuracy
-    assert heavier.strongest.worst < heavier.strongest.accuracy and len(heavier.strongest.right) == 20
+    assert (
+        heavier.strongest.worst < heavier.strongest.accuracy and len(heavier.strongest.right) == SUITES["audit"].looks
+    )
 
 
 def test_the_audit_is_the_same_again(held_out: Digits, classifier: nn.Module) -> None:
@@ -277,23 +279,3 @@ def test_what_stands_beside_is_attacked_alike(held_out: Digits, classifier: nn.M
     alone = observe(SUITES["audit"], other, *held_out, WHITE, seed=1).judge()
     assert list(found.baselines) == ["undefended", "rounded"]
     assert torch.equal(found.baselines["rounded"].attacked.right, alone.attacked.right)
-
-
-def test_another_try_at_noise_breaks_nothing_and_a_stronger_attack_does() -> None:
-    rates_N = torch.rand(64, generator=torch.Generator().manual_seed(0))
-    alike, weaker = 0, 0
-    for seed in range(50):
-        draws = torch.Generator().manual_seed(seed + 1)
-        one_DN, other_DN, harder_DN = (
-            torch.rand(20, 64, generator=draws) < rate_N for rate_N in (rates_N, rates_N, 0.7 * rates_N)
-        )
-        (again, chance), (lost, allowed) = broken(one_DN, other_DN), broken(one_DN, harder_DN)
-        alike, weaker = alike + (again > chance), weaker + (lost > allowed)
-    assert alike <= 1 and weaker >= 45
-    alone_DN = torch.arange(64)[None] < 60
-    assert broken(alone_DN, torch.arange(64)[None] < 58) == (2 / 64, 1 / 64)
-
-
-def test_a_figure_that_is_nan_does_not_pass() -> None:
-    assert at_most(1, "", "", 0.1, 0.1).passed
-    assert not at_most(1, "", "", 0.11, 0.1).passed and not at_most(1, "", "", float("nan"), 0.1).passed
