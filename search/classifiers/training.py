@@ -11,15 +11,17 @@ from search.classifiers import architectures
 from search.storage.fingerprint import code_digests, fingerprint
 
 
-def classifier_key(architecture: str, *, data: str, images: object, epochs: int, seed: int) -> str:
+def classifier_key(architecture: str, *, data: str, images: object, epochs: int, seed: int, **more: object) -> str:
     """Return the fingerprint of a trained classifier, which covers everything that shapes it.
 
     Args:
         data: the SHA-256 of the data set.
         images: the number of training images, None for all; or other JSON that identifies them.
+        more: whatever else shapes it.
     """
     source = code_digests(architectures.__name__, __name__)
-    return fingerprint(source=source, architecture=architecture, data=data, images=images, epochs=epochs, seed=seed)
+    parts = {"architecture": architecture, "data": data, "images": images, "epochs": epochs, "seed": seed}
+    return fingerprint(source=source, **parts, **more)
 
 
 def train(network: nn.Module, x_NCHW: Tensor, y_N: Tensor, epochs: int, seed: int) -> float:

@@ -27,6 +27,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from defenses.base import Metrics
+from search.engine import worker
 from search.engine.cluster import WorkerResources, at_work, ready, slots
 from search.engine.controller import RESTARTS, Controller, remeasure_front, settle
 from search.engine.timeout import TrialTimeout
@@ -120,6 +121,15 @@ class RayScheduler(FIFOScheduler):
         name = self.callbacks.names[trial.trial_id]
         stops = self.callbacks.controller.epoch(name, result["fit"], result["epoch"], dict(result["metrics"]))
         return self.STOP if stops else self.CONTINUE
+
+
+def settled(study: Study, resources: WorkerResources) -> Study:
+    """Return the study with what its hardware decides, which on a cluster of several machines a worker tells."""
+    if study.precision != "auto" or resources.data is None:
+        return worker.settled(study)
+    remote = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=RESTARTS)(at_work)
+    told: Study = ray.get(remote.remote(study, resources, worker.settled))
+    return told
 
 
 def run(controller: Controller, resources: WorkerResources, work: Work) -> State:

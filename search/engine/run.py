@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from search.console import terminable
 from search.engine import local_backend
 from search.engine.controller import Controller
-from search.engine.worker import REAL, Work
+from search.engine.worker import REAL, Work, settled
 from search.optimizer.proposer import Proposer
 from search.study.callbacks import Callback, State
 from search.study.study import Study
@@ -25,14 +25,14 @@ def run(study: Study, listeners: Sequence[Callback], *, debug: bool = False, wor
         StorageError: the storage failed; trials that had ended before are kept.
     """
     if debug:
-        controller = open_controller(study, listeners)
+        controller = open_controller(settled(study), listeners)
         with terminable():
             state = local_backend.run(controller, work)
     else:
         from search.engine import cluster, ray_backend  # Ray takes a second to import
 
         with cluster.joined(study) as resources:
-            controller = open_controller(study, listeners)
+            controller = open_controller(ray_backend.settled(study, resources), listeners)
             with terminable():
                 state = ray_backend.run(controller, resources, work)
     controller.end("failed" if controller.trouble else state)

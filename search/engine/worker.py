@@ -87,6 +87,11 @@ def _drawn(runner: TrialRunner, params: Params, path: Path) -> str:
     return str(path)
 
 
+def settled(study: Study) -> Study:
+    """Return the study with the precision of trainings on this machine, where it leaves the choice to the hardware."""
+    return study.model_copy(update={"precision": TrialRunner.of(study, study.store.expected()).assets.precision})
+
+
 def _needed(study: Study) -> list[str]:
     return sorted(TrialRunner.of(study, study.store.expected()).assets.needed())
 

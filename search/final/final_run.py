@@ -31,7 +31,7 @@ from search.final.retraining import FIRST_SEED, EvaluatedModel, ExportedWinner, 
 from search.final.table import announced, only, table_of
 from search.final.test_set_log import looks, note_opening
 from search.storage.fingerprint import code_digests, fingerprint
-from search.study.loading import make_study
+from search.study.loading import EARLIER, make_study
 from spaces.exceptions import InputError
 from spaces.space import Params
 
@@ -192,7 +192,7 @@ def _case(folder: Path, moves: Mapping[str, Any], changed: bool = False) -> Expo
     """
     target, files = loader.load(folder, changed), loader.opened(folder)
     config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
-    study = make_study({**config["study"], **moves, "warm_start": None})
+    study = make_study({**EARLIER, **config["study"], **moves, "warm_start": None})
     dataset = study.resolved.task.dataset
     splits.expect(dataset, study.data_dir, known["data_sha256"])
     params, threat = Params(config["train"], config["inference"]), ThreatModel(**config["threat"])

@@ -52,14 +52,13 @@ def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
     mirror = mirror_of(storage, name)
     if mirror is not None:
         try:
-            with (
-                suppress(TimeoutError),
-                Store(local_folder(storage) / ".store").lock("searches", name).acquire(timeout=0),
-            ):
+            lock = Store(local_folder(storage) / ".store").lock("searches", name)
+            with suppress(TimeoutError), lock.acquire(timeout=0):
                 bring(mirror, whole=whole)  # if a driver holds the lock, all is here
         except OSError as error:
             raise InputError(f"a storage must answer, but {error}") from None
     path = local_folder(storage) / name / "study.yaml"
-    if (study := read_study(path, {"storage": storage})).name != name:  # else another search would be read or resumed
+    study = read_study(path, {"storage": storage}, stored=True)
+    if study.name != name:  # else another search would be read or resumed
         raise InputError(f"a search must lie in a folder of its name, but {path} is of {study.name!r}")
     return study

@@ -61,6 +61,11 @@ class Fields(BaseModel):
     cheap_images: int = Field(128, ge=1, description="of them, those that score a training after each epoch")
     epochs: int | None = Field(None, ge=1, description="epochs of a training; else the defense's own")
     classifier_epochs: int = Field(10, ge=1, description="epochs of the protected classifier and of its partner")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of trainings; else bfloat16 where the hardware computes in it natively. Attacks, verdicts and "
+        "latency are float32, always",
+    )
     stopping: Literal["halving", "median", "none"] = Field(
         "halving", description="the rule that stops trainings early, on their rung scores"
     )

@@ -15,6 +15,9 @@ from search.study.study import ResolvedStudy, Study
 from spaces.domain import extremes
 from spaces.exceptions import InputError
 
+EARLIER: Mapping[str, Any] = {"precision": "float32"}
+"""What the fields were that stored studies of an earlier version lack."""
+
 
 def make_study(values: Mapping[str, Any], where: Callable[[str], str] = lambda field: "") -> Study:
     """Return a checked study.
@@ -43,8 +46,11 @@ def check_study(study: Study) -> Study:
     return study
 
 
-def read_study(path: Path, over: Mapping[str, Any] | None = None) -> Study:
+def read_study(path: Path, over: Mapping[str, Any] | None = None, *, stored: bool = False) -> Study:
     """Read a study from YAML; the fields in `over` take precedence.
+
+    Args:
+        stored: it is the study of a search that has begun, perhaps of an earlier version.
 
     Raises:
         InputError: the file is missing, is not YAML, or has an invalid field (the message gives its line).
@@ -77,7 +83,7 @@ def read_study(path: Path, over: Mapping[str, Any] | None = None) -> Study:
         over = {**over, "knobs": {**values["knobs"], **over["knobs"]}}
     try:
         return make_study(
-            {**values, **over},
+            {**(EARLIER if stored else {}), **values, **over},
             where=lambda name: f"{path}, line {lines[name]}: " if name in lines and name not in over else "",
         )
     except InputError as error:

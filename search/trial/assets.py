@@ -26,6 +26,7 @@ from search.storage.store import Content, Store, to_bytes
 from search.study.study import Study
 from search.trial.device_lock import DeviceLock
 from search.trial.evaluator import Evaluator
+from search.trial.precision import Networks, settled, tensor_float32
 
 
 class Assets:
@@ -42,6 +43,8 @@ class Assets:
         self.with_validation = with_validation
         uses_gpu = torch.cuda.is_available() and study.gpus_per_trial != 0
         self.device = torch.device("cuda" if uses_gpu else "cpu")
+        self.precision = settled(study.precision, self.device)
+        tensor_float32(False)
         self.device_lock = DeviceLock(self.device)
         self._classifiers: dict[str, nn.Module] = {}
         self._keys: dict[str, str] = {}
@@ -52,6 +55,15 @@ class Assets:
     def training_key(self) -> object:
         """The identity of the training images in fingerprints; that of a final run differs from that of any search."""
         return ["train and validation", self.study.train_images] if self.with_validation else self.study.train_images
+
+    @property
+    def precision_key(self) -> dict[str, object]:
+        """The precision of trainings as a part of fingerprints; float32 has none, as before there was another."""
+        return {} if self.precision == "float32" else {"precision": self.precision}
+
+    def networks(self, *modules: nn.Module) -> Networks:
+        """Return networks, and those of defenses, to be trained in the study's precision."""
+        return Networks(self.precision, self.device, *modules)
 
     @cached_property
     def training_set(self) -> tuple[Tensor, Tensor]:
@@ -83,7 +95,7 @@ class Assets:
 
             def trained() -> Content:
                 x_NCHW, y_N = self.training_set
-                with self.device_lock.working():
+                with self.device_lock.working(), self.networks(network).training():
                     accuracy = train(network, x_NCHW, y_N, self.study.classifier_epochs, self.study.seed)
                 about = {"task": self.resolved.task.dataset, "architecture": architecture}
                 return {"weights.safetensors": to_bytes(network)}, {**about, "training_accuracy": accuracy}
@@ -102,6 +114,7 @@ class Assets:
                 images=self.training_key,
                 epochs=self.study.classifier_epochs,
                 seed=self.study.seed,
+                **self.precision_key,
             )
         return self._keys[architecture]
 

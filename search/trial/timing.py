@@ -80,7 +80,8 @@ class Step:
         networks = nn.ModuleList([self._network(name) for name in self.runner.assets.consulted(self.defense)])
         batches = Batches(x_NCHW, y_N, epochs=1, batch_size=size, boundary=lambda: ticks.append(self._now()), once=once)
         begin = self._now()
-        fit = self.defense.fit(batches, networks if self.defense.bases() else networks[0])
+        trained = self.runner.assets.networks(self.defense, networks)
+        fit = trained.epochs(self.defense.fit(batches, networks if self.defense.bases() else networks[0]))
         next(fit)
         epoch = self._now()
         for _ in fit:
@@ -134,8 +135,9 @@ class Step:
         """Return the seconds of training one classifier."""
         x_NCHW, y_N = self._random(min(self.images, STEPS * 128))
         network = ARCHITECTURES[self.resolved.protected].build(self.resolved.task.shape).to(self.runner.assets.device)
-        training.train(network, x_NCHW[:128], y_N[:128], 1, 0)
-        short_s = self._timed(lambda: training.train(network, x_NCHW, y_N, 1, 0))
+        with self.runner.assets.networks(network).training():
+            training.train(network, x_NCHW[:128], y_N[:128], 1, 0)
+            short_s = self._timed(lambda: training.train(network, x_NCHW, y_N, 1, 0))
         return short_s * self.images / len(y_N) * self.study.classifier_epochs
 
     def _network(self, architecture: str) -> nn.Module:

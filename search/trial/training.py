@@ -110,6 +110,7 @@ class Trainer:
             "images": self.assets.training_key,
             "classifiers": [self.assets.classifier_key(architecture) for architecture in architectures],
             "seed": self.study.seed,
+            **self.assets.precision_key,
         }
 
     def adversarially_trained(self) -> dict[str, nn.Module]:
@@ -150,7 +151,12 @@ class Trainer:
         (x_NCHW, y_N), evaluator, knobs = assets.training_set, assets.evaluator, defense.train_knobs
         consulted = assets.consulted(defense)
         networks = nn.ModuleList([assets.classifier(architecture) for architecture in consulted])
-        target = assets.target
+        target, trained = assets.target, assets.networks(defense, networks)
+
+        def once(words: str, make: Callable[[], Tensors]) -> Tensors:
+            with trained.exactly():  # they serve fits of any precision
+                return self._once(words, make, consulted)
+
         # A fit's quick scores must not depend on the inference setting with which it was proposed.
         defense.at(self.resolved.space.usual())
         batches = Batches(
@@ -161,11 +167,11 @@ class Trainer:
             seed=self.study.seed,
             start=len(curve),
             boundary=device_lock.boundary,
-            once=lambda words, make: self._once(words, make, consulted),
+            once=once,
         )
         torch.manual_seed(self.study.seed)  # independent of what was trained or loaded before
         with device_lock.working():
-            for metrics in defense.fit(batches, networks if defense.bases() else networks[0]):
+            for metrics in trained.epochs(defense.fit(batches, networks if defense.bases() else networks[0])):
                 _finite(metrics, len(curve) + 1)
                 metrics["cheap"] = evaluator.cheap(Defended(defense, target), self.study.cheap_images)
                 curve.append(metrics)
