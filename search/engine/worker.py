@@ -89,7 +89,7 @@ def _drawn(runner: TrialRunner, params: Params, path: Path) -> str:
 
 def settled(study: Study) -> Study:
     """Return the study with the precision of trainings on this machine, where it leaves the choice to the hardware."""
-    return study.model_copy(update={"precision": TrialRunner.of(study, study.store.expected()).assets.precision})
+    return study.model_copy(update={"precision": TrialRunner(study, study.store).assets.precision})
 
 
 def _needed(study: Study) -> list[str]:

@@ -30,7 +30,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +55,7 @@ from tests.conftest import digits_study
 from tests.search.cli.test_cli import launch
 from tests.support.paths import ROOT
 
-INSTANT = Work(
-    simulated.needed,
-    simulated.classifier,
-    simulated.undefended,
-    partial(simulated.execute, seconds=0.0),
-    simulated.remeasure,
-)
+INSTANT = simulated.working(0.0)
 TINY = ["--task", "digits/A", "--suite", "quick", "--eval-images", "40", "--cheap-images", "20", "--refine", "0"]
 TINY += ["--train-images", "300", "--classifier-epochs", "2", "--wandb", "disabled", "--concurrent", "1"]
 SMALL = [*TINY, "--space", "smoke", "--patience", "99", "--epochs", "3"]

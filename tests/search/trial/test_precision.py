@@ -1,0 +1,179 @@
+"""Trainings in bfloat16: the networks alone, in training alone; everything that judges is float32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import defenses
+import spaces
+from benchmarks import simulated
+from defenses.base import Batches, Defended, Shape
+from search.engine.run import run
+from search.engine.worker import settled as settled_here
+from search.study.loading import make_study, read_study
+from search.trial import precision
+from search.trial.evaluator import Evaluator
+from search.trial.precision import Networks, settled
+from search.trial.runner import TrialRunner
+from search.trial.training import silent
+from spaces.space import SearchSpace
+from tests.conftest import digits_study
+
+CPU = torch.device("cpu")
+INSTANT = simulated.working(0.0)
+DIGITS = Shape(1, 8, 8, 10)
+Digits = tuple[Tensor, Tensor]
+
+
+class Doubled(nn.Linear):
+    """A network that returns a tensor and its class, as a tuple."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y, y.argmax(1)
+
+
+def test_networks_compute_in_bfloat16_in_training_alone_and_return_float32() -> None:
+    torch.manual_seed(0)
+    parts = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), Doubled(64, 8)])
+    networks, x = Networks("bfloat16", CPU, parts), torch.rand(32, 64)
+    exact = parts[0](x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = parts[0](x)
+    with networks.training():
+        here, (there, classes) = parts[0](x), parts[1](x)
+        with networks.exactly():
+            assert torch.equal(parts[0](x), exact)
+    assert here.dtype == there.dtype == torch.float32 and classes.dtype == torch.int64
+    assert torch.equal(here, rounded.float()) and not torch.equal(here, exact)
+    assert torch.equal(parts[0](x), exact) and all("forward" not in vars(part) for part in parts)
+    with Networks("float32", CPU, parts).training():
+        assert torch.equal(parts[0](x), exact)
+
+
+def test_between_epochs_and_after_a_failure_nothing_is_rounded() -> None:
+    network, x, seen = nn.Linear(64, 8), torch.rand(4, 64), []
+    exact = network(x)
+
+    def fit() -> Iterator[int]:
+        for epoch in range(2):
+            seen.append(torch.equal(network(x), exact))
+            yield epoch
+        raise RuntimeError("broken")
+
+    epochs = Networks("bfloat16", CPU, network).epochs(fit())
+    for _ in range(2):
+        next(epochs)
+        assert torch.equal(network(x), exact)
+    with pytest.raises(RuntimeError, match="broken"):
+        next(epochs)
+    assert torch.equal(network(x), exact) and seen == [False, False]
+
+
+@pytest.mark.parametrize("name", [name for name in defenses.names() if name != "identity"])
+def test_a_defense_learns_in_bfloat16_what_it_does_in_float32(name: str, digits: Digits, classifier: nn.Module) -> None:
+    kind = defenses.find(name)
+    space = SearchSpace.of(kind).narrow({**spaces.named(name, "smoke"), "epochs": 1} if spaces.names(name) else {})
+    params, losses, drawn = space.setting(space.usual_of), dict[str, dict[str, float]](), dict[str, Tensor]()
+    low: precision.Precision
+    for low in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        defense = kind(params.train, params.inference, DIGITS)
+        defense.adopt(classifier)
+        batches = Batches(digits[0][:160], digits[1][:160], epochs=1, batch_size=32)
+        bases = nn.ModuleList([copy.deepcopy(classifier) for _ in defense.bases()])
+        networks = Networks(low, CPU, defense, bases, classifier)
+        (losses[low],) = networks.epochs(defense.fit(batches, bases if len(bases) else classifier))
+        assert {weight.dtype for weight in defense.parameters()} <= {torch.float32}
+        drawn[low] = torch.cat([weight.detach().flatten() for weight in defense.parameters()])
+    if len(drawn["float32"]):
+        assert not torch.equal(drawn["float32"], drawn["bfloat16"])
+    first, second = (torch.tensor([*losses[low].values()]) for low in ("float32", "bfloat16"))
+    assert torch.allclose(first, second, rtol=0.1, atol=0.1)
+
+
+def test_the_kl_divergence_of_a_puvae_keeps_float32(digits: Digits, classifier: nn.Module) -> None:
+    """Its terms nearly cancel, and in bfloat16 the KL of an untrained encoder is off by more than itself."""
+    space = SearchSpace.of(defenses.find("puvae")).narrow(spaces.named("puvae", "smoke"))
+    torch.manual_seed(0)
+    puvae = defenses.find("puvae")(space.setting(space.usual_of).train, {}, DIGITS)
+    x_NCHW, y_N = digits[0][:64], digits[1][:64]
+    kl = []
+    low: precision.Precision
+    for low in ("float32", "bfloat16"):
+        torch.manual_seed(1)
+        with Networks(low, CPU, puvae, classifier).training():
+            kl.append(float(puvae.losses(x_NCHW, y_N, classifier)[1].detach()))  # type: ignore[operator]
+    assert kl[1] == pytest.approx(kl[0], rel=0.02)
+
+
+def test_quick_scores_and_verdicts_are_taken_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = digits_study(tmp_path, precision="bfloat16")
+    runner, inside = TrialRunner(study, study.store.make()), list[bool]()
+    cheap = Evaluator.cheap
+
+    def watched(self: Evaluator, target: Defended, images: int) -> float:
+        inside.extend("forward" in vars(part) for part in target.modules())
+        return cheap(self, target, images)
+
+    monkeypatch.setattr(Evaluator, "cheap", watched)
+    space = study.resolved.space
+    _, defense = runner.trainer.fit(space.setting(space.usual_of), silent)
+    assert inside and not any(inside)
+    assert defense.purify(torch.rand(2, 1, 8, 8)).dtype == torch.float32
+
+
+def test_fits_and_classifiers_of_another_precision_are_others(tmp_path: Path) -> None:
+    keys = []
+    for low in ("float32", "bfloat16"):
+        study = digits_study(tmp_path, precision=low)
+        runner, space = TrialRunner(study, study.store), study.resolved.space
+        keys.append((runner.trainer.key(space.setting(space.usual_of)), runner.assets.classifier_key("A")))
+    assert all(one != other for one, other in zip(*keys, strict=True))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_what_the_hardware_does_natively_and_a_search_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr(precision, "native", lambda device: native)
+    meant = "bfloat16" if native else "float32"
+    assert settled("auto", CPU) == meant and settled("float32", CPU) == "float32"
+    study = digits_study(tmp_path, trials=1)
+    assert study.precision == "auto" and settled_here(study).precision == meant
+    assert run(study, [], debug=True, work=INSTANT) == "finished"
+    written = study.folder / "study.yaml"
+    assert yaml.safe_load(written.read_text())["precision"] == meant
+    assert read_study(written, stored=True).precision == meant
+
+
+def test_a_search_of_an_earlier_version_was_float32(tmp_path: Path) -> None:
+    old = tmp_path / "study.yaml"
+    old.write_text("name: old\ntask: digits/A\n")
+    assert read_study(old, stored=True).precision == "float32" and read_study(old).precision == "auto"
+
+
+def test_a_classifier_learns_as_well(digits: Digits) -> None:
+    scores = {}
+    for low in ("float32", "bfloat16"):
+        study = make_study({"task": "digits/A", "classifier_epochs": 4, "precision": low, "storage": "/nowhere"})
+        network = TrialRunner(study, study.store).assets
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        adam = torch.optim.Adam(model.parameters(), 1e-2)
+        with network.networks(model).training():
+            for _ in range(40):
+                loss = F.cross_entropy(model(digits[0][:800]), digits[1][:800])
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+        scores[low] = float((model(digits[0][800:1200]).argmax(1) == digits[1][800:1200]).float().mean())
+    assert min(scores.values()) > 0.85 and abs(scores["float32"] - scores["bfloat16"]) < 0.03
