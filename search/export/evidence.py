@@ -62,7 +62,11 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
         "budgets": budgets,
         **_data(runner),
         "fit": candidate.fit,
-        "training": {"classifier_epochs": study.classifier_epochs, "last_epoch": _last_epoch(runner, candidate)},
+        "training": {
+            "classifier_epochs": study.classifier_epochs,
+            "precision": runner.assets.precision,
+            "last_epoch": _last_epoch(runner, candidate),
+        },
         "seeds": {"search": study.seed, "audit": study.seed + 1},
         "device": score.device,
         "code": code() | {"modules": ran(study.defense)},
