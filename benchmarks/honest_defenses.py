@@ -4,10 +4,10 @@
     python -m benchmarks.honest_defenses --storage /tmp/honest --defenses magnet --sizes smoke --eps 0.1 --seeds 1
 
 Each defense is trained on digits with the usual setting of a named space, for each seed. The attack apart shares no
-code with attacks/: projected gradient ascent, 100 steps each, through the model, past the purifier, on the bare
-classifier, and on the distances of a defense that chooses the nearest of a candidate for each class; and for a defense
-that rejects with the detectors' excess subtracted at four weights. A refusal by
-`baseline` is confirmed where its attack leaves no 5 points fewer errors behind the defense than on the bare classifier.
+code with attacks/: ascent of cross-entropy and of the margin, 100 steps each, through the model, past the purifier, on
+the bare classifier, and on the distances of a defense that chooses the nearest of a candidate for each class; and for a
+defense that rejects with the detectors' excess subtracted at four weights. A refusal by `baseline` is confirmed where
+it leaves no 5 points fewer errors behind the defense than on the bare classifier.
 
 Shapes: D draws, N images, C channels, H x W pixels.
 """
@@ -70,18 +70,27 @@ def apart(model: Defended, x_NCHW: Tensor, y_N: Tensor, eps: float, *, bare: boo
     if not bare and isinstance(defense, PuVAE):
         ways.append(lambda z: -50 * (defense.candidates(z) - z[:, None]).flatten(2).norm(dim=2))
     weights = (0.0,) if bare or not len(defense.limits()) else (0.0, 0.1, 1.0, 10.0)
-    for start, (way, weight) in enumerate(product(ways, weights)):
+    for start, (way, weight, gain) in enumerate(product(ways, weights, (cross_entropy, margin))):
         torch.manual_seed(start)
         z = (x_NCHW + eps * (2 * torch.rand_like(x_NCHW) - 1)).clamp(0, 1)
         for step in range(STEPS):
             z.requires_grad_()
-            loss = (F.cross_entropy(way(z), y_N, reduction="none") - weight * excess(z)).sum()
+            loss = (gain(way(z), y_N) - weight * excess(z)).sum()
             (slope,) = torch.autograd.grad(loss, z)
             with torch.no_grad():
                 z = (z + eps / 8 * (1 - step / STEPS) * slope.sign()).clamp(x_NCHW - eps, x_NCHW + eps).clamp(0, 1)
             if step % 5 == 4:
                 fell_DN = fell_DN | wrong(z)
     return float(fell_DN.double().mean())
+
+
+def cross_entropy(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+    return F.cross_entropy(logits_NK, y_N, reduction="none")
+
+
+def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+    others_NK = logits_NK.scatter(1, y_N[:, None], -torch.inf)
+    return others_NK.amax(1) - logits_NK.gather(1, y_N[:, None])[:, 0]
 
 
 def judged(storage: Path, name: str, size: str, seed: int, epss: Sequence[float]) -> Iterator[dict[str, Any]]:
