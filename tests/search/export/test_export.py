@@ -451,7 +451,7 @@ def test_an_export_is_attacked_by_any_suite(
     assert launch.main() == 0
     table = json.loads(capsys.readouterr().out)
     assert table["threat"] == {"norm": "Linf", "eps": EPS, "knowledge": "white-box"}
-    assert (table["images"], table["draws"], table["split"]) == (40, 20, "validation")
+    assert (table["images"], table["draws"], table["split"]) == (40, SUITES["audit"].looks, "validation")
     shares = table["attacked"]
     assert shares["worst"] <= shares["accuracy"] <= table["clean"]["accuracy"]
     assert shares["accuracy"] + shares["error"] + shares["rejection"] == pytest.approx(1)
