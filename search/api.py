@@ -40,7 +40,10 @@ def search(study: Study, *, debug: bool = False, console: Console | None = None)
     if study.name not in search_names(study.storage):
         code = session.begin(study, console, debug=debug)
     else:
-        _same(study, open_search(study.name, study.storage))
+        begun = open_search(study.name, study.storage)
+        if study.precision == "auto":  # it has been decided
+            study = study.model_copy(update={"precision": begun.precision})
+        _same(study, begun)
         code = session.proceed(study, console, debug=debug)
     if code == 130:
         raise KeyboardInterrupt
