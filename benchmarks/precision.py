@@ -72,7 +72,7 @@ class CpuStep(Step):
         return time.process_time()
 
 
-def steps(storage: Path, turns: int = 5) -> Iterator[str]:
+def steps(storage: Path, turns: int = 3) -> Iterator[str]:
     """Yield the lines: how many times as fast training is in bfloat16, medians of `turns` taken in turns."""
     yield "| defense | data | training | its classifier |"
     yield "| --- | --- | --- | --- |"

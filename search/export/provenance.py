@@ -26,6 +26,7 @@ EXAM = (
     "train_images",
     "eval_images",
     "classifier_epochs",
+    "precision",
     "seed",
 )
 """Fields of a study that affect a fit or its score, besides the defense, the task, eps and the knobs."""
