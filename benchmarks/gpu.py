@@ -1,7 +1,7 @@
-"""What a user of a GPU asks, in one script of at most ten minutes and one JSON: no Ray, no downloads, random images.
+"""What a user of a GPU asks, in one script and one JSON: no Ray, no downloads, random images.
 
-    python -m benchmarks.gpu --out gpu.json            on the GPU if there is one, else on the CPU: half an hour
-    python -m benchmarks.gpu --out gpu.json --small    seconds: small networks, few images
+    python -m benchmarks.gpu --out gpu.json            on the GPU if there is one; meant for ten minutes, not yet run
+    python -m benchmarks.gpu --out gpu.json --small    small networks, few images: two minutes of a busy CPU
 
 Trainings: seconds of an epoch of 60,000 images of each defense at its paper's (else its default) size, in both
 precisions in turns, and the peak memory. Latency: purification of 128 images, alone and beside neighbours, with the
@@ -32,6 +32,7 @@ from attacks.gradient_view import View
 from attacks.suites import SUITES
 from attacks.threat import ThreatModel
 from benchmarks.latency_under_load import compare
+from benchmarks.precision import DEFENSES, PRECISIONS
 from defenses.base import Batches, Defended
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.training import train
@@ -47,23 +48,23 @@ WHITE = ThreatModel("Linf", 0.3, "white-box")
 SMALL: Mapping[str, Any] = {"task": "digits/A", "space": "smoke"}
 
 
-def _study(defense: str, storage: str, small: bool, **fields: Any) -> TrialRunner:
+def _runner(defense: str, storage: str, small: bool, **fields: Any) -> TrialRunner:
     space = "paper" if "paper" in spaces.names(defense) else "default"
-    whole = {"task": "mnist/A", "space": space, "gpus_per_trial": None}
+    whole = {"task": "mnist/A", "space": space}
     study = make_study({"defense": defense, "storage": storage, **(SMALL if small else whole), **fields})
     return TrialRunner(study, study.store)
 
 
 def trainings(storage: str, small: bool, turns: int) -> list[dict[str, Any]]:
-    """Time an epoch of each defense in both precisions, in turns; at most 60,000 images by one timed step."""
+    """Return the seconds of an epoch of each defense in both precisions, from steps that are timed in turns."""
     found = []
-    for defense in ("puvae", "advae", "gmvae", "defense_vae"):
-        seconds: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    for defense in DEFENSES:
+        seconds: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
         peak = dict.fromkeys(seconds, 0)
         for _, precision in product(range(turns), seconds):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            step = Step(_study(defense, storage, small, precision=precision))
+            step = Step(_runner(defense, storage, small, precision=precision))
             images = step.images
             seconds[precision].append(step.training().epoch * (1 if small else 60_000 / images))
             peak[precision] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

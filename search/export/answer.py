@@ -20,6 +20,7 @@ from attacks.seeding import reproducible
 from search.data.guard import closed
 from search.export.loader import Exported, load
 from search.storage.fingerprint import OURS
+from search.trial.precision import tensor_float32
 
 REJECTED = -1
 
@@ -36,6 +37,7 @@ def main(folder: str, asked: Path, answered: Path) -> None:
         how = json.loads(questions.metadata()["how"])
         images = {name: questions.get_tensor(name) for name in how["names"]}
     torch.set_num_threads(how["threads"])
+    tensor_float32(False)  # as where it was judged
     model = load(folder, how["changed"]).to(how["device"])
     before = set(sys.modules)
     with closed("asked"):

@@ -37,6 +37,7 @@ from search.export.loader import load
 from search.formatting import percent
 from search.storage.atomic import write_atomic
 from search.trial.device_lock import DeviceLock
+from search.trial.precision import tensor_float32
 from spaces.domain import as_written
 from spaces.exceptions import InputError, choose
 
@@ -163,6 +164,7 @@ def _prepared(
         raise InputError(f"the suite {suite} has no attack in {threat.norm}")
     task = find_task(config["task"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tensor_float32(False)
     splits.expect(task.dataset, data_dir, known["data_sha256"])
     x_NCHW, y_N = (t.to(device) for t in splits.load(task.dataset, "validation", data_dir, None))
     partner = find_task(f"{task.dataset}/{config['classifier']}").partner

@@ -7,7 +7,7 @@ float32; so are attacks, gradients, gates and verdicts, always.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, Literal, TypeVar
 
@@ -79,7 +79,7 @@ class Networks:
             self._lower = before
             tensor_float32(before)
 
-    def exactly(self) -> Any:
+    def exactly(self) -> AbstractContextManager[None]:
         """Return a context in which they compute in float32, within a training."""
         return self._set(False)
 

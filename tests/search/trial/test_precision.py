@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import defenses
 import spaces
@@ -18,12 +18,12 @@ from benchmarks import simulated
 from defenses.base import Batches, Defended, Shape
 from search.engine.run import run
 from search.engine.worker import settled as settled_here
-from search.study.loading import make_study, read_study
+from search.study.loading import read_study
 from search.trial import precision
 from search.trial.evaluator import Evaluator
 from search.trial.precision import Networks, settled
 from search.trial.runner import TrialRunner
-from search.trial.training import silent
+from search.trial.training import Trainer, silent
 from spaces.space import SearchSpace
 from tests.conftest import digits_study
 
@@ -162,19 +162,39 @@ def test_a_search_of_an_earlier_version_was_float32(tmp_path: Path) -> None:
     assert read_study(old, stored=True).precision == "float32" and read_study(old).precision == "auto"
 
 
-def test_a_classifier_learns_as_well(digits: Digits) -> None:
-    scores = {}
+def test_a_classifier_is_trained_in_it_and_learns_as_well(tmp_path: Path, digits: Digits) -> None:
+    trained = []
     for low in ("float32", "bfloat16"):
-        study = make_study({"task": "digits/A", "classifier_epochs": 4, "precision": low, "storage": "/nowhere"})
-        network = TrialRunner(study, study.store).assets
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        adam = torch.optim.Adam(model.parameters(), 1e-2)
-        with network.networks(model).training():
-            for _ in range(40):
-                loss = F.cross_entropy(model(digits[0][:800]), digits[1][:800])
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
-        scores[low] = float((model(digits[0][800:1200]).argmax(1) == digits[1][800:1200]).float().mean())
-    assert min(scores.values()) > 0.85 and abs(scores["float32"] - scores["bfloat16"]) < 0.03
+        study = digits_study(tmp_path, precision=low)
+        network = TrialRunner(study, study.store.make()).assets.classifier("A")
+        weights = torch.cat([weight.flatten() for weight in network.parameters()])
+        trained.append((weights, float((network(digits[0]).argmax(1) == digits[1]).float().mean())))
+    (exact, one), (rounded, other) = trained
+    assert float((exact - rounded).norm() / exact.norm()) > 1e-4  # the same training repeats to the bit
+    assert min(one, other) > 0.85 and abs(one - other) < 0.03
+
+
+def test_images_that_are_made_once_for_all_fits_are_made_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Digits
+) -> None:
+    study = digits_study(tmp_path, defense="defense_vae", precision="bfloat16")
+    runner, once, alike = TrialRunner(study, study.store.make()), Trainer._once, list[bool]()
+    exact = runner.assets.target(digits[0][:32])
+
+    def watched(self: Trainer, *words: Any) -> Any:
+        alike.append(torch.equal(runner.assets.target(digits[0][:32]), exact))
+        return once(self, *words)
+
+    monkeypatch.setattr(Trainer, "_once", watched)
+    space = study.resolved.space
+    runner.trainer.fit(space.setting(space.usual_of), silent)
+    assert alike and all(alike)
+
+
+def test_gpus_round_to_tf32_in_training_alone() -> None:
+    networks = Networks("bfloat16", CPU, nn.Linear(2, 2))
+    with networks.training():
+        assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+        with networks.exactly():
+            assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
