@@ -30,7 +30,7 @@ from search.report.leaderboard import leaderboard, refusals
 from search.report.rank_correlation import rank_correlation
 from search.report.status import status_of
 from search.report.summary import summarise
-from search.storage.outage import trouble
+from search.storage.outage import HeldError, trouble
 from search.study import sync
 from search.study.callbacks import State
 from search.study.candidate import Candidate
@@ -165,7 +165,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
                 with closing(display):
                     state = run.run(study, [csv_log, tracker, *syncs, display], debug=debug)
                 return _conclude(study, state, console, tracker)
-    except TimeoutError:
+    except HeldError:
         raise InputError(f"a search must run once at a time, but {study.name!r} runs already") from None
     except Exception as error:
         if (reason := trouble(error)) is None:

@@ -115,6 +115,10 @@ def patiently(method: Callable[Concatenate[Where, P], T]) -> Callable[Concatenat
     return patient
 
 
+class HeldError(Exception):
+    """Another process holds a lock. No OSError, as a storage's own time-outs are."""
+
+
 class WaitingLock:
     """A lock between processes, which ends with its process; no attempt makes the path of a storage that has gone."""
 
@@ -126,12 +130,12 @@ class WaitingLock:
         """Wait for the lock, at most `timeout` seconds.
 
         Raises:
-            TimeoutError: another process holds it.
+            HeldError: another process holds it.
         """
         until = time.monotonic() + timeout
         while not self._attempt():
             if time.monotonic() >= until:
-                raise TimeoutError(f"{self.path} is held by another process")
+                raise HeldError(f"{self.path} is held by another process")
             time.sleep(0.05)
         return self
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from search.exceptions import Unreachable
 from search.storage.mirror import mirror_of
+from search.storage.outage import HeldError
 from search.storage.store import Store
 from search.storage.uri import check_storage, local_folder, mask_credentials
 from search.study.loading import read_study
@@ -53,7 +54,7 @@ def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
     if mirror is not None:
         try:
             lock = Store(local_folder(storage) / ".store").lock("searches", name)
-            with suppress(TimeoutError), lock.acquire(timeout=0):
+            with suppress(HeldError), lock.acquire(timeout=0):
                 bring(mirror, whole=whole)  # if a driver holds the lock, all is here
         except OSError as error:
             raise InputError(f"a storage must answer, but {error}") from None

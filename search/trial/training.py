@@ -154,7 +154,7 @@ class Trainer:
         target, trained = assets.target, assets.networks(defense, networks)
 
         def once(words: str, make: Callable[[], Tensors]) -> Tensors:
-            with trained.exactly():  # they serve fits of any precision
+            with trained.exactly():  # what is made is attacked images, say, and no training
                 return self._once(words, make, consulted)
 
         # A fit's quick scores must not depend on the inference setting with which it was proposed.

@@ -15,7 +15,7 @@ from torch import nn
 
 from search.storage.atomic import folder_atomic, write_atomic
 from search.storage.fingerprint import fingerprint
-from search.storage.outage import MARKER, MEANING, WaitedFolder
+from search.storage.outage import MARKER, MEANING, HeldError, WaitedFolder
 from search.storage.store import Content, Store, to_bytes
 
 FILES = {"a.bin": b"one", "b.bin": b"two"}
@@ -179,6 +179,15 @@ def test_a_lock_of_a_storage_that_has_just_gone_makes_nothing_in_its_place(
     with store.lock("fits", "k"):
         assert len(waits) == goes + 1
         assert (store.root / "locks" / "fits-k").exists()
+
+
+def test_a_lock_that_is_held_is_not_mistaken_for_a_storage_that_times_out(tmp_path: Path) -> None:
+    store = Store(tmp_path).make()
+    with store.lock("searches", "one"), pytest.raises(HeldError, match="is held by another process"):
+        store.lock("searches", "one").acquire(timeout=0)
+    assert not issubclass(HeldError, OSError)
+    with store.lock("searches", "one").acquire(timeout=0):
+        pass
 
 
 def test_a_storage_whose_mount_is_broken_is_away(tmp_path: Path) -> None:
