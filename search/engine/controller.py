@@ -69,14 +69,14 @@ class Controller:
         self.study = study
         self.proposer = proposer
         self.listeners = listeners
-        self.rule = rule_of(study)
+        self.rule = rule_of(study, proposer.forecast)
         self._running: dict[str, _RunningTrial] = {}
         self._again: list[str] = []
         self.trouble: OSError | None = None
         self._open = self._spent = self._exhausted = False
         for trial in proposer.trials():
             for epoch, score in trial.user_attrs.get("curve", []):
-                self.rule.stops(trial.user_attrs["trial"], epoch, score)
+                self._saw(trial.user_attrs["trial"], epoch, score)
 
     @property
     def done(self) -> bool:
@@ -139,7 +139,8 @@ class Controller:
         if running.proposal.refines:  # its fit was lost from the store, and is trained again unchanged
             return False
         whole = epoch == running.proposal.params.train.get("epochs")
-        stops = self.rule.stops(name, epoch, metrics["cheap"]) and not whole
+        self._saw(name, epoch, metrics["cheap"])
+        stops = not whole and self.rule.stops(name, epoch, metrics["cheap"])
         if stops:
             running.stopped = fit
         return stops
@@ -151,7 +152,7 @@ class Controller:
         running = self._running[name]
         running.curve = dict(enumerate(curve, start=1))
         for epoch, score in running.curve.items() if not running.proposal.refines else ():
-            self.rule.stops(name, epoch, score)  # epochs of an earlier run or another search are new to it
+            self._saw(name, epoch, score)  # epochs of an earlier run or another search are new to it
         about = running.about() | {"picture": str(picture) if picture else ""}
         self._end(name, "finished", lambda: self.proposer.finish(name, candidates, about), candidates, picture)
 
@@ -194,6 +195,10 @@ class Controller:
         found: list[Candidate] = []
         self._kept(lambda: found.extend(self.proposer.candidates()))
         self._hear(lambda listener: listener.search_ended(state, found))
+
+    def _saw(self, name: str, epoch: int, score: float) -> None:
+        self.rule.saw(name, epoch, score)
+        self.proposer.forecast.saw(name, epoch, score)
 
     def _end(
         self,

@@ -15,12 +15,11 @@ from search.study.study import Study
 class Rule(Protocol):
     """Decides at each epoch whether a training stops; a training that reaches its last epoch has finished."""
 
-    def stops(self, trial: str, epoch: int, score: float) -> bool:
-        """Record the score of a trial at an epoch, and return whether the trial stops there.
+    def saw(self, trial: str, epoch: int, score: float) -> None:
+        """Record the quick score of a trial at an epoch; higher is better, with the same meaning at every epoch."""
 
-        Args:
-            score: higher is better; it has the same meaning at every epoch.
-        """
+    def stops(self, trial: str, epoch: int, score: float) -> bool:
+        """Record the quick score of a trial at an epoch, and return whether the trial stops there."""
 
 
 class Halving:
@@ -45,13 +44,14 @@ class Halving:
         self.patience = patience
         self._scores: dict[int, dict[str, float]] = defaultdict(dict)
 
+    def saw(self, trial: str, epoch: int, score: float) -> None:
+        self._scores[epoch][trial] = score
+
     def stops(self, trial: str, epoch: int, score: float) -> bool:
         """Return whether the trial is not in the best fraction of those that reached the rung."""
-        if epoch not in self.rungs:
-            return False
+        self.saw(trial, epoch, score)
         scores = self._scores[epoch]
-        scores[trial] = score
-        if len(scores) <= self.patience:
+        if epoch not in self.rungs or len(scores) <= self.patience:
             return False
         last = float(np.quantile(list(scores.values()), 1 - 1 / self.factor))
         return score < last and not isclose(score, last)  # as floats, 1 - 1 / 3 is a little more than 2 / 3
@@ -75,14 +75,16 @@ class Median:
         self._curves: dict[str, dict[int, float]] = defaultdict(dict)
         self._averages: dict[int, dict[str, float]] = defaultdict(dict)
 
-    def stops(self, trial: str, epoch: int, score: float) -> bool:
-        """Return whether the best score up to this epoch is below the median of the others' averages up to it."""
+    def saw(self, trial: str, epoch: int, score: float) -> None:
         curve = self._curves[trial]
         curve[epoch] = score
-        so_far = [curve[e] for e in curve if e <= epoch]
-        averages = self._averages[epoch]
-        averages[trial] = fmean(so_far)
-        others = [average for other, average in averages.items() if other != trial]
+        self._averages[epoch][trial] = fmean(curve[e] for e in curve if e <= epoch)
+
+    def stops(self, trial: str, epoch: int, score: float) -> bool:
+        """Return whether the best score up to this epoch is below the median of the others' averages up to it."""
+        self.saw(trial, epoch, score)
+        so_far = [score for e, score in self._curves[trial].items() if e <= epoch]
+        others = [average for other, average in self._averages[epoch].items() if other != trial]
         if epoch not in self.judged or len(others) < self.patience:
             return False
         return max(so_far) < median(others)
@@ -91,6 +93,9 @@ class Median:
 class Never:
     """Stops no trial."""
 
+    def saw(self, trial: str, epoch: int, score: float) -> None:
+        """Do nothing."""
+
     def stops(self, trial: str, epoch: int, score: float) -> bool:
         """Return False."""
         return False
@@ -98,7 +103,7 @@ class Never:
 
 def grace(study: Study) -> int:
     """Return the number of epochs before a training may be stopped."""
-    return study.grace or max(1, study.resolved.epochs // 2)
+    return study.grace or (1 if study.stopping == "forecast" else max(1, study.resolved.epochs // 2))
 
 
 def rungs(study: Study) -> list[int]:
@@ -106,9 +111,11 @@ def rungs(study: Study) -> list[int]:
     return sorted(_halving(study).rungs)
 
 
-def rule_of(study: Study) -> Rule:
-    """Return the study's rule, without any recorded score."""
+def rule_of(study: Study, forecast: Rule) -> Rule:
+    """Return the study's rule: the search's forecast, or another one without any recorded score."""
     match study.stopping:
+        case "forecast":
+            return forecast
         case "halving":
             return _halving(study)
         case "median":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import spaces
+from search.optimizer.forecast import Forecast
 from search.optimizer.history import (
     ENDED,
     INTERRUPTED,
@@ -55,6 +57,7 @@ class Proposer(SearchHistory):
         self._names = {trial.user_attrs["trial"] for trial in trials}
         self._ended = sum(state_of(trial) in ENDED for trial in trials)
         self._seen = {_key(self.setting(trial)) for trial in trials}
+        self.forecast = self._forecast(trials)
         self._known = {candidate.candidate for candidate in self.candidates()}
         self._refined = {t.user_attrs["refines"] for t in self.all() if "refines" in t.user_attrs}
         self._refining: set[str] = set()
@@ -84,6 +87,10 @@ class Proposer(SearchHistory):
 
     def propose(self) -> Proposal | None:
         """Return the next training, or None if every training of the space was proposed."""
+        if self.study.method == "forecast" and not self.optuna.get_trials(deepcopy=False, states=_WAITING):
+            unseen = self._unseen() if self._countable else None
+            if unseen != []:
+                self._enqueue(self.forecast.propose(self.forecast.pool(unseen)).train)
         for attempt in itertools.count(1):
             trial = self.optuna.ask()
             params = asked(trial, self.space, whole=self._whole)
@@ -100,6 +107,7 @@ class Proposer(SearchHistory):
             name = f"t{len(self._names) + 1:03d}"
             trial.set_user_attr("trial", name)
         self._names.add(name)
+        self.forecast.began(name, params)
         self._seen.add(_key(params))
         self._running[name] = trial
         return Proposal(name, params)
@@ -128,6 +136,7 @@ class Proposer(SearchHistory):
 
     def finish(self, name: str, candidates: Sequence[Candidate], about: Mapping[str, Any]) -> None:
         """Record in the study all candidates of a trial, given with the proposed one first."""
+        self.forecast.ended(name, candidates)
         trial = self._running.get(name)
         for other in candidates[1:]:
             self._tell(other, {"of": name}, trial)
@@ -147,6 +156,7 @@ class Proposer(SearchHistory):
 
     def stop(self, name: str, state: TrialState, about: Mapping[str, Any]) -> None:
         """Record in the study that a trial was pruned or failed."""
+        self.forecast.ended(name)
         trial = self._running.get(name)
         if trial is None:
             self.optuna.add_trial(create_trial(state=TrialState.FAIL, user_attrs={**about, "refines": name}))
@@ -233,18 +243,36 @@ class Proposer(SearchHistory):
         if not self._countable:
             chosen = self.space.drawn(self._rng)
         else:
-            unseen = [params for params in _trainings(self.space) if _key(params) not in self._seen]
+            unseen = self._unseen()
             if not unseen:
                 return False
             chosen = nearest(self.space, aim, unseen, self._rng)
         self._enqueue(chosen.train)
         return True
 
+    def _unseen(self) -> list[Params]:
+        """Return the trainings of a space that can be listed that were not proposed yet."""
+        return [params for params in _trainings(self.space) if _key(params) not in self._seen]
+
+    def _forecast(self, trials: Sequence[FrozenTrial]) -> Forecast:
+        """Return the model of this search, with what is known of its trials."""
+        forecast, found = Forecast(self.study, self.space, self.study.seed + len(trials)), defaultdict(list)
+        for candidate in self.candidates():
+            found[_key(candidate.params)].append(candidate)
+        for trial in trials:
+            name, params = trial.user_attrs["trial"], self.setting(trial)
+            forecast.began(name, params)
+            forecast.ended(name, found[_key(params)] if trial.state == TrialState.COMPLETE else ())
+        return forecast
+
     def _enqueue(self, values: Mapping[str, Scalar]) -> None:
         """Enqueue the searched knobs of a setting; values outside the space are omitted, and Optuna samples them."""
         searched = self.searched
         known = {name: value for name, value in values.items() if name in searched and contains(searched[name], value)}
         self.optuna.enqueue_trial(known)
+
+
+_WAITING = (TrialState.WAITING,)
 
 
 def _trainings(space: SearchSpace) -> list[Params]:

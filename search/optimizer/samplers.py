@@ -26,7 +26,10 @@ NEEDS_ALL = ("nsga2", "gp", "qmc")
 
 
 def sampler(study: Study, space: SearchSpace, seed: int) -> BaseSampler:
-    """Return the sampler of the study's method; the first quarter of the trainings, at most 10, is random."""
+    """Return the sampler of the study's method; the first quarter of the trainings, at most 10, is random.
+
+    For the methods that are not Optuna's, it draws what they leave open.
+    """
     settings = space.at(space.setting(space.usual_of).train).size() or 1
     startup = max(1, min(10, study.trials // 4)) * (settings if settings <= GRID_LIMIT else 1)
     match study.method:

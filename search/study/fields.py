@@ -12,7 +12,7 @@ from attacks.threat import Knowledge, Norm
 from search.storage.uri import check_storage
 from spaces.domain import Scalar, as_written
 
-Method = Literal["tpe", "nsga2", "gp", "random", "qmc", "grid"]
+Method = Literal["forecast", "tpe", "nsga2", "gp", "random", "qmc", "grid"]
 KnobWish = Scalar | list[Scalar]
 
 
@@ -30,7 +30,7 @@ class Fields(BaseModel):
         description="knobs beside the space's: NAME=VALUE fixes one, NAME=V1,V2 is a grid, "
         "NAME=LOW..HIGH or LOW..HIGH:log a range",
     )
-    method: Method = Field("tpe", description="how Optuna proposes")
+    method: Method = Field("forecast", description="how trainings are proposed: by our own model, or by Optuna")
     trials: int = Field(40, ge=1, description="trainings at most")
     threat: Knowledge = Field("white-box", description="what the attacker knows")
     norm: Norm = Field("Linf", description="the norm of the perturbation")
@@ -66,10 +66,12 @@ class Fields(BaseModel):
         description="of trainings; else bfloat16 where the hardware computes in it natively. Attacks, verdicts and "
         "latency are float32, always",
     )
-    stopping: Literal["halving", "median", "none"] = Field(
-        "halving", description="the rule that stops trainings early, on their rung scores"
+    stopping: Literal["forecast", "halving", "median", "none"] = Field(
+        "forecast", description="the rule that stops trainings early, on their rung scores"
     )
-    grace: int | None = Field(None, ge=1, description="epochs before a training may be stopped; else half of all")
+    grace: int | None = Field(
+        None, ge=1, description="epochs before a training may be stopped; else 1 with forecast, else half of all"
+    )
     halving: float = Field(3.0, gt=1, description="of those that reach a rung one in so many goes on")
     patience: int = Field(8, ge=0, description="trainings that reach a rung before any is stopped there")
     refine: int = Field(

@@ -124,7 +124,7 @@ def test_a_search_that_leaves_nothing_says_where_to_look(study: Study, working: 
         ({"defens": "puvae"}, "but is 'defens'; did you mean 'defense'?"),
         (
             {"method": "tpee"},
-            "must be one of tpe, nsga2, gp, random, qmc, grid, but is 'tpee'; did you mean 'tpe'?",
+            "must be one of forecast, tpe, nsga2, gp, random, qmc, grid, but is 'tpee'; did you mean 'tpe'?",
         ),
         ({"eps": "much"}, "eps must be a valid number"),
         ({"name": "a/b"}, "name must be letters, digits"),

@@ -85,7 +85,7 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["search", "--space", "papers"], "the space of puvae must be one of paper, wide, default, smoke"),
     (
         ["search", "--method", "annealing"],
-        "method must be one of tpe, nsga2, gp, random, qmc, grid, but is 'ann",
+        "method must be one of forecast, tpe, nsga2, gp, random, qmc, grid, but is 'ann",
     ),
     (["search", "--suite", "quik"], "did you mean 'quick'?"),
     (["search", "--threat", "blackbox"], "threat must be one of oblivious, black-box, white-box, but is 'blackbox'"),
@@ -401,7 +401,7 @@ def test_the_help_of_search_shows_each_field_under_a_heading_with_type_default_a
     typed = {"trials": "INTEGER", "eps": "FLOAT", "wandb": "NAME", "storage": "PATH", "address": "HOST:PORT"}
     assert typed.items() <= nouns.items() and nouns["knob"] == "NAME=VALUE"
     flat = " ".join(re.sub(r"[│\s]+", " ", shown).split())
-    assert "how Optuna proposes: tpe, nsga2, gp, random, qmc, grid [default: tpe]" in flat
+    assert "by our own model, or by Optuna: forecast, tpe, nsga2, gp, random, qmc, grid [default: forecast]" in flat
 
 
 def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> None:

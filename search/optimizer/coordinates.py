@@ -1,0 +1,56 @@
+"""Places of knobs' values between 0 and 1, in which a model can tell what is near."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+
+from spaces.domain import Scalar, finite
+
+
+def _ranks(domain: BaseDistribution) -> Mapping[Scalar, int] | None:
+    """Return the ranks of the values of an ordered grid; None for words, truth values and ranges."""
+    values = finite(domain)
+    if values is None or any(isinstance(value, bool | str) for value in values):
+        return None
+    return {value: rank for rank, value in enumerate(sorted(values))}
+
+
+def width(domain: BaseDistribution) -> int:
+    """Return the number of coordinates of a knob: one, or one for each word."""
+    ordered = _ranks(domain) is not None or finite(domain) is None
+    return 1 if ordered else len(finite(domain) or ())
+
+
+def coordinates(domain: BaseDistribution, value: Scalar) -> list[float]:
+    ranks = _ranks(domain)
+    if ranks is not None:
+        return [ranks[value] / max(1, len(ranks) - 1)] if value in ranks else [0.5]
+    values = finite(domain)
+    if values is not None:
+        return [math.sqrt(0.5) * (value == choice and type(value) is type(choice)) for choice in values]
+    assert isinstance(domain, FloatDistribution | IntDistribution)
+    scale = math.log if domain.log else float
+    low, high = scale(domain.low), scale(domain.high)
+    return [min(1.0, max(0.0, (scale(float(value)) - low) / (high - low)))]
+
+
+def stepped(domain: BaseDistribution, value: Scalar, rng: np.random.Generator) -> Scalar:
+    """Return a neighbour of a value: the next one of an ordered grid, any word, or one a tenth of a range away."""
+    values = finite(domain)
+    if values is not None:
+        ranks = _ranks(domain)
+        if ranks is None or value not in ranks:
+            return values[int(rng.integers(len(values)))]
+        ordered = list(ranks)
+        return ordered[min(len(ordered) - 1, max(0, ranks[value] + int(rng.choice((-1, 1)))))]
+    assert isinstance(domain, FloatDistribution | IntDistribution)
+    scale, back = (math.log, math.exp) if domain.log else (float, float)
+    low, high = scale(domain.low), scale(domain.high)
+    moved = back(min(high, max(low, scale(float(value)) + rng.normal() * 0.1 * (high - low))))
+    if isinstance(domain, IntDistribution):
+        return min(domain.high, max(domain.low, round(moved)))
+    return min(domain.high, max(domain.low, moved))

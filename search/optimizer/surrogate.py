@@ -1,0 +1,79 @@
+"""A Gaussian process over settings and fidelities: the final accuracy of a training, predicted also from early scores.
+
+Shapes: M observations, Q queries, D coordinates of a setting in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+OFFSET, OWN = 0.3, 0.05
+"""Prior deviation of the mean, and of the distance of a fidelity's mean from it; the share of a setting's variance
+that its neighbours do not explain."""
+PRIORS = {"length": (math.log(0.6), 0.8), "deviation": (math.log(0.2), 0.6), "decay": (math.log(0.15), 0.8)}
+"""Mean and deviation of the log of each hyperparameter, for accuracies in [0, 1]."""
+CENTRE = 0.3
+
+
+class Surrogate:
+    """Accuracy f(x, u) of a setting x at a fidelity u, with known noise.
+
+    The covariance is Matern 5/2 in x, with a length for each coordinate, times exp(-decay |u - u'|); each fidelity
+    has a mean of its own. A fidelity is the number of halvings from a whole training, so that the quick score of a
+    quarter of the epochs has u = 2; the final score has u = -1/2. The hyperparameters are the most probable of some
+    that are drawn near the last ones: a few of them, known roughly, suffice.
+
+    Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), chapters 2 and 4.2; the product of
+    kernels over settings and fidelities is Swersky, Snoek and Adams, Multi-Task Bayesian Optimization (NeurIPS 2013).
+    """
+
+    def __init__(self, coordinates: int, rng: np.random.Generator) -> None:
+        names = ["length"] * coordinates + ["deviation", "decay"]
+        self._mean, self._sd = (np.array([PRIORS[name][i] for name in names]) for i in range(2))
+        self._log = self._mean.copy()
+        self._rng = rng
+
+    def fit(self, x_MD: Array, u_M: Array, y_M: Array, noise_M: Array, *, tries: int = 0) -> None:
+        """Condition on observations with the given noise variances, after `tries` of other hyperparameters."""
+        self._x, self._u, self._y, self._noise = x_MD, u_M, y_M - CENTRE, noise_M
+        least = self._loss(self._log) if tries else math.inf
+        for i in range(tries):
+            moved = self._rng.random(len(self._log)) < 0.6
+            log = self._log + moved * self._rng.normal(size=len(self._log)) * (0.5 if i % 2 else 0.2)
+            if (loss := self._loss(log)) < least:
+                least, self._log = loss, log
+        self._root: Any = np.linalg.cholesky(self._covariance(self._log))
+        self._weights = np.linalg.solve(self._root.T, np.linalg.solve(self._root, self._y))
+
+    def predict(self, x_QD: Array, u: float) -> tuple[Array, Array]:
+        """Return the mean and the standard deviation of the accuracy at a fidelity."""
+        k_QM = self._kernel(self._log, x_QD, np.full(len(x_QD), u), self._x, self._u)
+        seen_MQ = np.linalg.solve(self._root, k_QM.T)
+        prior = np.exp(2 * self._log[-2]) * (1 + OWN) + 2 * OFFSET**2
+        variance_Q = np.maximum(prior - (seen_MQ**2).sum(0), 1e-9)
+        return k_QM @ self._weights + CENTRE, np.sqrt(variance_Q)
+
+    def _kernel(self, log: Array, x_MD: Array, u_M: Array, x_QD: Array, u_Q: Array) -> Array:
+        a, b = x_MD / np.exp(log[:-2]), x_QD / np.exp(log[:-2])
+        square = np.maximum(0.0, (a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * a @ b.T)
+        far = np.sqrt(5 * square)
+        alike = (1 + far + far**2 / 3) * np.exp(-far) + OWN * (square < 1e-10)
+        apart = np.abs(u_M[:, None] - u_Q[None])
+        offsets = OFFSET**2 * (1 + (apart < 1e-9))
+        found: Array = np.exp(2 * log[-2]) * alike * np.exp(-np.exp(log[-1]) * apart) + offsets
+        return found
+
+    def _covariance(self, log: Array) -> Array:
+        return self._kernel(log, self._x, self._u, self._x, self._u) + np.diag(self._noise)
+
+    def _loss(self, log: Array) -> float:
+        """Return the negative log posterior of hyperparameters, up to a constant."""
+        root = np.linalg.cholesky(self._covariance(log))
+        white: Any = np.linalg.solve(root, self._y)
+        prior = float((((log - self._mean) / self._sd) ** 2).sum())
+        return 0.5 * float(white @ white) + float(np.log(np.diag(root)).sum()) + 0.5 * prior
