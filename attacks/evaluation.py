@@ -51,6 +51,7 @@ def observe(
     standing_N: Tensor | None = None,
     start: int = 0,
     kept: Collection[str] = (),
+    begun: Observation | None = None,
 ) -> Observation:
     """Attack a bare or defended classifier and return its outputs on every version of the images.
 
@@ -67,6 +68,7 @@ def observe(
         standing_N: mask of the images that white-box attacks are run on, bool; None: all.
         start: added to the seed of the white-box attacks, to change their random starts but not the verdicts' noise.
         kept: names of the attacks whose images are kept with the outputs (`Observation.kept`).
+        begun: an observation of the same images whose white-box attacks ran on others than `standing_N`: it goes on.
 
     Raises:
         InputError: the images, the labels or the model's outputs are invalid.
@@ -83,17 +85,20 @@ def observe(
         }
         return {name: replace(one, x_NCHW=images[name]) if name in kept else one for name, one in seen.items()}
 
-    if oblivious is None:
+    if oblivious is None and begun is None:
         oblivious = craft_oblivious(suite, bare(target), x_NCHW, y_N, threat, seed)
-    queries = 0
-    if attacker is not None:
+    queries = 0 if begun is None else begun.queries
+    if attacker is not None and begun is None:
         black_box, queries = attacker.craft(suite, target, x_NCHW, y_N, threat, seed)
-    clean, blind = look(target, x_NCHW, y_N, seed, looks), fed(oblivious)
-    dark = None if black_box is None else fed(black_box)
+    clean = look(target, x_NCHW, y_N, seed, looks) if begun is None else begun.clean
+    blind = begun.oblivious if begun is not None else fed(oblivious or {})
+    dark = begun.black_box if begun is not None else None if black_box is None else fed(black_box)
     white = None
     if threat.knowledge == "white-box" or white_box:
         earlier = [clean, *blind.values(), *(dark or {}).values()]
         white = _white_box(suite, target, x_NCHW, y_N, threat, earlier, seed, start, standing_N, kept)
+        if begun is not None and begun.white_box is not None and standing_N is not None:
+            white = {name: seen.where(standing_N, begun.white_box[name]) for name, seen in white.items()}
     return Observation(
         threat=threat,
         clean=clean,

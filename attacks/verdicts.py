@@ -6,7 +6,7 @@ Shapes: D draws of noise, N images, S detector scores. A version of an image is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -28,6 +28,11 @@ class Seen:
     suspicion_DNS: Tensor
     bounded: bool = True
     x_NCHW: Tensor | None = None
+
+    def where(self, chosen_N: Tensor, other: Seen) -> Seen:
+        """Return these outputs on the chosen images, and another's on the rest."""
+        suspicion_DNS = self.suspicion_DNS.where(chosen_N[:, None], other.suspicion_DNS)
+        return replace(self, right=self.right.where(chosen_N, other.right), suspicion_DNS=suspicion_DNS)
 
 
 @dataclass(frozen=True)

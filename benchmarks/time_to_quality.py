@@ -1,13 +1,12 @@
-"""Time to quality: the epochs that a search needs to get within one point of the best of PuVAE's whole paper grid.
+"""Time to quality: what a search costs until its winner is within one point of the whole grid's, beside others' tools.
 
-    python -m benchmarks.time_to_quality grid 1 2 3 4 5   trains the grids: 216 trainings, 14 minutes on one core each
-    python -m benchmarks.time_to_quality search 1 2 3 4 5       searches on each grid; trains nothing
-    python -m benchmarks.time_to_quality continuous 1 2 3 4 5   searches continuous ranges of the same knobs; trains
+    python -m benchmarks.time_to_quality --seeds 20 --out ours.jsonl        our searches, replayed on the tables
+    python -m benchmarks.time_to_quality --table ours.jsonl peers.jsonl     the tables of docs/engine.md
 
-Task: sklearn's 8 x 8 digits under white-box attack, with a small PuVAE. The result of a training depends only on its
-knobs and the seed, so a search over the values of the grid is replayed: each proposed training gets the rung scores and
-candidates that it has in the grid. Its epochs count as if it were trained, also those of stopped trainings. Each grid
-is searched with several sampler seeds. Grids are stored in `--storage`, and continue where they stopped.
+The tables (`benchmarks/tables`, made by `benchmarks.quality_tables`) hold real trainings, so a search trains nothing:
+each proposal gets the curve, the verdicts and the cost of its training in the table, also if it is stopped. The search
+itself is the product's, with its proposals, early stopping and race; one trial runs at a time. It sees the judged
+images, and its incumbent is measured on the held-out ones. `benchmarks/peers.py` runs the searches of others.
 """
 
 from __future__ import annotations
@@ -15,247 +14,166 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from math import exp, inf, log
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from statistics import fmean, median, quantiles
+from typing import Any
 from unittest import mock
 
-from defenses.base import Metrics
+import numpy as np
+
+import spaces
+from attacks.threat import ThreatModel
+from benchmarks.replay import FOLDER, Replay, Spent, Step, Table, reached, regret
 from search.engine.run import run
-from search.engine.worker import REAL, Report, Work
-from search.optimizer.history import SearchHistory, state_of
-from search.study.callbacks import Callback, State
-from search.study.candidate import Candidate, Latency, Proposal
+from search.engine.worker import Report, Work
+from search.storage.fingerprint import fingerprint
+from search.study.candidate import Candidate, Latency, Proposal, Score
 from search.study.loading import make_study
-from search.study.ranking import feasible
 from search.study.study import Study
-from search.trial import evaluator
-from search.trial.runner import TrialRunner
-from spaces import puvae
-from spaces.exceptions import InputError
+from search.trial.race import contenders, first_images
 from spaces.space import Params
 
-T = TypeVar("T")
-POINT = 0.01
-BASE: dict[str, Any] = {
-    "task": "digits/A",
-    "eps": 0.1,
-    "suite": "quick",
-    "epochs": 8,
-    "train_images": 800,
-    "eval_images": 100,
-    "cheap_images": 40,
-    "classifier_epochs": 10,
-    "wandb": "disabled",
-}
-KNOBS = {"conv_maps": 4, "decoder_maps": 4, "dense": 32, "latent": 8, "batch_size": 32, "learning_rate": 0.02}
+THREAT = ThreatModel("Linf", 0.1, "white-box")
+SHARES = 0.05, 0.1, 0.2
 ARMS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "ours, without the known start": {},
-    "ours, median rule": {"stopping": "median"},
+    "ours, without the race": {"scoring": "all"},
     "ours, nobody stopped": {"stopping": "none"},
-    "random": {"method": "random", "stopping": "none"},
-    "random, halving": {"method": "random"},
+    "ours, halving": {"stopping": "halving"},
+    "TPE, halving (the default until 2026-11)": {"method": "tpe", "stopping": "halving", "scoring": "all"},
+    "TPE": {"method": "tpe", "stopping": "none", "scoring": "all"},
+    "random": {"method": "random", "stopping": "none", "scoring": "all"},
 }
-"""The arms to compare. The paper's best setting is tried first, except in arms named `without` or `random`."""
 
 
-def study_of(storage: Path, name: str, **fields: Any) -> Study:
-    """Return a search over the paper's values of lambda_rc, lambda_kl, lambda_ce and sigma_eps."""
-    knobs = KNOBS | fields.pop("knobs", {})
-    return make_study(
-        {"name": name, "space": "paper", "trials": 216, "storage": str(storage), "knobs": knobs} | BASE | fields
+def study_of(table: Table, storage: Path, arm: str, seed: int) -> Study:
+    """Return a search over the values of a table's grid."""
+    default = {"method": "forecast", "stopping": "forecast", "trials": len(table.trainings)}
+    fields = {**table.fields, **default, **ARMS[arm], "seed": seed, "storage": str(storage), "name": "replay"}
+    return make_study(fields)
+
+
+def work(table: Table, replay: Replay, scoring: str) -> Work:
+    """Return workers that look up the result of a training, and pay for it."""
+
+    def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
+        levels = {name: values.index(proposal.params.train[name]) for name, values in table.values.items()}
+        training, settings = table.place(levels), range(len(table.settings))
+        for epoch in range(1, table.epochs + 1):
+            report("fit", epoch, {"cheap": replay.train(training, epoch)})
+        first = table.settings.index(dict(proposal.params.inference))
+        kept, count = list(settings), first_images(table.images)
+        if scoring == "race" and len(kept) > 1:
+            for setting in settings:
+                replay.attack(training, setting, count)
+            verdicts = [table.judged_TSN[training, setting, :count].astype(float) for setting in settings]
+            kept = sorted({first, *contenders(verdicts, [0.0] * len(kept))})
+        kept.sort(key=lambda setting: setting != first)
+        found = []
+        for setting in kept:
+            accuracy = replay.attack(training, setting, table.images)
+            clean = float(table.clean_TSN[training, setting].mean())
+            found.append(candidate(study, Params(proposal.params.train, table.settings[setting]), accuracy, clean))
+        return {"candidates": [one.to_json() for one in found], "curve": list(table.curve_TE[training]), "picture": ""}
+
+    undefended = candidate(None, Params({}, {}), 0.0, 1.0)
+    latency = Latency(1.0, 1.0, 1.0, 0.0, "table", 1)
+    return Work(
+        lambda study: [],
+        lambda study, architecture: None,
+        lambda study: undefended,
+        execute,
+        lambda study, candidate: latency,
     )
 
 
-def grid_of(storage: Path, seed: int) -> Study:
-    return study_of(storage, f"grid-{seed}", method="grid", stopping="none", seed=seed)
+def candidate(study: Study | None, params: Params, accuracy: float, clean: float) -> Candidate:
+    images = 1 if study is None else 300
+    fit, name = fingerprint(**params.train), fingerprint(**params.flat())
+    score = Score(
+        threat=THREAT,
+        attacked_accuracy=accuracy,
+        attacked_error=1 - accuracy,
+        attacked_rejection=0.0,
+        oblivious_accuracy=accuracy,
+        white_box_accuracy=accuracy,
+        clean_accuracy=clean,
+        clean_rejection=0.0,
+        latency_ms_p50=1.0,
+        latency_ms_p95=1.0,
+        images=images,
+        device="table",
+    )
+    return Candidate(candidate=name, fit=fit, defense="table", task="table", params=params, score=score)
 
 
-@dataclass(frozen=True)
-class Training:
-    """The result of one training of a grid: the rung score of each epoch, and a candidate for each sigma_eps."""
-
-    curve: Sequence[float]
-    candidates: Sequence[Candidate]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A finished grid.
-
-    Args:
-        trainings: the trainings by their train-time knobs.
-        best: the best attacked accuracy within the constraints.
-        epochs: total number of epochs.
-    """
-
-    undefended: Candidate
-    trainings: Mapping[str, Training]
-    best: float
-    epochs: int
-
-    @classmethod
-    def of(cls, study: Study) -> Table:
-        """Read the grid from its study, without failed trainings.
-
-        Raises:
-            InputError: the grid is not finished.
-        """
-        history, found = SearchHistory(study), dict[str, list[Candidate]]()
-        whole = history.space.trainings()
-        if history.ended() != whole:
-            raise InputError(
-                f"a table needs a finished grid, but {study.name} has {history.ended()} of {whole} trainings"
-            )
-        for candidate in history.candidates():
-            found.setdefault(Table.key(candidate.params), []).append(candidate)
-        curves = {
-            Table.key(history.space.complete(trial.params)): [score for _, score in trial.user_attrs["curve"]]
-            for trial in history.trials()
-            if state_of(trial) == "finished"
-        }
-        trainings = {key: Training(curves[key], candidates) for key, candidates in found.items()}
-        undefended = history.undefended()
-        assert undefended is not None
-        best = max(c.score.attacked_accuracy for c in feasible(study, history.candidates()))
-        return cls(undefended, trainings, best, sum(len(training.curve) for training in trainings.values()))
-
-    @staticmethod
-    def key(params: Params) -> str:
-        """Return the key of a training."""
-        return json.dumps(dict(params.train), sort_keys=True)
-
-    def work(self) -> Work:
-        """Return workers that look up the result of a training in the table."""
-
-        def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
-            training = self.trainings[Table.key(proposal.params)]
-            fit = training.candidates[0].fit
-            for epoch, score in enumerate(training.curve, start=1):
-                report(fit, epoch, {"cheap": score})
-            first = sorted(training.candidates, key=lambda c: c.params.inference != proposal.params.inference)
-            return {"candidates": [c.to_json() for c in first], "curve": training.curve, "picture": ""}
-
-        def remeasure(study: Study, candidate: Candidate) -> Latency:
-            score = candidate.score
-            return Latency(score.latency_ms_p50, score.latency_ms_p95, score.latency_ms_p50, 0.0, score.device, 1)
-
-        return Work(
-            lambda study: [], lambda study, architecture: None, lambda study: self.undefended, execute, remeasure
-        )
+def replayed(table: Table, arm: str, seed: int, cap: float) -> list[Step]:
+    """Return the trail of one search, without settings that are known to be good: peers have none either."""
+    replay = Replay(table, cap)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(spaces, "starts", lambda defense: ()):
+        study = study_of(table, Path(folder), arm, seed)
+        with suppress(Spent):
+            run(study, [], debug=True, work=work(table, replay, study.scoring))
+    return replay.trail
 
 
-class Spent(NamedTuple):
-    """The cost of a search until it reached the goal, or its total cost if it did not."""
-
-    trainings: int
-    epochs: int
-    reached: bool
+def tables(names: Sequence[str]) -> list[Table]:
+    return [Table(FOLDER / f"{name}.npz") for name in names]
 
 
-class Meter(Callback):
-    """Counts trainings and epochs, and ends the search when a candidate within the constraints reaches the goal."""
-
-    def __init__(self, study: Study, goal: float) -> None:
-        self.study = study
-        self.goal = goal
-        self.spent = Spent(0, 0, False)
-
-    def trial_started(self, trial: Proposal) -> None:
-        self.spent = self.spent._replace(trainings=self.spent.trainings + 1)
-
-    def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
-        self.spent = self.spent._replace(epochs=self.spent.epochs + 1)
-
-    def trial_ended(
-        self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
-    ) -> None:
-        good = feasible(self.study, candidates)
-        if good and max(candidate.score.attacked_accuracy for candidate in good) >= self.goal - 1e-9:
-            self.spent = self.spent._replace(reached=True)
-            raise KeyboardInterrupt  # ends the search as Ctrl-C does
-
-
-def spend(study: Study, goal: float, work: Work = REAL, *, starts: bool = True) -> Spent:
-    """Search until a candidate reaches `goal`, an attacked accuracy, and return the cost."""
-    meter = Meter(study, goal)
-    with mock.patch.object(puvae, "STARTS", puvae.STARTS if starts else ()):
-        run(study, [meter], debug=True, work=work)
-    return meter.spent
+def lines(rows: Sequence[Mapping[str, Any]], every: Sequence[Table]) -> Iterator[str]:
+    """Yield a Markdown table: cost to the goal as a share of the grid's, its geometric mean, and regrets in points."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    yield f"| search | {' | '.join(table.name for table in every)} | geometric mean | regret at 5, 10, 20 % |"
+    yield f"|{' --- |' * (len(every) + 3)}"
+    for arm in arms:
+        cells, medians, regrets = [], [], []
+        for table in every:
+            found = (row["trail"] for row in rows if (row["arm"], row["table"]) == (arm, table.name))
+            trails = [[Step(*step) for step in trail] for trail in found]
+            if not trails:
+                cells.append("-")
+                continue
+            costs = [reached(table, trail) for trail in trails]
+            medians.append(median(costs))
+            low, _, high = quantiles(costs, n=4) if len(costs) > 1 else (costs[0],) * 3
+            cells.append(f"{_cost(median(costs))} ({_cost(low)} to {_cost(high)}; {len(costs)})")
+            regrets.append([median(regret(table, trail, share) for trail in trails) for share in SHARES])
+        whole = exp(fmean(map(log, medians))) if len(medians) == len(every) and inf not in medians else None
+        mean = "-" if whole is None else f"{whole:.3f}"
+        yield f"| {arm} | {' | '.join(cells)} | {mean} | {_points(regrets)} |"
 
 
-def quickly(do: Callable[[], T]) -> T:
-    """Call `do` without cheap gates and pictures, which take longer than these trainings."""
-    with (
-        mock.patch.object(evaluator, "quick_gates", lambda *args, **kwargs: ()),
-        mock.patch.object(TrialRunner, "picture", lambda runner, params, path: path),
-    ):
-        return do()
+def _cost(share: float) -> str:
+    return "not reached" if share == inf or np.isnan(share) else f"{share:.3f}"
 
 
-def replays(table: Table, seeds: Sequence[int], arm: str) -> list[Spent]:
-    """Replay a search on the table of a grid with each sampler seed."""
-    found = []
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            study = study_of(Path(folder), "replay", seed=seed, **ARMS[arm])
-            known = arm.startswith("ours") and "without" not in arm
-            found.append(spend(study, table.best - POINT, table.work(), starts=known))
-    return found
-
-
-def row(name: str, found: Sequence[Sequence[Spent]], tables: Sequence[Table]) -> str:
-    """Return a line of the table: median epochs (trainings) for each grid and overall, and the fraction of the grid."""
-    cells = [f"{median(s.epochs for s in spent):.0f} ({median(s.trainings for s in spent):.0f})" for spent in found]
-    shares = [s.epochs / table.epochs for spent, table in zip(found, tables, strict=True) for s in spent]
-    missed = sum(not s.reached for spent in found for s in spent)
-    every = [s for spent in found for s in spent]
-    whole = f"{median(s.epochs for s in every):.0f} ({median(s.trainings for s in every):.0f})"
-    return f"| {name} | {' | '.join(cells)} | {whole} | {median(shares):.3f} | {missed} of {len(every)} |"
-
-
-def header(seeds: Sequence[int], tables: Sequence[Table]) -> str:
-    """Return the header of the table and the line of the grids themselves."""
-    cells = [f"{table.epochs} ({len(table.trainings)}), best {100 * table.best:.0f} %" for table in tables]
-    head = f"| epochs (trainings) | {' | '.join(f'seed {seed}' for seed in seeds)} | median | of the grid | missed |"
-    return f"{head}\n|{' --- |' * (len(seeds) + 4)}\n| the whole grid | {' | '.join(cells)} | | 1 | |"
+def _points(regrets: Sequence[Sequence[float]]) -> str:
+    return ", ".join(f"{100 * fmean(column):.1f}" for column in zip(*regrets, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("grid", "search", "continuous"))
-    parser.add_argument("seeds", type=int, nargs="+", help="of the trainings")
-    parser.add_argument("--storage", type=Path, default=Path("quality"))
-    parser.add_argument("--samplers", type=int, default=5, help="searches of each grid, each with its own seed")
+    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--tables", nargs="+", default=sorted(path.stem for path in FOLDER.glob("*.npz")))
+    parser.add_argument("--out", type=Path, default=Path("ours.jsonl"))
+    parser.add_argument("--cap", type=float, default=0.3, help="end of a search, as a share of the grid's cost")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of these results")
     asked = parser.parse_args()
-    grids = [grid_of(asked.storage, seed) for seed in asked.seeds]
-    if asked.what == "grid":
-        for grid in grids:
-            print(grid.name, quickly(lambda grid=grid: run(grid, [], debug=True)), flush=True)  # type: ignore[misc]
+    if asked.table:
+        rows = [json.loads(line) for path in asked.table for line in path.read_text().splitlines()]
+        print("\n".join(lines(rows, tables(asked.tables))))
         return
-    tables = [Table.of(grid) for grid in grids]
-    print(header(asked.seeds, tables), flush=True)
-    if asked.what == "search":
-        for arm in asked.arms:
-            found = [
-                replays(table, [1000 * seed + i for i in range(asked.samplers)], arm)
-                for seed, table in zip(asked.seeds, tables, strict=True)
-            ]
-            print(row(arm, found, tables), flush=True)
-        return
-    for space in ("wide", "default"):
-        found = []
-        for seed, table in zip(asked.seeds, tables, strict=True):
-            with tempfile.TemporaryDirectory() as folder:
-                knobs = {"label_injection": "dense"}
-                study = study_of(Path(folder), space, space=space, trials=60, seed=seed, knobs=knobs)
-                goal = table.best - POINT
-                found.append([quickly(lambda study=study, goal=goal: spend(study, goal))])  # type: ignore[misc]
-        print(row(f"ours, the ranges of `{space}`", found, tables), flush=True)
+    for seed in range(asked.seeds):
+        for table in tables(asked.tables):
+            for arm in asked.arms:
+                row = {"table": table.name, "arm": arm, "seed": seed, "trail": replayed(table, arm, seed, asked.cap)}
+                with asked.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

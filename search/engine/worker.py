@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from search.storage.store import Store
 from search.study.candidate import Candidate, Latency, Proposal
 from search.study.ranking import feasible, ranked
 from search.study.study import Study
-from search.trial.runner import TrialRunner, baseline, run_trial
+from search.trial.runner import TrialRunner, baseline, raced_trial
 from spaces.space import Params
 
 Report = Callable[[str, int, Metrics], None]
@@ -61,7 +61,7 @@ def execute(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
 def _execute(study: Study, proposal: Proposal, report: Report, store: Store) -> dict[str, Any]:
     runner = TrialRunner.of(study, store)
     fit = runner.trainer.key(proposal.params)
-    candidates = run_trial(
+    candidates, dropped = raced_trial(
         study, proposal.params, store, lambda epoch, metrics: report(fit, epoch, metrics), alone=proposal.refines
     )
     best = (*feasible(study, candidates), *ranked(candidates))[0]
@@ -69,6 +69,7 @@ def _execute(study: Study, proposal: Proposal, report: Report, store: Store) -> 
     return {
         "candidates": [candidate.to_json() for candidate in candidates],
         "curve": runner.trainer.curve(fit),
+        "dropped": [asdict(setting) for setting in dropped],
         "picture": _drawn(runner, best.params, path),
     }
 

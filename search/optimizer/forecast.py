@@ -6,7 +6,7 @@ No Ray or W&B in this module. Shapes: T trainings, D coordinates of a setting in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -30,6 +30,8 @@ HOPE = 0.05
 SHOWN = 300
 """Most trainings that the model learns from: the best ones and the last ones; a prediction takes 10 ms with so many."""
 TRIES = 8
+LISTED = 1000
+"""Most of the remaining trainings among which a proposal is chosen."""
 FINAL = -0.5
 """The fidelity of a final score (search/optimizer/surrogate.py)."""
 
@@ -46,6 +48,7 @@ class _Training:
     images: int = 0
     accuracy: float | None = None
     latency: float = 0.0
+    inference: Mapping[str, Scalar] = field(default_factory=dict)
     running: bool = True
 
     @property
@@ -95,6 +98,7 @@ class Forecast:
             broken = sum(max(0.0, excess) for excess in constraints(self.study, best).values())
             training.accuracy = 1 - best.score.attacked_error - min(1.0, broken)
             training.images, training.latency = best.score.images, best.score.latency_ms_p50
+            training.inference = best.params.inference
 
     # What follows.
 
@@ -108,8 +112,21 @@ class Forecast:
         mean, sd = self._surrogate.predict(training.at[None], FINAL)
         return NormalDist(mean[0], sd[0]).cdf(self._best(0.0)) > 1 - HOPE
 
-    def propose(self, pool: Sequence[Params]) -> Params:
-        """Return the setting of the pool with the greatest expected improvement; the first ones are spread out."""
+    def propose(self, unseen: Sequence[Params] | None) -> Params:
+        """Return the training with the greatest expected improvement, at the best known inference setting.
+
+        The first trainings are spread over the space.
+
+        Args:
+            unseen: the trainings that remain; None if they cannot be listed.
+        """
+        chosen, results = self._chosen(unseen), self._results()
+        best = max(results, key=lambda training: training.accuracy or 0.0, default=None)
+        usual = self.space.at(chosen.train).usual()
+        return Params(chosen.train, {**usual, **(best.inference if best else {})})
+
+    def _chosen(self, unseen: Sequence[Params] | None) -> Params:
+        pool = self._pool(unseen)
         places = np.array([self._place(params) for params in pool])
         if len(self._trainings) < FIRST or not self._results():
             return pool[self._farthest(places)]
@@ -119,10 +136,12 @@ class Forecast:
         gain = _improvement(mean - weight * self._latencies(places), sd, self._best(weight))
         return pool[int(np.argmax(gain + 1e-12 * self._rng.random(len(gain))))]
 
-    def pool(self, unseen: Sequence[Params] | None) -> Sequence[Params]:
+    def _pool(self, unseen: Sequence[Params] | None) -> Sequence[Params]:
         """Return the settings among which to choose: all that remain, or random ones and neighbours of the best."""
-        if unseen is not None:
+        if unseen is not None and len(unseen) <= LISTED:
             return unseen
+        if unseen is not None:
+            return [unseen[i] for i in self._rng.choice(len(unseen), LISTED, replace=False)]
         drawn = [self.space.drawn(self._rng) for _ in range(DRAWN)]
         best = sorted(self._results(), key=lambda training: -(training.accuracy or 0.0))[:3]
         return drawn + [self._near(training.params) for training in best for _ in range(NEAR // len(best))]

@@ -90,7 +90,7 @@ class Proposer(SearchHistory):
         if self.study.method == "forecast" and not self.optuna.get_trials(deepcopy=False, states=_WAITING):
             unseen = self._unseen() if self._countable else None
             if unseen != []:
-                self._enqueue(self.forecast.propose(self.forecast.pool(unseen)).train)
+                self._enqueue(self.forecast.propose(unseen).flat())
         for attempt in itertools.count(1):
             trial = self.optuna.ask()
             params = asked(trial, self.space, whole=self._whole)

@@ -59,6 +59,11 @@ class Fields(BaseModel):
         None, ge=1, description="validation images that are attacked; else 1000, or all where there are fewer"
     )
     cheap_images: int = Field(128, ge=1, description="of them, those that score a training after each epoch")
+    scoring: Literal["race", "all"] = Field(
+        "race",
+        description="race: all inference settings of a training are attacked on a quarter of the images, those that "
+        "may be its best on all; all: each on all",
+    )
     epochs: int | None = Field(None, ge=1, description="epochs of a training; else the defense's own")
     classifier_epochs: int = Field(10, ge=1, description="epochs of the protected classifier and of its partner")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

@@ -15,7 +15,7 @@ from search.study.study import ResolvedStudy, Study
 from spaces.domain import extremes
 from spaces.exceptions import InputError
 
-EARLIER: Mapping[str, Any] = {"precision": "float32"}
+EARLIER: Mapping[str, Any] = {"precision": "float32", "scoring": "all"}
 """What the fields were that stored studies of an earlier version lack."""
 
 

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -21,6 +24,7 @@ from attacks.suites import SUITES, Suite
 from attacks.threat import Knowledge, ThreatModel
 from attacks.verdicts import Observation, Seen
 from search.study.candidate import Latency, Score
+from search.trial.race import first_images
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,40 @@ class Evaluator:
     seed: int
     attacker: BlackBoxAttacker | None = None
 
-    def probe(self, target: nn.Module) -> Evaluation:
-        """Attack the target and run the audit's quick gates; the result serves every setting of the thresholds."""
-        found = self.observe(target)
+    def probe(self, target: nn.Module, begun: Observation | None = None) -> Evaluation:
+        """Attack the target and run the audit's quick gates; the result serves every setting of the thresholds.
+
+        Args:
+            begun: the result of `begin`, if it is known; the evaluation is the same without.
+        """
+        found = self.observe(target, begun)
         images, looks = (self.x_NCHW, self.y_N), len(found.clean.right)
         noise = noisy(target, *images, self.threat, self.seed, looks)
         return Evaluation(found, quick_gates(target, *images, self.threat, seed=self.seed), noise)
 
-    def observe(self, target: nn.Module) -> Observation:
-        """Attack under the oblivious and the white-box threat models in any case, and under the study's own."""
+    @property
+    def first_N(self) -> Tensor:
+        """Which images white-box attacks run on first, bool: none where no race depends on them."""
+        count = first_images(len(self.y_N)) if self.threat.knowledge == "white-box" else 0
+        return torch.arange(len(self.y_N), device=self.y_N.device) < count
+
+    def begin(self, target: nn.Module) -> Observation:
+        """Look at all images, and attack the first ones: what a race of inference settings needs."""
+        return self._observe(target, None, self.first_N)
+
+    def observe(self, target: nn.Module, begun: Observation | None = None) -> Observation:
+        """Attack under the oblivious and the white-box threat models in any case, and under the study's own.
+
+        The first images are attacked before the others, in any case: so a race changes no figure.
+        """
+        return self._observe(target, begun or self.begin(target), ~self.first_N)
+
+    def verdicts(self, begun: Observation) -> NDArray[np.float64]:
+        """Return the verdicts of a race on the images on which it is decided: the first ones, or all."""
+        robust_N = begun.judge().attacked.right.double().mean(0)
+        return (robust_N[self.first_N] if self.first_N.any() else robust_N).cpu().numpy()
+
+    def _observe(self, target: nn.Module, begun: Observation | None, standing_N: Tensor) -> Observation:
         return observe(
             self.suite,
             target,
@@ -115,6 +144,8 @@ class Evaluator:
             attacker=self.attacker,
             seed=self.seed,
             white_box=True,
+            standing_N=standing_N,
+            begun=begun,
         )
 
     def score(self, probed: Evaluation, limits_S: Tensor, latency: Latency | None) -> Score:

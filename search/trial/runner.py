@@ -19,26 +19,34 @@ from search.study.candidate import Candidate, Latency
 from search.study.study import Study
 from search.trial.assets import Assets
 from search.trial.pictures import drawn
+from search.trial.race import Dropped
 from search.trial.scoring import Scorer
 from search.trial.training import Report, Trainer, silent
 from spaces.space import Params
 
 
 def run_trial(study: Study, params: Params, store: Store, report: Report, *, alone: bool = False) -> list[Candidate]:
-    """Train or load the fit of `params`, and score it at every inference setting.
+    """Train or load the fit of `params`, and score it at every inference setting: the candidates of `raced_trial`."""
+    return raced_trial(study, params, store, report, alone=alone)[0]
+
+
+def raced_trial(
+    study: Study, params: Params, store: Store, report: Report, *, alone: bool = False
+) -> tuple[list[Candidate], list[Dropped]]:
+    """Train or load the fit of `params`, and score it at every inference setting that does not lose the race.
 
     Args:
         alone: score it only at the proposed setting.
 
     Returns:
-        The candidates, the proposed setting first.
+        The candidates, the proposed setting first, and the settings that were dropped.
 
     Raises:
         TrialError: the training diverged.
     """
     runner = TrialRunner.of(study, store)
     key, defense = runner.trainer.fit(params, report)
-    return runner.scorer.candidates(key, defense, [params] if alone else runner.scorer.settings(params))
+    return runner.scorer.raced(key, defense, [params] if alone else runner.scorer.settings(params))
 
 
 def baseline(study: Study, store: Store) -> Candidate:

@@ -16,15 +16,18 @@ from torch import Tensor
 
 import attacks.suites
 from attacks.risk_coverage import Point, pick, risk_coverage
+from attacks.verdicts import Observation
 from defenses.base import Defended, Defense
 from search.classifiers.architectures import ARCHITECTURES
 from search.data.splits import HELD_OUT
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Content
 from search.study.candidate import Candidate, Images, Latency
+from search.study.ranking import feasible
 from search.trial.assets import Assets
 from search.trial.evaluator import Evaluation
 from search.trial.latency import device_name, measure
+from search.trial.race import Dropped, Verdicts, contenders
 from spaces.domain import Scalar
 from spaces.space import GRID_LIMIT, Params
 
@@ -38,6 +41,7 @@ class Scorer:
     def __init__(self, assets: Assets) -> None:
         self.assets = assets
         self.study, self.resolved, self.store = assets.study, assets.resolved, assets.store
+        self._begun: dict[str, Observation] = {}
 
     def settings(self, params: Params) -> list[Params]:
         """Return the inference settings at which a fit is scored, the proposed one first."""
@@ -50,6 +54,39 @@ class Scorer:
             # The same for all fits, so that they are comparable.
             others = [space.drawn(rng) for _ in range(SAMPLE)]
         return [params, *(other for other in others if other != params)]
+
+    def raced(self, key: str, defense: Defense, settings: Sequence[Params]) -> tuple[list[Candidate], list[Dropped]]:
+        """Return the candidates of one fit, the first setting's first, and the settings that lost the race.
+
+        Dropped settings are attacked on all images too, the best first, until some candidate satisfies the constraints.
+        """
+        if not self._races(defense, settings):
+            return self.candidates(key, defense, settings), []
+        verdicts = [self._begin(key, defense.at(params.inference)) for params in settings]
+        latencies = [self.latency(defense.at(params.inference)).ms_p50 for params in settings]
+        kept = sorted({0, *contenders(verdicts, latencies)})
+        lost = sorted(set(range(len(settings))) - set(kept), key=lambda i: -float(verdicts[i].mean()))
+        found = self.candidates(key, defense, [settings[i] for i in kept])
+        while lost and not feasible(self.study, found):
+            found += self.candidates(key, defense, [settings[lost.pop(0)]])
+        self._begun.clear()
+        return found, [Dropped.of(settings[i], verdicts[i]) for i in lost]
+
+    def _races(self, defense: Defense, settings: Sequence[Params]) -> bool:
+        """Return whether settings can be dropped: not where thresholds share one evaluation, or on few images."""
+        evaluator = self.assets.evaluator
+        enough = evaluator.threat.knowledge == "oblivious" or bool(evaluator.first_N.any())
+        alone = len(settings) < 2 or defense.thresholds() or evaluator.attacker is not None
+        return self.study.scoring == "race" and enough and not alone
+
+    def _begin(self, key: str, defense: Defense) -> Verdicts:
+        """Return a setting's verdicts on the images that decide a race, and keep what its evaluation goes on from."""
+        evaluator, scored = self.assets.evaluator, self.scores_key(key, defense)
+        if self.store.get("scores", scored) is not None:
+            return evaluator.verdicts(self.evaluation(key, defense).found)
+        with self.assets.device_lock.working():
+            self._begun[scored] = evaluator.begin(Defended(defense, self.assets.target))
+        return evaluator.verdicts(self._begun[scored])
 
     def candidates(self, key: str, defense: Defense, settings: Sequence[Params]) -> list[Candidate]:
         """Return the candidates of one fit; settings that differ only in thresholds share one evaluation.
@@ -93,13 +130,15 @@ class Scorer:
             defense: the defense at the setting that is attacked; None for the bare classifier.
         """
 
+        key = self.scores_key(fit, defense)
+        begun = self._begun.pop(key, None)
+
         def attacked() -> Content:
             evaluator, bare = self.assets.evaluator, self.assets.target
             with self.assets.device_lock.working():
-                said = evaluator.probe(bare if defense is None else Defended(defense, bare))
+                said = evaluator.probe(bare if defense is None else Defended(defense, bare), begun)
             return {"said.safetensors": said.tensors()}, said.about()
 
-        key = self.scores_key(fit, defense)
         entry = self.store.cached("scores", key, attacked)
         return Evaluation.of(load_file(entry / "said.safetensors"), self.store.about("scores", key))
 
