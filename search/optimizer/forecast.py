@@ -6,7 +6,7 @@ No Ray or W&B in this module. Shapes: T trainings, D coordinates of a setting in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -27,9 +27,9 @@ DRAWN, NEAR = 512, 64
 """In a space that cannot be listed a proposal is one of so many random settings and neighbours of the best."""
 HOPE = 0.05
 """A training is stopped where its chance to beat the best one falls below this."""
-SHOWN = 300
-"""Most trainings that the model learns from: the best ones and the last ones; a prediction takes 10 ms with so many."""
-TRIES = 8
+SHOWN = 100
+"""Most trainings that the model learns from: the best ones and the last ones; a prediction takes 20 ms with so many."""
+TRIES = 16
 LISTED = 1000
 """Most of the remaining trainings among which a proposal is chosen."""
 FINAL = -0.5
@@ -38,30 +38,32 @@ FINAL = -0.5
 
 @dataclass
 class _Training:
-    """What is known of one training: its place, its last quick score, and its best accuracy within the constraints."""
+    """What is known of one training: its place, its quick scores, and its best accuracy within the constraints."""
 
     params: Params
     at: Array
     epochs: int
-    epoch: int = 0
-    quick: float = 0.0
+    curve: dict[int, float] = field(default_factory=dict)
     images: int = 0
     accuracy: float | None = None
     latency: float = 0.0
     inference: Mapping[str, Scalar] = field(default_factory=dict)
     running: bool = True
 
-    @property
-    def fidelity(self) -> float:
-        return math.log2(max(self.epochs, self.epoch) / self.epoch)
+    def seen(self) -> Iterator[tuple[float, float]]:
+        """Yield the fidelity and the quick score of the last epoch and of epochs 1, 2, 4, 8, ...: others add little."""
+        last = max(self.curve, default=0)
+        for epoch, score in self.curve.items():
+            if epoch == last or epoch & (epoch - 1) == 0:
+                yield math.log2(max(self.epochs, epoch) / epoch), score
 
 
 @dataclass
 class Forecast:
     """The model of a search; a `Rule` of early stopping, and the source of proposals of method `forecast`.
 
-    One observation of a training is its last quick score, and one its result: the accuracy of its best candidate, with
-    the noise of a count of images. Of two trainings with equal curves the model prefers the one in the better region.
+    Its observations of a training are quick scores and the result, the accuracy of the best candidate, with the noise
+    of a count of images. Of two trainings with equal curves the model prefers the one in the better region.
     """
 
     study: Study
@@ -85,8 +87,8 @@ class Forecast:
 
     def saw(self, name: str, epoch: int, score: float) -> None:
         """Record the quick score of an epoch."""
-        if (training := self._trainings.get(name)) is not None and epoch >= training.epoch:
-            training.epoch, training.quick = epoch, score
+        if (training := self._trainings.get(name)) is not None:
+            training.curve[epoch] = score
 
     def ended(self, name: str, candidates: Sequence[Candidate] = ()) -> None:
         """Record how a training ended; without candidates if it was stopped or failed."""
@@ -96,7 +98,7 @@ class Forecast:
         if candidates:
             best = (*feasible(self.study, candidates), *candidates)[0]
             broken = sum(max(0.0, excess) for excess in constraints(self.study, best).values())
-            training.accuracy = 1 - best.score.attacked_error - min(1.0, broken)
+            training.accuracy = max(0.0, 1 - best.score.attacked_error - broken)
             training.images, training.latency = best.score.images, best.score.latency_ms_p50
             training.inference = best.params.inference
 
@@ -108,9 +110,13 @@ class Forecast:
         training = self._trainings.get(trial)
         if training is None or epoch < self._grace or not self._results() or training.accuracy is not None:
             return False
+        rivals = self._results()
+        if self._by_latency:  # a faster training need not be more accurate
+            slow = self._nearest(training.at[None])[0]
+            rivals = [rival for rival in rivals if rival.latency <= slow]
         self._learn()
         mean, sd = self._surrogate.predict(training.at[None], FINAL)
-        return NormalDist(mean[0], sd[0]).cdf(self._best(0.0)) > 1 - HOPE
+        return NormalDist(mean[0], sd[0]).cdf(self._best(0.0, rivals)) > 1 - HOPE
 
     def propose(self, unseen: Sequence[Params] | None) -> Params:
         """Return the training with the greatest expected improvement, at the best known inference setting.
@@ -133,7 +139,8 @@ class Forecast:
         self._learn(tries=TRIES)
         weight = self._weight()
         mean, sd = self._surrogate.predict(places, FINAL)
-        gain = _improvement(mean - weight * self._latencies(places), sd, self._best(weight))
+        slowness = self._scaled(self._nearest(places))
+        gain = _improvement(mean - weight * slowness, sd, self._best(weight, self._results()))
         return pool[int(np.argmax(gain + 1e-12 * self._rng.random(len(gain))))]
 
     def _pool(self, unseen: Sequence[Params] | None) -> Sequence[Params]:
@@ -153,14 +160,13 @@ class Forecast:
 
     def _learn(self, tries: int = 0) -> None:
         rows: list[tuple[Array, float, float, float]] = []
-        known = [training for training in self._trainings.values() if training.epoch or training.accuracy is not None]
+        known = [training for training in self._trainings.values() if training.curve or training.accuracy is not None]
         if len(known) > SHOWN:
             last = known[-SHOWN // 2 :]
             known = [*sorted(known[: -SHOWN // 2], key=lambda t: -(t.accuracy or 0.0))[: SHOWN // 2], *last]
         quick = self.study.cheap_images
         for training in known:
-            if training.epoch:
-                rows.append((training.at, training.fidelity, training.quick, _noise(training.quick, quick)))
+            rows += [(training.at, fidelity, score, _noise(score, quick)) for fidelity, score in training.seen()]
             if training.accuracy is not None:
                 rows.append((training.at, FINAL, training.accuracy, _noise(training.accuracy, training.images)))
         x_MD, *rest = (np.array(column) for column in zip(*rows, strict=True))
@@ -172,11 +178,10 @@ class Forecast:
             joined = [np.concatenate([old, new]) for old, new in zip(rest, more, strict=True)]
             self._surrogate.fit(np.concatenate([x_MD, places]), *joined)
 
-    def _best(self, weight: float) -> float:
-        """Return the best predicted result of the trainings that have one, less their weighted latency."""
-        found = self._results()
+    def _best(self, weight: float, found: Sequence[_Training]) -> float:
+        """Return the best predicted result of trainings that have one, less their weighted latency."""
         mean, _ = self._surrogate.predict(np.array([training.at for training in found]), FINAL)
-        return float((mean - weight * self._scaled([training.latency for training in found])).max())
+        return float((mean - weight * self._scaled(np.array([training.latency for training in found]))).max())
 
     def _weight(self) -> float:
         """Return the weight of latency in this proposal: every other one asks for accuracy alone.
@@ -185,16 +190,16 @@ class Forecast:
         """
         return float(self._rng.random()) / 2 if self._by_latency and self._rng.random() < 0.5 else 0.0
 
-    def _latencies(self, places: Array) -> Array:
-        """Return the scaled latency of the nearest training that has one."""
-        found = self._results()
-        known = np.array([training.at for training in found])
+    def _nearest(self, places: Array) -> Array:
+        """Return for each place the latency of the nearest training that has one, in ms."""
+        known = np.array([training.at for training in self._results()])
         nearest = ((places[:, None] - known[None]) ** 2).sum(-1).argmin(1)
-        return self._scaled([training.latency for training in found])[nearest]
+        return np.array([training.latency for training in self._results()])[nearest]
 
-    def _scaled(self, latencies: Sequence[float]) -> Array:
+    def _scaled(self, latencies: Array) -> Array:
+        """Return latencies between 0 and 1, the least and the greatest of all results."""
         every = [training.latency for training in self._results()]
-        return (np.array(latencies) - min(every)) / max(max(every) - min(every), 1e-9)
+        return (latencies - min(every)) / max(max(every) - min(every), 1e-9)
 
     def _latency_knob(self, name: str) -> bool:
         return bool(self.study.resolved.defense.Train.__dataclass_fields__[name].metadata["latency"])

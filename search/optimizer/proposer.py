@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -252,7 +253,12 @@ class Proposer(SearchHistory):
 
     def _unseen(self) -> list[Params]:
         """Return the trainings of a space that can be listed that were not proposed yet."""
-        return [params for params in _trainings(self.space) if _key(params) not in self._seen]
+        return [params for key, params in self._listed.items() if key not in self._seen]
+
+    @cached_property
+    def _listed(self) -> dict[str, Params]:
+        """Every training of a space that can be listed."""
+        return {_key(params): params for params in _trainings(self.space)}
 
     def _forecast(self, trials: Sequence[FrozenTrial]) -> Forecast:
         """Return the model of this search, with what is known of its trials."""

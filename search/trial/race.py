@@ -15,7 +15,7 @@ from spaces.domain import Scalar
 from spaces.space import Params
 
 Verdicts = NDArray[np.float64]
-SHARE, LEAST = 4, 25
+SHARE, LEAST = 4, 50
 """The first images are one in so many of all, but at least so many; where that is half of all, there is no race."""
 SURE = 1.64
 """A setting is dropped where it is worse on the same images by so many standard errors: 5 % one-sided."""

@@ -27,7 +27,7 @@ from search.study.ranking import feasible
 from search.trial.assets import Assets
 from search.trial.evaluator import Evaluation
 from search.trial.latency import device_name, measure
-from search.trial.race import Dropped, Verdicts, contenders
+from search.trial.race import Dropped, Verdicts, contenders, first_images
 from spaces.domain import Scalar
 from spaces.space import GRID_LIMIT, Params
 
@@ -75,7 +75,7 @@ class Scorer:
     def _races(self, defense: Defense, settings: Sequence[Params]) -> bool:
         """Return whether settings can be dropped: not where thresholds share one evaluation, or on few images."""
         evaluator = self.assets.evaluator
-        enough = evaluator.threat.knowledge == "oblivious" or bool(evaluator.first_N.any())
+        enough = first_images(len(evaluator.y_N)) > 0
         alone = len(settings) < 2 or defense.thresholds() or evaluator.attacker is not None
         return self.study.scoring == "race" and enough and not alone
 

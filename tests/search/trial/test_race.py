@@ -1,0 +1,135 @@
+"""The race of a fit's inference settings drops losers alone, and changes no figure of those that are scored."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+import attacks.evaluation
+from search.engine.worker import execute
+from search.study.candidate import Candidate, Proposal
+from search.study.study import Study
+from search.trial import evaluator
+from search.trial.race import LEAST, Dropped, contenders, first_images
+from search.trial.runner import raced_trial, run_trial
+from tests.conftest import digits_study
+from tests.search.trial.test_runner import setting, silent
+
+FIELDS = {"suite": "quick", "eval_images": 120, "threat": "white-box", "eps": 0.1, "epochs": 3, "classifier_epochs": 6}
+
+
+def verdicts(*counts: int, images: int = 100) -> list[np.ndarray]:
+    """Return verdicts of settings that withstand on the first images."""
+    return [(np.arange(images) < count).astype(float) for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("counts", "kept"),
+    [
+        ((50, 50, 50), [0, 1, 2]),
+        ((50, 49, 20), [0, 1]),
+        ((10, 60, 58), [1, 2]),
+        ((0, 0), [0, 1]),
+        ((1, 0), [0, 1]),  # one image decides nothing
+    ],
+)
+def test_who_is_worse_beyond_chance_is_dropped(counts: tuple[int, ...], kept: list[int]) -> None:
+    assert contenders(verdicts(*counts), [1.0] * len(counts)) == kept
+
+
+def test_a_faster_setting_is_not_dropped_for_a_slower_one() -> None:
+    assert contenders(verdicts(20, 60), [1.0, 5.0]) == [0, 1]
+    assert contenders(verdicts(20, 60), [5.0, 1.0]) == [1]
+
+
+def test_settings_that_differ_by_chance_alone_are_seldom_dropped() -> None:
+    dice = np.random.default_rng(0)
+    trials = [contenders(list((dice.random((2, 60)) < 0.4).astype(float)), [1.0, 1.0]) for _ in range(400)]
+    assert sum(len(kept) == 1 for kept in trials) < 0.13 * 400  # 5 % each way
+
+
+@pytest.mark.parametrize(("images", "first"), [(1000, 250), (200, 50), (101, 50), (100, 0), (20, 0)])
+def test_there_is_no_race_on_few_images(images: int, first: int) -> None:
+    assert first_images(images) == first and LEAST == 50
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ungated() -> Iterator[None]:
+    """Without quick gates, which take longer than these attacks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "quick_gates", lambda *args, **options: ())
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, dict[str, Candidate]]:
+    """A training scored at every setting without a race."""
+    study = digits_study(tmp_path_factory.mktemp("race"), **FIELDS, scoring="all")
+    return study, {c.candidate: c for c in run_trial(study, setting(study), study.store, silent)}
+
+
+def raced(study: Study, *, proposed: float = 0.1, **fields: object) -> tuple[list[Candidate], list[Dropped]]:
+    """Race on a stored fit whose scores were thrown away."""
+    again = study.model_copy(update={"scoring": "race", **fields})
+    shutil.rmtree(study.store.root / "scores")
+    return raced_trial(again, setting(again, sigma_eps=proposed), again.store, silent)
+
+
+def test_a_race_changes_no_figure_and_finds_the_same_winner(whole: tuple[Study, dict[str, Candidate]]) -> None:
+    study, every = whole
+    found, dropped = raced(study)
+    assert len(found) + len(dropped) == 6 == len(every) and len(dropped) >= 2
+    assert all(every[c.candidate].score == c.score for c in found)
+    best = max(every.values(), key=lambda c: c.score.attacked_accuracy)
+    assert max(c.score.attacked_accuracy for c in found) == best.score.attacked_accuracy
+    assert {d.images for d in dropped} == {LEAST} and all(0 <= d.accuracy <= 1 for d in dropped)
+    assert not {str(dict(d.inference)) for d in dropped} & {str(dict(c.params.inference)) for c in found}
+
+
+def test_the_proposed_setting_is_scored_though_it_loses(whole: tuple[Study, dict[str, Candidate]]) -> None:
+    found, dropped = raced(whole[0], proposed=100.0)
+    assert found[0].params.inference["sigma_eps"] == 100.0 and dropped
+
+
+def test_losers_are_attacked_on_the_first_images_alone(
+    whole: tuple[Study, dict[str, Candidate]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacked: list[int] = []
+    observe = attacks.evaluation.observe
+
+    def counted(*args: object, **options: object) -> object:
+        attacked.append(int(options["standing_N"].sum()))  # type: ignore[attr-defined]
+        return observe(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluator, "observe", counted)
+    found, _ = raced(whole[0])
+    assert sorted(attacked) == [LEAST] * 6 + [120 - LEAST] * len(found)
+
+
+def test_where_no_contender_is_feasible_the_dropped_are_scored_too(
+    whole: tuple[Study, dict[str, Candidate]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, every = whole
+    monkeypatch.setattr("search.trial.scoring.feasible", lambda study, found: [])
+    found, dropped = raced(study)
+    assert {c.candidate for c in found} == set(every) and dropped == []
+
+
+def test_under_the_oblivious_threat_losers_get_no_white_box_attack(
+    whole: tuple[Study, dict[str, Candidate]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, _ = whole
+    oblivious = study.model_copy(update={"threat": "oblivious", "scoring": "race"})
+    found, dropped = raced_trial(oblivious, setting(oblivious, sigma_eps=0.1), oblivious.store, silent)
+    assert len(found) + len(dropped) == 6 and dropped and {d.images for d in dropped} == {120}
+
+
+def test_the_record_of_a_trial_has_what_was_dropped(whole: tuple[Study, dict[str, Candidate]]) -> None:
+    study = whole[0].model_copy(update={"scoring": "race"})
+    shutil.rmtree(study.store.root / "scores")
+    study.folder.mkdir(exist_ok=True)
+    last = execute(study, Proposal("t001", setting(study, sigma_eps=0.1)), lambda fit, epoch, metrics: None)
+    assert len(last["candidates"]) + len(last["dropped"]) == 6
+    assert set(last["dropped"][0]) == {"inference", "images", "accuracy"}
