@@ -256,10 +256,19 @@ def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: floa
     norm = norm if norm is None else choose("the norm", norm, get_args(Norm))
     if eps is None and norm not in (None, own.norm):
         raise InputError(f"eps must be given where the norm is not the export's, {own.norm}, but is not")
-    if isinstance(bound := as_written(eps), str):
-        raise InputError(f"eps must be a number or a fraction, but is {eps!r}")
-    given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": bound}
+    given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": None if eps is None else bound(eps)}
     return replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
+def bound(eps: float | str) -> float:
+    """Return eps as a number; it may be written as a fraction, such as 8/255.
+
+    Raises:
+        InputError: it is no number.
+    """
+    if isinstance(number := as_written(eps), str):
+        raise InputError(f"eps must be a number or a fraction, but is {eps!r}")
+    return float(number)
 
 
 def _fooled(prepared: _Preparation) -> float | None:
