@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -211,10 +212,12 @@ def audit(
     from search.auditing.source import Source
 
     how: dict[str, Any] = {"norm": norm, "eps": eps, "knowledge": threat, "number": images, "suite": suite}
+    model = Source.of(source, weights)
+    folder = out or Path(f"audit-{model.name}")
     with progress(as_json) as screen:
         how |= {"substitute": substitute, "seed": seed, "data_dir": data_dir, "console": screen}
-        found = audit_source(Source.of(source, weights), data, out=out, **how)
-    show(found.evidence, as_json, lambda _: str(found))
+        found = audit_source(model, data, folder, **how)
+    show(found.evidence, as_json, lambda _: f"{found}\nwritten    {folder}")
     end(int(bool(found.failed)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Advice(NamedTuple):
     Args:
         effect: what follows for the figure.
         because: what was found, the end of a sentence that begins with `effect`.
-        remedy: what to do, a sentence.
+        remedy: what to do, a sentence; empty: as `_STAND_IN` says.
     """
 
     effect: Effect
@@ -29,7 +29,13 @@ class Advice(NamedTuple):
     remedy: str
 
 
-_STAND_IN = "Split it into purify and classify, so that attacks go around it (BPDA), or give it a surrogate."
+_STAND_IN = {
+    "": "Split the model into purify and classify, so that attacks go around what hides the gradient (BPDA).",
+    "purify": "Give the model a surrogate, a differentiable stand-in for purify, to attack through.",
+    "surrogate": "Give the model a surrogate that is closer to purify, or remove what hides the gradient.",
+}
+"""By the last method of these that a model has."""
+_BY_STAND_IN = ""
 _STRONGER = "Add `--suite standard` (AutoAttack), whose verdicts count too, and look for what hides the gradient."
 _STATE = "Let the answer depend on the image alone: no counters, caches or batch statistics."
 HIGH, UNSURE, USELESS = Effect
@@ -42,9 +48,9 @@ ADVICE: Mapping[str, Advice] = {
         "its logits lie so far apart that the softmax has no gradient",
         "Divide the logits by a constant: the classes stay the same.",
     ),
-    "gradient": Advice(HIGH, "images have no usable gradient (rounding, a threshold, detach)", _STAND_IN),
-    "completeness": Advice(HIGH, "its gradient does not add up to what the logits do", _STAND_IN),
-    "prediction": Advice(HIGH, "short steps change its logits otherwise than its gradient says", _STAND_IN),
+    "gradient": Advice(HIGH, "images have no usable gradient (rounding, a threshold, detach)", _BY_STAND_IN),
+    "completeness": Advice(HIGH, "its gradient does not add up to what the logits do", _BY_STAND_IN),
+    "prediction": Advice(HIGH, "short steps change its logits otherwise than its gradient says", _BY_STAND_IN),
     "stand-in": Advice(HIGH, "purify has no gradient, and no surrogate to attack through", "Give it a surrogate."),
     "inner-loop": Advice(HIGH, "the optimisation inside purify has not converged", "Take more steps in purify."),
     "batch": Advice(UNSURE, "an image's logits depend on the images beside it", _STATE),
@@ -56,13 +62,13 @@ ADVICE: Mapping[str, Advice] = {
     ),
     "noise": Advice(HIGH, "random signs of size eps break what the attacks left", _STRONGER),
     "single-step": Advice(HIGH, "one step breaks what many steps left", _STRONGER),
-    "transfer": Advice(HIGH, "images made on the bare classifier break what white-box attacks left", _STAND_IN),
-    "square": Advice(HIGH, "an attack without gradients (Square) breaks what gradient attacks left", _STAND_IN),
-    "estimated": Advice(HIGH, "a gradient estimated from its answers breaks what its own gradient left", _STAND_IN),
+    "transfer": Advice(HIGH, "images made on the bare classifier break what white-box attacks left", _BY_STAND_IN),
+    "square": Advice(HIGH, "an attack without gradients (Square) breaks what gradient attacks left", _BY_STAND_IN),
+    "estimated": Advice(HIGH, "a gradient estimated from its answers breaks what its own gradient left", _BY_STAND_IN),
     "convergence": Advice(HIGH, "twice the steps break more", _STRONGER),
     "trajectory": Advice(HIGH, "the attacks' loss still rises at the last step", _STRONGER),
     "budget": Advice(HIGH, "a larger eps leaves more images than a smaller one", _STRONGER),
-    "unbounded": Advice(HIGH, "attacks that may choose any image still leave more than chance", _STAND_IN),
+    "unbounded": Advice(HIGH, "attacks that may choose any image still leave more than chance", _BY_STAND_IN),
     "sources": Advice(HIGH, "a gradient source was not tried", "This is a fault of ours: please report it."),
     "draws": Advice(UNSURE, "two draws of its noise disagree on clean images", "Lower the noise, or average draws."),
     "randomness": Advice(
@@ -70,7 +76,7 @@ ADVICE: Mapping[str, Advice] = {
         "its noise saves many images from an attacker who does not know it",
         "Report the figure with the noise fixed too, or average more draws in the model.",
     ),
-    "planted": Advice(HIGH, "the attacks miss an adversarial neighbour that was put there", _STAND_IN),
+    "planted": Advice(HIGH, "the attacks miss an adversarial neighbour that was put there", _BY_STAND_IN),
     "baseline": Advice(
         USELESS,
         "without it the classifier errs on hardly more attacked images",
@@ -85,3 +91,10 @@ ADVICE: Mapping[str, Advice] = {
     ),
 }
 """By the name of the gate."""
+
+
+def advice(gate: str, methods: Collection[str]) -> Advice:
+    """Return what a failed check says of a model that has some of the four methods (search/auditing/protocol.py)."""
+    found = ADVICE[gate]
+    last = next((name for name in ("surrogate", "purify") if name in methods), "")
+    return found if found.remedy else found._replace(remedy=_STAND_IN[last])

@@ -10,7 +10,7 @@ from typing import Any
 
 from attacks.threat import ThreatModel
 from search import report
-from search.auditing.words import KNOWS, UNSEEN, failed, page, rows, threat, verdict
+from search.auditing.words import CUMULATIVE, KNOWS, UNSEEN, failed, page, problems, rows, threat, verdict
 from search.export.checks import checks, passed, sizes
 from search.storage.atomic import folder_atomic, write_atomic
 from search.templates import render
@@ -77,10 +77,12 @@ class AuditReport:
             knows=KNOWS[bound.knowledge],
             rows=list(rows(self.evidence)),
             failed=failed(self.evidence),
-            checked=found["checked"],
+            problems=problems(self.evidence),
+            checked=[area.removesuffix(" and images kept aside") for area in found["checked"]],  # an export's alone
             passed=passed(found),
             sizes=sizes(found),
             unseen=UNSEEN,
+            cumulative=CUMULATIVE,
         )
 
 

@@ -25,7 +25,7 @@ from search.formatting import duration
 EVERY_S = 25.0
 """Seconds between two lines where the output is piped."""
 BACKWARD = 2
-"""Forward passes that a backward pass costs."""
+"""What a backward pass costs, in forward passes."""
 
 
 class AuditProgress:
@@ -33,11 +33,13 @@ class AuditProgress:
 
     Args:
         doing: what is done, in words.
-        expected: the forward passes of an image that the whole takes, about.
+
+    Attributes:
+        expected: the passes of an image through the model that the whole takes, about; 0: not known yet.
     """
 
-    def __init__(self, console: Console, doing: str, expected: float) -> None:
-        self._console, self._doing, self._expected = console, doing, expected
+    def __init__(self, console: Console, doing: str) -> None:
+        self._console, self._doing, self.expected = console, doing, 0.0
         self._asked, self._begun = 0.0, time.monotonic()
         self._bar = progress_bars(console, left=TextColumn("{task.fields[left]}"))
         self._task = self._bar.add_task("auditing", total=1.0, left="–")
@@ -60,12 +62,12 @@ class AuditProgress:
     @property
     def share(self) -> float:
         """How much is done, about: it approaches 1 where more is asked than was expected."""
-        done = self._asked / self._expected
+        done = self._asked / self.expected if self.expected else 0.0
         return done if done < 0.9 else 1 - 0.1 * 0.9 / done
 
     def left(self) -> float | None:
         """Return the seconds left, about; None if it cannot be known yet."""
-        if not self._asked:
+        if not self.share:
             return None
         return (time.monotonic() - self._begun) * (1 - self.share) / self.share
 

@@ -14,7 +14,9 @@ S detectors.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,32 +162,39 @@ def _once(model: Any, has: tuple[str, ...], x_NCHW: Tensor) -> Tensor:
 
 
 def _asked(model: Any, has: tuple[str, ...], x_NCHW: Tensor, y_N: Tensor, classes: int | None) -> Tensor:
-    """Return the logits of the first images, after every method was asked about them."""
-    asks = {"logits": lambda x: _once(model, has, x), **{name: getattr(model, name) for name in has}}
-    found = dict[str, Any]()
+    """Return the logits of the first images, after each method was asked about one image and about all of them."""
+    asks = {**{name: getattr(model, name) for name in has if name != "classify"}, "logits": partial(_once, model, has)}
     for name, ask in asks.items():
-        try:
-            with reproducible(model, 0), torch.no_grad():
-                ask(x_NCHW[:1])
-                found[name] = ask(x_NCHW)
-        except Exception as error:
-            shape = " x ".join(map(str, x_NCHW.shape))
-            raise InputError(f"a model must answer images {shape}, but {name} raises {one_line(error)}") from None
-        if not isinstance(found[name], Tensor):
-            raise InputError(f"a model must answer with a tensor, but {name} returns a {type(found[name]).__name__}")
-    for name in {"purify", "surrogate"} & set(has):
-        if found[name].shape != x_NCHW.shape:
-            shapes = " x ".join(map(str, x_NCHW.shape)), " x ".join(map(str, found[name].shape))
-            raise InputError(f"{name} must return images {shapes[0]}, as it gets, but returns {shapes[1]}")
-    if "suspicion" in has and found["suspicion"].shape[:1] != x_NCHW.shape[:1]:
-        raise InputError(f"suspicion must return a number for each image, {len(x_NCHW)}, but returns {len(found)}")
-    logits_NK = found["logits"]
-    most = logits_NK.shape[-1] if logits_NK.ndim else 0
-    if logits_NK.ndim == 2 and classes not in (None, most):
+        for x in (x_NCHW[:1], x_NCHW):
+            found = _answered(name, partial(ask, x), model, x)
+    logits_NK, most = found, found.shape[-1] if found.ndim == 2 else 0
+    if most and classes not in (None, most):
         raise InputError(f"a model must return {classes} logits, one for each class of the data, but returns {most}")
-    if logits_NK.ndim == 2 and int(y_N.max()) >= most:
+    if most and int(y_N.max()) >= most:
         raise InputError(f"labels must be classes of the model, 0 to {most - 1}, but go up to {int(y_N.max())}")
-    return cast(Tensor, logits_NK)
+    return logits_NK
+
+
+def _answered(name: str, ask: Callable[[], object], model: nn.Module, x_NCHW: Tensor) -> Tensor:
+    """Return what a model answers.
+
+    Raises:
+        InputError: it raises an error, or does not answer each image.
+    """
+    size = " x ".join(map(str, x_NCHW.shape))
+    try:
+        with reproducible(model, 0), torch.no_grad():
+            found = ask()
+    except Exception as error:
+        raise InputError(f"a model must answer images {size}, but {name} raises {one_line(error)}") from None
+    if not isinstance(found, Tensor):
+        raise InputError(f"a model must answer with a tensor, but {name} returns a {type(found).__name__}")
+    told = " x ".join(map(str, found.shape)) or "a scalar"
+    if found.shape[:1] != x_NCHW.shape[:1]:
+        raise InputError(f"{name} must return a row for each of {len(x_NCHW)} images, but returns {told}")
+    if name in ("purify", "surrogate") and found.shape != x_NCHW.shape:
+        raise InputError(f"{name} must return images {size}, as it gets, but returns {told}")
+    return found
 
 
 @torch.no_grad()

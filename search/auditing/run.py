@@ -70,6 +70,7 @@ def audit(
 def audit_source(
     source: Source,
     data: str,
+    out: Path,
     *,
     norm: str,
     eps: float | str,
@@ -79,7 +80,6 @@ def audit_source(
     substitute: str = "A",
     seed: int = 1,
     data_dir: str | None = None,
-    out: Path | None = None,
     console: Console | None = None,
 ) -> AuditReport:
     """Audit the model of a user's file, as `audit` does, and have its answers confirmed by one that is built anew.
@@ -88,12 +88,12 @@ def audit_source(
         data: a data set, whose validation images are attacked, or FILE.npz.
         number: number of images that are attacked; default: 200, or as many as there are.
         substitute: the architecture of the black-box attacker's network.
-        out: a new folder, into which the report is written; default: audit-FILE-FUNCTION.
+        out: a new folder, into which the report is written.
 
     Raises:
         InputError: an argument is invalid, or the model does not answer such images with logits.
     """
-    unused(folder := out or Path(f"audit-{source.name}"))
+    unused(out)
     threat: Any = {"norm": norm, "eps": bound(eps), "knowledge": knowledge}
     plan = Examination(ThreatModel(**threat), suite, seed)
     given = images(data, knowledge, data_dir)
@@ -108,9 +108,8 @@ def audit_source(
     command = f"python launch.py audit {shlex.join([f'{source.file}:{source.function}', *words])}"
     about = _about(model, source.name, source.digests(), given, seed, command)
     how: dict[str, Any] = {"classes": given.classes, "anew": answer.words(source, data)}
-    console = console or Console(quiet=True)
-    found = AuditReport(plan.evidence(model, x_NCHW, y_N, about, console, **how))
-    console.print(f"written to {found.write(folder)}", highlight=False, soft_wrap=True)
+    found = AuditReport(plan.evidence(model, x_NCHW, y_N, about, console or Console(quiet=True), **how))
+    found.write(out)
     return found
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from attacks.confidence import wilson
-from search.auditing.advice import ADVICE, Advice, Effect
+from search.auditing.advice import Effect, advice
 from search.export.checks import checks, passed, sizes
 from search.formatting import percent, spoken_eps
 
@@ -24,17 +24,27 @@ KNOWS = {
     "oblivious": "sees the classifier and not the purifier",
     "black-box": "sees neither: it asks the model for classes, trains a substitute on the answers and attacks that",
 }
+CUMULATIVE = (
+    "White-box rows are cumulative; those on the levels of clean images (levels, extremes, regular) begin anew."
+)
 _percent = partial(percent, unit=" %")
 
 
 class Failed(NamedTuple):
-    """A check that failed, and what to do about it."""
+    """A check that failed, what it says about the figure, and what to do about it."""
 
     name: str
     law: str
     figure: float
     limit: float
-    advice: Advice
+    effect: Effect
+    because: str
+    remedy: str
+
+    @property
+    def meaning(self) -> str:
+        """A sentence: what follows for the figure, and why."""
+        return f"{self.effect.capitalize()}, because {self.because}."
 
 
 class Row(NamedTuple):
@@ -53,12 +63,13 @@ def threat(evidence: Mapping[str, Any]) -> str:
 
 def failed(evidence: Mapping[str, Any]) -> list[Failed]:
     """Return the failed checks, those that say most about the figure first."""
+    methods = evidence["model"]["methods"]
     found = [
-        Failed(gate["name"], gate["law"], gate["figure"], gate["limit"], ADVICE[gate["name"]])
+        Failed(gate["name"], gate["law"], gate["figure"], gate["limit"], *advice(gate["name"], methods))
         for gate in evidence["gates"]
         if not gate["passed"]
     ]
-    return sorted(found, key=lambda one: [*Effect].index(one.advice.effect))
+    return sorted(found, key=lambda one: [*Effect].index(one.effect))
 
 
 def verdict(evidence: Mapping[str, Any]) -> str:
@@ -69,7 +80,7 @@ def verdict(evidence: Mapping[str, Any]) -> str:
     wrong, total = failed(evidence), len(evidence["gates"])
     if not wrong:
         return f"{figure} All {total} measurement checks passed, so the figure can be believed."
-    names, first = ", ".join(one.name for one in wrong), wrong[0].advice
+    names, first = ", ".join(one.name for one in wrong), wrong[0]
     many = f"{len(wrong)} of {total} checks failed ({names})" if len(wrong) > 1 else f"The check {names} failed"
     return f"{figure} {many}: {first.effect}, because {first.because}."
 
@@ -85,11 +96,6 @@ def page(evidence: Mapping[str, Any]) -> str:
     """Return the verdict, the table of attacks and the failed checks, in markdown."""
     found = checks(evidence["gates"])
     table = "\n".join(f"| {row.attack} | {_percent(row.left)} | {_span(row.interval)} |" for row in rows(evidence))
-    problems = "".join(
-        f"- **{one.name}**: it does not hold that {one.law} ({one.figure:.3g}, at most {one.limit:.3g}). "
-        f"{one.advice.effect[0].upper()}{one.advice.effect[1:]}, because {one.advice.because}. {one.advice.remedy}\n"
-        for one in failed(evidence)
-    )
     return f"""{verdict(evidence)}
 
 | after | accuracy left | 95 % interval |
@@ -99,8 +105,20 @@ def page(evidence: Mapping[str, Any]) -> str:
 | **all, {threat(evidence)}** | {_percent(evidence["attacked_accuracy"])} | \
 {_span(evidence["attacked_accuracy_interval"])} |
 
-White-box rows are cumulative. {passed(found)}, on {sizes(found)}.
-{problems}"""
+{CUMULATIVE} {passed(found)}, on {sizes(found)}.
+{problems(evidence)}"""
+
+
+def problems(evidence: Mapping[str, Any]) -> str:
+    """Return the failed checks in markdown, those with one remedy together; empty if all passed."""
+    together = dict[str, list[Failed]]()
+    for one in failed(evidence):
+        together.setdefault(one.remedy, []).append(one)
+    return "".join(f"\n{''.join(map(_problem, ones))}\n**What to do:** {remedy}\n" for remedy, ones in together.items())
+
+
+def _problem(one: Failed) -> str:
+    return f"- **{one.name}** failed ({one.figure:.3g}, at most {one.limit:.3g}): {one.because}.\n"
 
 
 def _span(interval: tuple[float, float]) -> str:
