@@ -87,7 +87,9 @@ ADVICE: Mapping[str, Advice] = {
     "batch-size": Advice(UNSURE, "images alone get other answers or gradients than in a batch", _STATE),
     "replayed": Advice(UNSURE, "a copy that is asked in another order answers otherwise", _STATE),
     "confirmed": Advice(
-        UNSURE, "the model built anew in a new process answers otherwise", "Let FUNCTION and weights fix all of it."
+        UNSURE,
+        "the model, built anew in a new process, answers otherwise or not at all",
+        "Let FUNCTION and weights fix all of it.",
     ),
 }
 """By the name of the gate."""

@@ -6,6 +6,7 @@ Shapes: N images, C channels, H x W pixels.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ from search.export.answer import answer
 
 def words(source: Source, data: str) -> tuple[str, str]:
     """Return this module and its first argument, which tell a new process what to build (`confirmed_by`)."""
-    how = {"file": source.file, "function": source.function, "weights": source.weights, "data": Path(data).resolve()}
+    how: dict[str, Any] = {"file": source.file, "function": source.function, "weights": source.weights}
+    how |= {"data": Path(data).resolve(), "folder": Path.cwd()}
     return __name__, json.dumps({name: value and str(value) for name, value in how.items()})
 
 
@@ -29,6 +31,7 @@ def main(how: str, asked: Path, answered: Path) -> None:
     known = json.loads(how)
     source = Source(Path(known["file"]), known["function"], known["weights"] and Path(known["weights"]))
     guard.watch(Path(known["data"]))
+    os.chdir(known["folder"])  # the function may open files by names that are relative to it
 
     def build(_: Mapping[str, Any]) -> Defended:
         return wrapped(source.build(), Shape(0, 0, 0, 0), noisy=False, exact=False)  # answers depend on none of these

@@ -25,7 +25,7 @@ from search.auditing.protocol import methods
 from search.auditing.source import Source
 from search.classifiers.architectures import ARCHITECTURES
 from search.data.splits import HELD_OUT
-from search.export.attack import bound
+from spaces.domain import as_number
 from spaces.exceptions import InputError, choose
 
 NOWHERE: dict[str, str | None] = dict.fromkeys(("file", "file_sha256", "function", "weights", "weights_sha256"))
@@ -94,7 +94,7 @@ def audit_source(
         InputError: an argument is invalid, or the model does not answer such images with logits.
     """
     unused(out)
-    threat: Any = {"norm": norm, "eps": bound(eps), "knowledge": knowledge}
+    threat: Any = {"norm": norm, "eps": as_number("eps", eps), "knowledge": knowledge}
     plan = Examination(ThreatModel(**threat), suite, seed)
     given = images(data, knowledge, data_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -105,7 +105,7 @@ def page(evidence: Mapping[str, Any]) -> str:
 | **all, {threat(evidence)}** | {_percent(evidence["attacked_accuracy"])} | \
 {_span(evidence["attacked_accuracy_interval"])} |
 
-{CUMULATIVE} {passed(found)}, on {sizes(found)}.
+{passed(found)}, on {sizes(found)}. {CUMULATIVE}
 {problems(evidence)}"""
 
 

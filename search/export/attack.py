@@ -38,7 +38,7 @@ from search.formatting import percent
 from search.storage.atomic import write_atomic
 from search.trial.device_lock import DeviceLock
 from search.trial.precision import tensor_float32
-from spaces.domain import as_written
+from spaces.domain import as_number
 from spaces.exceptions import InputError, choose
 
 FOOLING = 100
@@ -256,19 +256,12 @@ def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: floa
     norm = norm if norm is None else choose("the norm", norm, get_args(Norm))
     if eps is None and norm not in (None, own.norm):
         raise InputError(f"eps must be given where the norm is not the export's, {own.norm}, but is not")
-    given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": None if eps is None else bound(eps)}
+    given: dict[str, Any] = {
+        "knowledge": knowledge,
+        "norm": norm,
+        "eps": None if eps is None else as_number("eps", eps),
+    }
     return replace(own, **{name: value for name, value in given.items() if value is not None})
-
-
-def bound(eps: float | str) -> float:
-    """Return eps as a number; it may be written as a fraction, such as 8/255.
-
-    Raises:
-        InputError: it is no number.
-    """
-    if isinstance(number := as_written(eps), str):
-        raise InputError(f"eps must be a number or a fraction, but is {eps!r}")
-    return float(number)
 
 
 def _fooled(prepared: _Preparation) -> float | None:
