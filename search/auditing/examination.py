@@ -131,7 +131,7 @@ class Examination:
 
 
 def _latency(target: Defended, found: Audit, lock: DeviceLock) -> Latency | None:
-    """Return the latency of a purifier; None for a model that has none."""
-    if "bpda" not in gradients(target):
+    """Return the latency of purifier and detector; None for a model that has neither."""
+    if bare(target) is target:
         return None
     return measure(target, {"clean": found.versions["clean"], "attacked": list(found.versions.values())[-1]}, lock)

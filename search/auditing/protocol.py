@@ -36,11 +36,17 @@ ALIKE = 1e-4
 
 
 def methods(model: nn.Module) -> tuple[str, ...]:
-    """Return which of the four methods a model has; `classify` and `surrogate` count beside `purify` alone.
+    """Return which of the four methods a model has, or a defended classifier of ours stands for.
+
+    `classify` and `surrogate` count beside `purify` alone.
 
     Raises:
         InputError: it purifies, but does not say how it classifies.
     """
+    if isinstance(model, Defended):
+        kind = type(model.defense)
+        own = {"surrogate": kind.surrogate is not Defense.surrogate, "suspicion": model.defense.rejects()}
+        return ("purify", "classify", *(name for name, there in own.items() if there))
     found = [name for name in METHODS if callable(getattr(model, name, None))]
     if "purify" not in found:
         return ("suspicion",) if "suspicion" in found else ()

@@ -57,7 +57,8 @@ def audit(
     Raises:
         InputError: an argument is invalid, or the model does not answer such images with logits.
     """
-    x_NCHW, y_N = labelled(x, y)
+    device = next((part.device for part in model.parameters()), None)
+    x_NCHW, y_N = (part.to(device) for part in labelled(x, y))
     digest = hashlib.sha256(x_NCHW.cpu().numpy().tobytes() + y_N.cpu().numpy().tobytes()).hexdigest()
     where: dict[str, Any] = {"name": "given in Python", "split": "given in Python", "licence": "not known"}
     given = Images(x_NCHW=x_NCHW, y_N=y_N, attackable=len(y_N), sha256=digest, **where)

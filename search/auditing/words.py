@@ -81,6 +81,8 @@ def verdict(evidence: Mapping[str, Any]) -> str:
     if not wrong:
         return f"{figure} All {total} measurement checks passed, so the figure can be believed."
     names, first = ", ".join(one.name for one in wrong), wrong[0]
+    if first.effect == Effect.USELESS:
+        return f"{figure} It can be believed, but {first.effect}: {first.because} (check {first.name})."
     many = f"{len(wrong)} of {total} checks failed ({names})" if len(wrong) > 1 else f"The check {names} failed"
     return f"{figure} {many}: {first.effect}, because {first.because}."
 

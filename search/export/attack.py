@@ -256,11 +256,8 @@ def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: floa
     norm = norm if norm is None else choose("the norm", norm, get_args(Norm))
     if eps is None and norm not in (None, own.norm):
         raise InputError(f"eps must be given where the norm is not the export's, {own.norm}, but is not")
-    given: dict[str, Any] = {
-        "knowledge": knowledge,
-        "norm": norm,
-        "eps": None if eps is None else as_number("eps", eps),
-    }
+    bound = None if eps is None else as_number("eps", eps)
+    given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": bound}
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 

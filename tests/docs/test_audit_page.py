@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from search.data import splits
 from tests.docs.test_tour import without_figures
 from tests.search.cli.test_cli import said
 from tests.support.paths import ROOT
@@ -33,17 +35,14 @@ def test_each_block_runs_and_prints_what_the_page_shows(tmp_path: Path, monkeypa
             words = shlex.split(text)
             assert words[:2] == ["python", "launch.py"]
             heard = said(*words[2:])
-            assert heard.code == (0 if words[-1] == "0.1" and "build" in text else 1), heard
+            assert heard.code == (0 if "net.py:build" in words else 1), heard
             printed = heard.out
         elif language == "text":
             lines = {without_figures(line) for line in printed.splitlines()}
             assert [line for line in text.splitlines() if without_figures(line) not in lines] == [], printed
         elif "report = audit(" in text:
-            names = {"model": __import__("net").build()}
-            x, y = (
-                part[:32] for part in __import__("search.data.splits", fromlist=["load"]).load("digits", "validation")
-            )
-            exec(text, names | {"x": x, "y": y})
+            x, y = splits.load("digits", "validation", limit=32)
+            exec(text, {"model": importlib.import_module("net").build(), "x": x, "y": y})
             assert (tmp_path / "audit-mine" / "report.html").exists()
         elif text.startswith(("import torch\nfrom torch", "class ")):  # parts of net.py
             with (tmp_path / "net.py").open("a") as file:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 from tests.search.cli.test_cli import Said, said
 
+DATA = "--weights net.safetensors --data digits.npz"
+Heard = tuple[Said, dict[str, Any], Path]
 MODELS = '''
 """Models of a user, each returned by a function."""
 
@@ -198,3 +202,21 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def audited(words: str, out: Path) -> Said:
     """Audit a model of the file as a user does, on few images."""
     return said("audit", *words.split(), *"--norm Linf --eps 0.1 --images 32 --out".split(), str(out))
+
+
+@pytest.fixture(scope="session")
+def heard(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Heard]:
+    """What the command says of a model of net.py, its evidence and its folder; each is audited once."""
+    known: dict[str, Heard] = {}
+
+    def of(function: str) -> Heard:
+        if function not in known:
+            out = tmp_path_factory.mktemp("audits") / function
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(home)
+                told = audited(f"net.py:{function} {DATA}", out)
+            assert told.code in (0, 1), told.err
+            known[function] = told, json.loads((out / "evidence.json").read_text()), out
+        return known[function]
+
+    return of
