@@ -31,6 +31,7 @@ class Advice(NamedTuple):
 
 _STAND_IN = {
     "": "Split the model into purify and classify, so that attacks go around what hides the gradient (BPDA).",
+    "suspicion": "Let suspicion be a score that has a gradient, minus its threshold; else split the model.",
     "purify": "Give the model a surrogate, a differentiable stand-in for purify, to attack through.",
     "surrogate": "Give the model a surrogate that is closer to purify, or remove what hides the gradient.",
 }
@@ -98,5 +99,5 @@ ADVICE: Mapping[str, Advice] = {
 def advice(gate: str, methods: Collection[str]) -> Advice:
     """Return what a failed check says of a model that has some of the four methods (search/auditing/protocol.py)."""
     found = ADVICE[gate]
-    last = next((name for name in ("surrogate", "purify") if name in methods), "")
+    last = next((name for name in ("surrogate", "purify", "suspicion") if name in methods), "")
     return found if found.remedy else found._replace(remedy=_STAND_IN[last])

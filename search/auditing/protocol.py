@@ -28,6 +28,7 @@ from defenses.base import Defended, Defense, Shape
 from search.auditing.source import one_line
 from spaces.exceptions import InputError
 
+Ask = Callable[[Tensor], Tensor]
 METHODS = "purify", "classify", "surrogate", "suspicion"
 FEW, TIMES = 32, 5
 """Images that a model is asked about before it is attacked, and how often, to see whether it draws noise."""
@@ -78,13 +79,17 @@ class Protocol(Defense):
         return tuple(source for source, there in sources.items() if there)
 
     def purify(self, x_NCHW: Tensor) -> Tensor:
-        return self.model.purify(x_NCHW) if "purify" in self.has else x_NCHW
+        return self.model.purify(self._open(x_NCHW)) if "purify" in self.has else x_NCHW
 
     def surrogate(self, x_NCHW: Tensor) -> Tensor:
         return self.model.surrogate(x_NCHW) if "surrogate" in self.has else self.purify(x_NCHW)
 
     def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
-        return self.model(x_NCHW) if _answers(self.model) else classifier(self.purify(x_NCHW))
+        return self.model(self._open(x_NCHW)) if _answers(self.model) else classifier(self.purify(x_NCHW))
+
+    def _open(self, x_NCHW: Tensor) -> Tensor:
+        """Return the images without their graph where no gradient could flow: NumPy, say, refuses such tensors."""
+        return x_NCHW if self._exact else x_NCHW.detach()
 
 
 class Detecting(Protocol):
@@ -140,7 +145,12 @@ def adapted(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, classes: int | None =
     noisy = _noisy(model, has, few_NCHW)
     if "purify" in has and _answers(model) and not noisy:
         _agree(model, few_NCHW, logits_NK)
-    exact = _differentiable(model, has, few_NCHW)
+    exact = _differentiable(partial(_once, model, has), model, few_NCHW)
+    for name in {"classify", "surrogate"} & set(has):
+        if not _differentiable(getattr(model, name), model, few_NCHW):
+            raise InputError(
+                f"{name} must have a gradient, by which attacks go around purify, but that of {kind} has none"
+            )
     if not exact and "purify" not in has:
         raise InputError(
             f"a model must have a gradient, but {kind} computes without one (no_grad, detach, numpy): attacks would be "
@@ -223,11 +233,12 @@ def _agree(model: Any, x_NCHW: Tensor, logits_NK: Tensor) -> None:
         )
 
 
-def _differentiable(model: nn.Module, has: tuple[str, ...], x_NCHW: Tensor) -> bool:
-    """Return whether a gradient flows through a model, be it zero: the checks look at its value."""
+def _differentiable(ask: Ask, model: nn.Module, x_NCHW: Tensor) -> bool:
+    """Return whether a gradient flows through what a model answers, be it zero: the checks look at its value."""
     x = x_NCHW[:2].clone().requires_grad_()
     with reproducible(model, 0), torch.enable_grad():
-        logits_NK = _once(model, has, x)
-        if not logits_NK.requires_grad:
+        try:
+            found = ask(x)
+            return found.requires_grad and torch.autograd.grad(found.sum(), x, allow_unused=True)[0] is not None
+        except RuntimeError:  # such as from numpy(); it answered where no gradient was asked for
             return False
-        return torch.autograd.grad(logits_NK.sum(), x, allow_unused=True)[0] is not None

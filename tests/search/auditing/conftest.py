@@ -97,6 +97,26 @@ class Blind(Net):
             return self.layers(x)
 
 
+class Numpy(Net):
+    """Purifies by NumPy, through which no gradient can be taken."""
+
+    def purify(self, x):
+        return torch.from_numpy((8 * x.numpy()).round() / 8)
+
+    def classify(self, x):
+        return self.layers(x)
+
+    def forward(self, x):
+        return self.classify(self.purify(x))
+
+
+class Counts(Numpy):
+    """Has no gradient where BPDA needs one."""
+
+    def classify(self, x):
+        return self.layers(x.detach())
+
+
 class Silent(nn.Module):
     pass
 
@@ -116,6 +136,7 @@ class Large(Net):
         return self.layers(x.reshape(32, 1, 8, 8))
 
 
+numpy, counts = Numpy, Counts
 plain, rounding, purifying, guided, noisy, detecting = Net, Rounding, Purifying, Guided, Noisy, Detecting
 counting, bent, blind, silent, only_purifies, shrinks, large = (
     Counting, Bent, Blind, Silent, OnlyPurifies, Shrinks, Large

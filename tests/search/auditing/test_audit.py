@@ -26,6 +26,7 @@ from defenses.base import Defended
 from defenses.identity import Identity
 from search.auditing import images, progress, run
 from search.auditing.advice import ADVICE
+from search.auditing.audit_report import AuditReport
 from search.auditing.protocol import METHODS, adapted
 from search.auditing.source import Source
 from search.auditing.words import verdict
@@ -83,6 +84,12 @@ def test_with_a_stand_in_only_the_help_of_the_defense_is_doubted(heard: Callable
     assert "It can be believed, but the defense does not help: without it" in told.out
 
 
+def test_a_purifier_without_any_gradient_is_gone_around(heard: Callable[[str], Heard]) -> None:
+    _, evidence, _ = heard("numpy")
+    assert "stand-in" in failed(evidence) and not any("(exact)" in name for name in evidence["attacks"]["audit"])
+    assert evidence["attacked_accuracy"] == heard("purifying")[1]["attacked_accuracy"]
+
+
 def test_noise_is_found_by_asking_and_averaged(heard: Callable[[str], Heard]) -> None:
     _, evidence, _ = heard("noisy")
     assert evidence["draws"] == 10 and evidence["baselines"] == {}
@@ -117,6 +124,12 @@ def test_what_is_written_is_whole_and_needs_no_network(function: str, heard: Cal
     assert "default-src 'none'" in text
     for name in failed(evidence):
         assert ADVICE[name].because in page.words and ADVICE[name].because in card and ADVICE[name].because in told.out
+
+
+def test_names_from_outside_are_text_on_the_page(heard: Callable[[str], Heard], tmp_path: Path) -> None:
+    report = AuditReport(heard("plain")[1] | {"data": "<script>alert(1)</script>.npz"})
+    page = (report.write(tmp_path / "out") / "report.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
 
 
 def test_json_alone_is_printed_and_is_the_evidence(at_home: Path, tmp_path: Path) -> None:
