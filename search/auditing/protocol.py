@@ -146,10 +146,10 @@ def adapted(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, classes: int | None =
     if "purify" in has and _answers(model) and not noisy:
         _agree(model, few_NCHW, logits_NK)
     exact = _differentiable(partial(_once, model, has), model, few_NCHW)
-    for name in {"classify", "surrogate"} & set(has):
-        if not _differentiable(getattr(model, name), model, few_NCHW):
+    for name in has:
+        if name in ("classify", "surrogate") and not _differentiable(getattr(model, name), model, few_NCHW):
             raise InputError(
-                f"{name} must have a gradient, by which attacks go around purify, but that of {kind} has none"
+                f"{name} must have a gradient, as attacks go around purify by it, but that of {kind} has none"
             )
     if not exact and "purify" not in has:
         raise InputError(
