@@ -148,9 +148,7 @@ def adapted(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, classes: int | None =
     exact = _differentiable(partial(_once, model, has), model, few_NCHW)
     for name in has:
         if name in ("classify", "surrogate") and not _differentiable(getattr(model, name), model, few_NCHW):
-            raise InputError(
-                f"{name} must have a gradient, as attacks go around purify by it, but that of {kind} has none"
-            )
+            raise InputError(f"{name} must have a gradient, as attacks go around purify by it, but {kind}'s has none")
     if not exact and "purify" not in has:
         raise InputError(
             f"a model must have a gradient, but {kind} computes without one (no_grad, detach, numpy): attacks would be "

@@ -37,7 +37,7 @@ REFUSED = [
     ("net.py:only_purifies --data digits.npz", "a model with purify must have classify too, but OnlyPurifies has none"),
     (f"net.py:bent {DIGITS}", "model(x) must be model.classify(model.purify(x)), but they differ"),
     (f"net.py:blind {DIGITS}", "a model must have a gradient, but Blind computes without one"),
-    (f"net.py:counts {DIGITS}", "classify must have a gradient, as attacks go around purify by it, but that of Counts"),
+    (f"net.py:counts {DIGITS}", "classify must have a gradient, as attacks go around purify by it, but Counts"),
     (f"net.py:shrinks {DIGITS}", "purify must return images 1 x 1 x 8 x 8, as it gets, but"),
     ("net.py:plain --data digit", "but is 'digit'; did you mean 'digits'?"),
     ("net.py:plain --data none.npz", "none.npz must be an .npz with arrays x and y"),
