@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -180,6 +181,44 @@ def attack(
         how |= {"changed": changed, "console": screen}
         found = attack.attack(listings.export(export), suite, knowledge=threat, data_dir=data_dir, **how)
     show(found, as_json, attack.page)
+
+
+@exporting(
+    "audit net.py:build --weights net.safetensors --data digits --norm Linf --eps 0.1",
+    "audit net.py:build --data images.npz --norm Linf --eps 8/255 --suite standard",
+)
+def audit(
+    source: f.Source,
+    data: f.Data,
+    norm: f.AuditNorm,
+    eps: f.AuditEps,
+    weights: f.Weights = None,
+    threat: f.AuditThreat = "white-box",
+    images: f.AuditImages = None,
+    suite: f.AuditSuite = None,
+    substitute: f.AuditSubstitute = "A",
+    seed: f.Seed = 1,
+    out: f.AuditOut = None,
+    data_dir: f.DataDir = None,
+    as_json: f.Json = False,
+) -> None:
+    """Attack any model, and say whether the figure can be believed.
+
+    The checks of an export, on a model of yours: a plain nn.Module as it is
+    (docs/audit.md). Evidence, a card and a page are kept in --out. The exit
+    code is 1 where a check failed.
+    """
+    from search.auditing.run import audit_source
+    from search.auditing.source import Source
+
+    how: dict[str, Any] = {"norm": norm, "eps": eps, "knowledge": threat, "number": images, "suite": suite}
+    model = Source.of(source, weights)
+    folder = out or Path(f"audit-{model.name}")
+    with progress(as_json) as screen:
+        how |= {"substitute": substitute, "seed": seed, "data_dir": data_dir, "console": screen}
+        found = audit_source(model, data, folder, **how)
+    show(found.evidence, as_json, lambda _: f"{found}\nwritten    {folder}")
+    end(int(bool(found.failed)))
 
 
 @proving("final runs/first/export/CANDIDATE --seeds 5", "final runs/first/export --seeds 2 --images 500")

@@ -18,6 +18,8 @@ HOMES = {
     "candidates": "api",
     "front": "api",
     "load": "export.loader",
+    "audit": "auditing.run",
+    "ThreatModel": "auditing.run",
 }
 """The module of each public name; modules are imported on first use, because loading an export needs few of them."""
 

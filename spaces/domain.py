@@ -103,6 +103,17 @@ def as_written(text: Any) -> Any:
         return text
 
 
+def as_number(name: str, given: float | str) -> float:
+    """Return a number that may be written as a fraction.
+
+    Raises:
+        InputError: it is no number.
+    """
+    if isinstance(number := as_written(given), str):
+        raise InputError(f"{name} must be a number or a fraction, but is {given!r}")
+    return float(number)
+
+
 def narrowed(name: str, declared: BaseDistribution, wish: Domain) -> BaseDistribution:
     """Return the domain that a space gives for a knob.
 

@@ -139,6 +139,19 @@ Eps = Annotated[str | None, _value("FLOAT", "its bound, in pixel units of [0, 1]
 Images = Annotated[int | None, _value("INTEGER", "validation images; else as many as the search attacked")]
 Substitute = Annotated[str | None, _value("NAME", "the black-box attacker's architecture; else the study's")]
 
+Source = Annotated[str, _named("FILE.py:FUNCTION", "a function without arguments that returns an nn.Module")]
+Weights = Annotated[Path | None, _value("PATH", "safetensors, or a state dict of tensors alone")]
+Data = Annotated[str, _value("NAME", "a data set's validation images, or FILE.npz with x and y", "data sets")]
+AuditNorm = Annotated[str, _value("NAME", "Linf or L2", words=get_args(norms))]
+AuditEps = Annotated[str, _value("FLOAT", "its bound, in pixel units of [0, 1], 8/255 too")]
+AuditThreat = Annotated[str, _value("NAME", "white-box, oblivious or black-box", words=get_args(Knowledge))]
+AuditImages = Annotated[int | None, _value("INTEGER", "images, 32 or more; else 200, or all there are")]
+AuditSuite = Annotated[
+    str | None, _value("NAME", "further attacks, which count too: standard is AutoAttack (list attacks)", "attacks")
+]
+AuditSubstitute = Annotated[str, _value("NAME", "the black-box attacker's architecture")]
+AuditOut = Annotated[Path | None, _value("PATH", "a new folder for evidence, card and page; else audit-FILE-FUNCTION")]
+
 Seeds = Annotated[int, _value("INTEGER", "trainings, each with a fresh seed")]
 TestImages = Annotated[int | None, _value("INTEGER", "test images that are attacked; else all")]
 FinalStorage = Annotated[str | None, _value("PATH", "where fits are kept; else the export's search's")]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from attacks.gradient_view import BATCH
 from attacks.seeding import reproducible
+from defenses.base import Defended
 from search.data.guard import closed
-from search.export.loader import Exported, load
+from search.export.loader import load
 from search.storage.fingerprint import OURS
 from search.trial.precision import tensor_float32
 
@@ -26,9 +29,15 @@ REJECTED = -1
 
 
 def main(folder: str, asked: Path, answered: Path) -> None:
+    """Answer the images of a file by an export, as `answer` does."""
+    answer(lambda how: load(folder, how["changed"]), asked, answered)
+
+
+def answer(build: Callable[[Mapping[str, Any]], Defended], asked: Path, answered: Path) -> None:
     """Answer the images of a file of safetensors in the order that its metadata has, and write the classes.
 
     Args:
+        build: returns the model, given `how`.
         asked: its metadata are `how`, JSON: names (the order), seed and draws of the noise, device, threads, changed.
         answered: gets the class of each image in each draw, int64 DN, `REJECTED` for a rejected one; its metadata are
             `further`, JSON: our modules that the model loaded while it answered.
@@ -38,7 +47,7 @@ def main(folder: str, asked: Path, answered: Path) -> None:
         images = {name: questions.get_tensor(name) for name in how["names"]}
     torch.set_num_threads(how["threads"])
     tensor_float32(False)  # as where it was judged
-    model = load(folder, how["changed"]).to(how["device"])
+    model = build(how).to(how["device"])
     before = set(sys.modules)
     with closed("asked"):
         classes = {
@@ -50,7 +59,7 @@ def main(folder: str, asked: Path, answered: Path) -> None:
 
 
 @torch.no_grad()
-def _classes(model: Exported, x_NCHW: Tensor, seed: int, draws: int) -> Tensor:
+def _classes(model: Defended, x_NCHW: Tensor, seed: int, draws: int) -> Tensor:
     """Return the class of each image in each draw, DN, `REJECTED` for a rejected one."""
     found = []
     with reproducible(model, seed):

@@ -38,7 +38,7 @@ from search.formatting import percent
 from search.storage.atomic import write_atomic
 from search.trial.device_lock import DeviceLock
 from search.trial.precision import tensor_float32
-from spaces.domain import as_written
+from spaces.domain import as_number
 from spaces.exceptions import InputError, choose
 
 FOOLING = 100
@@ -256,8 +256,7 @@ def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: floa
     norm = norm if norm is None else choose("the norm", norm, get_args(Norm))
     if eps is None and norm not in (None, own.norm):
         raise InputError(f"eps must be given where the norm is not the export's, {own.norm}, but is not")
-    if isinstance(bound := as_written(eps), str):
-        raise InputError(f"eps must be a number or a fraction, but is {eps!r}")
+    bound = None if eps is None else as_number("eps", eps)
     given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": bound}
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 

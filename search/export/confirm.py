@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,35 @@ def confirm(
     seed: int,
     changed: bool = False,
 ) -> tuple[Gate, ...]:
-    """Load an export in a new process, ask it the adversarial images first, in another order, and compare verdicts.
+    """Load an export in a new process and compare verdicts, as `confirmed_by` does.
 
     Args:
-        versions: images x_NCHW by name, N each; those named `clean` are asked last.
-        right: the verdicts to be confirmed: whether the model accepted each image and was correct, bool_DN.
-        seed: of the order and of the model's noise.
         changed: the export may run another code than it was judged with.
 
     Returns:
         The gates `confirmed`, and `code`: the model loaded no code of ours that its evidence does not name.
+    """
+    return confirmed_by(
+        ("search.export.answer", str(folder.resolve())), versions, right, y_N, seed=seed, changed=changed
+    )
+
+
+def confirmed_by(
+    module: Sequence[str],
+    versions: Mapping[str, Tensor],
+    right: Mapping[str, Tensor],
+    y_N: Tensor,
+    *,
+    seed: int,
+    changed: bool = False,
+) -> tuple[Gate, ...]:
+    """Ask a model in a new process the adversarial images first, in another order, and compare verdicts.
+
+    Args:
+        module: the module that builds the model and answers (search/export/answer.py), and its first arguments.
+        versions: images x_NCHW by name, N each; those named `clean` are asked last.
+        right: the verdicts to be confirmed: whether the model accepted each image and was correct, bool_DN.
+        seed: of the order and of the model's noise.
     """
     order_N = torch.randperm(len(y_N), generator=torch.Generator().manual_seed(seed))
     names = sorted(versions, key=lambda name: name == CLEAN)
@@ -64,7 +83,7 @@ def confirm(
         asked, answered = Path(room) / "asked.safetensors", Path(room) / "answered.safetensors"
         images = {name: versions[name].detach().cpu()[order_N].contiguous() for name in names}
         save_file(images, asked, {"how": json.dumps(how)})
-        command = [sys.executable, "-m", "search.export.answer", str(folder.resolve()), str(asked), str(answered)]
+        command = [sys.executable, "-m", *module, str(asked), str(answered)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode != 0:
             why = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -23,7 +23,8 @@ from search.exceptions import AlarmError, TrialError
 from search.export.aside import Aside, compare
 from search.export.checks import checks, spoken
 from search.export.confirm import confirm
-from search.export.evidence import evidence, with_gates
+from search.export.evidence import evidence
+from search.export.figures import with_gates
 from search.export.loader import SEAL, opened, seal
 from search.export.model_card import card
 from search.formatting import points

@@ -371,7 +371,8 @@ def test_help_groups_the_commands_in_the_order_of_work() -> None:
     headings = re.findall(r"─ ([\w. ]+) ─", shown)
     assert headings == ["Options", "1. Search", "2. Review", "3. Export", "4. Final runs", "Look up"]
     assert re.findall(r"^│ ([a-z][a-z-]+) ", shown, re.MULTILINE) == [
-        *("search", "resume", "status", "report", "dashboard", "wandb-view", "export", "attack", "final", "reproduce"),
+        *("search", "resume", "status", "report", "dashboard", "wandb-view"),
+        *("export", "attack", "audit", "final", "reproduce"),
         *("list", "doctor", "completion", "data"),
     ]
 

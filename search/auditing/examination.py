@@ -1,0 +1,137 @@
+"""The measurement of an audit: attacks, checks, confirmation by a model that is built anew, latency of a purifier.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from attacks.attack import AttackError
+from attacks.audit.audit import Audit
+from attacks.audit.audit import audit as audit_model
+from attacks.black_box import BlackBoxAttacker
+from attacks.evaluation import check, evaluate
+from attacks.gradient_view import bare, gradients, stochastic
+from attacks.seeding import evaluating
+from attacks.suites import SUITES
+from attacks.threat import ThreatModel
+from attacks.verdicts import Robustness
+from defenses.base import Defended
+from search.auditing.evidence import evidence
+from search.auditing.progress import AuditProgress
+from search.auditing.protocol import adapted
+from search.exceptions import TrialError
+from search.export.confirm import confirmed_by
+from search.study.candidate import Latency
+from search.trial.device_lock import DeviceLock
+from search.trial.latency import measure
+from search.trial.precision import tensor_float32
+from spaces.exceptions import InputError, choose
+
+FALLEN, STANDING = 400.0, 2400.0
+"""Passes that an audit costs for each image, and more for each that stands. Measured on digits, as those below."""
+SOURCE, UNDEFENDED, NOISE = 0.6, 0.6, 2.5
+"""What a further gradient source, and the undefended classifier, add to it, as shares; and the factor of noise."""
+SUITES_COST = {"standard": 12_000.0, "full": 16_000.0}
+"""Passes that a further suite costs for each image that stands; any other suite costs `FALLEN`."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What is done to a model.
+
+    Args:
+        threat: norm, eps and knowledge of the attacker.
+        suite: further attacks, whose verdicts count too; None: none.
+        seed: of random starts, targets and noise.
+        attacker: the black-box attacker; required under that threat model.
+
+    Raises:
+        InputError: eps is 0, there is no such suite, it has no attack in the norm, or the attacker is missing.
+    """
+
+    threat: ThreatModel
+    suite: str | None = None
+    seed: int = 1
+    attacker: BlackBoxAttacker | None = None
+
+    def __post_init__(self) -> None:
+        if self.threat.eps <= 0:
+            raise InputError(f"eps must be above 0, but is {self.threat.eps:g}")
+        if self.suite is not None:
+            within = SUITES[choose("the suite", self.suite, list(SUITES))].within(self.threat)
+            if not (within.oblivious or within.white_box):
+                raise InputError(f"the suite {self.suite} has no attack in {self.threat.norm}")
+
+    def evidence(
+        self,
+        model: nn.Module,
+        x_NCHW: Tensor,
+        y_N: Tensor,
+        about: Mapping[str, Any],
+        console: Console,
+        *,
+        classes: int | None = None,
+        anew: tuple[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Return the evidence of a model.
+
+        Args:
+            about: the fields of the evidence that do not follow from the measurement.
+            classes: number of classes of the data, if known.
+            anew: the module that builds the model in a new process, and its argument; None: it cannot be built anew.
+
+        Raises:
+            InputError: the model does not answer such images with logits, or cannot be attacked.
+        """
+        tensor_float32(False)
+        target, lock = adapted(model, x_NCHW, y_N, classes), DeviceLock(x_NCHW.device)
+        check(target, x_NCHW, y_N)
+        if self.threat.knowledge == "black-box" and self.attacker is None:
+            raise InputError("the black-box threat model needs an attacker (attacks.black_box.BlackBoxAttacker)")
+        doing = f"auditing {about['model']['name']} on {len(y_N)} images, {self.threat}"
+        progress = AuditProgress(console, doing)
+        try:
+            with evaluating(model), progress.running():
+                with lock.working():
+                    progress.expected = len(y_N) * self._passes(target, x_NCHW, y_N)
+                    found = audit_model(target, x_NCHW, y_N, self.threat, seed=self.seed, attacker=self.attacker)
+                    further = self._further(target, x_NCHW, y_N)
+                    how: Any = {"versions": found.versions, "right": found.right, "y_N": y_N, "seed": self.seed}
+                    confirmed = confirmed_by(anew, **how)[:1] if anew else ()
+                latency = _latency(target, found, lock)
+        except (AttackError, TrialError) as error:
+            raise InputError(f"a model must be one that can be attacked, but: {error}") from None
+        return evidence(target, x_NCHW, self.threat, found, further, confirmed, latency, about)
+
+    def _passes(self, target: Defended, x_NCHW: Tensor, y_N: Tensor) -> float:
+        """Return the passes that the whole takes for each image, about; a short attack shows how many images stand."""
+        threat = replace(self.threat, knowledge="white-box")
+        stand = evaluate(SUITES["quick"], target, x_NCHW, y_N, threat, seed=self.seed).attacked.accuracy
+        further = 1 + SOURCE * (len(gradients(target)) - 1) + UNDEFENDED * (bare(target) is not target)
+        passes = (FALLEN + STANDING * stand) * further * (NOISE if stochastic(target) else 1)
+        if self.suite is None or self.suite == "audit":
+            return passes
+        more = FALLEN + SUITES_COST.get(self.suite, 0) * stand
+        return passes + more * (SUITES[self.suite].draws if stochastic(target) else 1)
+
+    def _further(self, target: Defended, x_NCHW: Tensor, y_N: Tensor) -> dict[str, Robustness]:
+        """Return the results of the further suite, by its name; none if it is the audit's own."""
+        if self.suite is None or self.suite == "audit":
+            return {}
+        suite = replace(SUITES[self.suite], looks=SUITES["audit"].looks)
+        how: dict[str, Any] = {"attacker": self.attacker, "seed": self.seed, "white_box": True}
+        return {self.suite: evaluate(suite, target, x_NCHW, y_N, self.threat, **how)}
+
+
+def _latency(target: Defended, found: Audit, lock: DeviceLock) -> Latency | None:
+    """Return the latency of purifier and detector; None for a model that has neither."""
+    if bare(target) is target:
+        return None
+    return measure(target, {"clean": found.versions["clean"], "attacked": list(found.versions.values())[-1]}, lock)
