@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from search.trial.runner import raced_trial, run_trial
 from tests.conftest import digits_study
 from tests.search.trial.test_runner import setting, silent
 
-FIELDS = {"suite": "quick", "eval_images": 120, "threat": "white-box", "eps": 0.1, "epochs": 3, "classifier_epochs": 6}
+FIELDS = {"suite": "quick", "eval_images": 120, "threat": "white-box", "eps": 0.1, "epochs": 2, "train_images": 600}
 
 
 def verdicts(*counts: int, images: int = 100) -> list[np.ndarray]:
