@@ -36,6 +36,7 @@ class Cost:
         gpus: GPUs per trial.
         fits: number of trainings that produced candidates.
         candidates: number of candidates.
+        dropped: number of inference settings that lost the race of their training.
         epochs_saved, epochs_asked: epochs that pruned trainings saved, and those proposed for them.
         seconds_saved: estimated time of the saved epochs, from the time per epoch of each pruned training.
     """
@@ -46,6 +47,7 @@ class Cost:
     gpus: float
     fits: int
     candidates: int
+    dropped: int
     epochs_saved: int
     epochs_asked: int
     seconds_saved: float
@@ -73,6 +75,7 @@ def cost(summary: Summary) -> Cost:
         gpus=study.gpu_share(on_gpu),
         fits=len({c.fit for c in summary.candidates}),
         candidates=len(summary.candidates),
+        dropped=sum(t.dropped for t in summary.trials),
         epochs_saved=sum(asked - len(t.curve) for asked, t in pruned),
         epochs_asked=sum(asked for asked, _ in pruned),
         seconds_saved=sum((asked / len(t.curve) - 1) * (t.seconds or 0.0) for asked, t in pruned),

@@ -58,6 +58,7 @@ class TrialRecord:
         picture: a PNG of clean, attacked and purified images.
         seconds: its duration.
         restarts: how often it was restarted because its worker had died.
+        dropped: how many inference settings lost its race.
     """
 
     trial: str
@@ -68,6 +69,7 @@ class TrialRecord:
     picture: Path | None
     seconds: float | None
     restarts: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -261,4 +263,5 @@ def _told(history: SearchHistory, trial: FrozenTrial, kind: str) -> TrialRecord:
         picture=sync.picture(history.study, about.get("picture", "")),
         seconds=about.get("seconds"),
         restarts=about.get("restarts", 0),
+        dropped=len(about.get("dropped", ())),
     )

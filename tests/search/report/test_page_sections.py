@@ -35,6 +35,13 @@ def test_the_cost_names_what_was_spent_and_what_was_saved() -> None:
     assert "CPU-seconds" in words and "GPU-seconds" not in words
 
 
+def test_settings_that_lost_a_race_are_counted() -> None:
+    summary = findings_of()
+    assert "dropped" not in Page(render(summary)).words
+    raced = replace(summary, trials=[replace(summary.trials[0], dropped=3), *summary.trials[1:]])
+    assert "3 inference settings dropped after a part of the images" in Page(render(raced)).words
+
+
 def test_gpu_seconds_are_the_share_that_a_trial_held() -> None:
     page = Page(render(several_devices()))
     assert cost(several_devices()).gpus == 0.25 and "and 0.25 of a GPU" in page.words and "GPU-seconds" in page.words
