@@ -26,6 +26,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "name",
         "defense",
         "task",
+        "partner",
         "space",
         "knobs",
         "method",
@@ -67,9 +68,9 @@ def completed(kind: str) -> Callable[[Context], Sequence[str]]:
 
             return [f"{name}=" for name in SearchSpace.of(defenses.find(defense)).flat()]
         if kind == "data sets":
-            from search.data.datasets import DATASETS
+            from search.data.registry import data_set_names
 
-            return list(DATASETS)
+            return data_set_names(ctx.params.get("data_dir"))
         if kind == "spaces":
             return spaces.names(defense)
         from search.cli import listings  # imports torch
@@ -106,6 +107,14 @@ TableName = Annotated[str, _named("TABLE", "a paper's table (list tables)", "tab
 Kind = Annotated[str, _named("KIND", ", ".join(LISTED), words=LISTED)]
 DataSets = Annotated[list[str], _named("DATASET", "data sets", "data sets")]
 MaybeDataSets = Annotated[list[str] | None, _named("DATASET", "data sets; else all", "data sets")]
+NewData = Annotated[str, _named("NAME", "the name of the new data set")]
+OwnData = Annotated[str, _named("NAME", "a data set that was added", "data sets")]
+DataFiles = Annotated[list[Path], _named("PATH", "a folder, an .npz, or two .npy: images, labels")]
+Size = Annotated[str | None, _value("SIDE", "resize images to SIDE or HEIGHTxWIDTH pixels")]
+Group = Annotated[str | None, _value("REGEX", "files with the same match in their path below PATH stay in one split")]
+SplitSeed = Annotated[int, _value("INTEGER", "of the splits that you have not made, and of the order", min=0)]
+OwnEps = Annotated[str, _value("FLOAT", "the usual budget in Linf, in pixel units of [0, 1]")]
+Licence = Annotated[str, _value("WORDS", "what the owner of the images allows; it stands in exports and reports")]
 Shell = Annotated[str, _named("SHELL", "bash")]
 
 Config = Annotated[Path | None, _value("PATH", "a study in YAML, the same fields; flags win")]

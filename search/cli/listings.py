@@ -149,9 +149,9 @@ def _searched(space: SearchSpace) -> Iterable[str]:
 
 def _tasks() -> list[Row]:
 
-    from search.classifiers.task import TASKS, find_task
+    from search.classifiers.task import find_task, tasks
 
-    found = [find_task(name) for name in TASKS]
+    found = [find_task(name) for name in tasks()]
     return [{"task": task.name, **vars(task.shape), "eps": task.eps} for task in found]
 
 

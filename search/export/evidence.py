@@ -21,7 +21,7 @@ from attacks.threat import ThreatModel
 from attacks.verdicts import Robustness, Verdict, worse
 from defenses.base import Defense
 from search.data import splits
-from search.data.datasets import DATASETS
+from search.data.registry import find_data_set
 from search.export.loader import ran
 from search.export.provenance import again as command
 from search.export.provenance import code, libraries
@@ -186,11 +186,13 @@ def _size(network: nn.Module) -> int:
 
 def _data(runner: TrialRunner) -> dict[str, Any]:
     dataset = runner.assets.resolved.task.dataset
+    data = find_data_set(dataset, runner.study.data_dir)
     return {
         "data": dataset,
-        "data_licence": DATASETS[dataset].licence,
+        "data_licence": data.licence,
+        "classes": list(data.classes),
         "data_sha256": splits.checksum(dataset, runner.study.data_dir),
-        "split": "validation: kept from the training set by a fixed rule (search/data/datasets.py), never test",
+        "split": f"validation: {data.split}, never test",
         "train_images": runner.study.train_images or "all",
     }
 
