@@ -57,16 +57,41 @@ def everywhere(data_dir: str | Path | None) -> list[tuple[str, str]]:
     return [(dataset, name) for dataset in sorted(datasets) for name in names(dataset, data_dir)]
 
 
+def folders(dataset: str, name: str, data_dir: str | Path | None) -> list[Path]:
+    """Return the folders that hold a classifier of this name; the first counts."""
+    if Path(name).name != name:
+        return []
+    return [folder / name for folder in _homes(dataset, data_dir) if (folder / name / ABOUT).is_file()]
+
+
 def find_own(dataset: str, name: str, data_dir: str | Path | None) -> OwnClassifier | None:
     """Return a classifier that was added to a data set; None if there is none of that name.
 
     Raises:
         InputError: its files are damaged.
     """
-    for folder in _homes(dataset, data_dir):
-        if (folder / name / ABOUT).is_file() and Path(name).name == name:
-            return _read(folder / name)
-    return None
+    held = folders(dataset, name, data_dir)
+    return _read(held[0]) if held else None
+
+
+def read_about(dataset: str, name: str, data_dir: str | Path | None) -> dict[str, Any]:
+    """Return what is remembered of a classifier."""
+    about: dict[str, Any] = json.loads((folders(dataset, name, data_dir)[0] / ABOUT).read_bytes())
+    return about
+
+
+def holds_code(code: str, data_dir: str | Path | None) -> bool:
+    """Return whether a user added this very code on this machine, and so trusts it."""
+    held = (folders(dataset, name, data_dir)[0] / CODE for dataset, name in everywhere(data_dir))
+    return any(path.read_bytes() == code.encode() for path in held)
+
+
+def taken(dataset: str, name: str) -> InputError:
+    """Return the error about a name that is taken."""
+    return InputError(
+        f"a classifier's name must be new, but {dataset}/{name} was added before: choose another, or "
+        f"python launch.py classifier remove {dataset}/{name}"
+    )
 
 
 def home(dataset: str, data_dir: str | Path | None) -> Path:
@@ -84,10 +109,7 @@ def write(dataset: str, name: str, files: Files, data_dir: str | Path | None) ->
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{name}.lock"):
         if folder.exists():
-            raise InputError(
-                f"a classifier's name must be new, but {dataset}/{name} was added before: choose another, or "
-                f"python launch.py classifier remove {dataset}/{name}"
-            )
+            raise taken(dataset, name)
         with folder_atomic(folder) as temporary:
             for each, content in files.items():
                 (temporary / each).write_bytes(content)
@@ -99,7 +121,7 @@ def pack(dataset: str, data_dir: str | Path | None) -> dict[str, Files]:
     return {
         name: {path.name: path.read_bytes() for path in folder.iterdir()}
         for name in names(dataset, data_dir)
-        for folder in [next(each / name for each in _homes(dataset, data_dir) if (each / name / ABOUT).is_file())]
+        for folder in folders(dataset, name, data_dir)[:1]
     }
 
 
@@ -116,7 +138,7 @@ def adopt(dataset: str, data_dir: str | Path | None, packed: Mapping[str, Files]
             with FileLock(folder / f".{name}.adopted.lock"):
                 if find_own(dataset, name, data_dir) is None:
                     write(dataset, name, files, data_dir)
-        there = next(each / name for each in _homes(dataset, data_dir) if (each / name / ABOUT).is_file())
+        there = folders(dataset, name, data_dir)[0]
         if (there / ABOUT).read_bytes() != files[ABOUT]:
             law = f"a classifier must be that of the search, {dataset}/{name}"
             raise InputError(f"{law}, but {there} is another: take it away, or name another --data-dir")

@@ -84,9 +84,15 @@ def _completing(kind: str | None, words: Sequence[str]) -> Callable[..., Sequenc
     return (lambda: words) if words else completed(kind) if kind else None
 
 
-def _value(noun: str, help: str, kind: str | None = None, words: Sequence[str] = (), **more: Any) -> Any:
-    """Declare a flag with a value; it is completed from `words`, or from the names of a kind."""
-    return Option(metavar=noun, help=help, autocompletion=_completing(kind, words), **more)
+def _value(
+    noun: str, help: str, kind: str | None = None, words: Sequence[str] = (), flags: Sequence[str] = (), **more: Any
+) -> Any:
+    """Declare a flag with a value; it is completed from `words`, or from the names of a kind.
+
+    Args:
+        flags: the flag, if it is not the parameter's name.
+    """
+    return Option(*flags, metavar=noun, help=help, autocompletion=_completing(kind, words), **more)
 
 
 def _switch(flag: str, help: str) -> Any:
@@ -115,6 +121,13 @@ Group = Annotated[str | None, _value("REGEX", "files with the same match in thei
 SplitSeed = Annotated[int, _value("INTEGER", "of the splits that you have not made, and of the order", min=0)]
 OwnEps = Annotated[str, _value("FLOAT", "the usual budget in Linf, in pixel units of [0, 1]")]
 Licence = Annotated[str, _value("WORDS", "what the owner of the images allows; it stands in exports and reports")]
+NewClassifier = Annotated[str, _named("NAME", "the name of the new classifier")]
+OwnTask = Annotated[str, _named("DATA/NAME", "a classifier that was added, after its data set", "tasks")]
+Source = Annotated[str, _named("FILE.py:FUNCTION", "what builds the network")]
+OnData = Annotated[str, _value("NAME", "the data set that it classifies", "data sets", flags=["--data"])]
+Weights = Annotated[Path | None, _value("PATH", "trained weights: safetensors, or a state dict (.pt, .pth)")]
+Mean = Annotated[str | None, _value("FLOATS", "of each channel, to normalise images; else the network does, or none")]
+Std = Annotated[str | None, _value("FLOATS", "of each channel")]
 Shell = Annotated[str, _named("SHELL", "bash")]
 
 Config = Annotated[Path | None, _value("PATH", "a study in YAML, the same fields; flags win")]

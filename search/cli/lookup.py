@@ -1,4 +1,4 @@
-"""The commands that look things up or add to them: `list`, `doctor`, `completion` and `data`."""
+"""The commands that look things up or add to them: `list`, `doctor`, `completion`, `data` and `classifier`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import typer
 
 from search.cli import flags as f
 from search.cli.terminal import BASH, Group, command, console, end, progress, show
+from search.console import working
 from spaces.exceptions import choose
 
 app = typer.Typer()
 data = typer.Typer(cls=Group, no_args_is_help=True, help="Fetch, check and list the data sets; add your own.")
+classifier = typer.Typer(cls=Group, no_args_is_help=True, help="Add, list and remove classifiers of your own.")
 LOOK = "Look up"
 LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
 
@@ -119,4 +121,52 @@ def data_remove(name: f.OwnData, data_dir: f.DataDir = None) -> None:
     data_sets.remove(name, data_dir, console)
 
 
+@command(
+    classifier,
+    "Commands",
+    "classifier add mine resnet.py:build --weights mine.pt --data leaves",
+    "classifier add mine net.py:net --data mnist --mean 0.13 --std 0.31",
+    name="add",
+)
+def classifier_add(
+    name: f.NewClassifier,
+    source: f.Source,
+    dataset: f.OnData,
+    weights: f.Weights = None,
+    mean: f.Mean = None,
+    std: f.Std = None,
+    data_dir: f.DataDir = None,
+    as_json: f.Json = False,
+) -> None:
+    """Add a classifier of your own to a data set, as the task DATA/NAME.
+
+    FUNCTION takes nothing and returns an nn.Module: images in [0, 1] in,
+    logits out. It is judged at once, and kept with its weights, which no
+    search and no final run trains. Without --weights it is an
+    architecture, which searches train like any other.
+    """
+    from search.classifiers import adding
+
+    with progress(as_json) as screen, working(screen, f"judging {name} on the validation images of {dataset}"):
+        added = adding.add(name, source, dataset, weights=weights, mean=mean, std=std, data_dir=data_dir)
+    show(vars(added), as_json, adding.said)
+
+
+@command(classifier, "Commands", "classifier list", name="list")
+def classifier_list(data_dir: f.DataDir = None, as_json: f.Json = False) -> None:
+    """Say which classifiers were added, and how accurate they are."""
+    from search.classifiers import adding
+
+    show(adding.rows(data_dir), as_json)
+
+
+@command(classifier, "Commands", "classifier remove leaves/mine", name="remove")
+def classifier_remove(task: f.OwnTask, data_dir: f.DataDir = None) -> None:
+    """Remove a classifier that was added; fits made with it stay."""
+    from search.classifiers import adding
+
+    adding.remove(task, data_dir)
+
+
 app.add_typer(data, name="data", rich_help_panel=LOOK)
+app.add_typer(classifier, name="classifier", rich_help_panel=LOOK)

@@ -38,7 +38,7 @@ def main(folder: str, asked: Path, answered: Path) -> None:
         images = {name: questions.get_tensor(name) for name in how["names"]}
     torch.set_num_threads(how["threads"])
     tensor_float32(False)  # as where it was judged
-    model = load(folder, how["changed"]).to(how["device"])
+    model = load(folder, how["changed"], trust=True).to(how["device"])
     before = set(sys.modules)
     with closed("asked"):
         classes = {

@@ -155,7 +155,7 @@ def _prepared(
 ) -> _Preparation:
     """Check the arguments of `attack` and load what it needs."""
     attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=DRAWS)
-    exported = load(folder, changed)
+    exported = load(folder, changed, data_dir=data_dir)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     known = json.loads((folder / "evidence.json").read_text())
     threat = _threat(ThreatModel(**config["threat"]), knowledge, norm, eps)
