@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +218,8 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"weights must be a file, but {path} does not exist") from None
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -232,10 +234,8 @@ def _unwrapped(content: Any) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        what = (
-            f"keys {', '.join(map(str, list(content)[:4]))}" if isinstance(content, Mapping) else type(content).__name__
-        )
-        raise InputError(f"weights must be a state dict, name to tensor, but are {what}")
+        keys = f" with {', '.join(map(str, list(content)[:4]))}" if isinstance(content, Mapping) else ""
+        raise InputError(f"weights must be a state dict, name to tensor, but are a {type(content).__name__}{keys}")
     return dict(content)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import nn
+
+from search.classifiers.training import train
+from search.data import adding
 
 NAMES = ("zero", "one", "four")
 CLASSES = (0, 1, 4)
@@ -38,4 +44,37 @@ def folder_of(
                 for copy in range(copies):
                     picture = Image.fromarray(image).resize((side, side)).convert(mode)
                     picture.save(path / part / name / f"d{i}_{copy}.png")
+    return path
+
+
+FILE = """from torch import nn
+
+def net():
+    features = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(128, 3))
+"""
+"""The file of a user's classifier of 8 x 8 grey images in three classes."""
+
+
+@cache
+def trained() -> nn.Module:
+    """Return the network of `FILE`, trained on 8 x 8 pictures of the three digits."""
+    found: dict[str, Callable[[], nn.Module]] = {}
+    exec(FILE, found)
+    x_NHW, y_N = digits()
+    order = np.argsort(np.argsort(NAMES))  # classes are numbered in the order of their folders' names
+    network = found["net"]()
+    train(network, torch.tensor(x_NHW)[:, None] / 255, torch.tensor(order[y_N]), epochs=6, seed=0)
+    return network.eval()
+
+
+def data_with_classifier(folder: Path, data_dir: Path | None = None, count: int | None = 40) -> None:
+    """Add the data set `leaves`; beside its pictures write the files of a classifier, net.py and net.pt."""
+    adding.add("leaves", [folder_of(folder / "pictures", count)], data_dir=data_dir)
+    written(folder / "net.py", FILE)
+    torch.save(trained().state_dict(), folder / "net.pt")
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
     return path
