@@ -68,9 +68,15 @@ def trained() -> nn.Module:
     return network.eval()
 
 
-def data_with_classifier(folder: Path, data_dir: Path | None = None, count: int | None = 40) -> None:
-    """Add the data set `leaves`; beside its pictures write the files of a classifier, net.py and net.pt."""
-    adding.add("leaves", [folder_of(folder / "pictures", count)], data_dir=data_dir)
+def data_with_classifier(folder: Path, data_dir: Path | None = None) -> None:
+    """Write pictures and the files of a classifier, and add the data set `leaves`."""
+    files(folder)
+    adding.add("leaves", [folder / "pictures"], data_dir=data_dir)
+
+
+def files(folder: Path) -> None:
+    """Write pictures, and the files of a classifier of them, net.py and net.pt."""
+    folder_of(folder / "pictures")
     written(folder / "net.py", FILE)
     torch.save(trained().state_dict(), folder / "net.pt")
 
