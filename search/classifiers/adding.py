@@ -7,33 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from search.classifiers import own
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.judging import check, clean_accuracy
 from search.classifiers.user_code import UserCode
+from search.classifiers.weights import load_weights
 from search.data import splits
 from search.data.registry import find_data_set
 from search.storage.store import to_bytes
 from spaces.exceptions import InputError
-
-NESTED = ("state_dict", "model_state_dict", "model")
-"""Keys under which checkpoints keep the state dict."""
-PREFIXES = ("module.", "network.")
-"""What DataParallel, and our own normalisation, put before the name of every weight."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ def add(
     splits.fetch(dataset, data_dir)
     network = code.build(shape)
     if weights is not None:
-        _load(network, weights)
+        load_weights(network, weights)
     x_NCHW, y_N = splits.load(dataset, "validation", data_dir)
     check(network.eval(), x_NCHW, shape, dataset)
     accuracy = None if weights is None else clean_accuracy(network, x_NCHW, y_N)
@@ -185,58 +176,6 @@ def _scale(mean: str | None, std: str | None, channels: int) -> dict[str, tuple[
             raise InputError(f"{law}, but {what} is {text!r}")
         found[what] = values * channels if len(values) == 1 else values
     return found
-
-
-def _load(network: nn.Module, path: Path) -> None:
-    """Load trained weights.
-
-    Raises:
-        InputError: the file is no state dict, or not that of this network.
-    """
-    target = network.network if hasattr(network, "mean_1C11") else network
-    state = _unwrapped(_read(path))
-    assert isinstance(target, nn.Module)
-    expected = target.state_dict()
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in expected):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    faults = [f"it lacks {name}" for name in expected if name not in state]
-    faults += [f"it has {name}, which the network has not" for name in state if name not in expected]
-    faults += [
-        f"{name} is {list(state[name].shape)}, and {list(tensor.shape)} in the network"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if faults:
-        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise InputError(f"weights must be those of the network, but in {path} {faults[0]}{more}")
-    target.load_state_dict(state)
-
-
-def _read(path: Path) -> Any:
-    path = path.expanduser()
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"weights must be a file, but {path} does not exist") from None
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:120]
-        law = "weights must be safetensors, or a state dict that torch.load(weights_only=True) reads"
-        raise InputError(f"{law}, since a pickle may run code, but {path}: {reason}") from None
-
-
-def _unwrapped(content: Any) -> dict[str, Tensor]:
-    """Return the state dict of a checkpoint."""
-    for key in NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        keys = f" with {', '.join(map(str, list(content)[:4]))}" if isinstance(content, Mapping) else ""
-        raise InputError(f"weights must be a state dict, name to tensor, but are a {type(content).__name__}{keys}")
-    return dict(content)
 
 
 def _bytes(network: nn.Module) -> bytes:

@@ -75,7 +75,11 @@ def completed(kind: str) -> Callable[[Context], Sequence[str]]:
             return spaces.names(defense)
         from search.cli import listings  # imports torch
 
-        return list(dict.fromkeys(str(next(iter(row.values()))) for row in listings.rows(kind, str(storage))))
+        return list(
+            dict.fromkeys(
+                str(next(iter(row.values()))) for row in listings.rows(kind, str(storage), ctx.params.get("data_dir"))
+            )
+        )
 
     return names
 

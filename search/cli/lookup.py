@@ -20,11 +20,11 @@ LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
 
 
 @command(app, LOOK, "list spaces", "list tables --json", name="list")
-def list_(what: f.Kind, storage: f.Storage = "runs", as_json: f.Json = False) -> None:
+def list_(what: f.Kind, storage: f.Storage = "runs", data_dir: f.DataDir = None, as_json: f.Json = False) -> None:
     """List what there is to choose from."""
     from search.cli import listings
 
-    show(listings.rows(what, storage), as_json)
+    show(listings.rows(what, storage, data_dir), as_json)
 
 
 @command(app, LOOK, "doctor", "doctor --address auto --json")
