@@ -7,18 +7,15 @@ import os
 import shlex
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import DownloadColumn, TaskID
 
-from search.console import progress_bars, working
+from search.console import working
 from search.data import splits
-from search.data.datasets import DATASETS
 from search.engine import run
 from search.engine.dry_run import Forecast, forecast, slots_here
 from search.exceptions import StorageError
@@ -40,7 +37,7 @@ from search.tracking import wandb_run
 from search.tracking.csv_log import CsvLog
 from search.tracking.live_table import LiveTable
 from search.tracking.wandb_tracker import WandbTracker
-from spaces.exceptions import InputError, choose
+from spaces.exceptions import InputError
 
 IFGSM = "oblivious/ifgsm-targeted"
 
@@ -101,27 +98,6 @@ def write_report(study: Study) -> Path:
     path = page.write(summarise(study), study.folder / "report.html")
     sync.deliver(study, path)
     return path
-
-
-def fetch(datasets: Sequence[str], data_dir: str | None, console: Console) -> None:
-    """Fetch data sets with a progress bar."""
-    for dataset in datasets:
-        choose("a data set", dataset, list(DATASETS))
-    with progress_bars(console, DownloadColumn()) as progress:
-        for dataset in datasets:
-            bar = progress.add_task(dataset, total=None)
-
-            def show(what: str, done: int, total: int, bar: TaskID = bar) -> None:
-                progress.update(bar, description=what, completed=done, total=total or None)
-
-            splits.fetch(dataset, data_dir, show)
-            progress.remove_task(bar)
-            console.print(f"{dataset}: {splits.check(dataset, data_dir).detail}", highlight=False, soft_wrap=True)
-
-
-def check(datasets: Sequence[str], data_dir: str | None) -> list[dict[str, Any]]:
-    """Return the state of data sets; of all data sets if `datasets` is empty."""
-    return [vars(splits.check(dataset, data_dir)) for dataset in datasets or DATASETS]
 
 
 def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:

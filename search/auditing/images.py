@@ -17,7 +17,7 @@ from torch import Tensor
 from attacks.audit.probes import PROBES
 from search.auditing.source import one_line, sha256
 from search.data import guard, splits
-from search.data.datasets import DATASETS
+from search.data.registry import data_set_names, find_data_set
 from spaces.exceptions import InputError, choose
 
 USUAL = 200
@@ -67,7 +67,8 @@ def images(data: str, knowledge: str, data_dir: str | None = None) -> Images:
     """
     if data.endswith(".npz"):
         return _of_file(Path(data), knowledge)
-    choose("the data, unless they are a file FILE.npz,", data, list(DATASETS))
+    choose("the data, unless they are a file FILE.npz,", data, data_set_names(data_dir))
+    found = find_data_set(data, data_dir)
     x_NCHW, y_N = splits.load(data, "validation", data_dir)
     return Images(
         x_NCHW=x_NCHW,
@@ -75,9 +76,9 @@ def images(data: str, knowledge: str, data_dir: str | None = None) -> Images:
         attackable=splits.sizes(data, data_dir).attackable(knowledge),
         name=data,
         split="validation: kept from the training set by a fixed rule (search/data/datasets.py), never test",
-        licence=DATASETS[data].licence,
+        licence=found.licence,
         sha256=splits.checksum(data, data_dir),
-        classes=DATASETS[data].shape.classes,
+        classes=found.shape.classes,
     )
 
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import pickle
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
+from search.classifiers.weights import load_weights
 from spaces.exceptions import InputError, choose
 
 
@@ -69,7 +64,7 @@ class Source:
         if not isinstance(model, nn.Module):
             raise InputError(f"{law} must return an nn.Module, but returns a {type(model).__name__}")
         if self.weights is not None:
-            _put(model, _state(self.weights), self.weights)
+            load_weights(model, self.weights)
         return model.eval()
 
     def digests(self) -> dict[str, str | None]:
@@ -97,41 +92,6 @@ class Source:
                 f"{self.file.name} must be a file that can be imported, but raises {one_line(error)}"
             ) from None
         return module
-
-
-def _state(path: Path) -> Mapping[str, Any]:
-    """Return the state dict of a file, which may lie in its field `state_dict`; no code of the file is run."""
-    law = f"weights must be safetensors, or a state dict of tensors alone, but {path}"
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(f"{law} holds other objects, whose pickle could run code") from None
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{law} cannot be read: {one_line(error)}") from None
-    found = found.get("state_dict", found) if isinstance(found, Mapping) else found
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"{law} is none")
-    return found
-
-
-def _put(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
-    """Load a state dict.
-
-    Raises:
-        InputError: it has other names or shapes than the model.
-    """
-    own = model.state_dict()
-    wrong = {
-        "lacks": [name for name in own if name not in state],
-        "has unknown": [name for name in state if name not in own],
-        "has of another shape": [name for name in own if name in state and state[name].shape != own[name].shape],
-    }
-    if any(wrong.values()):
-        told = [f"{what} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for what, names in wrong.items() if names]
-        raise InputError(f"weights must fit the model, but {path.name} {'; '.join(told)}")
-    model.load_state_dict(state)
 
 
 def sha256(path: Path) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from search.data import splits
-from search.data.datasets import DATASETS
 from search.data.folders import data_folder
+from search.data.registry import data_set_names
 from search.storage.mirror import mirror_of
 from search.storage.uri import check_storage, local_folder
 from search.study.study import Study
@@ -175,7 +175,7 @@ def _disk(what: str, folder: Path, remedy: str) -> Finding:
 
 def _data(data_dir: str | None) -> list[Finding]:
     summary = []
-    for dataset in DATASETS:
+    for dataset in data_set_names(data_dir):
         status = splits.check(dataset, data_dir)
         found, remedy = status.detail, "" if status.state == "ready" else f"python launch.py data fetch {dataset}"
         if status.state == "absent":

@@ -26,6 +26,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "name",
         "defense",
         "task",
+        "partner",
         "space",
         "knobs",
         "method",
@@ -70,14 +71,18 @@ def completed(kind: str) -> Callable[[Context], Sequence[str]]:
 
             return [f"{name}=" for name in SearchSpace.of(defenses.find(defense)).flat()]
         if kind == "data sets":
-            from search.data.datasets import DATASETS
+            from search.data.registry import data_set_names
 
-            return list(DATASETS)
+            return data_set_names(ctx.params.get("data_dir"))
         if kind == "spaces":
             return spaces.names(defense)
         from search.cli import listings  # imports torch
 
-        return list(dict.fromkeys(str(next(iter(row.values()))) for row in listings.rows(kind, str(storage))))
+        return list(
+            dict.fromkeys(
+                str(next(iter(row.values()))) for row in listings.rows(kind, str(storage), ctx.params.get("data_dir"))
+            )
+        )
 
     return names
 
@@ -86,9 +91,15 @@ def _completing(kind: str | None, words: Sequence[str]) -> Callable[..., Sequenc
     return (lambda: words) if words else completed(kind) if kind else None
 
 
-def _value(noun: str, help: str, kind: str | None = None, words: Sequence[str] = (), **more: Any) -> Any:
-    """Declare a flag with a value; it is completed from `words`, or from the names of a kind."""
-    return Option(metavar=noun, help=help, autocompletion=_completing(kind, words), **more)
+def _value(
+    noun: str, help: str, kind: str | None = None, words: Sequence[str] = (), flags: Sequence[str] = (), **more: Any
+) -> Any:
+    """Declare a flag with a value; it is completed from `words`, or from the names of a kind.
+
+    Args:
+        flags: the flag, if it is not the parameter's name.
+    """
+    return Option(*flags, metavar=noun, help=help, autocompletion=_completing(kind, words), **more)
 
 
 def _switch(flag: str, help: str) -> Any:
@@ -109,6 +120,21 @@ TableName = Annotated[str, _named("TABLE", "a paper's table (list tables)", "tab
 Kind = Annotated[str, _named("KIND", ", ".join(LISTED), words=LISTED)]
 DataSets = Annotated[list[str], _named("DATASET", "data sets", "data sets")]
 MaybeDataSets = Annotated[list[str] | None, _named("DATASET", "data sets; else all", "data sets")]
+NewData = Annotated[str, _named("NAME", "the name of the new data set")]
+OwnData = Annotated[str, _named("NAME", "a data set that was added", "data sets")]
+DataFiles = Annotated[list[Path], _named("PATH", "a folder, an .npz, or two .npy: images, labels")]
+Size = Annotated[str | None, _value("SIDE", "resize images to SIDE or HEIGHTxWIDTH pixels")]
+Group = Annotated[str | None, _value("REGEX", "files with the same match in their path below PATH stay in one split")]
+SplitSeed = Annotated[int, _value("INTEGER", "of the splits that you have not made, and of the order", min=0)]
+OwnEps = Annotated[str, _value("FLOAT", "the usual budget in Linf, in pixel units of [0, 1]")]
+Licence = Annotated[str, _value("WORDS", "what the owner of the images allows; it stands in exports and reports")]
+NewClassifier = Annotated[str, _named("NAME", "the name of the new classifier")]
+OwnTask = Annotated[str, _named("DATA/NAME", "a classifier that was added, after its data set", "tasks")]
+Source = Annotated[str, _named("FILE.py:FUNCTION", "a function without arguments that returns an nn.Module")]
+OnData = Annotated[str, _value("NAME", "the data set that it classifies", "data sets", flags=["--data"])]
+Weights = Annotated[Path | None, _value("PATH", "trained weights: safetensors, or a state dict (.pt, .pth)")]
+Mean = Annotated[str | None, _value("FLOATS", "of each channel, to normalise images; else the network does, or none")]
+Std = Annotated[str | None, _value("FLOATS", "of each channel")]
 Shell = Annotated[str, _named("SHELL", "bash")]
 
 Config = Annotated[Path | None, _value("PATH", "a study in YAML, the same fields; flags win")]
@@ -139,8 +165,6 @@ Eps = Annotated[str | None, _value("FLOAT", "its bound, in pixel units of [0, 1]
 Images = Annotated[int | None, _value("INTEGER", "validation images; else as many as the search attacked")]
 Substitute = Annotated[str | None, _value("NAME", "the black-box attacker's architecture; else the study's")]
 
-Source = Annotated[str, _named("FILE.py:FUNCTION", "a function without arguments that returns an nn.Module")]
-Weights = Annotated[Path | None, _value("PATH", "safetensors, or a state dict of tensors alone")]
 Data = Annotated[str, _value("NAME", "a data set's validation images, or FILE.npz with x and y", "data sets")]
 AuditNorm = Annotated[str, _value("NAME", "Linf or L2", words=get_args(norms))]
 AuditEps = Annotated[str, _value("FLOAT", "its bound, in pixel units of [0, 1], 8/255 too")]

@@ -19,8 +19,11 @@ from spaces.space import SearchSpace, conditions
 Row = dict[str, Any]
 
 
-def rows(what: str, storage: str) -> list[Row]:
+def rows(what: str, storage: str, data_dir: str | None = None) -> list[Row]:
     """Return the rows of `list` for one kind.
+
+    Args:
+        data_dir: where tasks on users' own data lie, and those with their classifiers.
 
     Raises:
         InputError: there is no such kind.
@@ -29,7 +32,7 @@ def rows(what: str, storage: str) -> list[Row]:
         "defenses": _defenses,
         "attacks": _attacks,
         "spaces": _spaces,
-        "tasks": _tasks,
+        "tasks": lambda: _tasks(data_dir),
         "tables": _tables,
         "searches": lambda: _searches(storage),
     }
@@ -147,11 +150,11 @@ def _searched(space: SearchSpace) -> Iterable[str]:
         yield f"{name}: {spoken(domain)}{where}"
 
 
-def _tasks() -> list[Row]:
+def _tasks(data_dir: str | None) -> list[Row]:
 
-    from search.classifiers.task import TASKS, find_task
+    from search.classifiers.task import find_task, tasks
 
-    found = [find_task(name) for name in TASKS]
+    found = [find_task(name, data_dir) for name in tasks(data_dir)]
     return [{"task": task.name, **vars(task.shape), "eps": task.eps} for task in found]
 
 

@@ -1,4 +1,4 @@
-"""The commands that look things up: `list`, `doctor`, `completion` and `data`."""
+"""The commands that look things up or add to them: `list`, `doctor`, `completion`, `data` and `classifier`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from pathlib import Path
 import typer
 
 from search.cli import flags as f
-from search.cli.terminal import BASH, Group, command, end, progress, show
+from search.cli.terminal import BASH, Group, command, console, end, progress, show
+from search.console import working
 from spaces.exceptions import choose
 
 app = typer.Typer()
-data = typer.Typer(cls=Group, no_args_is_help=True, help="Fetch, check and list the data sets.")
+data = typer.Typer(cls=Group, no_args_is_help=True, help="Fetch, check and list the data sets; add your own.")
+classifier = typer.Typer(cls=Group, no_args_is_help=True, help="Add, list and remove classifiers of your own.")
 LOOK = "Look up"
 LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
 
 
 @command(app, LOOK, "list spaces", "list tables --json", name="list")
-def list_(what: f.Kind, storage: f.Storage = "runs", as_json: f.Json = False) -> None:
+def list_(what: f.Kind, storage: f.Storage = "runs", data_dir: f.DataDir = None, as_json: f.Json = False) -> None:
     """List what there is to choose from."""
     from search.cli import listings
 
-    show(listings.rows(what, storage), as_json)
+    show(listings.rows(what, storage, data_dir), as_json)
 
 
 @command(app, LOOK, "doctor", "doctor --address auto --json")
@@ -57,21 +59,114 @@ def completion(shell: f.Shell = "bash") -> None:
 @command(data, "Commands", "data fetch mnist cifar10", name="fetch")
 def data_fetch(names: f.DataSets, data_dir: f.DataDir = None, as_json: f.Json = False) -> None:
     """Download data sets, check them and decode them into the cache."""
-    from search import session
+    from search.cli import data_sets
 
     with progress(as_json) as screen:
-        session.fetch(names, data_dir, screen)
+        data_sets.fetch(names, data_dir, screen)
     if as_json:
-        show(session.check(names, data_dir), as_json)
+        show(data_sets.check(names, data_dir), as_json)
 
 
 @command(data, "Commands", "data check mnist --json", name="check")
 @command(data, "Commands", "data list", name="list")
 def data_check(names: f.MaybeDataSets = None, data_dir: f.DataDir = None, as_json: f.Json = False) -> None:
     """Say which data sets are cached, checked against their checksums."""
-    from search import session
+    from search.cli import data_sets
 
-    show(session.check(names or [], data_dir), as_json)
+    show(data_sets.check(names or [], data_dir), as_json)
+
+
+@command(
+    data,
+    "Commands",
+    "data add leaves photographs/ --size 32",
+    "data add leaves photographs/ --group '[^/]+/tree[0-9]+' --eps 4/255",
+    "data add leaves leaves.npz",
+    "data add leaves images.npy labels.npy",
+    name="add",
+)
+def data_add(
+    name: f.NewData,
+    paths: f.DataFiles,
+    size: f.Size = None,
+    group: f.Group = None,
+    seed: f.SplitSeed = 0,
+    eps: f.OwnEps = "8/255",
+    licence: f.Licence = "not stated by who added it",
+    data_dir: f.DataDir = None,
+    as_json: f.Json = False,
+) -> None:
+    """Add images of your own, as a data set like any other.
+
+    PATH is a folder with a subfolder for each class (train/, validation/
+    and test/ may stand above them), an .npz with x_train and y_train (and
+    x_test, y_test), or an .npy of images and one of labels. What you do not
+    split is split by the seed, each class in proportion.
+    """
+    from search.cli import data_sets
+    from search.data.adding import Wishes
+
+    wishes = Wishes(size=size, group=group, seed=seed, eps=eps, licence=licence)
+    with progress(as_json) as screen:
+        data_sets.add(name, paths, wishes, data_dir, screen)
+    if as_json:
+        show(data_sets.check([name], data_dir), as_json)
+
+
+@command(data, "Commands", "data remove leaves", name="remove")
+def data_remove(name: f.OwnData, data_dir: f.DataDir = None) -> None:
+    """Remove a data set that was added; the files behind it stay."""
+    from search.cli import data_sets
+
+    data_sets.remove(name, data_dir, console)
+
+
+@command(
+    classifier,
+    "Commands",
+    "classifier add mine resnet.py:build --weights mine.pt --data leaves",
+    "classifier add mine net.py:net --data mnist --mean 0.13 --std 0.31",
+    name="add",
+)
+def classifier_add(
+    name: f.NewClassifier,
+    source: f.Source,
+    dataset: f.OnData,
+    weights: f.Weights = None,
+    mean: f.Mean = None,
+    std: f.Std = None,
+    data_dir: f.DataDir = None,
+    as_json: f.Json = False,
+) -> None:
+    """Add a classifier of your own to a data set, as the task DATA/NAME.
+
+    FUNCTION takes nothing and returns an nn.Module: images in [0, 1] in,
+    logits out. It is judged at once, and kept with its weights, which no
+    search and no final run trains. Without --weights it is an
+    architecture, which searches train like any other.
+    """
+    from search.classifiers import adding
+
+    with progress(as_json) as screen, working(screen, f"judging {name} on the validation images of {dataset}"):
+        added = adding.add(name, source, dataset, weights=weights, mean=mean, std=std, data_dir=data_dir)
+    show(vars(added), as_json, adding.said)
+
+
+@command(classifier, "Commands", "classifier list", name="list")
+def classifier_list(data_dir: f.DataDir = None, as_json: f.Json = False) -> None:
+    """Say which classifiers were added, and how accurate they are."""
+    from search.classifiers import adding
+
+    show(adding.rows(data_dir), as_json)
+
+
+@command(classifier, "Commands", "classifier remove leaves/mine", name="remove")
+def classifier_remove(task: f.OwnTask, data_dir: f.DataDir = None) -> None:
+    """Remove a classifier that was added; fits made with it stay."""
+    from search.classifiers import adding
+
+    adding.remove(task, data_dir)
 
 
 app.add_typer(data, name="data", rich_help_panel=LOOK)
+app.add_typer(classifier, name="classifier", rich_help_panel=LOOK)

@@ -16,16 +16,15 @@ import numpy as np
 from filelock import FileLock
 
 from search.data.archives import digest
-from search.data.datasets import DATASETS, DataSet
+from search.data.datasets import DataSet
 from search.data.decoders import PARTS, Pixels
 from search.data.downloads import FULL, Folder, Progress, ScikitLearn
 from search.data.folders import roots
 from search.data.guard import refuse_while_closed, watch
 from search.data.official_files import gather
-from search.exceptions import NoSpace
+from search.data.registry import INDEX, OWN, data_set_names, decoded_folders, describe, find_data_set, read_index
+from search.exceptions import AlteredFile, NoSpace
 from spaces.exceptions import InputError
-
-INDEX = "decoded.json"
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -34,10 +33,10 @@ def silent(what: str, done: int, total: int) -> None:
 
 def caches(dataset: str, data_dir: str | Path | None) -> list[Path]:
     """Return the folders that may hold the decoded cache of a data set; a defense cannot open them from now on."""
-    origin, (root, home) = DATASETS[dataset].origin, roots(data_dir)
-    decoded = [folder / "decoded" / dataset for folder in dict.fromkeys((root, home))]
+    origin, (root, home) = find_data_set(dataset, data_dir).origin, roots(data_dir)
+    decoded = decoded_folders(dataset, data_dir)
     here = (source.path for source in origin.sources if isinstance(source, Folder | ScikitLearn))
-    watch(*decoded, *origin.places(root, home), *here)
+    watch(*decoded, *origin.places(root, home), *here, *origin.added)
     return decoded
 
 
@@ -52,14 +51,36 @@ def ensure(dataset: str, data_dir: str | Path | None, progress: Progress = silen
     for decoded in caches(dataset, data_dir):
         if fault(decoded, thorough) is None:
             return decoded
-    root, home = roots(data_dir)
+    data, (root, home) = find_data_set(dataset, data_dir), roots(data_dir)
     decoded = home / "decoded" / dataset
-    with _clear_errors(dataset, home):
-        home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / f".{dataset}.lock"):
-            if fault(decoded, thorough) is not None:
-                _build(DATASETS[dataset], root, home, progress)
+    if data.origin.added:
+        raise AlteredFile(f"{fault(decoded, thorough)}; {data.origin.remedy}")
+    with _clear_errors(dataset, home, data.megabytes), _locked(dataset, home):
+        if fault(decoded, thorough) is not None:
+            _build(data, root, home, progress)
     return decoded
+
+
+def place(data: DataSet, data_dir: str | Path | None, progress: Progress = silent) -> Path:
+    """Decode a user's data set into a new cache, whose index describes it, and return its folder.
+
+    Raises:
+        InputError: the name is taken, an image cannot be read, or there is no disk space.
+    """
+    dataset, (_, home) = data.origin.dataset, roots(data_dir)
+    with _clear_errors(dataset, home, data.megabytes), _locked(dataset, home):
+        if dataset in data_set_names(data_dir):
+            raise InputError(f"a data set's name must be new, but {dataset!r} is taken")
+        with _placing(dataset, home) as work:
+            _decode(data, home, work / "new", progress, {OWN: describe(data)})
+    return home / "decoded" / dataset
+
+
+@contextmanager
+def _locked(dataset: str, home: Path) -> Iterator[None]:
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / f".{dataset}.lock"):
+        yield
 
 
 def fault(decoded: Path, thorough: bool) -> str | None:
@@ -79,20 +100,14 @@ def fault(decoded: Path, thorough: bool) -> str | None:
     return None
 
 
-def read_index(decoded: Path) -> dict[str, Any]:
-    """Return the index of a decoded cache: `files`, `checksum` and, where recorded, `train` (the training images)."""
-    index: dict[str, Any] = json.loads((decoded / INDEX).read_text())
-    return index
-
-
 @contextmanager
-def _clear_errors(dataset: str, root: Path) -> Iterator[None]:
+def _clear_errors(dataset: str, root: Path, megabytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             raise NoSpace(
-                f"no space left in {root}: {dataset} needs about {DATASETS[dataset].megabytes} MB; "
+                f"no space left in {root}: {dataset} needs about {megabytes} MB; "
                 "free some, or set $CRUCIBLE_DATA to a folder on another disk"
             ) from error
         raise InputError(
@@ -107,25 +122,32 @@ def pack(dataset: str, data_dir: str | Path | None) -> dict[str, Pixels]:
     return {name: np.asarray(np.memmap(decoded / name, np.uint8, "r")) for name in names}
 
 
-def adopt(dataset: str, data_dir: str | Path | None, packed: Callable[[], Mapping[str, Pixels]]) -> None:
+def adopt(
+    dataset: str, data_dir: str | Path | None, packed: Callable[[], Mapping[str, Pixels]], checksum: str | None = None
+) -> None:
     """Write a packed cache if no whole cache exists; only one of several processes does it.
 
+    Args:
+        checksum: what the images of an existing cache must have (`read_index`); None: whatever they have.
+
     Raises:
-        InputError: no disk space, or an unusable folder; the message is one line.
+        InputError: other data of this name, no disk space, or an unusable folder; the message is one line.
     """
-    if any(fault(decoded, thorough=False) is None for decoded in caches(dataset, data_dir)):
-        return
+    for decoded in decoded_folders(dataset, data_dir):
+        if fault(decoded, thorough=False) is None:
+            if checksum not in (None, found := read_index(decoded)["checksum"]):
+                law = f"the data must be those of the search, {dataset} with the SHA-256 {checksum}"
+                raise InputError(f"{law}, but {decoded} has {found}: take it away, or name another --data-dir")
+            return
     _, home = roots(data_dir)
-    with _clear_errors(dataset, home):
-        home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / f".{dataset}.lock"):
-            if fault(home / "decoded" / dataset, thorough=False) is None:
-                return
-            with _placing(dataset, home) as work:
-                (work / "new").mkdir(parents=True)
-                for name, content in packed().items():
-                    with (work / "new" / name).open("wb") as file:
-                        file.write(content.data)
+    with _clear_errors(dataset, home, 0), _locked(dataset, home):
+        if fault(home / "decoded" / dataset, thorough=False) is None:
+            return
+        with _placing(dataset, home) as work:
+            (work / "new").mkdir(parents=True)
+            for name, content in packed().items():
+                with (work / "new" / name).open("wb") as file:
+                    file.write(content.data)
 
 
 def _build(data: DataSet, root: Path, home: Path, progress: Progress) -> None:
@@ -152,11 +174,15 @@ def _placing(dataset: str, home: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _decode(data: DataSet, folder: Path, new: Path, progress: Progress) -> None:
-    """Write the cache into the folder `new`; its index, which `fault` reads, is written last."""
+def _decode(data: DataSet, folder: Path, new: Path, progress: Progress, about: Mapping[str, Any] | None = None) -> None:
+    """Write the cache into the folder `new`; its index, which `fault` reads, is written last.
+
+    Args:
+        about: further entries of the index.
+    """
     new.mkdir(parents=True)
     shape = (data.shape.channels, data.shape.height, data.shape.width)
-    index: dict[str, Any] = {"files": {}}
+    index: dict[str, Any] = {"files": {}, **(about or {})}
     for part in PARTS:
         found = data.decode(data.origin, folder, part)
         x_path, y_path = new / f"x_{part}.npy", new / f"y_{part}.npy"

@@ -33,6 +33,8 @@ class DataSet:
         eps: the usual L-inf budget, in pixel units of [0, 1]. Source: PuVAE, section V; Defense-VAE, Table 7 (CelebA);
             8/255 where the papers give none, as in AdvAE for colour images.
         white: the stored value of a white pixel.
+        classes: the names of the classes, where they are known.
+        split: where the validation images come from, in words.
         megabytes: disk space that downloading and decoding need, in MB.
     """
 
@@ -43,6 +45,8 @@ class DataSet:
     licence: str
     eps: float = 0.3
     white: int = 255
+    classes: tuple[str, ...] = ()
+    split: str = "kept from the training set by a fixed rule (search/data/datasets.py)"
     megabytes: int
     origin: Origin
     decode: Callable[[Origin, Path, Part], Decoded] = decode_idx

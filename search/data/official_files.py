@@ -25,6 +25,7 @@ class Origin:
         archive: the official archive that holds the files, if there is one.
         folder: the name of its folder in the data folder, if it is not `dataset`.
         closed: why it cannot be downloaded, if it has no sources.
+        added: the files from which a user added it; all that is kept of them is the decoded cache.
     """
 
     dataset: str
@@ -34,6 +35,7 @@ class Origin:
     archive: str = ""
     folder: str = ""
     closed: str = ""
+    added: Sequence[Path] = ()
 
     @property
     def wanted(self) -> str:
@@ -44,6 +46,9 @@ class Origin:
     @property
     def remedy(self) -> str:
         """How to repair an altered file in the data folder, as text."""
+        if self.added:
+            again = f"data add {self.dataset} {' '.join(map(str, self.added))}"
+            return f"add it again: python launch.py data remove {self.dataset}, then {again}"
         if not self.sources:
             return "put the official file in its place"
         return f"delete it and fetch again: python launch.py data fetch {self.dataset}"

@@ -13,18 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from search.data.cache import caches, ensure, fault, read_index, silent
-from search.data.datasets import DATASETS, DataSet
+from search.data.cache import caches, ensure, fault, silent
+from search.data.datasets import DataSet
 from search.data.decoders import PARTS, Part
 from search.data.downloads import Progress
 from search.data.folders import roots
+from search.data.registry import find_data_set, read_index
 from search.exceptions import AlteredFile
-from spaces.exceptions import InputError, choose
+from spaces.exceptions import InputError
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 HELD_OUT = 150
-"""Number of validation images, the last ones, from which a black-box attacker starts; they are not attacked.
+"""Number of validation images, the last ones, from which a black-box attacker starts, at most five sixths of all; they
+are not attacked.
 
 Source: Papernot et al. 2017, section 5.1.
 """
@@ -47,14 +49,19 @@ class Sizes(NamedTuple):
         """The number of validation images that no search judges by."""
         return min(ASIDE, self.validation // 4)
 
+    @property
+    def held_out(self) -> int:
+        """The number of validation images from which a black-box attacker starts."""
+        return min(HELD_OUT, self.validation * 5 // 6)
+
     def attackable(self, knowledge: str) -> int:
         """Return how many validation images an attacker with this knowledge can attack."""
-        return self.validation - max(self.aside, HELD_OUT if knowledge == "black-box" else 0)
+        return self.validation - max(self.aside, self.held_out if knowledge == "black-box" else 0)
 
 
 def sizes(dataset: str, data_dir: str | Path | None = None) -> Sizes:
     """Return the sizes of the splits: those of the cache if there is one, else the official ones."""
-    data = _data_set(dataset)
+    data = find_data_set(dataset, data_dir)
     for decoded in caches(dataset, data_dir):
         if fault(decoded, thorough=False) is None:
             return _sizes(data, decoded)
@@ -74,7 +81,7 @@ def load(
     Raises:
         InputError: an unknown data set or split (a search has no test split), or the data are unavailable.
     """
-    data = _data_set(dataset)
+    data = find_data_set(dataset, data_dir)
     if split not in SPLITS:
         raise InputError(
             f"a split must be one of {', '.join(SPLITS)}, but is {split!r}; "
@@ -86,7 +93,7 @@ def load(
 
 def load_held_out(dataset: str, data_dir: str | Path | None = None) -> Tensor:
     """Return the validation images from which a black-box attacker starts, x_NCHW; raises the errors of `load`."""
-    return load(dataset, "validation", data_dir)[0][-HELD_OUT:]
+    return load(dataset, "validation", data_dir)[0][-sizes(dataset, data_dir).held_out :]
 
 
 def load_aside(dataset: str, data_dir: str | Path | None = None) -> tuple[Tensor, Tensor]:
@@ -98,13 +105,11 @@ def load_aside(dataset: str, data_dir: str | Path | None = None) -> tuple[Tensor
 
 def open_test(dataset: str, data_dir: str | Path | None = None, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the test split in the form of `load`. Only for search/final/final_run.py: no search may use it."""
-    _data_set(dataset)
     return _tensors(dataset, "test", slice(None), data_dir, limit)
 
 
 def checksum(dataset: str, data_dir: str | Path | None = None) -> str:
     """Return the SHA-256 of the decoded official training set, that is of train and validation together."""
-    _data_set(dataset)
     return str(read_index(ensure(dataset, data_dir))["checksum"])
 
 
@@ -117,7 +122,6 @@ def fetch(dataset: str, data_dir: str | Path | None = None, progress: Progress =
     Raises:
         InputError: an altered file, no source, or no disk space; the message is one line.
     """
-    _data_set(dataset)
     ensure(dataset, data_dir, progress, thorough=True)
 
 
@@ -145,10 +149,10 @@ class Status:
 
 def check(dataset: str, data_dir: str | Path | None = None) -> Status:
     """Compare every file of a data set with its digest, and change nothing; `fetch` repairs what is wrong."""
-    data, (root, home) = _data_set(dataset), roots(data_dir)
+    data, (root, home) = find_data_set(dataset, data_dir), roots(data_dir)
     origin, fetching = data.origin, f"python launch.py data fetch {dataset}"
     try:
-        there = [place for place in origin.places(root, home) if not origin.missing(place)]
+        there = [place for place in origin.places(root, home) if not origin.added and not origin.missing(place)]
     except AlteredFile as error:
         return Status(dataset, "altered", str(error))
     found = None
@@ -157,8 +161,11 @@ def check(dataset: str, data_dir: str | Path | None = None) -> Status:
         if decoded.exists() and found is None:
             train, validation, test = _sizes(data, decoded)
             known = "; as they were decoded: no digest of the official files is known" if origin.unchecked else ""
-            counts = f"{train} train, {validation} validation, {test} test images"
+            named = f" of {len(data.classes)} classes ({', '.join(data.classes)})" if data.classes else ""
+            counts = f"{train} train, {validation} validation, {test} test images{named}"
             return Status(dataset, "ready", f"{counts} in {decoded}{known}")
+    if found and origin.added:
+        return Status(dataset, "altered", f"{found}; {origin.remedy}")
     if found:
         return Status(dataset, "altered", f"{found}; build it anew: {fetching}")
     if there:
@@ -167,10 +174,6 @@ def check(dataset: str, data_dir: str | Path | None = None) -> Status:
         law = f"not in {root}, and cannot be downloaded, {origin.closed}"
         return Status(dataset, "absent", f"{law}: put {origin.wanted} into {origin.raw(root)}, then {fetching}")
     return Status(dataset, "absent", f"not in {root}: {fetching}")
-
-
-def _data_set(name: str) -> DataSet:
-    return DATASETS[choose("a data set", name, list(DATASETS))]
 
 
 def _train(data: DataSet, decoded: Path) -> int:
@@ -188,11 +191,11 @@ def _tensors(
 ) -> tuple[Tensor, Tensor]:
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1 image, but is {limit}")
-    folder = ensure(dataset, data_dir)
+    data, folder = find_data_set(dataset, data_dir), ensure(dataset, data_dir)
     try:
         x_NCHW = np.load(folder / f"x_{part}.npy", mmap_mode="r")[chosen][:limit]
         y_N = np.load(folder / f"y_{part}.npy", mmap_mode="r")[chosen][:limit]
     except ValueError as error:
-        raise AlteredFile(f"{folder} is altered ({error}); {DATASETS[dataset].origin.remedy}") from error
-    images = torch.from_numpy(x_NCHW.astype(np.float32)).div_(DATASETS[dataset].white)
+        raise AlteredFile(f"{folder} is altered ({error}); {data.origin.remedy}") from error
+    images = torch.from_numpy(x_NCHW.astype(np.float32)).div_(data.white)
     return images, torch.from_numpy(y_N.astype(np.int64))

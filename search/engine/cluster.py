@@ -18,8 +18,8 @@ from fsspec.core import url_to_fs
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search.classifiers.task import find_task
-from search.data import cache
+from search.classifiers import own
+from search.data import cache, splits
 from search.study.study import Study
 from spaces.exceptions import InputError
 
@@ -40,11 +40,15 @@ class WorkerResources:
     Args:
         cpu, gpu: CPU cores and GPUs of its node; a fraction of a GPU shares one.
         data: the decoded data set in Ray's object store, for a node that lacks it; None on a cluster of this machine.
+        checksum: that of the data set.
+        classifiers: those that users added to it, in Ray's object store too.
     """
 
     cpu: float
     gpu: float
     data: ray.ObjectRef[Any] | None = None
+    checksum: str = ""
+    classifiers: ray.ObjectRef[Any] | None = None
 
 
 @contextmanager
@@ -72,8 +76,10 @@ def ready(study: Study, resources: WorkerResources) -> None:
     if 0 < resources.gpu < 1 and torch.cuda.is_available():
         # Ray's fractions are bookkeeping only.
         torch.cuda.set_per_process_memory_fraction((1 - CONTEXTS) * resources.gpu)
-    if (data := resources.data) is not None:
-        cache.adopt(find_task(study.task).dataset, study.data_dir, lambda: ray.get(data))
+    if (data := resources.data) is not None and resources.classifiers is not None:
+        dataset = study.task.partition("/")[0]  # no task can be found before its data are there
+        cache.adopt(dataset, study.data_dir, lambda: ray.get(data), resources.checksum)
+        own.adopt(dataset, study.data_dir, ray.get(resources.classifiers))
 
 
 def spoken() -> list[str]:
@@ -111,7 +117,13 @@ def _join(study: Study) -> WorkerResources:
     resources, fitting = _asked(study)
     if address is None:
         return resources
-    resources = replace(resources, data=ray.put(cache.pack(find_task(study.task).dataset, study.data_dir)))
+    dataset = study.resolved.task.dataset
+    resources = replace(
+        resources,
+        data=ray.put(cache.pack(dataset, study.data_dir)),
+        checksum=splits.checksum(dataset, study.data_dir),
+        classifiers=ray.put(own.pack(dataset, study.data_dir)),
+    )
     _look_over(study, resources, fitting)
     return resources
 

@@ -169,9 +169,10 @@ def _known(runner: TrialRunner, trainings: int | None) -> int | None:
 
 
 def _trained(runner: TrialRunner) -> set[str]:
-    """Return the architectures whose classifiers are in the store."""
-    held = runner.assets.store.held("classifiers")
-    return {name for name in runner.assets.needed() if runner.assets.classifier_key(name) in held} if held else set()
+    """Return the classifiers that need no training: they are in the store, or came with their weights."""
+    assets, held = runner.assets, runner.assets.store.held("classifiers")
+    needed = assets.needed()
+    return {name for name in needed if assets.resolved.task.is_given(name) or assets.classifier_key(name) in held}
 
 
 def _spoken(seconds: float) -> str:

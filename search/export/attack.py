@@ -28,7 +28,6 @@ from attacks.seeding import Draws, reproducible
 from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import Norm, ThreatModel
 from attacks.verdicts import Observation, Robustness, Verdict
-from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.task import Task, find_task
 from search.console import working
 from search.data import splits
@@ -156,19 +155,19 @@ def _prepared(
 ) -> _Preparation:
     """Check the arguments of `attack` and load what it needs."""
     attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=DRAWS)
-    exported = load(folder, changed)
+    exported = load(folder, changed, data_dir=data_dir)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     known = json.loads((folder / "evidence.json").read_text())
     threat = _threat(ThreatModel(**config["threat"]), knowledge, norm, eps)
     if not any((attacks.within(threat).oblivious, attacks.within(threat).white_box)):
         raise InputError(f"the suite {suite} has no attack in {threat.norm}")
-    task = find_task(config["task"])
+    task = find_task(config["task"], data_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tensor_float32(False)
     splits.expect(task.dataset, data_dir, known["data_sha256"])
     x_NCHW, y_N = (t.to(device) for t in splits.load(task.dataset, "validation", data_dir, None))
-    partner = find_task(f"{task.dataset}/{config['classifier']}").partner
-    own = find_task(f"{task.dataset}/{substitute or config['study'].get('substitute') or partner}").classifier
+    partner = task.beside(config["classifier"]).partner
+    own = task.beside(substitute or config["study"].get("substitute") or partner).classifier
     free = splits.sizes(task.dataset, data_dir).attackable(threat.knowledge)
     wanted = min(known["images"], free) if images is None else images
     if not 1 <= wanted <= free:
@@ -183,7 +182,7 @@ def _prepared(
         threat=threat,
         x_NCHW=x_NCHW[:wanted],
         y_N=y_N[:wanted],
-        attacker=BlackBoxAttacker(held_out_NCHW.to(device), lambda: ARCHITECTURES[own].build(task.shape)),
+        attacker=BlackBoxAttacker(held_out_NCHW.to(device), lambda: task.build(own)),
         substitute=own,
         seed=seed,
     )

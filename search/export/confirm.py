@@ -108,18 +108,23 @@ def recorded(seen: Observation, x_NCHW: Tensor) -> tuple[dict[str, Tensor], dict
 
 
 @contextmanager
-def written(target: Defended, model: Mapping[str, Any]) -> Iterator[Path]:
+def written(target: Defended, model: Mapping[str, Any], code: Mapping[str, bytes]) -> Iterator[Path]:
     """Write a defended classifier as what `load` reads of an export, into a folder that is removed afterwards.
 
     Args:
         model: the part `model` of the evidence of an export with the same defense, knobs and classifier.
+        code: the files of its user's own classifiers, by name.
     """
-    code = {"modules": ran(model["defense"])}
-    files = dict.fromkeys(FILES, b"") | {
-        "evidence.json": json.dumps({"model": model, "code": code}).encode(),
-        "weights.safetensors": to_bytes(target.defense),
-        "classifier.safetensors": to_bytes(target.classifier),
-    }
+    known = {"model": model, "code": {"modules": ran(model)}}
+    files = (
+        dict.fromkeys(FILES, b"")
+        | dict(code)
+        | {
+            "evidence.json": json.dumps(known).encode(),
+            "weights.safetensors": to_bytes(target.defense),
+            "classifier.safetensors": to_bytes(target.classifier),
+        }
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, content in {**files, SEAL: seal(files)}.items():
             (Path(folder) / name).write_bytes(content)

@@ -17,12 +17,13 @@ from attacks.suites import SUITES
 from attacks.verdicts import Robustness
 from defenses.base import Defense
 from search.data import splits
-from search.data.datasets import DATASETS
+from search.data.registry import find_data_set
 from search.export import figures
-from search.export.loader import ran
+from search.export.loader import ROLES, ran
 from search.export.provenance import again as command
 from search.export.provenance import code, libraries
 from search.study.candidate import Candidate
+from search.study.study import ResolvedStudy
 from search.trial.runner import TrialRunner
 
 REPRODUCED = 0.02
@@ -36,7 +37,7 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
         found: the result of the audit.
         again: the result of the search's attacks, run again; its verdicts count too.
     """
-    score, study = candidate.score, runner.study
+    score, study, model = candidate.score, runner.study, _model(runner, candidate)
     attacks = {"search": dict(score.attacks), "audit": dict(found.robustness.trail)}
     budgets = figures.budgets({"search": runner.assets.resolved.suite}, score.threat)
     gates = _gates(runner, candidate, found, again, figures.named(attacks, budgets, score.threat))
@@ -44,7 +45,7 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
         "alarms": [*(gate.alarm for gate in gates if not gate.passed), *score.alarms],
         "candidate": candidate.candidate,
         "search": study.name,
-        "model": _model(runner, candidate),
+        "model": model,
         "threat": asdict(score.threat),
         **figures.accuracies(found.robustness, again, score.images),
         "attacked_accuracy_of_the_search": score.attacked_accuracy,
@@ -66,7 +67,7 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
         },
         "seeds": {"search": study.seed, "audit": study.seed + 1},
         "device": score.device,
-        "code": code() | {"modules": ran(study.defense)},
+        "code": code() | {"modules": ran(model)},
         "versions": {"python": sys.version.split()[0], **libraries()},
         "reproduce": command(study, candidate.params),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -99,10 +100,28 @@ def _model(runner: TrialRunner, candidate: Candidate) -> dict[str, Any]:
         "shape": asdict(resolved.task.shape),
         "classifier": resolved.protected,
         "trained_with": resolved.task.classifier,
+        "own": _own(resolved),
         "consulted": list(runner.assets.consulted(built)),
         "parameters": {"defense": _size(built), "classifier": _size(runner.assets.target)},
         "train": dict(candidate.params.train),
         "inference": dict(candidate.params.inference),
+    }
+
+
+def _own(resolved: ResolvedStudy) -> dict[str, Any]:
+    """Return how a user's own classifiers are built from their code, by their role; empty for built-in ones."""
+    names = dict.fromkeys((resolved.protected, resolved.task.classifier))
+    added = {role: resolved.task.added(name) for role, name in zip(ROLES, names, strict=False)}
+    return {
+        role: {
+            "function": found.function,
+            "mean": list(found.mean),
+            "std": list(found.std),
+            "trained": found.weights is None,
+            "digest": found.digest,
+        }
+        for role, found in added.items()
+        if found is not None
     }
 
 
@@ -119,11 +138,13 @@ def _size(network: nn.Module) -> int:
 
 def _data(runner: TrialRunner) -> dict[str, Any]:
     dataset = runner.assets.resolved.task.dataset
+    data = find_data_set(dataset, runner.study.data_dir)
     return {
         "data": dataset,
-        "data_licence": DATASETS[dataset].licence,
+        "data_licence": data.licence,
+        "classes": list(data.classes),
         "data_sha256": splits.checksum(dataset, runner.study.data_dir),
-        "split": "validation: kept from the training set by a fixed rule (search/data/datasets.py), never test",
+        "split": f"validation: {data.split}, never test",
         "train_images": runner.study.train_images or "all",
     }
 

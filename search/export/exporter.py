@@ -203,6 +203,10 @@ def _write(folder: Path, runner: TrialRunner, defense: Defense, known: Mapping[s
         "evidence.json": json.dumps(known, indent=1).encode(),
         "pictures.png": picture,
     }
+    for role in known["model"]["own"]:
+        added = runner.assets.resolved.task.added(known["model"][role])
+        assert added is not None
+        files[f"{role}.py"] = added.code.encode()
     for name, content in {**files, SEAL: seal(files)}.items():
         write_atomic(folder / name, content)
 

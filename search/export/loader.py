@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load as from_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 import defenses
 from defenses.base import Defended, Shape
-from search.classifiers import architectures
+from search.classifiers import architectures, own, user_code
 from search.classifiers.architectures import ARCHITECTURES
+from search.classifiers.user_code import UserCode
 from search.data.guard import closed
 from search.storage.fingerprint import loaded_digests
 from spaces.exceptions import InputError
 
+ROLES = ("classifier", "trained_with")
+"""The classifiers of an export, by their keys in its `model`: the protected one, and that which the defense adopts."""
 FILES = ("card.md", "classifier.safetensors", "config.yaml", "evidence.json", "pictures.png", "weights.safetensors")
 SEAL = "SHA256SUMS"
 """The file with the SHA-256 of the other files, in the format of `sha256sum --check`."""
@@ -36,9 +39,11 @@ class Exported(Defended):
 
     Attributes:
         changed: how its code differs from the code that it was judged with, one line; empty if it does not.
+        code: the files of its user's own classifiers, by name; none for a built-in architecture.
     """
 
     changed = ""
+    code: Mapping[str, bytes] = {}
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits_NK.
@@ -72,15 +77,21 @@ class Exported(Defended):
         return x_NCHW
 
 
-def load(folder: str | Path, changed: bool = False) -> Exported:
+def load(
+    folder: str | Path, changed: bool = False, *, trust: bool = False, data_dir: str | Path | None = None
+) -> Exported:
     """Load an export as a plain nn.Module in eval mode on the CPU: images in [0, 1] in, logits out.
 
     Args:
         changed: go on where the code differs from the code that the export was judged with; a line on standard error
             says so.
+        trust: run the code of a user's own classifier that the export carries, `classifier.py`, even where nobody has
+            added this classifier to the data folder.
+        data_dir: the data folder; default: $CRUCIBLE_DATA or ~/.cache/crucible.
 
     Raises:
-        InputError: a file is missing, or was changed since the export; or so was the code that it runs (`ran`).
+        InputError: a file is missing, or was changed since the export; or so was the code that it runs (`ran`); or it
+            carries code that is not trusted.
     """
     files = opened(folder)
     known = json.loads(files["evidence.json"])
@@ -92,30 +103,49 @@ def load(folder: str | Path, changed: bool = False) -> Exported:
         )
     if differs:
         print(f"{folder} {differs}: it is no longer what was judged", file=sys.stderr)
-    shape = Shape(**model["shape"])
+    shape, code = Shape(**model["shape"]), {name: files[name] for name in files if name.endswith(".py")}
+    for name, text in code.items():
+        if not trust and not own.holds_code(text.decode(), data_dir):
+            raise InputError(
+                f"the code of an export must be trusted before it is run, but nobody has added {folder}/{name} as a "
+                "classifier on this machine: read it, then load(folder, trust=True), or add it (docs/own-model.md)"
+            )
+    classifier, adopted = (_network(role, model, code, shape) for role in ROLES)
     with closed("loaded"):
         defense = defenses.find(model["defense"])(model["train"], model["inference"], shape)
-        defense.adopt(ARCHITECTURES[model["trained_with"]].build(shape))
+        defense.adopt(adopted)
         defense.load_state_dict(from_bytes(files["weights.safetensors"]))
-    classifier = ARCHITECTURES[model["classifier"]].build(shape)
     classifier.load_state_dict(from_bytes(files["classifier.safetensors"]))
     exported = Exported(defense, classifier).eval().requires_grad_(False)
-    exported.changed = differs
+    exported.changed, exported.code = differs, code
     return exported
 
 
-def ran(defense: str) -> dict[str, str]:
-    """Return the digest of each module of ours that an export of a defense runs, by the name of the module.
+def _network(role: str, model: Mapping[str, Any], code: Mapping[str, bytes], shape: Shape) -> nn.Module:
+    """Return an untrained classifier of an export: a built-in architecture, or what the user's own code builds."""
+    role = "classifier" if model[role] == model["classifier"] else role
+    if (about := model.get("own", {}).get(role)) is None:
+        return ARCHITECTURES[model[role]].build(shape)
+    how = {name: tuple(about[name]) for name in ("mean", "std")}
+    return UserCode(code=code[f"{role}.py"].decode(), function=about["function"], **how).build(shape)
+
+
+def ran(model: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digest of each module of ours that an export runs, by the name of the module.
 
     They are the defense's own, the classifiers', and all that is loaded with them (`loaded_digests`). What loads them,
-    this file, is not among them.
+    this file, is not among them; a user's own code is a file of the export.
+
+    Args:
+        model: the part `model` of its evidence.
     """
-    return loaded_digests(defenses.find(defense).__module__, architectures.__name__)
+    builders = (architectures.__name__, *((user_code.__name__,) if model.get("own") else ()))
+    return loaded_digests(defenses.find(model["defense"]).__module__, *builders)
 
 
 def _differs(known: Mapping[str, Any]) -> str:
     """Return how the code differs from the code of the evidence; empty if it does not. A moved file is the same."""
-    then, now = known["code"].get("modules"), ran(known["model"]["defense"])
+    then, now = known["code"].get("modules"), ran(known["model"])
     if then is None:
         return "does not say which code that is (its version of Crucible did not note it)"
     changed = [name for name, digest in then.items() if digest not in now.values()]
@@ -136,7 +166,8 @@ def opened(folder: str | Path) -> dict[str, bytes]:
     """
     folder = Path(folder)
     try:
-        files = {name: (folder / name).read_bytes() for name in FILES}
+        code = [f"{role}.py" for role in ROLES if (folder / f"{role}.py").exists()]
+        files = {name: (folder / name).read_bytes() for name in (*FILES, *code)}
         sealed = (folder / SEAL).read_bytes()
     except OSError as error:
         missing = Path(error.filename).name
@@ -158,4 +189,4 @@ def seal(files: Mapping[str, bytes]) -> bytes:
 
 
 def _sums(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    return {name: f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n".encode() for name in FILES}
+    return {name: f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n".encode() for name in sorted(files)}

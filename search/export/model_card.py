@@ -30,6 +30,7 @@ def card(evidence: Mapping[str, Any]) -> str:
         TEMPLATE,
         e=evidence,
         m=evidence["model"],
+        given=any(not own["trained"] for role, own in evidence["model"]["own"].items() if role == "classifier"),
         threat=threat,
         checks=found,
         passed=passed(found),

@@ -18,6 +18,7 @@ from spaces.space import Params
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("spaces", "attacks", "defenses", "search", "launch.py")
 EXAM = (
+    "partner",
     "protect",
     "threat",
     "norm",

@@ -261,7 +261,7 @@ class FinalEvaluator:
         try:
             found = audit(target, x_NCHW, y_N, threat, seed=self.seed + 1, attacker=attacker)
             audited = worse(found.robustness.attacked, audited)
-            with written(target, case.evidence["model"]) as folder:
+            with written(target, case.evidence["model"], case.target.code) as folder:
                 gates = confirm(folder, found.versions, found.right, y_N, seed=self.seed + 1)
             alarms = [gate.alarm for gate in (*found.gates, *gates) if not gate.passed]
         except (AttackError, InputError) as error:

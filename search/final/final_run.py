@@ -20,6 +20,7 @@ from rich.console import Console
 import attacks.black_box
 from attacks.threat import ThreatModel
 from search.classifiers import architectures
+from search.classifiers.task import Task
 from search.data import splits
 from search.engine.jobs import Job, RunJobs, Tell, job_runner
 from search.exceptions import TrialError
@@ -190,14 +191,17 @@ def _case(folder: Path, moves: Mapping[str, Any], changed: bool = False) -> Expo
     Raises:
         InputError: it is not an export, it or its code was changed, or its data differ.
     """
-    target, files = loader.load(folder, changed), loader.opened(folder)
+    target, files = loader.load(folder, changed, data_dir=moves["data_dir"]), loader.opened(folder)
     config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
     study = make_study({**EARLIER, **config["study"], **moves, "warm_start": None})
     dataset = study.resolved.task.dataset
     splits.expect(dataset, study.data_dir, known["data_sha256"])
+    _same_classifiers(study.resolved.task, known["model"])
     params, threat = Params(config["train"], config["inference"]), ThreatModel(**config["threat"])
     shaping = code_digests(type(target.defense).__module__, architectures.__name__)
-    weights = [hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if name.endswith(".safetensors")]
+    weights = [
+        hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if name.endswith((".safetensors", ".py"))
+    ]
     return ExportedWinner(
         folder=folder.resolve(),
         identity=fingerprint(source=shaping, weights=weights, train=config["train"], setting=config["inference"]),
@@ -207,6 +211,21 @@ def _case(folder: Path, moves: Mapping[str, Any], changed: bool = False) -> Expo
         target=target,
         evidence=known,
     )
+
+
+def _same_classifiers(task: Task, model: Mapping[str, Any]) -> None:
+    """Check that the user's own classifiers are those of the export.
+
+    Raises:
+        InputError: one has other code or weights by now.
+    """
+    for role, about in model.get("own", {}).items():
+        found = task.added(model[role])
+        if found is None or found.digest != about["digest"]:
+            raise InputError(
+                f"a final run needs the classifier of the export, {task.dataset}/{model[role]} of digest "
+                f"{about['digest']}, but the one that was added has {found.digest if found else 'none'}"
+            )
 
 
 def _settings(cases: Sequence[ExportedWinner], seeds: int, images: int | None) -> FinalSettings:

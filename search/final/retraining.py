@@ -19,7 +19,6 @@ import defenses
 from attacks.black_box import BlackBoxAttacker
 from attacks.threat import ThreatModel
 from defenses.base import Defended, Metrics
-from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
 from search.engine.jobs import Tell
 from search.export.loader import Exported
@@ -70,9 +69,9 @@ class ExportedWinner:
 
     def attacker(self, device: torch.device) -> BlackBoxAttacker:
         """Return the black-box attacker; it starts from the last validation images, as in a search."""
-        x_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir)
-        build = ARCHITECTURES[self.resolved.substitute].build
-        return BlackBoxAttacker(x_NCHW.to(device), lambda: build(self.resolved.task.shape).to(device))
+        task, substitute = self.resolved.task, self.resolved.substitute
+        x_NCHW = splits.load_held_out(task.dataset, self.study.data_dir)
+        return BlackBoxAttacker(x_NCHW.to(device), lambda: task.build(substitute).to(device))
 
     def trainings(self) -> Iterator[tuple[str, Study, Params]]:
         """Yield the trainings of each seed: the defense, and the adversarially trained classifier as a baseline.
@@ -88,6 +87,7 @@ class ExportedWinner:
             "defense": ADVERSARIAL,
             "task": f"{self.resolved.task.dataset}/{self.resolved.protected}",
             "protect": None,
+            "partner": None,
             "threat": "white-box",  # of its quick scores, which say whether it has converged
             "space": "default",
             "knobs": {},

@@ -36,7 +36,7 @@ def announced(case: ExportedWinner, settings: FinalSettings, look: int) -> str:
     """Return the announcement before training; `look` counts the openings of the test split, including this one."""
     return (
         f"{case.name}: {case.study.defense} on {case.study.label}, {counted(len(settings.seeds), 'training')} on "
-        f"train + validation, judged on {settings.images} of {settings.of} test images"
+        f"train + validation{_kept([case])}, judged on {settings.images} of {settings.of} test images"
         f"{f'; for it this is look {look} at the test split' if look > 1 else ''}"
     )
 
@@ -181,7 +181,15 @@ def difference(one: float, n: int, other: float, m: int) -> tuple[float, float]:
 
 def _trained_on(cases: Sequence[ExportedWinner], settings: FinalSettings) -> str:
     counts = {case.study.train_images or settings.train for case in cases}
-    return f"{' or '.join(map(str, sorted(counts)))} training and all {settings.validation} validation images"
+    numbers = " or ".join(map(str, sorted(counts)))
+    return f"{numbers} training and all {settings.validation} validation images{_kept(cases)}"
+
+
+def _kept(cases: Sequence[ExportedWinner]) -> str:
+    """Return which classifiers came with their weights and are not trained, in brackets; empty if all are trained."""
+    tasks = {case.resolved.task: case.resolved.protected for case in cases}
+    given = {f"{task.dataset}/{name}" for task, name in tasks.items() if task.is_given(name)}
+    return f" (the defense alone: {' and '.join(sorted(given))} keeps the weights that it came with)" if given else ""
 
 
 def _smaller(cases: Sequence[ExportedWinner], settings: FinalSettings) -> str:

@@ -16,8 +16,8 @@ from plotly.offline import get_plotlyjs
 
 from attacks.confidence import wilson
 from search.classifiers.task import find_task
-from search.data.cache import caches, read_index
-from search.data.datasets import DATASETS
+from search.data.cache import caches
+from search.data.registry import find_data_set, read_index
 from search.export import provenance
 from search.formatting import milliseconds, percent, spoken_device, spoken_eps
 from search.report.charts import charts
@@ -72,7 +72,7 @@ def render(summary: Summary) -> str:
         faults=summary.faults,
         alarms=summary.alarms,
         cost=cost(summary),
-        dataset=find_task(study.task).dataset,
+        dataset=find_task(study.task, study.data_dir).dataset,
         again=summary.best and provenance.again(study, summary.best.params),
         elsewhere="" if study.storage == Study().storage else f" --storage {shlex.quote(study.storage)}",
         origins=list(origins(study)),
@@ -129,14 +129,14 @@ def origins(study: Study) -> Iterator[tuple[str, str]]:
     yield "Crucible", f"{commit}SHA-256 of its sources {code['sha256']}"
     yield "Python", platform.python_version()
     yield from ((name, installed[name]) for name in LIBRARIES if name in installed)
-    data = find_task(study.task).dataset
+    data = find_task(study.task, study.data_dir).dataset
     yield f"{data}, training and validation images", f"SHA-256 {checksum}" if (checksum := _checksum(study)) else "–"
-    yield f"licence of {data}", DATASETS[data].licence
+    yield f"licence of {data}", find_data_set(data, study.data_dir).licence
 
 
 def _checksum(study: Study) -> str:
     """Return the SHA-256 of the decoded data; empty if they are not on this machine."""
-    for decoded in caches(find_task(study.task).dataset, study.data_dir):
+    for decoded in caches(find_task(study.task, study.data_dir).dataset, study.data_dir):
         try:
             return str(read_index(decoded)["checksum"])
         except (OSError, ValueError, KeyError):

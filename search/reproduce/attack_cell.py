@@ -20,7 +20,6 @@ from attacks.suites import Suite
 from attacks.threat import ThreatModel
 from attacks.verdicts import Verdict
 from defenses.base import Defended
-from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
 from search.reproduce.cell_setting import Setting
 from search.trial.runner import TrialRunner
@@ -89,10 +88,10 @@ def _attacker(runner: TrialRunner, setting: Setting, rounds: int) -> BlackBoxAtt
     """Return the black-box attacker, whose substitute is trained on the answers of the oracle."""
     assets, resolved = runner.assets, runner.study.resolved
     held_out_NCHW = splits.load_held_out(resolved.task.dataset, runner.study.data_dir).to(assets.device)
-    architecture = ARCHITECTURES[setting.substitute or resolved.protected]
+    substitute = setting.substitute or resolved.protected
     return BlackBoxAttacker(
         held_out_NCHW,
-        lambda: architecture.build(resolved.task.shape),
+        lambda: resolved.task.build(substitute),
         rounds=rounds,
         asked=assets.target if setting.oracle == "bare" else None,
     )

@@ -54,6 +54,11 @@ class Fields(BaseModel):
     protect: str | None = Field(
         None, description="the task whose classifier is attacked, where it is not the one trained with: mnist/C"
     )
+    partner: str | None = Field(
+        None,
+        description="the classifier that PuVAE is trained with (list tasks); else one like the task's, or the task's "
+        "own where you added it",
+    )
     train_images: int | None = Field(None, ge=1, description="training images; else all")
     eval_images: int | None = Field(
         None, ge=1, description="validation images that are attacked; else 1000, or all where there are fewer"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 
-from search.classifiers.task import find_task
 from search.exceptions import RefusedField
 from search.study.study import ResolvedStudy, Study
 from spaces.domain import extremes
@@ -103,4 +102,4 @@ def _see_buildable(resolved: ResolvedStudy) -> None:
         with torch.device("meta"):
             built = defense(usual | turn, space.usual(), task.shape)
         for base in built.bases():
-            find_task(f"{task.dataset}/{base}")
+            task.beside(base)

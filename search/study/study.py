@@ -71,7 +71,7 @@ class Study(Fields):
     @property
     def label(self) -> str:
         """The task, and the protected classifier if that is another one."""
-        task, protect = (name and find_task(name).name for name in (self.task, self.protect))
+        task, protect = (name and find_task(name, self.data_dir).name for name in (self.task, self.protect))
         return f"{task} protecting {protect}" if protect else str(task)
 
     @cached_property
@@ -81,11 +81,11 @@ class Study(Fields):
         Raises:
             InputError: a name is unknown, or a knob does not fit the defense.
         """
-        task = find_task(self.task)
+        task = find_task(self.task, self.data_dir)
         sizes = splits.sizes(task.dataset, self.data_dir)
         with closed("imported"):
             defense, wishes = defenses.find(self.defense), {**spaces.named(self.defense, self.space), **self.knobs}
-        protected = task if self.protect is None else find_task(self.protect)
+        protected = task if self.protect is None else find_task(self.protect, self.data_dir)
         if protected.dataset != task.dataset:
             raise InputError(f"protect must be a task on {task.dataset}, as {self.task} is, but is {self.protect}")
         if self.epochs is not None and "epochs" in SearchSpace.of(defense).train:
@@ -101,10 +101,14 @@ class Study(Fields):
             if asked is not None and asked > most:
                 raise InputError(f"{name} must be at most {most} on {task.dataset}{why}, but is {asked}")
         images = min(1000, free) if self.eval_images is None else self.eval_images
-        substitute = find_task(f"{task.dataset}/{self.substitute or protected.partner}").classifier
+        if self.partner is not None and defense.consults != "partner":
+            law = "partner must be left out where the defense is trained with the attacked classifier itself"
+            raise InputError(f"{law}, as {self.defense} is, but is {self.partner}")
+        partner, substitute = self.partner or task.partner, self.substitute or protected.partner
+        partner, substitute = (task.beside(name).classifier for name in (partner, substitute))
         threat = ThreatModel(self.norm, self._eps(suite, task), self.threat)
         within = suite.within(threat)
-        return ResolvedStudy(task, protected.classifier, substitute, defense, space, threat, within, images)
+        return ResolvedStudy(task, protected.classifier, partner, substitute, defense, space, threat, within, images)
 
     def _eps(self, suite: Suite, task: Task) -> float:
         if self.eps is not None:
@@ -138,12 +142,14 @@ class ResolvedStudy:
     """The objects that a study's names refer to.
 
     Args:
-        protected: the architecture that is attacked.
+        protected: the classifier that is attacked.
+        partner: PuVAE's source classifier.
         substitute: the architecture of the black-box attacker's own network.
     """
 
     task: Task
     protected: str
+    partner: str
     substitute: str
     defense: type[Defense]
     space: SearchSpace

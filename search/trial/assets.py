@@ -17,7 +17,6 @@ from attacks.black_box import BlackBoxAttacker
 from attacks.gradient_view import View
 from attacks.threat import ThreatModel
 from defenses.base import Defense
-from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.training import classifier_key, train
 from search.data import splits
 from search.data.guard import closed
@@ -91,13 +90,18 @@ class Assets:
     def classifier(self, architecture: str) -> nn.Module:
         """Return a frozen classifier from the store; one process trains it if it is missing, while others wait."""
         if architecture not in self._classifiers:
-            network = ARCHITECTURES[architecture].build(self.resolved.task.shape).to(self.device)
+            task = self.resolved.task
+            network, about = (
+                task.build(architecture).to(self.device),
+                {"task": task.dataset, "architecture": architecture},
+            )
 
             def trained() -> Content:
+                if (given := task.given_weights(architecture)) is not None:
+                    return {"weights.safetensors": given}, {**about, "trained_by": "its owner"}
                 x_NCHW, y_N = self.training_set
                 with self.device_lock.working(), self.networks(network).training():
                     accuracy = train(network, x_NCHW, y_N, self.study.classifier_epochs, self.study.seed)
-                about = {"task": self.resolved.task.dataset, "architecture": architecture}
                 return {"weights.safetensors": to_bytes(network)}, {**about, "training_accuracy": accuracy}
 
             entry = self.store.cached("classifiers", self.classifier_key(architecture), trained)
@@ -106,22 +110,27 @@ class Assets:
         return self._classifiers[architecture]
 
     def classifier_key(self, architecture: str) -> str:
-        """Return the fingerprint of a classifier, trained or not."""
+        """Return the fingerprint of a classifier, trained or not; of one that came with weights, it is theirs."""
         if architecture not in self._keys:
-            self._keys[architecture] = classifier_key(
-                architecture,
-                data=self.data_sha256,
-                images=self.training_key,
-                epochs=self.study.classifier_epochs,
-                seed=self.study.seed,
-                **self.precision_key,
-            )
+            own = self.resolved.task.added(architecture)
+            if own is not None and own.weights is not None:
+                self._keys[architecture] = fingerprint(own=own.digest, data=self.data_sha256)
+            else:
+                self._keys[architecture] = classifier_key(
+                    architecture,
+                    data=self.data_sha256,
+                    images=self.training_key,
+                    epochs=self.study.classifier_epochs,
+                    seed=self.study.seed,
+                    **({"own": own.digest} if own else {}),
+                    **self.precision_key,
+                )
         return self._keys[architecture]
 
     def consulted(self, defense: Defense) -> tuple[str, ...]:
         """Return the architectures that the defense's training may consult: one, or its `bases`."""
         task = self.resolved.task
-        return defense.bases() or (task.classifier if defense.consults == "target" else task.partner,)
+        return defense.bases() or (task.classifier if defense.consults == "target" else self.resolved.partner,)
 
     def needed(self) -> set[str]:
         """Return the architectures whose classifiers are needed at the study's usual setting."""
@@ -148,8 +157,8 @@ class Assets:
 
     def _attacker(self) -> BlackBoxAttacker:
         held_out_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir).to(self.device)
-        architecture = ARCHITECTURES[self.resolved.substitute]
-        return BlackBoxAttacker(held_out_NCHW, lambda: architecture.build(self.resolved.task.shape).to(self.device))
+        resolved = self.resolved
+        return BlackBoxAttacker(held_out_NCHW, lambda: resolved.task.build(resolved.substitute).to(self.device))
 
     def adversarial(self, attack: Attack, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel) -> Tensor:
         """Return the adversarial images of an attack on the bare classifier, made once for all searches.

@@ -18,7 +18,6 @@ import attacks.suites
 from attacks.risk_coverage import Point, pick, risk_coverage
 from attacks.verdicts import Observation
 from defenses.base import Defended, Defense
-from search.classifiers.architectures import ARCHITECTURES
 from search.data.splits import HELD_OUT
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Content
@@ -199,7 +198,7 @@ class Scorer:
         """Measure the latency now, on the evaluation's clean and oblivious images; the stored latency stays."""
         evaluator, target = self.assets.evaluator, self.assets.target
         # A network that no training has had in its hands, which might have slowed it.
-        bare = ARCHITECTURES[self.resolved.protected].build(self.resolved.task.shape).to(self.assets.device)
+        bare = self.resolved.task.build(self.resolved.protected).to(self.assets.device)
         bare.load_state_dict(target.state_dict())
         kinds: dict[Images, Tensor] = {
             "clean": evaluator.x_NCHW,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from attacks.black_box import BlackBoxAttacker
 from defenses.base import Batches, Defended, Defense, Tensors, halved
 from search.classifiers import training
-from search.classifiers.architectures import ARCHITECTURES
 from search.data import splits
 from search.data.guard import closed
 from search.data.splits import HELD_OUT
@@ -134,15 +133,14 @@ class Step:
     def classifier(self) -> float:
         """Return the seconds of training one classifier."""
         x_NCHW, y_N = self._random(min(self.images, STEPS * 128))
-        network = ARCHITECTURES[self.resolved.protected].build(self.resolved.task.shape).to(self.runner.assets.device)
+        network = self.resolved.task.build(self.resolved.protected).to(self.runner.assets.device)
         with self.runner.assets.networks(network).training():
             training.train(network, x_NCHW[:128], y_N[:128], 1, 0)
             short_s = self._timed(lambda: training.train(network, x_NCHW, y_N, 1, 0))
         return short_s * self.images / len(y_N) * self.study.classifier_epochs
 
     def _network(self, architecture: str) -> nn.Module:
-        network = ARCHITECTURES[architecture].build(self.resolved.task.shape)
-        return network.to(self.runner.assets.device).eval().requires_grad_(False)
+        return self.resolved.task.build(architecture).to(self.runner.assets.device).eval().requires_grad_(False)
 
     def _random(self, images: int) -> tuple[Tensor, Tensor]:
         shape, device = self.resolved.task.shape, self.runner.assets.device

@@ -75,7 +75,10 @@ COMMANDS = list(commands())
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.launched], ids=str)
-def test_the_command_line_takes_every_command_of_the_pages(command: Command) -> None:
+def test_the_command_line_takes_every_command_of_the_pages(
+    command: Command, leaves: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRUCIBLE_DATA", str(leaves))
     found = parsed(*command.launched)
     if command.launched[0] == "search":
         make_study(given({name: value for name, value in found.items() if name in Fields.model_fields}))

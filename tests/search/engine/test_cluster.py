@@ -24,6 +24,7 @@ import pytest
 from search.data import cache
 from search.data.splits import fetch
 from search.study.loading import read_study
+from tests.support import own
 from tests.support.paths import ROOT
 
 PACKAGES = ("spaces", "attacks", "defenses", "search")
@@ -174,6 +175,25 @@ def test_code_and_data_reach_a_node_that_has_neither_and_nothing_else_does(nodes
     assert cache.fault(came, thorough=True) is None
     assert [path.name for path in nodes.data.iterdir() if path.is_dir()] == [".work", "decoded"]  # nothing was fetched
     assert not list(nodes.shared.glob(".token-*"))
+
+
+@pytest.mark.slow
+def test_a_users_data_and_classifier_reach_a_node_that_has_neither(nodes: Nodes, tmp_path: Path) -> None:
+    own.files(tmp_path)
+    added = nodes.launch("data", "add", "leaves", str(tmp_path / "pictures"))
+    assert added.returncode == 0, added.stderr
+    words = ("mine", f"{tmp_path}/net.py:net", "--data", "leaves", "--weights", str(tmp_path / "net.pt"))
+    assert nodes.launch("classifier", "add", *words).returncode == 0
+    more = ("--name", "own", "--storage", str(nodes.shared), "--address", nodes.address, *SMALL)
+    searched = nodes.launch("search", *more, "--task", "leaves/mine", "--eval-images", "10")
+    assert searched.returncode == 0, searched.stdout + searched.stderr
+    assert len(_candidates(nodes.shared / "own")) == 12
+    assert cache.fault(nodes.data / "decoded" / "leaves", thorough=True) is None
+    assert {path.name for path in (nodes.data / "classifiers" / "leaves" / "mine").iterdir()} == {
+        "classifier.json",
+        "classifier.py",
+        "weights.safetensors",
+    }
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_a_reworded_comment_and_a_moved_file_change_nothing(small: Path, code: P
 
 @pytest.mark.parametrize("defense", ["hgd", "defense_vae"])
 def test_an_attack_that_only_a_training_needs_is_no_part_of_a_model(defense: str) -> None:
-    modules = ran(defense)
+    modules = ran({"defense": defense})
     assert {f"defenses.{defense}", "defenses.base", "attacks.gradient_view", "spaces.space"} <= set(modules)
     assert not any(name.startswith(("attacks.catalog", "attacks.algorithms")) for name in modules)
 

@@ -76,11 +76,11 @@ def test_a_model_is_confirmed_from_its_weights_alone(small: Path) -> None:
     with torch.no_grad():
         model = load(small)
         right_DN = ((model(x_NCHW).argmax(1) == y_N) & model.accept(x_NCHW))[None]
-    with written(model, known["model"]) as folder:
+    with written(model, known["model"], model.code) as folder:
         confirmed, _ = confirm(folder, {"clean": x_NCHW}, {"clean": right_DN}, y_N, seed=1)
     assert confirmed.passed and not folder.exists()
     model.classifier.load_state_dict({name: -t for name, t in model.classifier.state_dict().items()})
-    with written(model, known["model"]) as folder:
+    with written(model, known["model"], model.code) as folder:
         confirmed, _ = confirm(folder, {"clean": x_NCHW}, {"clean": right_DN}, y_N, seed=1)
     assert not confirmed.passed, "it was asked of the weights as they are now"
 

@@ -1,0 +1,256 @@
+"""Reads the files of a user's data: a folder of images, an .npz, or two .npy.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from search.data.archives import BROKEN_PICTURE, line
+from search.data.decoders import Pixels
+from spaces.exceptions import InputError
+
+PARTS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
+"""The split that a subfolder, or the end of an array's name, stands for."""
+UNREADABLE = (*BROKEN_PICTURE, Image.DecompressionBombError)
+GREY, COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
+"""Pillow's modes with 8 bits or fewer; transparency is dropped."""
+MOST_CLASSES = 256
+Size = tuple[int, int]
+"""Height and width, in pixels."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The images of one split; each is decoded when it is asked for.
+
+    Args:
+        y_N: their labels.
+        names: of their files, below the user's folder; "" where they have none.
+        read: returns image i as C x H x W.
+    """
+
+    y_N: NDArray[np.int64]
+    names: Sequence[str]
+    read: Callable[[int], Pixels]
+
+
+@dataclass(frozen=True)
+class UserFiles:
+    """A user's data: `parts` has the splits that the user made, train always."""
+
+    parts: Mapping[str, Labelled]
+    classes: tuple[str, ...]
+    channels: int
+    size: Size
+
+
+def read_files(paths: Sequence[Path], size: Size | None) -> UserFiles:
+    """Read a folder, an .npz, or an .npy of images and one of labels.
+
+    Args:
+        size: resize all images to it; None: they must all have one size.
+
+    Raises:
+        InputError: they cannot be read as such.
+    """
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"the data must be a folder, an .npz or two .npy, but {path} does not exist")
+    kinds = ["folder" if path.is_dir() else path.suffix.lower() for path in paths]
+    if kinds == ["folder"]:
+        return _folder(paths[0], size)
+    if kinds == [".npz"]:
+        return _arrays(_npz(paths[0]), paths[0], size)
+    if kinds == [".npy", ".npy"]:
+        arrays = {name: _opened(path) for name, path in zip(("x_train", "y_train"), paths, strict=True)}
+        return _arrays(arrays, paths[0], size)
+    law = "the data must be a folder of images, an .npz with x_train and y_train, or two .npy (images, labels)"
+    raise InputError(f"{law}, but are {', '.join(map(str, paths))}")
+
+
+# A folder: a class is a subfolder, as torchvision's ImageFolder has it; perhaps train/, validation/ and test/ above.
+
+
+def _folder(path: Path, size: Size | None) -> UserFiles:
+    above = {each.name: each for each in _subfolders(path)}
+    divided = "train" in above
+    if divided and (further := sorted(set(above) - set(PARTS))):
+        law = "beside train/ there must be nothing but validation/ and test/"
+        raise InputError(f"{law}, but {path} has {', '.join(further)}")
+    parts_of = {PARTS[name]: folder for name, folder in above.items()} if divided else {"train": path}
+    found = {part: _pictures(folder) for part, folder in parts_of.items()}
+    classes = sorted({name for pictures in found.values() for name in pictures})
+    if not classes:
+        raise InputError(f"a folder of images must have a subfolder for each class, but {path} has none")
+    every = [picture for pictures in found.values() for each in pictures.values() for picture in each]
+    channels, own = _headers(every, size)
+    parts = {}
+    for part, pictures in found.items():
+        files = [file for each in pictures.values() for file in each]
+        y_N = np.array([classes.index(name) for name, each in pictures.items() for _ in each], np.int64)
+        names = [str(file.relative_to(path)) for file in files]
+        parts[part] = Labelled(y_N, names, partial(_picture, files, channels, size))
+    return UserFiles(parts, tuple(classes), channels, own)
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+
+
+def _pictures(folder: Path) -> dict[str, list[Path]]:
+    """Return the picture files of each class, sorted; other files are ignored."""
+    endings = Image.registered_extensions()
+    return {
+        each.name: sorted(p for p in each.rglob("*") if p.suffix.lower() in endings and not p.name.startswith("."))
+        for each in _subfolders(folder)
+    }
+
+
+def _headers(files: Sequence[Path], size: Size | None) -> tuple[int, Size]:
+    """Return the channels and the size of all pictures; only their headers are read.
+
+    Raises:
+        InputError: a picture is broken or has 16 bits, or the sizes differ without `size`.
+    """
+    channels, first = 1, None
+    for file in files:
+        with _open(file) as image:
+            mode, own = image.mode, (image.height, image.width)
+        if mode not in (*GREY, *COLOUR):
+            raise InputError(f"an image must have 8 bits for each colour, but {file} is of Pillow's mode {mode}")
+        channels = 3 if mode in COLOUR else channels
+        first = first or own
+        if size is None and own != first:
+            law = "images must have one size, or be resized by --size"
+            raise InputError(f"{law}, but {files[0]} has {_spoken(first)} pixels and {file} {_spoken(own)}")
+    if first is None:
+        raise InputError(f"a class must have images ({', '.join(sorted(Image.registered_extensions())[:4])}, ...)")
+    return channels, size or first
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        return Image.open(file)
+    except UNREADABLE as error:
+        raise InputError(f"{file} must be a picture, but reading it fails: {line(error)}") from None
+
+
+def _picture(files: Sequence[Path], channels: int, size: Size | None, i: int) -> Pixels:
+    try:
+        with _open(files[i]) as image:
+            return _planes(image.convert("RGB" if channels == 3 else "L"), size)
+    except UNREADABLE as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{files[i]} must be a picture, but reading it fails: {line(error)}") from None
+
+
+def _planes(image: Image.Image, size: Size | None) -> Pixels:
+    """Return an image as C x H x W."""
+    if size is not None and size != (image.height, image.width):
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+# Arrays.
+
+
+def _npz(path: Path) -> dict[str, NDArray[Any]]:
+    archive = _opened(path)
+    try:
+        return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must hold arrays of numbers, but reading it fails: {line(error)}") from None
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} must be a NumPy file without pickles, but reading it fails: {line(error)}") from None
+    except Exception as error:  # zipfile.BadZipFile, zlib.error: NumPy documents none of them
+        raise InputError(f"{path} must be a whole NumPy file, but reading it fails: {line(error)}") from None
+
+
+def _arrays(arrays: Mapping[str, NDArray[Any]], path: Path, size: Size | None) -> UserFiles:
+    named = {PARTS[end]: end for name in arrays for end in [name.removeprefix("x_")] if end in PARTS and name != end}
+    if "train" not in named or any(f"y_{end}" not in arrays for end in named.values()):
+        law = "an .npz must hold x_train and y_train, and the same with _test and _validation where you split them"
+        raise InputError(f"{law}, but {path} holds {', '.join(arrays)}")
+    images = {part: _images(arrays[f"x_{end}"], f"x_{end} of {path}") for part, end in named.items()}
+    shapes = {part: x_NHWC.shape[1:] for part, x_NHWC in images.items()}
+    channels = {shape[2] for shape in shapes.values()}
+    if len(channels) > 1 or (size is None and len(set(shapes.values())) > 1):
+        law = "the images of all splits must have one shape, or be resized by --size"
+        raise InputError(f"{law}, but are {', '.join(f'{name} {shape}' for name, shape in shapes.items())} (HWC)")
+    labels = {part: _labels(arrays[f"y_{end}"], len(images[part]), f"y_{end}") for part, end in named.items()}
+    classes = _classes(arrays, labels)
+    parts = {
+        part: Labelled(labels[part], [""] * len(x_NHWC), partial(_row, x_NHWC, size)) for part, x_NHWC in images.items()
+    }
+    return UserFiles(parts, classes, channels.pop(), size or shapes["train"][:2])
+
+
+def _images(x: NDArray[Any], name: str) -> NDArray[Any]:
+    """Return images as N x H x W x C.
+
+    Raises:
+        InputError: they have another type or shape, or pixels outside [0, 1].
+    """
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise InputError(f"images must be uint8, or float in [0, 1], but {name} is {x.dtype}")
+    shape = " x ".join(map(str, x.shape))
+    if x.ndim == 3:
+        x = x[..., None]
+    elif x.ndim != 4 or (x.shape[1] in (1, 3)) == (x.shape[3] in (1, 3)):
+        law = "images must be N x H x W, or N x C x H x W or N x H x W x C with 1 or 3 channels C"
+        raise InputError(f"{law}, but {name} is {shape}")
+    elif x.shape[1] in (1, 3):
+        x = x.transpose(0, 2, 3, 1)
+    if not x.size:
+        raise InputError(f"{name} must have images, but is {shape}")
+    if x.dtype != np.uint8 and not (x.min() >= 0 and x.max() <= 1):  # also true for NaN
+        raise InputError(f"images must be uint8, or float in [0, 1], but {name} goes from {x.min():g} to {x.max():g}")
+    return x
+
+
+def _labels(y: NDArray[Any], images: int, name: str) -> NDArray[np.int64]:
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    if y.shape != (images,) or y.dtype.kind not in "iu":
+        law = f"labels must be {images} whole numbers, one for each image"
+        raise InputError(f"{law}, but {name} is {' x '.join(map(str, y.shape)) or 'a scalar'}, {y.dtype}")
+    return np.asarray(y, np.int64)
+
+
+def _classes(arrays: Mapping[str, NDArray[Any]], labels: Mapping[str, NDArray[np.int64]]) -> tuple[str, ...]:
+    """Return the names of the classes: the array `classes`, else the numbers up to the largest label of train."""
+    count = int(labels["train"].max()) + 1
+    names = [str(name) for name in arrays["classes"]] if "classes" in arrays else [str(k) for k in range(count)]
+    for part, y_N in labels.items():
+        for worst in (int(y_N.min()), int(y_N.max())):
+            if not 0 <= worst < len(names):
+                law = f"labels must be from 0 to {len(names) - 1}, for the {len(names)} classes of train"
+                raise InputError(f"{law}, but y_{part} has {worst}")
+    return tuple(names)
+
+
+def _row(x_NHWC: NDArray[Any], size: Size | None, i: int) -> Pixels:
+    pixels = np.asarray(x_NHWC[i])
+    if pixels.dtype != np.uint8:
+        pixels = np.rint(pixels * 255.0).astype(np.uint8)
+    return _planes(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels)), size)
+
+
+def _spoken(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"
