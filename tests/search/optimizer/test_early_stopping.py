@@ -201,7 +201,7 @@ def test_what_was_stopped_is_nowhere_among_what_finished(tmp_path: Path, stoppin
 
 def test_optunas_best_trials_are_our_front(tmp_path: Path) -> None:
     """Where latencies tie, Optuna names each of the best, and the front one."""
-    study = digits_study(tmp_path, min_clean_accuracy=0.9)
+    study = digits_study(tmp_path, min_clean_accuracy=0.9, method="tpe")
     proposer, dice = Proposer(study), random.Random(0)
     for _ in range(4):
         proposal = proposer.propose()
