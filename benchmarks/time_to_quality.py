@@ -42,8 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, without the race": {"scoring": "all"},
     "ours, nobody stopped": {"stopping": "none"},
-    "ours, halving": {"stopping": "halving"},
-    "TPE, halving (the default until 2026-11)": {"method": "tpe", "stopping": "halving", "scoring": "all"},
+    "TPE, halving (the default until 2026-11)": {"method": "tpe", "scoring": "all"},
     "TPE": {"method": "tpe", "stopping": "none", "scoring": "all"},
     "random": {"method": "random", "stopping": "none", "scoring": "all"},
 }
@@ -51,7 +50,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def study_of(table: Table, storage: Path, arm: str, seed: int) -> Study:
     """Return a search over the values of a table's grid."""
-    default = {"method": "forecast", "stopping": "forecast", "trials": len(table.trainings)}
+    default = {"method": "forecast", "stopping": "halving", "trials": len(table.trainings)}
     fields = {**table.fields, **default, **ARMS[arm], "seed": seed, "storage": str(storage), "name": "replay"}
     return make_study(fields)
 
@@ -70,7 +69,7 @@ def work(table: Table, replay: Replay, scoring: str) -> Work:
             for setting in settings:
                 replay.attack(training, setting, count)
             verdicts = [table.judged_TSN[training, setting, :count].astype(float) for setting in settings]
-            kept = sorted({first, *contenders(verdicts, [0.0] * len(kept))})
+            kept = sorted({first, *contenders(verdicts, [1.0] * len(kept), proposal.rivals)})
         kept.sort(key=lambda setting: setting != first)
         found = []
         for setting in kept:

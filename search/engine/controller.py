@@ -69,7 +69,7 @@ class Controller:
         self.study = study
         self.proposer = proposer
         self.listeners = listeners
-        self.rule = rule_of(study, proposer.forecast)
+        self.rule = rule_of(study)
         self._running: dict[str, _RunningTrial] = {}
         self._again: list[str] = []
         self.trouble: OSError | None = None

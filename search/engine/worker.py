@@ -62,7 +62,12 @@ def _execute(study: Study, proposal: Proposal, report: Report, store: Store) -> 
     runner = TrialRunner.of(study, store)
     fit = runner.trainer.key(proposal.params)
     candidates, dropped = raced_trial(
-        study, proposal.params, store, lambda epoch, metrics: report(fit, epoch, metrics), alone=proposal.refines
+        study,
+        proposal.params,
+        store,
+        lambda epoch, metrics: report(fit, epoch, metrics),
+        alone=proposal.refines,
+        rivals=proposal.rivals,
     )
     best = (*feasible(study, candidates), *ranked(candidates))[0]
     path = study.folder / "pictures" / f"{proposal.name}.png"

@@ -103,7 +103,7 @@ class Never:
 
 def grace(study: Study) -> int:
     """Return the number of epochs before a training may be stopped."""
-    return study.grace or (1 if study.stopping == "forecast" else max(1, study.resolved.epochs // 2))
+    return study.grace or max(1, study.resolved.epochs // 2)
 
 
 def rungs(study: Study) -> list[int]:
@@ -111,11 +111,9 @@ def rungs(study: Study) -> list[int]:
     return sorted(_halving(study).rungs)
 
 
-def rule_of(study: Study, forecast: Rule) -> Rule:
-    """Return the study's rule: the search's forecast, or another one without any recorded score."""
+def rule_of(study: Study) -> Rule:
+    """Return the study's rule, without any recorded score."""
     match study.stopping:
-        case "forecast":
-            return forecast
         case "halving":
             return _halving(study)
         case "median":

@@ -111,7 +111,7 @@ class Proposer(SearchHistory):
         self.forecast.began(name, params)
         self._seen.add(_key(params))
         self._running[name] = trial
-        return Proposal(name, params)
+        return Proposal(name, params, rivals=self.forecast.rivals())
 
     def refine(self) -> Proposal | None:
         """Return an inference setting to try on one of the best fits, or None if enough were tried.

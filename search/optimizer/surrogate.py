@@ -13,20 +13,21 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 OFFSET, OWN = 0.3, 0.05
-"""Prior deviation of the mean, and of the distance of a fidelity's mean from it; the share of a setting's variance
-that its neighbours do not explain."""
-PRIORS = {"length": (math.log(0.6), 0.8), "deviation": (math.log(0.2), 0.6), "decay": (math.log(0.15), 0.8)}
+"""Prior deviation of the mean and of a fidelity's distance from it; the share of a setting's variance that its
+neighbours do not explain."""
+PRIORS = {"length": (math.log(0.35), 0.6), "deviation": (math.log(0.2), 0.6), "decay": (math.log(0.15), 0.8)}
 """Mean and deviation of the log of each hyperparameter, for accuracies in [0, 1]."""
-CENTRE = 0.3
+CENTRE, STEADY = 0.3, 2.0
+"""The prior mean; the distance in u over which the fidelities' means change."""
 
 
 class Surrogate:
     """Accuracy f(x, u) of a setting x at a fidelity u, with known noise.
 
     The covariance is Matern 5/2 in x, with a length for each coordinate, times exp(-decay |u - u'|); each fidelity
-    has a mean of its own. A fidelity is the number of halvings from a whole training, so that the quick score of a
-    quarter of the epochs has u = 2; the final score has u = -1/2. The hyperparameters are the most probable of some
-    that are drawn near the last ones: a few of them, known roughly, suffice.
+    has a mean, which changes smoothly. A fidelity is the number of halvings from a whole training, so that the quick
+    score of a quarter of the epochs has u = 2; the final score has u = -1/2. The hyperparameters are the most probable
+    of some that are drawn near the last ones: a few of them, known roughly, suffice.
 
     Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), chapters 2 and 4.2; the product of
     kernels over settings and fidelities is Swersky, Snoek and Adams, Multi-Task Bayesian Optimization (NeurIPS 2013).
@@ -64,7 +65,7 @@ class Surrogate:
         far = np.sqrt(5 * square)
         alike = (1 + far + far**2 / 3) * np.exp(-far) + OWN * (square < 1e-10)
         apart = np.abs(u_M[:, None] - u_Q[None])
-        offsets = OFFSET**2 * (1 + (apart < 1e-9))
+        offsets = OFFSET**2 * (1 + np.exp(-0.5 * (apart / STEADY) ** 2))
         found: Array = np.exp(2 * log[-2]) * alike * np.exp(-np.exp(log[-1]) * apart) + offsets
         return found
 

@@ -76,12 +76,10 @@ class Fields(BaseModel):
         description="of trainings; else bfloat16 where the hardware computes in it natively. Attacks, verdicts and "
         "latency are float32, always",
     )
-    stopping: Literal["forecast", "halving", "median", "none"] = Field(
-        "forecast", description="the rule that stops trainings early, on their rung scores"
+    stopping: Literal["halving", "median", "none"] = Field(
+        "halving", description="the rule that stops trainings early, on their rung scores"
     )
-    grace: int | None = Field(
-        None, ge=1, description="epochs before a training may be stopped; else 1 with forecast, else half of all"
-    )
+    grace: int | None = Field(None, ge=1, description="epochs before a training may be stopped; else half of all")
     halving: float = Field(3.0, gt=1, description="of those that reach a rung one in so many goes on")
     patience: int = Field(8, ge=0, description="trainings that reach a rung before any is stopped there")
     refine: int = Field(

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from attacks.confidence import wilson
 from spaces.domain import Scalar
 from spaces.space import Params
 
 Verdicts = NDArray[np.float64]
+Rivals = Sequence[tuple[float, float]]
 SHARE, LEAST = 4, 50
 """The first images are one in so many of all, but at least so many; where that is half of all, there is no race."""
 SURE = 1.64
 """A setting is dropped where it is worse on the same images by so many standard errors: 5 % one-sided."""
-LUCK = 0.05
-"""Least standard deviation of a difference, so that a single image decides nothing."""
+WORTH = 0.005
+"""By how much a setting must possibly be better than another one to be worth its attacks."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +44,30 @@ def first_images(images: int) -> int:
     return first if 2 * first < images else 0
 
 
-def contenders(verdicts: Sequence[Verdicts], latencies_ms: Sequence[float]) -> list[int]:
-    """Return the places of the settings that may be the best one.
+def contenders(verdicts: Sequence[Verdicts], latencies_ms: Sequence[float], rivals: Rivals = ()) -> list[int]:
+    """Return the places of the settings that may be worth attacking on all images.
+
+    A setting is dropped where another one that is no slower is better on the same images, beyond chance, or so alike
+    that it cannot be better by more than `WORTH`; and where a rival that is no slower is better than it can be.
 
     Args:
         verdicts: of each setting on the same N images.
-        latencies_ms: a setting is dropped only for another one that is no slower.
+        latencies_ms: a setting is dropped only for what is no slower.
+        rivals: latency in ms and attacked accuracy of candidates of the search.
     """
+    order = sorted(range(len(verdicts)), key=lambda i: (-float(verdicts[i].mean()), i))
+    kept = list[int]()
+    for i in order:
+        able = float(wilson(float(verdicts[i].mean()), len(verdicts[i]))[1])
+        beaten = any(latency_ms <= latencies_ms[i] and accuracy > able for latency_ms, accuracy in rivals)
+        if not beaten and all(
+            latencies_ms[j] > latencies_ms[i] or _gain(verdicts[i], verdicts[j]) > WORTH for j in kept
+        ):
+            kept.append(i)
+    return sorted(kept)
 
-    places = range(len(verdicts))
 
-    def dropped(i: int) -> bool:
-        return any(latencies_ms[j] <= latencies_ms[i] and _beats(verdicts[j], verdicts[i]) for j in places)
-
-    return [i for i in places if not dropped(i)]
-
-
-def _beats(one_N: Verdicts, other_N: Verdicts) -> bool:
-    """Return whether the mean of a paired difference is positive beyond chance."""
+def _gain(one_N: Verdicts, other_N: Verdicts) -> float:
+    """Return the most by which one setting may be better than another: the upper end of a paired difference."""
     difference_N = one_N - other_N
-    error = max(float(difference_N.std()), LUCK) / np.sqrt(len(difference_N))
-    return bool(difference_N.mean() > SURE * error)
+    return float(difference_N.mean() + SURE * difference_N.std() / np.sqrt(len(difference_N)))

@@ -19,7 +19,7 @@ from search.study.candidate import Candidate, Latency
 from search.study.study import Study
 from search.trial.assets import Assets
 from search.trial.pictures import drawn
-from search.trial.race import Dropped
+from search.trial.race import Dropped, Rivals
 from search.trial.scoring import Scorer
 from search.trial.training import Report, Trainer, silent
 from spaces.space import Params
@@ -31,7 +31,7 @@ def run_trial(study: Study, params: Params, store: Store, report: Report, *, alo
 
 
 def raced_trial(
-    study: Study, params: Params, store: Store, report: Report, *, alone: bool = False
+    study: Study, params: Params, store: Store, report: Report, *, alone: bool = False, rivals: Rivals = ()
 ) -> tuple[list[Candidate], list[Dropped]]:
     """Train or load the fit of `params`, and score it at every inference setting that does not lose the race.
 
@@ -46,7 +46,7 @@ def raced_trial(
     """
     runner = TrialRunner.of(study, store)
     key, defense = runner.trainer.fit(params, report)
-    return runner.scorer.raced(key, defense, [params] if alone else runner.scorer.settings(params))
+    return runner.scorer.raced(key, defense, [params] if alone else runner.scorer.settings(params), rivals)
 
 
 def baseline(study: Study, store: Store) -> Candidate:

@@ -26,7 +26,7 @@ from search.study.ranking import feasible
 from search.trial.assets import Assets
 from search.trial.evaluator import Evaluation
 from search.trial.latency import device_name, measure
-from search.trial.race import Dropped, Verdicts, contenders, first_images
+from search.trial.race import Dropped, Rivals, Verdicts, contenders, first_images
 from spaces.domain import Scalar
 from spaces.space import GRID_LIMIT, Params
 
@@ -54,7 +54,9 @@ class Scorer:
             others = [space.drawn(rng) for _ in range(SAMPLE)]
         return [params, *(other for other in others if other != params)]
 
-    def raced(self, key: str, defense: Defense, settings: Sequence[Params]) -> tuple[list[Candidate], list[Dropped]]:
+    def raced(
+        self, key: str, defense: Defense, settings: Sequence[Params], rivals: Rivals = ()
+    ) -> tuple[list[Candidate], list[Dropped]]:
         """Return the candidates of one fit, the first setting's first, and the settings that lost the race.
 
         Dropped settings are attacked on all images too, the best first, until some candidate satisfies the constraints.
@@ -63,7 +65,7 @@ class Scorer:
             return self.candidates(key, defense, settings), []
         verdicts = [self._begin(key, defense.at(params.inference)) for params in settings]
         latencies = [self.latency(defense.at(params.inference)).ms_p50 for params in settings]
-        kept = sorted({0, *contenders(verdicts, latencies)})
+        kept = sorted({0, *contenders(verdicts, latencies, rivals)})
         lost = sorted(set(range(len(settings))) - set(kept), key=lambda i: -float(verdicts[i].mean()))
         found = self.candidates(key, defense, [settings[i] for i in kept])
         while lost and not feasible(self.study, found):

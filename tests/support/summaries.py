@@ -30,7 +30,7 @@ IMAGES = 1000
 
 def study_of(threat: Knowledge = "white-box", **more: Any) -> Study:
     wishes: dict[str, Any] = {"name": "night", "trials": 40, "threat": threat, "min_clean_accuracy": 0.9}
-    return Study(**{**wishes, "stopping": "halving", "max_latency_ms": 12.0, "train_images": 5000, "seed": 3, **more})
+    return Study(**{**wishes, "max_latency_ms": 12.0, "train_images": 5000, "seed": 3, **more})
 
 
 def scored(attacked: float, clean: float, ms: float, threat: Knowledge = "white-box") -> Score:

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from search.engine.run import open_controller, run
 from search.engine.worker import Report, Work
-from search.optimizer.early_stopping import Halving, Median, Never, rule_of
+from search.optimizer.early_stopping import Halving, Median, rule_of
 from search.optimizer.history import SearchHistory, state_of
 from search.optimizer.proposer import Proposer
 from search.report.charts import charts
@@ -70,8 +70,8 @@ def test_equal_scores_all_go_on() -> None:
 
 
 def test_halving_is_the_default_and_none_never_stops(tmp_path: Path) -> None:
-    assert isinstance(rule_of(digits_study(tmp_path, stopping="halving"), Never()), Halving)
-    never = rule_of(digits_study(tmp_path, stopping="none", patience=0), Never())
+    assert isinstance(rule_of(digits_study(tmp_path)), Halving)
+    never = rule_of(digits_study(tmp_path, stopping="none", patience=0))
     assert not any(never.stops(f"t{i}", epoch, 1.0 - i) for i in range(20) for epoch in (1, 2))
 
 
@@ -191,7 +191,7 @@ def test_what_was_stopped_is_nowhere_among_what_finished(tmp_path: Path, stoppin
     assert found.rank_correlation is not None
     assert {name for name, *_ in found.rank_correlation.points} == {n for n, s in states.items() if s == "finished"}
     # A second driver judges as the first would have gone on to.
-    first, again = rule_of(study, Never()), open_controller(study, []).rule
+    first, again = rule_of(study), open_controller(study, []).rule
     for trial in history.trials():
         for epoch, score in trial.user_attrs["curve"]:
             first.stops(trial.user_attrs["trial"], epoch, score)

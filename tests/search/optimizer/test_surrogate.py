@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from search.optimizer.surrogate import CENTRE, OFFSET, OWN, Surrogate
+from search.optimizer.surrogate import CENTRE, OFFSET, OWN, STEADY, Surrogate
 
 
 def slow(log: np.ndarray, a: np.ndarray, u: float, b: np.ndarray, v: float) -> float:
@@ -15,7 +15,8 @@ def slow(log: np.ndarray, a: np.ndarray, u: float, b: np.ndarray, v: float) -> f
     far = math.sqrt(sum(((p - q) / length) ** 2 for p, q, length in zip(a, b, lengths, strict=True)))
     matern = (1 + math.sqrt(5) * far + 5 * far**2 / 3) * math.exp(-math.sqrt(5) * far)
     own = OWN if far < 1e-5 else 0.0
-    return deviation**2 * (matern + own) * math.exp(-decay * abs(u - v)) + OFFSET**2 * (2 if u == v else 1)
+    offset = OFFSET**2 * (1 + math.exp(-0.5 * ((u - v) / STEADY) ** 2))
+    return deviation**2 * (matern + own) * math.exp(-decay * abs(u - v)) + offset
 
 
 def test_it_is_the_slow_one_in_loops() -> None:

@@ -13,7 +13,7 @@ from search.engine.worker import execute
 from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
 from search.trial import evaluator
-from search.trial.race import LEAST, Dropped, contenders, first_images
+from search.trial.race import LEAST, Dropped, Rivals, contenders, first_images
 from search.trial.runner import raced_trial, run_trial
 from tests.conftest import digits_study
 from tests.search.trial.test_runner import setting, silent
@@ -29,20 +29,27 @@ def verdicts(*counts: int, images: int = 100) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     ("counts", "kept"),
     [
-        ((50, 50, 50), [0, 1, 2]),
         ((50, 49, 20), [0, 1]),
-        ((10, 60, 58), [1, 2]),
-        ((0, 0), [0, 1]),
-        ((1, 0), [0, 1]),  # one image decides nothing
+        ((10, 60, 59), [1, 2]),
+        ((50, 50, 50), [0]),  # the same verdicts: to attack one of them suffices
+        ((0, 0), [0]),
+        ((1, 0), [0, 1]),  # one image of a hundred decides nothing
     ],
 )
-def test_who_is_worse_beyond_chance_is_dropped(counts: tuple[int, ...], kept: list[int]) -> None:
+def test_who_is_worse_beyond_chance_or_the_same_is_dropped(counts: tuple[int, ...], kept: list[int]) -> None:
     assert contenders(verdicts(*counts), [1.0] * len(counts)) == kept
 
 
 def test_a_faster_setting_is_not_dropped_for_a_slower_one() -> None:
     assert contenders(verdicts(20, 60), [1.0, 5.0]) == [0, 1]
     assert contenders(verdicts(20, 60), [5.0, 1.0]) == [1]
+
+
+def test_who_cannot_be_as_good_as_a_rival_is_dropped() -> None:
+    """Of 100 images 20 withstand: at most 29 %, by Wilson's interval."""
+    assert contenders(verdicts(20), [1.0], [(1.0, 0.3)]) == []
+    assert contenders(verdicts(20), [1.0], [(1.0, 0.28)]) == [0]
+    assert contenders(verdicts(20), [1.0], [(2.0, 0.3)]) == [0]  # the rival is slower
 
 
 def test_settings_that_differ_by_chance_alone_are_seldom_dropped() -> None:
@@ -71,11 +78,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, dict[str, Ca
     return study, {c.candidate: c for c in run_trial(study, setting(study), study.store, silent)}
 
 
-def raced(study: Study, *, proposed: float = 0.1, **fields: object) -> tuple[list[Candidate], list[Dropped]]:
+def raced(study: Study, *, proposed: float = 0.1, rivals: Rivals = ()) -> tuple[list[Candidate], list[Dropped]]:
     """Race on a stored fit whose scores were thrown away."""
-    again = study.model_copy(update={"scoring": "race", **fields})
+    again = study.model_copy(update={"scoring": "race"})
     shutil.rmtree(study.store.root / "scores")
-    return raced_trial(again, setting(again, sigma_eps=proposed), again.store, silent)
+    return raced_trial(again, setting(again, sigma_eps=proposed), again.store, silent, rivals=rivals)
 
 
 def test_a_race_changes_no_figure_and_finds_the_same_winner(whole: tuple[Study, dict[str, Candidate]]) -> None:
@@ -87,6 +94,13 @@ def test_a_race_changes_no_figure_and_finds_the_same_winner(whole: tuple[Study, 
     assert max(c.score.attacked_accuracy for c in found) == best.score.attacked_accuracy
     assert {d.images for d in dropped} == {LEAST} and all(0 <= d.accuracy <= 1 for d in dropped)
     assert not {str(dict(d.inference)) for d in dropped} & {str(dict(c.params.inference)) for c in found}
+
+
+def test_a_training_that_cannot_reach_a_rival_is_scored_at_the_proposed_setting_alone(
+    whole: tuple[Study, dict[str, Candidate]],
+) -> None:
+    found, dropped = raced(whole[0], rivals=((0.0, 0.99),))
+    assert len(found) == 1 and found[0].params.inference["sigma_eps"] == 0.1 and len(dropped) == 5
 
 
 def test_the_proposed_setting_is_scored_though_it_loses(whole: tuple[Study, dict[str, Candidate]]) -> None:
