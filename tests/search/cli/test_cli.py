@@ -373,7 +373,7 @@ def test_help_groups_the_commands_in_the_order_of_work() -> None:
     assert re.findall(r"^│ ([a-z][a-z-]+) ", shown, re.MULTILINE) == [
         *("search", "resume", "status", "report", "dashboard", "wandb-view"),
         *("export", "attack", "audit", "final", "reproduce"),
-        *("list", "doctor", "completion", "data"),
+        *("list", "doctor", "completion", "data", "classifier"),
     ]
 
 
