@@ -18,7 +18,7 @@ from search.optimizer.surrogate import Array, Surrogate
 from search.study.candidate import Candidate
 from search.study.ranking import constraints, feasible
 from search.study.study import Study
-from spaces.domain import Scalar
+from spaces.domain import Scalar, contains, draw, only
 from spaces.space import Params, SearchSpace
 
 FIRST = 4
@@ -218,11 +218,12 @@ class Forecast:
         """Return a setting that differs from another in some knobs, by a tenth of a range or a step of a grid."""
         old, moved = params.flat(), self._rng.random(len(self._axes)) < max(0.3, 1 / max(1, len(self._axes)))
         change = dict(zip(self._axes, moved, strict=True))
-        drawn = self.space.drawn(self._rng).flat()
 
         def value(name: str, domain: BaseDistribution) -> Scalar:
-            if domain.single() or name not in change:
-                return drawn[name]
+            if domain.single():
+                return only(name, domain)
+            if name not in change or not contains(domain, old[name]):  # it did not matter there
+                return draw(domain, self._rng)
             return stepped(domain, old[name], self._rng) if change[name] else old[name]
 
         return self.space.setting(value)

@@ -114,11 +114,11 @@ def test_a_second_search_over_the_same_space_trains_nothing_and_attacks_nothing(
 def test_a_trial_that_is_killed_scores_no_setting_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, calls = brief(tmp_path), []
 
-    def observed(self: Evaluator, target: nn.Module) -> Observation:
+    def observed(self: Evaluator, target: nn.Module, begun: Observation | None = None) -> Observation:
         calls.append(1)
         if len(calls) == 5:
             raise Killed
-        return observe(self, target)
+        return observe(self, target, begun)
 
     observe = Evaluator.observe
     monkeypatch.setattr(Evaluator, "observe", observed)
