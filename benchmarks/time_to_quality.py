@@ -1,6 +1,6 @@
 """Time to quality: what a search costs until its winner is within one point of the whole grid's, beside others' tools.
 
-    python -m benchmarks.time_to_quality --seeds 20 --out ours.jsonl        our searches, replayed on the tables
+    python -m benchmarks.time_to_quality --seeds 20 --out ours.jsonl        our searches on the tables; resumes
     python -m benchmarks.time_to_quality --table ours.jsonl peers.jsonl     the tables of docs/engine.md
 
 The tables (`benchmarks/tables`, made by `benchmarks.quality_tables`) hold real trainings, so a search trains nothing:
@@ -123,6 +123,10 @@ def tables(names: Sequence[str]) -> list[Table]:
     return [Table(FOLDER / f"{name}.npz") for name in names]
 
 
+def rows_of(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
 def lines(rows: Sequence[Mapping[str, Any]], every: Sequence[Table]) -> Iterator[str]:
     """Yield a Markdown table: cost to the goal as a share of the grid's, its geometric mean, and regrets in points."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -164,12 +168,15 @@ def main() -> None:
     parser.add_argument("--table", type=Path, nargs="+", help="print the table of these results")
     asked = parser.parse_args()
     if asked.table:
-        rows = [json.loads(line) for path in asked.table for line in path.read_text().splitlines()]
-        print("\n".join(lines(rows, tables(asked.tables))))
+        print("\n".join(lines(rows_of(asked.table), tables(asked.tables))))
         return
+    known = rows_of([asked.out]) if asked.out.exists() else []
+    done = {(row["table"], row["arm"], row["seed"]) for row in known}
     for seed in range(asked.seeds):
         for table in tables(asked.tables):
             for arm in asked.arms:
+                if (table.name, arm, seed) in done:
+                    continue
                 row = {"table": table.name, "arm": arm, "seed": seed, "trail": replayed(table, arm, seed, asked.cap)}
                 with asked.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
