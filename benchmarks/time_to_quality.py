@@ -69,7 +69,7 @@ def work(table: Table, replay: Replay, scoring: str) -> Work:
             for setting in settings:
                 replay.attack(training, setting, count)
             verdicts = [table.judged_TSN[training, setting, :count].astype(float) for setting in settings]
-            kept = sorted({first, *contenders(verdicts, [1.0] * len(kept), proposal.rivals)})
+            kept = sorted({first, *contenders(verdicts, [1.0] * len(kept), [rival[1:] for rival in proposal.rivals])})
         kept.sort(key=lambda setting: setting != first)
         found = []
         for setting in kept:

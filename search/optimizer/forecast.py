@@ -48,6 +48,8 @@ class _Training:
     images: int = 0
     accuracy: float | None = None
     latency: float = 0.0
+    device: str = ""
+    feasible: bool = False
     inference: Mapping[str, Scalar] = field(default_factory=dict)
     running: bool = True
 
@@ -102,21 +104,33 @@ class Forecast:
             return
         training.running = False
         if candidates:
-            best = (*feasible(self.study, candidates), *candidates)[0]
+            within = feasible(self.study, candidates)
+            best = (*within, *candidates)[0]
             broken = sum(max(0.0, excess) for excess in constraints(self.study, best).values())
             training.accuracy = max(0.0, 1 - best.score.attacked_error - broken)
             training.images, training.latency = best.score.images, best.score.latency_ms_p50
-            training.inference = best.params.inference
+            training.device, training.feasible, training.inference = (
+                best.score.device,
+                bool(within),
+                best.params.inference,
+            )
+
+    def knew(self, name: str, params: Params, error: float, latency: float) -> None:
+        """Record the result of a training of an earlier search that was judged alike, from which this one begins."""
+        self.began(name, params)
+        training = self._trainings[name]
+        training.running, training.latency, training.images = False, latency, self.study.resolved.eval_images
+        training.accuracy = max(training.accuracy or 0.0, 1 - error)
 
     # What follows.
 
-    def rivals(self) -> tuple[tuple[float, float], ...]:
-        """Return latency in ms and attacked accuracy of the best result, and of each that is faster than the better."""
-        found, fastest = list[tuple[float, float]](), math.inf
+    def rivals(self) -> tuple[tuple[str, float, float], ...]:
+        """Return device, latency in ms and attacked accuracy of the best feasible results: the front of each device."""
+        found, fastest = list[tuple[str, float, float]](), dict[str, float]()
         for training in sorted(self._results(), key=lambda training: -(training.accuracy or 0.0)):
-            if training.latency < fastest:
-                fastest = training.latency
-                found.append((fastest, training.accuracy or 0.0))
+            if training.feasible and training.latency < fastest.get(training.device, math.inf):
+                fastest[training.device] = training.latency
+                found.append((training.device, training.latency, training.accuracy or 0.0))
         return tuple(found)
 
     def propose(self, unseen: Sequence[Params] | None) -> Params:

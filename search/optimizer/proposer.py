@@ -269,6 +269,11 @@ class Proposer(SearchHistory):
             name, params = trial.user_attrs["trial"], self.setting(trial)
             forecast.began(name, params)
             forecast.ended(name, found[_key(params)] if trial.state == TrialState.COMPLETE else ())
+        for trial in self.all():
+            if "from" in trial.user_attrs and self.searched.keys() <= trial.params.keys():
+                params = self.space.complete(trial.params)
+                excess = sum(max(0.0, value) for value in trial.constraints.values())
+                forecast.knew(f"from {_key(params)}", params, trial.values[0] + excess, trial.values[1])
         return forecast
 
     def _enqueue(self, values: Mapping[str, Scalar]) -> None:

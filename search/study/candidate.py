@@ -18,13 +18,13 @@ class Proposal:
     Args:
         name: t001, t002, ... for a training, r001, r002, ... for a refinement.
         refines: score a stored fit at this one inference setting, without training.
-        rivals: latency in ms and attacked accuracy of the best candidates when it was proposed (search/trial/race.py).
+        rivals: device, latency in ms and attacked accuracy of the best candidates when it was proposed.
     """
 
     name: str
     params: Params
     refines: bool = False
-    rivals: tuple[tuple[float, float], ...] = ()
+    rivals: tuple[tuple[str, float, float], ...] = ()
 
 
 Images = Literal["clean", "attacked", ""]

@@ -16,7 +16,8 @@ from spaces.domain import Scalar
 from spaces.space import Params
 
 Verdicts = NDArray[np.float64]
-Rivals = Sequence[tuple[float, float]]
+Rivals = Sequence[tuple[str, float, float]]
+"""Device, latency in ms and attacked accuracy of the search's best candidates."""
 SHARE, LEAST = 4, 50
 """The first images are one in so many of all, but at least so many; where that is half of all, there is no race."""
 SURE = 1.64
@@ -44,7 +45,9 @@ def first_images(images: int) -> int:
     return first if 2 * first < images else 0
 
 
-def contenders(verdicts: Sequence[Verdicts], latencies_ms: Sequence[float], rivals: Rivals = ()) -> list[int]:
+def contenders(
+    verdicts: Sequence[Verdicts], latencies_ms: Sequence[float], rivals: Sequence[tuple[float, float]] = ()
+) -> list[int]:
     """Return the places of the settings that may be worth attacking on all images.
 
     A setting is dropped where another one that is no slower is better on the same images, beyond chance, or so alike
@@ -53,7 +56,7 @@ def contenders(verdicts: Sequence[Verdicts], latencies_ms: Sequence[float], riva
     Args:
         verdicts: of each setting on the same N images.
         latencies_ms: a setting is dropped only for what is no slower.
-        rivals: latency in ms and attacked accuracy of candidates of the search.
+        rivals: latency in ms and attacked accuracy of candidates of the search on the same device.
     """
     order = sorted(range(len(verdicts)), key=lambda i: (-float(verdicts[i].mean()), i))
     kept = list[int]()

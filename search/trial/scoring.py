@@ -64,8 +64,9 @@ class Scorer:
         if not self._races(defense, settings):
             return self.candidates(key, defense, settings), []
         verdicts = [self._begin(key, defense.at(params.inference)) for params in settings]
-        latencies = [self.latency(defense.at(params.inference)).ms_p50 for params in settings]
-        kept = sorted({0, *contenders(verdicts, latencies, rivals)})
+        measured = [self.latency(defense.at(params.inference)) for params in settings]
+        here = [(ms, accuracy) for device, ms, accuracy in rivals if device == measured[0].device]
+        kept = sorted({0, *contenders(verdicts, [latency.ms_p50 for latency in measured], here)})
         lost = sorted(set(range(len(settings))) - set(kept), key=lambda i: -float(verdicts[i].mean()))
         found = self.candidates(key, defense, [settings[i] for i in kept])
         while lost and not feasible(self.study, found):

@@ -91,6 +91,23 @@ def test_a_resumed_search_knows_what_it_knew(tmp_path: Path) -> None:
         assert (again.at == training.at).all() and not again.running
 
 
+def test_rivals_are_the_feasible_front(tmp_path: Path) -> None:
+    proposer = Proposer(paper(tmp_path, min_clean_accuracy=0.9))
+    for accuracy, clean, ms in ((0.5, 0.95, 5.0), (0.6, 0.95, 9.0), (0.4, 0.95, 7.0), (0.9, 0.85, 1.0)):
+        proposal = proposed(proposer)
+        proposer.finish(proposal.name, [scored(proposal.params, accuracy, clean=clean, ms=ms)], {})
+    assert proposed(proposer).rivals == (("", 9.0, 0.6), ("", 5.0, 0.5))
+
+
+def test_a_warm_start_is_learnt_from(tmp_path: Path) -> None:
+    old = paper(tmp_path, name="old")
+    old.write()
+    known = searched(old, 12)[0].forecast._results()
+    forecast = Proposer(paper(tmp_path, name="new", warm_start="old")).forecast
+    learnt = {training.accuracy for training in forecast._results()}
+    assert learnt == {training.accuracy for training in known} and forecast.rivals() == ()
+
+
 def test_an_infeasible_training_counts_as_bad(tmp_path: Path) -> None:
     proposer = Proposer(paper(tmp_path, min_clean_accuracy=0.9))
     for clean in (0.95, 0.5):

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 import attacks.evaluation
 from search.engine.worker import execute
 from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
 from search.trial import evaluator
+from search.trial.latency import device_name
 from search.trial.race import LEAST, Dropped, Rivals, contenders, first_images
 from search.trial.runner import raced_trial, run_trial
 from tests.conftest import digits_study
@@ -99,8 +101,9 @@ def test_a_race_changes_no_figure_and_finds_the_same_winner(whole: tuple[Study, 
 def test_a_training_that_cannot_reach_a_rival_is_scored_at_the_proposed_setting_alone(
     whole: tuple[Study, dict[str, Candidate]],
 ) -> None:
-    found, dropped = raced(whole[0], rivals=((0.0, 0.99),))
+    found, dropped = raced(whole[0], rivals=((device_name(torch.device("cpu")), 0.0, 0.99),))
     assert len(found) == 1 and found[0].params.inference["sigma_eps"] == 0.1 and len(dropped) == 5
+    assert len(raced(whole[0], rivals=(("another device", 0.0, 0.99),))[0]) > 1
 
 
 def test_the_proposed_setting_is_scored_though_it_loses(whole: tuple[Study, dict[str, Candidate]]) -> None:
