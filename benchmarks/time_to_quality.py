@@ -75,10 +75,12 @@ def work(table: Table, replay: Replay, scoring: str) -> Work:
         for setting in kept:
             accuracy = replay.attack(training, setting, table.images)
             clean = float(table.clean_TSN[training, setting].mean())
-            found.append(candidate(study, Params(proposal.params.train, table.settings[setting]), accuracy, clean))
+            found.append(
+                candidate(Params(proposal.params.train, table.settings[setting]), accuracy, clean, table.images)
+            )
         return {"candidates": [one.to_json() for one in found], "curve": list(table.curve_TE[training]), "picture": ""}
 
-    undefended = candidate(None, Params({}, {}), 0.0, 1.0)
+    undefended = candidate(Params({}, {}), 0.0, 1.0, table.images)
     latency = Latency(1.0, 1.0, 1.0, 0.0, "table", 1)
     return Work(
         lambda study: [],
@@ -89,8 +91,7 @@ def work(table: Table, replay: Replay, scoring: str) -> Work:
     )
 
 
-def candidate(study: Study | None, params: Params, accuracy: float, clean: float) -> Candidate:
-    images = 1 if study is None else 300
+def candidate(params: Params, accuracy: float, clean: float, images: int) -> Candidate:
     fit, name = fingerprint(**params.train), fingerprint(**params.flat())
     score = Score(
         threat=THREAT,

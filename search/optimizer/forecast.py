@@ -24,8 +24,7 @@ from spaces.space import Params, SearchSpace
 FIRST = 4
 """Trainings that are drawn at random before the model proposes any; far corners of the space were a worse beginning."""
 BOLD = 0.5
-"""The deviations that a proposal's bound lies above its mean. Against expected improvement, of 12 searches of PuVAE's
-grid all found a setting within a point of the best, instead of 10 (docs/engine.md, time to quality)."""
+"""The deviations by which the bound of a training lies above its predicted mean."""
 DRAWN, NEAR = 512, 64
 """In a space that cannot be listed a proposal is one of so many random settings and neighbours of the best."""
 SHOWN = 100
