@@ -33,7 +33,7 @@ from search.storage.fingerprint import fingerprint
 from search.study.candidate import Candidate, Latency, Proposal, Score
 from search.study.loading import make_study
 from search.study.study import Study
-from search.trial.race import contenders, first_images
+from search.trial.race import Entrant, contenders, first_images
 from spaces.space import Params
 
 THREAT = ThreatModel("Linf", 0.1, "white-box")
@@ -69,7 +69,8 @@ def work(table: Table, replay: Replay, scoring: str) -> Work:
             for setting in settings:
                 replay.attack(training, setting, count)
             verdicts = [table.judged_TSN[training, setting, :count].astype(float) for setting in settings]
-            kept = sorted({first, *contenders(verdicts, [1.0] * len(kept), [rival[1:] for rival in proposal.rivals])})
+            entrants = [Entrant(verdicts_N, 1.0) for verdicts_N in verdicts]
+            kept = sorted({first, *contenders(entrants, [rival[1:] for rival in proposal.rivals])})
         kept.sort(key=lambda setting: setting != first)
         found = []
         for setting in kept:

@@ -15,14 +15,19 @@ OBJECTIVES = ("attacked_error", "latency_ms_p50")
 def constraints(study: Study, candidate: Candidate) -> dict[str, float]:
     """Return by how much a candidate exceeds each constraint; zero or less is feasible."""
     score = candidate.score
-    limits = {
-        "alarms": float(len(score.alarms)),
-        "max_clean_rejection": score.clean_rejection - study.max_clean_rejection,
-    }
+    unattacked = unattacked_constraints(study, score.clean_accuracy, score.clean_rejection, score.latency_ms_p50)
+    return {"alarms": float(len(score.alarms)), **unattacked}
+
+
+def unattacked_constraints(
+    study: Study, clean_accuracy: float, clean_rejection: float, latency_ms: float
+) -> dict[str, float]:
+    """Return by how much each constraint that no attack is needed to judge is exceeded."""
+    limits = {"max_clean_rejection": clean_rejection - study.max_clean_rejection}
     if study.min_clean_accuracy is not None:
-        limits["min_clean_accuracy"] = study.min_clean_accuracy - score.clean_accuracy
+        limits["min_clean_accuracy"] = study.min_clean_accuracy - clean_accuracy
     if study.max_latency_ms is not None:
-        limits["max_latency_ms"] = score.latency_ms_p50 - study.max_latency_ms
+        limits["max_latency_ms"] = latency_ms - study.max_latency_ms
     return limits
 
 

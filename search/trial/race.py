@@ -35,8 +35,8 @@ class Dropped:
     accuracy: float
 
     @classmethod
-    def of(cls, params: Params, verdicts_N: Verdicts) -> Dropped:
-        return cls(params.inference, len(verdicts_N), float(verdicts_N.mean()))
+    def of(cls, params: Params, entrant: Entrant) -> Dropped:
+        return cls(params.inference, len(entrant.verdicts_N), entrant.accuracy)
 
 
 def first_images(images: int) -> int:
@@ -45,27 +45,50 @@ def first_images(images: int) -> int:
     return first if 2 * first < images else 0
 
 
-def contenders(
-    verdicts: Sequence[Verdicts], latencies_ms: Sequence[float], rivals: Sequence[tuple[float, float]] = ()
-) -> list[int]:
+@dataclass(frozen=True)
+class Entrant:
+    """A setting in a race.
+
+    Args:
+        verdicts_N: on the first images, the same for all entrants.
+        latency_ms: it is dropped only for what is no slower.
+        feasible: whether it satisfies the constraints that no attack is needed to judge.
+    """
+
+    verdicts_N: Verdicts
+    latency_ms: float
+    feasible: bool = True
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.verdicts_N.mean())
+
+    @property
+    def ceiling(self) -> float:
+        """How good it can be on all images: the upper end of Wilson's interval."""
+        return float(wilson(self.accuracy, len(self.verdicts_N))[1])
+
+    def beats(self, other: Entrant) -> bool:
+        """Return whether the other one need not be attacked on all images, since this one is."""
+        able = self.latency_ms <= other.latency_ms and (self.feasible or not other.feasible)
+        return able and _gain(other.verdicts_N, self.verdicts_N) <= WORTH
+
+
+def contenders(entrants: Sequence[Entrant], rivals: Sequence[tuple[float, float]] = ()) -> list[int]:
     """Return the places of the settings that may be worth attacking on all images.
 
     A setting is dropped where another one that is no slower is better on the same images, beyond chance, or so alike
-    that it cannot be better by more than `WORTH`; and where a rival that is no slower is better than it can be.
+    that it cannot be better by more than `WORTH`; and where a rival that is no slower is better than it can be. One
+    that violates a constraint drops none that satisfies all.
 
     Args:
-        verdicts: of each setting on the same N images.
-        latencies_ms: a setting is dropped only for what is no slower.
-        rivals: latency in ms and attacked accuracy of candidates of the search on the same device.
+        rivals: latency in ms and attacked accuracy of feasible candidates of the search on the same device.
     """
-    order = sorted(range(len(verdicts)), key=lambda i: (-float(verdicts[i].mean()), i))
     kept = list[int]()
-    for i in order:
-        able = float(wilson(float(verdicts[i].mean()), len(verdicts[i]))[1])
-        beaten = any(latency_ms <= latencies_ms[i] and accuracy > able for latency_ms, accuracy in rivals)
-        if not beaten and all(
-            latencies_ms[j] > latencies_ms[i] or _gain(verdicts[i], verdicts[j]) > WORTH for j in kept
-        ):
+    for i in sorted(range(len(entrants)), key=lambda i: (-entrants[i].accuracy, i)):
+        one = entrants[i]
+        beaten = any(latency_ms <= one.latency_ms and accuracy > one.ceiling for latency_ms, accuracy in rivals)
+        if not beaten and not any(entrants[j].beats(one) for j in kept):
             kept.append(i)
     return sorted(kept)
 

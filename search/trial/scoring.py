@@ -22,11 +22,11 @@ from search.data.splits import HELD_OUT
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Content
 from search.study.candidate import Candidate, Images, Latency
-from search.study.ranking import feasible
+from search.study.ranking import feasible, unattacked_constraints
 from search.trial.assets import Assets
 from search.trial.evaluator import Evaluation
 from search.trial.latency import device_name, measure
-from search.trial.race import Dropped, Rivals, Verdicts, contenders, first_images
+from search.trial.race import Dropped, Entrant, Rivals, contenders, first_images
 from spaces.domain import Scalar
 from spaces.space import GRID_LIMIT, Params
 
@@ -63,16 +63,15 @@ class Scorer:
         """
         if not self._races(defense, settings):
             return self.candidates(key, defense, settings), []
-        verdicts = [self._begin(key, defense.at(params.inference)) for params in settings]
-        measured = [self.latency(defense.at(params.inference)) for params in settings]
-        here = [(ms, accuracy) for device, ms, accuracy in rivals if device == measured[0].device]
-        kept = sorted({0, *contenders(verdicts, [latency.ms_p50 for latency in measured], here)})
-        lost = sorted(set(range(len(settings))) - set(kept), key=lambda i: -float(verdicts[i].mean()))
+        entrants = [self._entrant(key, defense.at(params.inference)) for params in settings]
+        device = device_name(self.assets.device)
+        kept = sorted({0, *contenders(entrants, [(ms, accuracy) for name, ms, accuracy in rivals if name == device])})
+        lost = sorted(set(range(len(settings))) - set(kept), key=lambda i: -entrants[i].accuracy)
         found = self.candidates(key, defense, [settings[i] for i in kept])
         while lost and not feasible(self.study, found):
             found += self.candidates(key, defense, [settings[lost.pop(0)]])
         self._begun.clear()
-        return found, [Dropped.of(settings[i], verdicts[i]) for i in lost]
+        return found, [Dropped.of(settings[i], entrants[i]) for i in lost]
 
     def _races(self, defense: Defense, settings: Sequence[Params]) -> bool:
         """Return whether settings can be dropped: not where thresholds share one evaluation, or on few images."""
@@ -81,14 +80,17 @@ class Scorer:
         alone = len(settings) < 2 or defense.thresholds() or evaluator.attacker is not None
         return self.study.scoring == "race" and enough and not alone
 
-    def _begin(self, key: str, defense: Defense) -> Verdicts:
-        """Return a setting's verdicts on the images that decide a race, and keep what its evaluation goes on from."""
+    def _entrant(self, key: str, defense: Defense) -> Entrant:
+        """Attack a setting on the images that decide a race, and keep what its evaluation goes on from."""
         evaluator, scored = self.assets.evaluator, self.scores_key(key, defense)
         if self.store.get("scores", scored) is not None:
-            return evaluator.verdicts(self.evaluation(key, defense).found)
-        with self.assets.device_lock.working():
-            self._begun[scored] = evaluator.begin(Defended(defense, self.assets.target))
-        return evaluator.verdicts(self._begun[scored])
+            found = self.evaluation(key, defense).found
+        else:
+            with self.assets.device_lock.working():
+                found = self._begun[scored] = evaluator.begin(Defended(defense, self.assets.target))
+        clean, latency_ms = found.judge().clean, self.latency(defense).ms_p50
+        exceeded = unattacked_constraints(self.study, clean.accuracy, clean.rejection, latency_ms)
+        return Entrant(evaluator.verdicts(found), latency_ms, max(exceeded.values()) <= 0)
 
     def candidates(self, key: str, defense: Defense, settings: Sequence[Params]) -> list[Candidate]:
         """Return the candidates of one fit; settings that differ only in thresholds share one evaluation.

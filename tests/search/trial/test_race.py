@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,20 +13,24 @@ import torch
 import attacks.evaluation
 from search.engine.worker import execute
 from search.study.candidate import Candidate, Proposal
+from search.study.ranking import feasible
 from search.study.study import Study
 from search.trial import evaluator
 from search.trial.latency import device_name
-from search.trial.race import LEAST, Dropped, Rivals, contenders, first_images
+from search.trial.race import LEAST, Dropped, Entrant, Rivals, contenders, first_images
 from search.trial.runner import raced_trial, run_trial
+from spaces.domain import Scalar
 from tests.conftest import digits_study
 from tests.search.trial.test_runner import setting, silent
 
 FIELDS = {"suite": "quick", "eval_images": 120, "threat": "white-box", "eps": 0.1, "epochs": 2, "train_images": 600}
 
 
-def verdicts(*counts: int, images: int = 100) -> list[np.ndarray]:
-    """Return verdicts of settings that withstand on the first images."""
-    return [(np.arange(images) < count).astype(float) for count in counts]
+def entrants(*counts: int, ms: Sequence[float] = (1.0, 1.0, 1.0)) -> list[Entrant]:
+    """Return settings that withstand on the first `counts` of a hundred images."""
+    return [
+        Entrant((np.arange(100) < count).astype(float), latency) for count, latency in zip(counts, ms, strict=False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -39,24 +44,32 @@ def verdicts(*counts: int, images: int = 100) -> list[np.ndarray]:
     ],
 )
 def test_who_is_worse_beyond_chance_or_the_same_is_dropped(counts: tuple[int, ...], kept: list[int]) -> None:
-    assert contenders(verdicts(*counts), [1.0] * len(counts)) == kept
+    assert contenders(entrants(*counts)) == kept
 
 
 def test_a_faster_setting_is_not_dropped_for_a_slower_one() -> None:
-    assert contenders(verdicts(20, 60), [1.0, 5.0]) == [0, 1]
-    assert contenders(verdicts(20, 60), [5.0, 1.0]) == [1]
+    assert contenders(entrants(20, 60, ms=(1.0, 5.0))) == [0, 1]
+    assert contenders(entrants(20, 60, ms=(5.0, 1.0))) == [1]
+
+
+def test_who_violates_a_constraint_drops_none_that_satisfies_all() -> None:
+    weak, strong = entrants(20, 60)
+    assert contenders([weak, replace(strong, feasible=False)]) == [0, 1]
+    assert contenders([replace(weak, feasible=False), replace(strong, feasible=False)]) == [1]
+    assert contenders([replace(weak, feasible=False), strong]) == [1]
 
 
 def test_who_cannot_be_as_good_as_a_rival_is_dropped() -> None:
     """Of 100 images 20 withstand: at most 29 %, by Wilson's interval."""
-    assert contenders(verdicts(20), [1.0], [(1.0, 0.3)]) == []
-    assert contenders(verdicts(20), [1.0], [(1.0, 0.28)]) == [0]
-    assert contenders(verdicts(20), [1.0], [(2.0, 0.3)]) == [0]  # the rival is slower
+    assert contenders(entrants(20), [(1.0, 0.3)]) == []
+    assert contenders(entrants(20), [(1.0, 0.28)]) == [0]
+    assert contenders(entrants(20), [(2.0, 0.3)]) == [0]  # the rival is slower
 
 
 def test_settings_that_differ_by_chance_alone_are_seldom_dropped() -> None:
     dice = np.random.default_rng(0)
-    trials = [contenders(list((dice.random((2, 60)) < 0.4).astype(float)), [1.0, 1.0]) for _ in range(400)]
+    drawn = (dice.random((400, 2, 60)) < 0.4).astype(float)
+    trials = [contenders([Entrant(verdicts_N, 1.0) for verdicts_N in pair]) for pair in drawn]
     assert sum(len(kept) == 1 for kept in trials) < 0.13 * 400  # 5 % each way
 
 
@@ -80,7 +93,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, dict[str, Ca
     return study, {c.candidate: c for c in run_trial(study, setting(study), study.store, silent)}
 
 
-def raced(study: Study, *, proposed: float = 0.1, rivals: Rivals = ()) -> tuple[list[Candidate], list[Dropped]]:
+def raced(study: Study, *, proposed: Scalar = 0.1, rivals: Rivals = ()) -> tuple[list[Candidate], list[Dropped]]:
     """Race on a stored fit whose scores were thrown away."""
     again = study.model_copy(update={"scoring": "race"})
     shutil.rmtree(study.store.root / "scores")
@@ -104,6 +117,18 @@ def test_a_training_that_cannot_reach_a_rival_is_scored_at_the_proposed_setting_
     found, dropped = raced(whole[0], rivals=((device_name(torch.device("cpu")), 0.0, 0.99),))
     assert len(found) == 1 and found[0].params.inference["sigma_eps"] == 0.1 and len(dropped) == 5
     assert len(raced(whole[0], rivals=(("another device", 0.0, 0.99),))[0]) > 1
+
+
+def test_a_constraint_on_clean_images_counts_in_the_race(whole: tuple[Study, dict[str, Candidate]]) -> None:
+    """The best of the settings that satisfy it is scored, though others withstand more."""
+    study, every = whole
+    clean = sorted({c.score.clean_accuracy for c in every.values()})
+    strict = study.model_copy(update={"min_clean_accuracy": clean[-1]})
+    found, _ = raced(
+        strict, proposed=max(every.values(), key=lambda c: c.score.attacked_accuracy).params.inference["sigma_eps"]
+    )
+    best = max(feasible(strict, every.values()), key=lambda c: c.score.attacked_accuracy)
+    assert best.score.attacked_accuracy == max(c.score.attacked_accuracy for c in feasible(strict, found))
 
 
 def test_the_proposed_setting_is_scored_though_it_loses(whole: tuple[Study, dict[str, Candidate]]) -> None:
