@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defenses.base import Batches, Defense, Knobs, Metrics
+from defenses.deconvolution import Doubling
 from spaces.space import knob
 
 ROWS = 2560
@@ -82,8 +83,7 @@ class DefenseGAN(Defense):
         self.widths = [4 * k.maps, 2 * k.maps, *[k.maps] * (doublings - 2), s.channels]
         self.dense = nn.Linear(k.latent, self.widths[0] * math.prod(self.sizes[0]))
         self.deconvolutions = nn.ModuleList(
-            nn.ConvTranspose2d(narrow, wide, 5, stride=2, padding=2, output_padding=1)
-            for narrow, wide in pairwise(self.widths)
+            Doubling(narrow, wide, kernel=5, padding=2) for narrow, wide in pairwise(self.widths)
         )
         _initialise(self)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defenses.base import Batches, Defense, Knobs, Metrics
+from defenses.deconvolution import Doubling
 from spaces.space import knob
 
 SOFT_CHOICE = 0.01
@@ -85,7 +86,7 @@ class PuVAE(Defense):
         (height, width), maps = self.sizes[0], k.decoder_maps
         self.dense_4 = nn.Linear(k.latent + s.classes, maps * height * width)
         self.deconvolutions = nn.ModuleList(
-            nn.ConvTranspose2d(maps, out, 7, stride=2, padding=3, output_padding=1) for out in (maps, maps, s.channels)
+            Doubling(maps, out, kernel=7, padding=3) for out in (maps, maps, s.channels)
         )
         for part in self.modules():
             if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
