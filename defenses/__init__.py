@@ -10,8 +10,10 @@ from spaces.exceptions import choose
 
 
 def names() -> list[str]:
-    """Return the names of all defenses, which are their file names."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    """Return the names of all defenses, which are their file names; a folder, such as `layers`, is none."""
+    return sorted(
+        module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg and module.name != "base"
+    )
 
 
 def find(name: str) -> type[Defense]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defenses.base import Batches, Defense, Knobs, Metrics
-from defenses.deconvolution import Doubling
+from defenses.layers.deconvolution import Doubling
 from spaces.space import knob
 
 SOFT_CHOICE = 0.01

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from defenses.deconvolution import FEW, Doubling
+from defenses.layers.deconvolution import FEW, Doubling
 
 SIZES = [(7, 3), (5, 2), (4, 1), (6, 2), (3, 1), (2, 0), (9, 4)]
 

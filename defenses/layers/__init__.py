@@ -1,0 +1,1 @@
+"""Layers that several defenses build their networks of."""
