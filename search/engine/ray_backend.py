@@ -33,7 +33,7 @@ from search.engine.controller import RESTARTS, Controller, remeasure_front, sett
 from search.engine.timeout import TrialTimeout
 from search.engine.worker import Work
 from search.study.callbacks import State
-from search.study.candidate import Candidate, Proposal
+from search.study.candidate import Proposal
 from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -137,7 +137,7 @@ def run(controller: Controller, resources: WorkerResources, work: Work) -> State
     study, callbacks = controller.study, RayCallbacks(controller)
     remote = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=RESTARTS)(at_work)
     try:
-        controller.begin(_prepare(study, resources, remote, work))
+        _prepare(controller, resources, remote, work)
         while not controller.done:
             try:
                 with TemporaryDirectory(prefix="crucible-tune-") as scratch:
@@ -202,9 +202,11 @@ def _trainable(config: dict[str, Any], study: Study, resources: WorkerResources,
     tune.report(last)
 
 
-def _prepare(study: Study, resources: WorkerResources, remote: Any, work: Work) -> Candidate:
-    """Train the classifiers in parallel and score the bare classifier, on workers."""
+def _prepare(controller: Controller, resources: WorkerResources, remote: Any, work: Work) -> None:
+    """Score the bare classifier, which trains it, while other workers train the other classifiers."""
+    study, protected = controller.study, controller.study.resolved.protected
+    undefended = remote.remote(study, resources, work.undefended)
     needed = ray.get(remote.remote(study, resources, work.needed))
-    ray.get([remote.remote(study, resources, work.classifier, architecture) for architecture in needed])
-    undefended: Candidate = ray.get(remote.remote(study, resources, work.undefended))
-    return undefended
+    others = [remote.remote(study, resources, work.classifier, name) for name in needed if name != protected]
+    controller.begin(ray.get(undefended))
+    ray.get(others)
