@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from search.classifiers.training import train
 from search.study.loading import make_study
 from search.study.study import Study
+from search.trial import latency
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,6 +43,16 @@ def own_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device lock of the test's own, for child processes too."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _brief_latency() -> Iterator[None]:
+    """Time each setting three times, and not again if the machine was busy; tests of the measurement override this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "REPEATS", 3)
+        patch.setattr(latency, "WARM_UP", 1)
+        patch.setattr(latency, "TRIES", 1)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -77,7 +77,6 @@ def test_a_trial_waits_for_the_disk_only_where_something_has_ended(
 def test_the_lane_is_measured_beside_a_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr("search.trial.latency.REPEATS", 5)
     rows = latency_under_load.compare([1], 1, CPU)
     assert [(row.neighbours, row.device_lock) for row in rows] == [(0, True), (1, False), (1, True)]
     assert rows[0].ratio == 1 and all(row.ms_p50 > 0 for row in rows)

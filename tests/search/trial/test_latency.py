@@ -25,6 +25,11 @@ from spaces.domain import Scalar
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _brief_latency() -> None:
+    """Time as a search does."""
+
+
 @pytest.fixture
 def few(own_lane: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "REPEATS", 7)

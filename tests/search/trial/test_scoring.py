@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import pytest
 from torch import Tensor, nn
 
 from defenses.identity import Identity
-from search.trial import latency
 from search.trial.runner import TrialRunner
 from tests.conftest import digits_study
 
@@ -32,8 +30,7 @@ class WorksWhileItClassifies(Identity):
         return classifier(x_NCHW)
 
 
-def test_a_latency_is_stored_for_all_that_shapes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "REPEATS", 3)
+def test_a_latency_is_stored_for_all_that_shapes_it(tmp_path: Path) -> None:
     runner = opened(tmp_path)
     first = runner.scorer.latency(built(runner))
     assert opened(tmp_path, name="other", trials=9, threat="white-box").scorer.latency(built(runner)) == first
@@ -44,10 +41,7 @@ def test_a_latency_is_stored_for_all_that_shapes_it(tmp_path: Path, monkeypatch:
         assert len(runner.assets.store.keys("latency")) == number, changed
 
 
-def test_a_training_that_slowed_the_classifier_it_was_given_hides_no_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(latency, "REPEATS", 3)
+def test_a_training_that_slowed_the_classifier_it_was_given_hides_no_work(tmp_path: Path) -> None:
     runner = opened(tmp_path)
     runner.assets.target.register_forward_pre_hook(lambda *_: time.sleep(SLEEP_S))
     defense = WorksWhileItClassifies({}, {}, runner.assets.resolved.task.shape)
