@@ -23,3 +23,15 @@ def wilson(successes_fraction: float, n: int) -> tuple[float, float]:
     middle = (p + zz / (2 * n)) / (1 + zz / n)
     half = Z95 / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def difference(one: float, n: int, other: float, m: int) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two proportions, of n and m samples.
+
+    Source: Newcombe, Interval estimation for the difference between independent proportions, 1998, method 10.
+    """
+    (low, high), (under, over) = wilson(one, n), wilson(other, m)
+    return (
+        one - other - math.hypot(one - low, over - other),
+        one - other + math.hypot(high - one, other - under),
+    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean, stdev
 from typing import Any
 
-from attacks.confidence import wilson
+from attacks.confidence import difference, wilson
 from attacks.verdicts import Verdict
 from search.export.checks import checks
 from search.final.evaluation import AUTOATTACK, FULL, FinalVerdicts
@@ -165,18 +164,6 @@ def _optimism(
         "retrained": spread([verdict.accuracy for verdict in retrained]),
         "optimistic_retrained": validation - mean(verdict.accuracy for verdict in retrained),
     }
-
-
-def difference(one: float, n: int, other: float, m: int) -> tuple[float, float]:
-    """Return the 95 % interval of the difference of two proportions, of n and m samples.
-
-    Source: Newcombe, Interval estimation for the difference between independent proportions, 1998, method 10.
-    """
-    (low, high), (under, over) = wilson(one, n), wilson(other, m)
-    return (
-        one - other - math.hypot(one - low, over - other),
-        one - other + math.hypot(high - one, other - under),
-    )
 
 
 def _trained_on(cases: Sequence[ExportedWinner], settings: FinalSettings) -> str:

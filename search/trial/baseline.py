@@ -10,11 +10,10 @@ from typing import Any
 from attacks.threat import ThreatModel
 from defenses.base import Metrics
 from search.formatting import counted
+from search.study.verdict import TRAINED
 from spaces.domain import Scalar
 
 ADVERSARIAL = "adversarial_training"
-TRAINED = "adversarially trained"
-"""The name of a fit that was trained at a study's own norm and eps, to convergence."""
 
 LEAST_EPOCHS = 6
 """Fewest epochs of a converged fit: of fewer, the last third is one epoch."""

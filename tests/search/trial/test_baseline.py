@@ -11,7 +11,8 @@ import pytest
 import defenses
 from attacks.threat import Knowledge, ThreatModel
 from search.study.study import Study
-from search.trial.baseline import ADVERSARIAL, TRAINED, converged, name_of, ranked
+from search.study.verdict import TRAINED
+from search.trial.baseline import ADVERSARIAL, converged, name_of, ranked
 from search.trial.runner import TrialRunner
 from search.trial.training import silent
 from spaces.domain import Scalar
