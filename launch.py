@@ -137,9 +137,12 @@ def export(
 ) -> None:
     """Audit winners and write them as folders that load as an nn.Module.
 
-    The audit attacks harder than the search did, and refuses what raises an
-    alarm. An export holds weights, evidence and a card, and no pickle.
+    The audit attacks harder than the search did, says what the winner is
+    worth beside no defense, and refuses what fails one of its checks. An
+    export holds weights, evidence and a card, and no pickle. The report is
+    written anew, with the audited figures.
     """
+    from search import session
     from search.export import exporter
     from search.study.catalog import open_search
 
@@ -150,6 +153,7 @@ def export(
     out = out or study.folder / "export"
     with progress(as_json) as screen:
         told = exporter.export_all(study, chosen, wanted, out, screen, despite_alarms=despite_alarms)
+        screen.print(f"report     {session.write_report(study)}", highlight=False, soft_wrap=True)
     if as_json:
         show(told, as_json)
     end(int(sum(one["folder"] is not None for one in told) < wanted))

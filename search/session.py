@@ -7,6 +7,7 @@ import os
 import shlex
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,9 @@ from search.formatting import points
 from search.optimizer.history import ENDED, SearchHistory, has_begun, state_of
 from search.optimizer.warm_start import warm_start_of
 from search.report import page
-from search.report.leaderboard import leaderboard, refusals
-from search.report.rank_correlation import rank_correlation
+from search.report.leaderboard import WORDS, leaderboard, refusals
 from search.report.status import status_of
-from search.report.summary import summarise
+from search.report.summary import Summary, summarise
 from search.storage.outage import HeldError, trouble
 from search.study import sync
 from search.study.callbacks import State
@@ -95,8 +95,12 @@ def status(study: Study) -> dict[str, Any]:
 
 def write_report(study: Study) -> Path:
     """Write report.html, copy it to a remote storage if there is one, and return its local path."""
-    path = page.write(summarise(study), study.folder / "report.html")
-    sync.deliver(study, path)
+    return _written(summarise(study))
+
+
+def _written(summary: Summary) -> Path:
+    path = page.write(summary, summary.study.folder / "report.html")
+    sync.deliver(summary.study, path)
     return path
 
 
@@ -161,15 +165,12 @@ def _held(study: Study) -> tuple[list[Candidate], Counter[str]]:
 
 
 def _conclude(study: Study, state: State, console: Console, tracker: WandbTracker) -> int:
-    """Show the leaderboard, write the report, and return the exit code."""
+    """Show the leaderboard and the verdict on the best, write the report, and return the exit code."""
     history = SearchHistory(study)
     ranked, undefended = history.feasible(), history.undefended()
     if undefended is not None:
         console.print(leaderboard(study, list(history.searched), undefended, ranked))
-        candidates = history.candidates()
-        agreed = rank_correlation(history, candidates)
-        lines = [refusals(study, candidates), agreed.line, *([f"warning: {agreed.warning}"] if agreed.warning else [])]
-        for line in lines if candidates else ():
+        for line in _remarks(summary := summarise(study)):
             console.print(line, highlight=False, soft_wrap=True)
         if ranked and IFGSM in ranked[0].score.attacks:
             threat = replace(ranked[0].score.threat, knowledge="oblivious")
@@ -178,7 +179,7 @@ def _conclude(study: Study, state: State, console: Console, tracker: WandbTracke
                 f"{points(ranked[0].score.attacks[IFGSM])} %, undefended {points(undefended.score.attacks[IFGSM])} %",
                 highlight=False,
             )
-        said = {"candidates": str(study.folder / "candidates.csv"), "report    ": str(write_report(study))}
+        said = {"candidates": str(study.folder / "candidates.csv"), "report    ": str(_written(summary))}
         if tracker.mode != "disabled":
             said["W&B       "] = wandb_run.leet(study.folder)
         if tracker.upload:
@@ -189,6 +190,20 @@ def _conclude(study: Study, state: State, console: Console, tracker: WandbTracke
         console.print(f"interrupted; go on with: {_resume(study)}", highlight=False, soft_wrap=True)
         return 130
     return 0 if history.candidates() else 1
+
+
+def _remarks(summary: Summary) -> Iterator[str]:
+    """Yield what is said below the leaderboard, one line each: the verdict on the best first."""
+    if not summary.candidates:
+        return
+    yield WORDS
+    if summary.best:
+        yield f"verdict on {summary.best.candidate}: {summary.verdict}"
+    yield refusals(summary.study, summary.candidates)
+    if agreed := summary.rank_correlation:
+        yield agreed.line
+        if agreed.warning:
+            yield f"warning: {agreed.warning}"
 
 
 def _resume(study: Study) -> str:

@@ -79,7 +79,7 @@ def verdict(evidence: Mapping[str, Any]) -> str:
     figure = f"Under {threat(evidence)} the model keeps {left} ({low} to {high}) of {evidence['images']} images."
     wrong, total = failed(evidence), len(evidence["gates"])
     if not wrong:
-        return f"{figure} All {total} measurement checks passed, so the figure can be believed."
+        return f"{figure} {passed(checks(evidence['gates']))}."
     names, first = ", ".join(one.name for one in wrong), wrong[0]
     if first.effect == Effect.USELESS:
         return f"{figure} It can be believed, but {first.effect}: {first.because} (check {first.name})."
@@ -107,7 +107,7 @@ def page(evidence: Mapping[str, Any]) -> str:
 | **all, {threat(evidence)}** | {_percent(evidence["attacked_accuracy"])} | \
 {_span(evidence["attacked_accuracy_interval"])} |
 
-{passed(found)}, on {sizes(found)}. {CUMULATIVE}
+Checked on {sizes(found)}. {CUMULATIVE}
 {problems(evidence)}"""
 
 

@@ -225,7 +225,7 @@ def page(table: Mapping[str, Any]) -> str:
     threat, attacked, clean = ThreatModel(**table["threat"]), table["attacked"], table["clean"]
     warning = f"> **CHANGED** {table['export']} {table['changed']}: these figures are of the code as it is now.\n\n"
     warning = warning if table["changed"] else ""
-    warning += "".join(f"> **ALARM** {alarm}\n\n" for alarm in table["alarms"])
+    warning += "".join(f"> **FAILED CHECK** {alarm}\n\n" for alarm in table["alarms"])
     low, high = attacked["interval"]
     rows = "\n".join(
         f"| {name} | {_percent(left)} | {_percent(table['undefended_trail'].get(name))} |"

@@ -62,8 +62,10 @@ def _smallest(gate: Mapping[str, Any]) -> float:
 
 
 def passed(found: Mapping[str, Any]) -> str:
-    """Return how many checks passed, in words."""
-    return f"{found['passed']} of {found['gates']} checks of the measurement passed"
+    """Return how many checks passed, and what that says of the figure, in words."""
+    if found["passed"] == found["gates"]:
+        return f"All {found['gates']} measurement checks passed: the figure can be believed, whatever it is"
+    return f"{found['passed']} of {found['gates']} measurement checks passed"
 
 
 def sizes(found: Mapping[str, Any]) -> str:
@@ -78,6 +80,6 @@ def sizes(found: Mapping[str, Any]) -> str:
 
 
 def spoken(found: Mapping[str, Any]) -> str:
-    """Return two lines: how much was checked, then what was and what was not."""
+    """Return three lines: how many checks passed, on what they looked, and what was checked and what was not."""
     checked, unseen = ", ".join(found["checked"]), "; ".join(found["unseen"])
-    return f"{passed(found)}, on {sizes(found)}\nchecked: {checked}; not checked: {unseen}"
+    return f"{passed(found)}\nchecked on {sizes(found)}\nchecked: {checked}; not checked: {unseen}"

@@ -27,13 +27,14 @@ from search.export.evidence import evidence
 from search.export.figures import with_gates
 from search.export.loader import SEAL, opened, seal
 from search.export.model_card import card
-from search.formatting import points
+from search.formatting import counted, points
 from search.optimizer.history import SearchHistory
 from search.storage.atomic import folder_atomic, write_atomic
 from search.storage.store import Store, to_bytes
 from search.study import ranking, sync
 from search.study.candidate import Candidate
 from search.study.study import Study
+from search.study.verdict import verdict_of_audit
 from search.tracking.wandb_tracker import log_exports
 from search.trial.runner import TrialRunner
 from search.trial.training import silent
@@ -78,8 +79,8 @@ def export_all(
     """Audit and export candidates in order until `wanted` are written, or `wanted` + `TRIES` were tried.
 
     Returns:
-        For each candidate that was tried: its `folder` (None if the audit rejected it), and its figures (`audited`) or
-        the reason (`refused`).
+        For each candidate that was tried: its `folder` (None if the audit refused it), and its `verdict` and figures
+        (`audited`), or the reason (`refused`).
 
     Raises:
         InputError: `out` is not writable, or contains exports of another search or an export that was changed.
@@ -103,9 +104,12 @@ def export_all(
                     made.append(export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms))
             found = json.loads(opened(folder)["evidence.json"])
             sync.deliver(study, *folder.iterdir())
-            console.print(f"{_audited(found)}\nexported {folder}", highlight=False, soft_wrap=True)
+            worth = verdict_of_audit(found)
+            console.print(
+                f"{_audited(found)}\nverdict    {worth}\nexported   {folder}", highlight=False, soft_wrap=True
+            )
             audited = {name: found[name] for name in ("threat", *FIGURES, "alarms")}
-            told.append({"candidate": candidate.candidate, "folder": str(folder), "audited": audited})
+            told.append({"candidate": candidate.candidate, "folder": str(folder), "verdict": worth, "audited": audited})
         except AlarmError as error:
             line = f"refused: {error} (--despite-alarms writes it all the same)"
             console.print(line, highlight=False, soft_wrap=True)
@@ -147,10 +151,18 @@ def export(
         with runner.assets.device_lock.working():
             y_N, seed = runner.assets.evaluator.y_N, runner.study.seed + 1
             known = with_gates(known, confirm(temporary, found.versions, found.right, y_N, seed=seed))
+        _note(study, known)
         if (alarms := known["alarms"]) and not despite_alarms:
-            raise AlarmError(f"{candidate.candidate} raised {len(alarms)} alarm(s): {'; '.join(alarms)}")
+            raise AlarmError(f"{candidate.candidate} failed {counted(len(alarms), 'audit check')}: {'; '.join(alarms)}")
         _write(temporary, runner, defense, known, picture)
     return folder
+
+
+def _note(study: Study, known: Mapping[str, Any]) -> None:
+    """Keep the evidence of an audit beside the search, for the report: it may be refused, or exported elsewhere."""
+    path = study.folder / "audits" / f"{known['candidate']}.json"
+    path.parent.mkdir(exist_ok=True)
+    sync.deliver(study, write_atomic(path, json.dumps(known, indent=1).encode()))
 
 
 @contextmanager

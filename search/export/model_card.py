@@ -8,6 +8,7 @@ from typing import Any
 
 from attacks.threat import ThreatModel
 from search.export.checks import checks, passed, sizes
+from search.study.verdict import verdict_of_audit
 from search.templates import render
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.j2"
@@ -36,6 +37,7 @@ def card(evidence: Mapping[str, Any]) -> str:
         passed=passed(found),
         sizes=sizes(found),
         knows=KNOWS[threat.knowledge],
+        verdict=verdict_of_audit(evidence),
         strongest=strongest(evidence["attacks"]["audit"], threat),
         versions={name: evidence["versions"][name] for name in SHAPING if name in evidence["versions"]},
     )

@@ -15,6 +15,7 @@ from search.final.evaluation import AUTOATTACK, FULL
 from search.final.table import COLUMNS, INTERVAL
 from search.formatting import counted, points, spoken_device
 from search.storage.atomic import write_atomic
+from search.study.verdict import TRAINED, UNDEFENDED, Figures, verdict
 
 Row = Mapping[str, Any]
 
@@ -90,6 +91,7 @@ def page(table: Mapping[str, Any]) -> str:
     parts = [
         f"# Final run on the test split of {table['dataset']}",
         *_warnings(table),
+        "\n".join(f"**Verdict on {one['export']}: {_verdict(table, one)}.**" for one in table["exports"]),
         f"{counted(len(table['trained']), 'training')}, seeded {', '.join(map(str, table['trained']))}, on "
         f"{table['trained_on']}; "
         f"{table['images']} test images attacked. Chosen under: {'; '.join(threats)}. `oblivious`, `black-box` and "
@@ -116,7 +118,7 @@ def _warnings(table: Mapping[str, Any]) -> list[str]:
         for one in table["exports"]
         if one["changed"]
     ]
-    lines += [f"> **ALARM** {one['export']}: {alarm}" for one in table["exports"] for alarm in one["alarms"]]
+    lines += [f"> **FAILED CHECK** {one['export']}: {alarm}" for one in table["exports"] for alarm in one["alarms"]]
     lines += [f"> **This is {table['smaller']}.**"] if table["smaller"] else []
     for one in table["exports"]:
         if len(one["looks"]) > 1:
@@ -133,6 +135,28 @@ def _warnings(table: Mapping[str, Any]) -> list[str]:
                 f"({', '.join(one['opened_beside'])}): the best of several is optimistic."
             )
     return ["\n>\n".join(lines)] if lines else []
+
+
+def _verdict(table: Mapping[str, Any], one: Mapping[str, Any]) -> str:
+    """Return what an export is worth on the test images, by the means over the seeds."""
+    models = _models(table)
+    name = next(model for export, model in models if export == one["export"])
+    where = name.partition(" (")[2]  # the protected classifier, norm and eps
+
+    def baseline(kind: str) -> Figures | None:
+        """Two exports may have different baselines of one name; that of the second is named after it."""
+        named = (f"{kind} ({where} beside {one['export']}", f"{kind} ({where}")
+        return next((figures(models["", model]) for model in named if ("", model) in models), None)
+
+    def figures(rows: Mapping[str, Row]) -> Figures:
+        attacked = rows[f"{FULL}/{one['threat']['knowledge']}"]
+        white_box, clean = (rows[what]["mean"] for what in (f"{FULL}/white-box", "clean"))
+        return Figures(attacked["mean"], attacked["error"], white_box, clean)
+
+    undefended = baseline(UNDEFENDED)
+    assert undefended is not None
+    winner = figures(models[one["export"], name])
+    return verdict(ThreatModel(**one["threat"]), table["images"], winner, undefended, baseline(TRAINED))
 
 
 def _rejections(table: Mapping[str, Any]) -> list[str]:
@@ -166,12 +190,12 @@ def _audited(one: Mapping[str, Any]) -> str:
         for alarm in alarms:
             counts[alarm] = counts.get(alarm, 0) + 1
     seeds = len(one["alarms_on_test"])
-    again = "; ".join(f"ALARM in {n} of {seeds} seeds: {alarm}" for alarm, n in counts.items()) or "no alarm"
+    again = "; ".join(f"FAILED in {n} of {seeds} seeds: {alarm}" for alarm, n in counts.items()) or "no check failed"
     validation, tested = (one["optimism"][1][f"{split}_images"] for split in ("validation", "test"))
-    exported = "; ".join(f"ALARM {alarm}" for alarm in one["alarms_on_test_as_exported"]) or "no alarm"
-    before = "".join(f"; ALARM {alarm}" for alarm in one["alarms"])
+    exported = "; ".join(f"FAILED {alarm}" for alarm in one["alarms_on_test_as_exported"]) or "no check failed"
+    before = "".join(f"\nFAILED {alarm}" for alarm in one["alarms"])
     return (
-        f"{one['export']}, before the export, on {validation} validation images: {spoken(one['checks'])}{before}.\n"
+        f"{one['export']}, before the export, on {validation} validation images: {spoken(one['checks'])}.{before}\n"
         f"Audited again on {tested} test images: as it was exported, {exported}; retrained, {again}."
     )
 

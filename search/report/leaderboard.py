@@ -12,6 +12,9 @@ from search.study import ranking
 from search.study.candidate import Candidate
 from search.study.study import Study
 
+WORDS = "oblivious: the attacker does not know the defense; white-box: the attacker knows all of it"
+"""What stands below the table."""
+
 
 def leaderboard(
     study: Study, searched: Sequence[str], undefended: Candidate | None, ranked: Sequence[Candidate], top: int = 10

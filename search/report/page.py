@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import platform
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -27,6 +28,7 @@ from search.report.summary import Summary, TrialRecord
 from search.storage.atomic import write_atomic
 from search.study.candidate import Score
 from search.study.study import Study
+from search.study.verdict import UNDEFENDED
 from search.templates import render as template
 
 TEMPLATE = Path(__file__).parent / "templates" / "page.html.j2"
@@ -61,6 +63,7 @@ def render(summary: Summary) -> str:
         top=summary.ranked[:TOP],
         front={c.candidate for c in summary.front},
         interval=interval,
+        figures=figures(summary),
         threat=threat_in_words(summary),
         measures=measures(summary),
         charts=charts(summary),
@@ -82,9 +85,21 @@ def render(summary: Summary) -> str:
     )
 
 
-def interval(score: Score) -> tuple[float, float]:
+def interval(figures: Score | Mapping[str, Any]) -> tuple[float, float]:
     """Return the 95 % Wilson interval of the attacked accuracy."""
-    return wilson(score.attacked_accuracy, score.images)
+    known = figures if isinstance(figures, Mapping) else vars(figures)
+    return wilson(known["attacked_accuracy"], known["images"])
+
+
+def figures(summary: Summary) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """Return the figures of the winner and of the undefended classifier: the audit's where the winner was audited."""
+    winner, undefended = (vars(c.score) if c else None for c in (summary.best, summary.undefended))
+    if winner is None or undefended is None or (audit := summary.audit) is None:
+        return winner, undefended
+    bare = audit["baselines"][UNDEFENDED]
+    black_box = bare["attacked_accuracy"] if summary.study.threat == "black-box" else None
+    bare = {**bare, "attacked_error": 1 - bare["attacked_accuracy"], "black_box_accuracy": black_box}
+    return {**winner, **audit}, {**undefended, **bare}
 
 
 def threat_in_words(summary: Summary) -> str:
@@ -104,22 +119,22 @@ def measures(summary: Summary) -> Iterator[tuple[str, str, list[str]]]:
     images = summary.best.score.latency_images if summary.best else ""
     device = spoken_device(summary.device) if summary.device else ""
     batch = ", ".join(filter(None, ("p50, batch of 128", images and f"{images} images", device)))
-    asked = [("Black-box accuracy", summary.named("black-box"), lambda s: percent(s.black_box_accuracy))]
-    rejection: list[tuple[str, str, Callable[[Score], str]]] = [
-        ("Attacked images accepted and wrong", summary.named(), lambda s: percent(s.attacked_error)),
-        ("Attacked images rejected", summary.named(), lambda s: percent(s.attacked_rejection)),
-        ("Clean images rejected", "no attack", lambda s: percent(s.clean_rejection)),
+    rejection = [
+        ("Attacked images accepted and wrong", summary.named(), "attacked_error", percent),
+        ("Attacked images rejected", summary.named(), "attacked_rejection", percent),
+        ("Clean images rejected", "no attack", "clean_rejection", percent),
     ]
-    rows: list[tuple[str, str, Callable[[Score], str]]] = [
+    asked = [("Black-box accuracy", summary.named("black-box"), "black_box_accuracy", percent)]
+    rows: list[tuple[str, str, str, Callable[[Any], str]]] = [
         *(rejection if summary.rejects else []),
-        ("Oblivious accuracy", summary.named("oblivious"), lambda s: percent(s.oblivious_accuracy)),
+        ("Oblivious accuracy", summary.named("oblivious"), "oblivious_accuracy", percent),
         *(asked if summary.study.threat == "black-box" else []),
-        ("White-box accuracy", summary.named("white-box"), lambda s: percent(s.white_box_accuracy)),
-        ("Clean accuracy", "no attack", lambda s: percent(s.clean_accuracy)),
-        ("Purification latency", batch, lambda s: milliseconds(s.latency_ms_p50)),
+        ("White-box accuracy", summary.named("white-box"), "white_box_accuracy", percent),
+        ("Clean accuracy", "no attack", "clean_accuracy", percent),
+        ("Purification latency", batch, "latency_ms_p50", milliseconds),
     ]
-    for measure, condition, of in rows:
-        yield measure, condition, [of(c.score) if c else "–" for c in (summary.best, summary.undefended)]
+    for measure, condition, name, spoken in rows:
+        yield measure, condition, [spoken(known[name]) if known else "–" for known in figures(summary)]
 
 
 def origins(study: Study) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from search.formatting import duration
 from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report.leaderboard import refusals
 from search.report.rank_correlation import rank_correlation
+from search.report.winner import audits, verdict_on, winner
 from search.study import ranking
 from search.study.study import Study
 
@@ -33,6 +34,8 @@ def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
     trials, candidates = history.trials(), history.candidates()
     states = Counter("interrupted" if state == "running" and not runs else state for state in map(state_of, trials))
     feasible, agreed = ranking.feasible(study, candidates), rank_correlation(history, candidates)
+    audited, undefended = audits(study, candidates), history.undefended()
+    best = winner(feasible, audited)
     refinements = history.refinements()
     failed = {
         t.user_attrs.get("refines", t.user_attrs.get("trial")): t.user_attrs["reason"]
@@ -48,7 +51,8 @@ def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
         **{state: states[state] for state in COUNTED},
         "candidates": len(candidates),
         "dropped": sum(len(trial.user_attrs.get("dropped", ())) for trial in trials),
-        "best": feasible[0].row() if feasible else None,
+        "best": best.row() if best else None,
+        "verdict": verdict_on(best, undefended, audited.get(best.candidate)) if best and undefended else None,
         "stopping": study.stopping,
         "refinements": len(refinements),
         **_pace(study, trials, runs=runs),
@@ -110,6 +114,7 @@ def details(state: Mapping[str, Any]) -> list[str]:
     rho = "unknown" if last["rho"] is None else f"{last['rho']:.2f}"
     pace = state["trainings_per_minute"]
     return [
+        *([f"verdict on {state['best']['candidate']}: {state['verdict']}"] if state["verdict"] else []),
         *([f"pace: {pace:.1f} trainings a minute"] if pace else []),
         f"stopping: {state['stopping']}; cheap against final scores of {last['trainings']} trainings: rho {rho}",
         *([state["refusals"]] if state["refusals"] else []),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +12,16 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from attacks.threat import Knowledge
-from search.export.loader import opened
 from search.formatting import milliseconds, percent, spoken_device, spoken_eps
 from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report import status
 from search.report.importance import Importances, importances
 from search.report.rank_correlation import RankCorrelation, rank_correlation
+from search.report.winner import audits, verdict_on, winner
 from search.study import ranking, sync
 from search.study.candidate import Candidate, Latency
 from search.study.ranking import Refusal
 from search.study.study import Study
-from spaces.exceptions import InputError
 from spaces.space import Params
 
 APART = 0.1
@@ -79,7 +77,7 @@ class Summary:
     Args:
         undefended: the bare classifier, scored by the same suite on the same images.
         candidates: all candidates.
-        best: the best feasible candidate.
+        best: the best candidate that meets all constraints and that no audit refused.
         front: the Pareto front of the feasible candidates.
         searched: names of the knobs that were searched.
         importances: of the knobs; empty with too few trials.
@@ -88,7 +86,7 @@ class Summary:
         again: the latencies of the front's candidates, re-measured at the end.
         refinements: further inference settings that were scored for the best fits at the end.
         busy: seconds in which at least one trial ran.
-        audits: the evidence of each export, by its candidate.
+        audits: the evidence of each audit, by its candidate (`search/report/winner.py`).
     """
 
     study: Study
@@ -110,6 +108,21 @@ class Summary:
     def ranked(self) -> list[Candidate]:
         """The candidates, feasible ones first, then sorted by attacked error and latency."""
         return sorted(ranking.ranked(self.candidates), key=lambda c: bool(self.broken(c)))
+
+    @property
+    def audit(self) -> Mapping[str, Any] | None:
+        """The evidence of the audit of the best candidate; None if it was not audited."""
+        return self.audits.get(self.best.candidate) if self.best else None
+
+    @property
+    def verdict(self) -> str:
+        """What the best candidate is worth, one sentence; empty if there is none yet."""
+        return verdict_on(self.best, self.undefended, self.audit) if self.best and self.undefended else ""
+
+    @property
+    def refused_by_audit(self) -> list[str]:
+        """The candidates that an audit refused."""
+        return [name for name, audit in self.audits.items() if audit["refused"]]
 
     @cached_property
     def refusals(self) -> list[Refusal]:
@@ -219,37 +232,24 @@ def summarise(study: Study) -> Summary:
     """
     history = SearchHistory(study)
     candidates = history.candidates()
-    feasible = ranking.feasible(study, candidates)
+    audited = audits(study, candidates)
+    best = winner(ranking.feasible(study, candidates), audited)
     return Summary(
         study=study,
         undefended=history.undefended(),
         candidates=candidates,
-        best=next(iter(feasible), None),
+        best=best,
         front=ranking.front(study, candidates),
         searched=list(history.searched),
         importances=importances(history),
-        device=feasible[0].score.device if feasible else "",
+        device=best.score.device if best else "",
         rank_correlation=rank_correlation(history, candidates),
         again=history.remeasured(),
         trials=[_told(history, trial, "trial") for trial in history.trials()],
         refinements=[_told(history, trial, "refines") for trial in history.refinements()],
         busy=status.busy((t for t in history.trials() if state_of(t) in ENDED), datetime.now()),
-        audits=audits(study, candidates),
+        audits=audited,
     )
-
-
-def audits(study: Study, candidates: Sequence[Candidate]) -> dict[str, Mapping[str, Any]]:
-    """Return the evidence of each export by candidate, without exports that were changed or are of another search."""
-    found = dict[str, Mapping[str, Any]]()
-    for c in candidates:
-        try:
-            known = json.loads(opened(study.folder / "export" / c.candidate)["evidence.json"])
-        except InputError:
-            continue
-        ours = {"search": study.name, "candidate": c.candidate, "fit": c.fit, "threat": asdict(c.score.threat)}
-        if ours.items() <= known.items():
-            found[c.candidate] = known
-    return found
 
 
 def _told(history: SearchHistory, trial: FrozenTrial, kind: str) -> TrialRecord:

@@ -14,6 +14,7 @@ import wandb
 from search.study.candidate import Candidate
 from search.study.ranking import feasible, front, ranked
 from search.study.study import Study
+from search.study.verdict import verdict_of_audit
 from search.trial.pictures import caption
 
 Extreme = Literal["max", "min"]
@@ -102,6 +103,7 @@ def log_export(study: Study, folder: Path, aliases: Sequence[str], run: wandb.Ru
     """Log an export as a version of the artifact of its defense and task, and the figures of its audit."""
     evidence = json.loads((folder / "evidence.json").read_text())
     told = {name: value for name, value in evidence.items() if isinstance(value, str | int | float | bool)}
+    run.summary["audited/verdict"] = told["verdict"] = verdict_of_audit(evidence)
     name = re.sub(r"[^\w.-]+", "-", f"{study.defense}-{study.label}")
     artifact = wandb.Artifact(name, "defense", description=(folder / "card.md").read_text(), metadata=told)
     for path in sorted(folder.iterdir()):

@@ -18,6 +18,7 @@ from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate, Proposal
 from search.study.ranking import feasible, ranked
 from search.study.study import Study
+from search.study.verdict import verdict_of_search
 from search.tracking import wandb_panels
 from search.tracking.wandb_panels import Extreme
 from search.tracking.wandb_run import Mode
@@ -154,6 +155,7 @@ class WandbTracker(Callback):
             **{f"trials/{name}": self._states[name] for name in get_args(State)},
             **{f"undefended/{name}": value for name, value in self._undefended.row().items()},
             **({f"best/{name}": value for name, value in best.row().items()} if best else {}),
+            **({"verdict": verdict_of_search(best, self._undefended)} if best else {}),
         }
 
 

@@ -378,7 +378,7 @@ def test_an_alarm_refuses_the_export_and_despite_writes_it(
     assert list(tmp_path.iterdir()) == []
     written = export(searched, best, searched.store, tmp_path, despite_alarms=True)
     assert (written / "evidence.json").read_text().splitlines()[1].startswith(' "alarms": [')
-    assert "ALARM" in (written / "card.md").read_text()
+    assert "FAILED CHECK" in (written / "card.md").read_text()
 
 
 def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(

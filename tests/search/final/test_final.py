@@ -289,7 +289,7 @@ def test_the_page_says_what_the_numbers_are(judged: Found) -> None:
     assert "2 trainings, seeded 1000, 1001, on 150 training and all 180 validation images" in said
     assert "trained on 150 training and all 180 validation images, of 1437 that there are" in said
     assert "Linf eps 0.1" in said and "not times the seeds" in said and "Look" not in said
-    assert all(f"> **ALARM** {one['export']}: {alarm}" in said for alarm in one["alarms"])
+    assert all(f"> **FAILED CHECK** {one['export']}: {alarm}" in said for alarm in one["alarms"])
     for each in one["optimism"]:
         way = "optimistic" if each["optimistic"] >= 0 else "pessimistic"
         assert each["optimistic"] == pytest.approx(each["validation"] - each["test"])

@@ -80,9 +80,7 @@ def test_a_full_run_needs_no_caveat() -> None:
 
 def test_the_leaderboard_ends_with_the_undefended_classifier_and_says_what_breaks_a_constraint() -> None:
     words = Page(render(none_feasible())).words
-    assert (
-        "12 candidates, none of which keeps to the constraints: 12 of 12 raise the alarm gradients are masked" in words
-    )
+    assert "12 candidates, none of which meets all constraints: 12 of 12 raise the alarm gradients are masked" in words
     assert "alarm: gradients are masked" in words
     assert words.index("alarm: gradients are masked") < words.index("undefended 0.4 %")
 

@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +17,8 @@ from search.export.loader import FILES, SEAL, seal
 from search.formatting import spoken_device
 from search.report.cost import cost
 from search.report.page import render
-from search.report.summary import audits
+from search.report.winner import audits, winner
+from search.study.candidate import Candidate
 from search.study.study import Study
 from tests.support.page import Page
 from tests.support.summaries import findings_of, nothing_yet, several_devices
@@ -132,19 +134,70 @@ def test_a_range_has_a_scale_and_a_choice_has_none() -> None:
     assert Page(render(findings_of())).data["ranges"] == ["log", "log", "log", None, None]
 
 
-def test_what_the_audit_left_of_the_best_stands_beneath_the_headline() -> None:
-    summary = findings_of(threat="oblivious")
-    assert summary.best is not None
-    known = {
+def audited(candidate: Candidate, **more: Any) -> dict[str, Any]:
+    """Evidence of an audit, of that which the page shows."""
+    bare = {"attacked_accuracy": 0.004, "oblivious_accuracy": 0.004, "white_box_accuracy": 0.0, "clean_accuracy": 0.991}
+    return {
         "attacked_accuracy": 0.198,
+        "attacked_error": 0.802,
         "attacked_accuracy_interval": (0.148, 0.258),
+        "oblivious_accuracy": 0.198,
         "white_box_accuracy": 0.0,
         "white_box_accuracy_interval": (0.0, 0.019),
         "clean_accuracy": 0.9,
+        "images": candidate.score.images,
+        "threat": asdict(candidate.score.threat),
+        "baselines": {"undefended": {**bare, "attacked_accuracy_interval": (0.0, 0.01)}},
         "alarms": [],
+        "refused": False,
+        **more,
     }
-    words = Page(render(replace(summary, audits={summary.best.candidate: known}))).words
-    assert "heavier attacks left 19.8 %" in words and "An attacker who knows the defense left 0.0 %" in words
+
+
+def test_the_verdict_stands_beneath_the_headline_and_in_the_leaderboard() -> None:
+    summary = findings_of()
+    words = Page(render(summary)).words
+    assert summary.best is not None
+    assert summary.verdict.startswith("better than no defense: ") and "not yet audited" in summary.verdict
+    assert (
+        f"Verdict: {summary.verdict}." in words and f"Verdict on {summary.best.candidate}: {summary.verdict}" in words
+    )
+    assert "Verdict" not in Page(render(nothing_yet())).words
+
+
+def test_after_an_audit_the_audited_figure_is_what_counts() -> None:
+    summary = findings_of(threat="oblivious")
+    assert summary.best is not None
+    page = replace(summary, audits={summary.best.candidate: audited(summary.best)})
+    words = Page(render(page)).words
+    assert "The best of 60 candidates, audited, classifies 19.8 % of the attacked images right" in words
+    assert (
+        "Verdict: better only where the attacker does not know the defense: 19.8 % against 0.4 % undefended; where the "
+        "attacker knows it, 0.0 % against 0.0 % (Linf eps 0.3); costs 9.1 points of clean accuracy; audited." in words
+    )
+    before = f"{100 * summary.best.score.attacked_accuracy:.1f} %"
+    assert f"The search's lighter attacks had left {before}" in words
+    assert "White-box accuracy white-box, L∞ eps 0.3 0.0 % 0.0 %" in words and "audited: 19.8 %" in words
+
+
+def test_a_candidate_that_the_audit_refused_is_no_winner() -> None:
+    summary = findings_of()
+    assert summary.best is not None
+    first, second = summary.ranked[:2]
+    refused = audited(first, alarms=["gradient: it does not hold that images have a usable gradient"], refused=True)
+    assert winner(summary.ranked, {first.candidate: refused}) == second
+    words = Page(render(replace(summary, best=second, audits={first.candidate: refused}))).words
+    assert "refused by the audit" in words and "1 candidate failed the audit and is passed over" in words
+    assert "gradient: it does not hold that images have a usable gradient" in words
+    none = Page(render(replace(summary, best=None, audits={first.candidate: refused}))).words
+    assert "No winner: all" in none and "failed the audit" in none
+
+
+def test_a_front_of_one_candidate_trades_nothing() -> None:
+    summary = findings_of()
+    assert "more accuracy under attack costs more latency" in Page(render(summary)).words
+    one = Page(render(replace(summary, front=summary.front[:1]))).words
+    assert "costs more latency" not in one and "The front is one candidate" in one
 
 
 def test_an_export_that_was_changed_or_is_of_another_search_is_left_out(tmp_path: Path) -> None:
@@ -152,8 +205,9 @@ def test_an_export_that_was_changed_or_is_of_another_search_is_left_out(tmp_path
     one, other, third = summary.candidates[:3]
     study = summary.study.model_copy(update={"storage": str(tmp_path)})
     for candidate, search in ((one, study.name), (other, study.name), (third, "another")):
-        known = {"search": search, "candidate": candidate.candidate, "fit": candidate.fit}
-        told = json.dumps(known | {"threat": asdict(candidate.score.threat)}).encode()
+        known = {"search": search, "candidate": candidate.candidate, "fit": candidate.fit, "alarms": ["noise"]}
+        whose = {"threat": asdict(candidate.score.threat)}
+        told = json.dumps(known | whose).encode()
         files = {name: told if name == "evidence.json" else b"" for name in FILES}
         folder = study.folder / "export" / candidate.candidate
         folder.mkdir(parents=True)
@@ -162,6 +216,15 @@ def test_an_export_that_was_changed_or_is_of_another_search_is_left_out(tmp_path
     assert list(audits(study, summary.candidates)) == [one.candidate, other.candidate]
     (study.folder / "export" / other.candidate / "card.md").write_text("It withstands everything.")
     assert list(audits(study, summary.candidates)) == [one.candidate]
+    (study.folder / "audits").mkdir()
+    (study.folder / "audits" / f"{other.candidate}.json").write_bytes(told.replace(third.candidate.encode(), b""))
+    assert list(audits(study, summary.candidates)) == [one.candidate]
+    told = json.dumps(known | {"search": study.name, "candidate": other.candidate, "fit": other.fit} | whose).encode()
+    (study.folder / "audits" / f"{other.candidate}.json").write_bytes(told)
+    assert {name: each["refused"] for name, each in audits(study, summary.candidates).items()} == {
+        one.candidate: False,
+        other.candidate: True,
+    }
 
 
 def test_threads_are_in_the_right_number() -> None:

@@ -1,0 +1,56 @@
+"""The winner of a search: the best candidate that no audit refused, with its audit and what it is worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from search.export.loader import opened
+from search.study.candidate import Candidate
+from search.study.study import Study
+from search.study.verdict import verdict_of_audit, verdict_of_search
+from spaces.exceptions import InputError
+
+NOT_AUDITED = "not yet audited by heavier attacks"
+
+
+def audits(study: Study, candidates: Iterable[Candidate]) -> dict[str, Mapping[str, Any]]:
+    """Return the evidence of each audit by candidate, without those of another search or of an export that was changed.
+
+    Returns:
+        The fields of evidence.json and `refused`: whether checks failed, and it was not exported all the same.
+    """
+    found = dict[str, Mapping[str, Any]]()
+    kept = {path.stem for path in (study.folder / "audits").glob("*.json")}
+    kept |= {path.parent.name for path in (study.folder / "export").glob("*/evidence.json")}
+    for c in candidates if kept else ():
+        ours = {"search": study.name, "candidate": c.candidate, "fit": c.fit, "threat": asdict(c.score.threat)}
+        for known, exported in _kept(study, c.candidate) if c.candidate in kept else ():
+            if ours.items() <= known.items():
+                found.setdefault(c.candidate, {**known, "refused": bool(known["alarms"]) and not exported})
+    return found
+
+
+def _kept(study: Study, candidate: str) -> Iterable[tuple[dict[str, Any], bool]]:
+    """Yield the evidence in a candidate's export, then that of its last audit, each with whether it was exported."""
+    with suppress(InputError):
+        yield json.loads(opened(study.folder / "export" / candidate)["evidence.json"]), True
+    with suppress(OSError, ValueError):
+        yield json.loads((study.folder / "audits" / f"{candidate}.json").read_bytes()), False
+
+
+def winner(feasible: Sequence[Candidate], audited: Mapping[str, Mapping[str, Any]]) -> Candidate | None:
+    """Return the best of the ranked candidates that no audit refused."""
+    return next((c for c in feasible if not audited.get(c.candidate, {}).get("refused")), None)
+
+
+def verdict_on(best: Candidate, undefended: Candidate, audit: Mapping[str, Any] | None) -> str:
+    """Return what a winner is worth, and whose figures say so: the audit's if there was one, else the search's."""
+    if audit is None:
+        return f"{verdict_of_search(best, undefended)}; {NOT_AUDITED}"
+    failed = len(audit["alarms"])
+    doubt = f"; {failed} audit check{'s' if failed > 1 else ''} failed" if failed else ""
+    return f"{verdict_of_audit(audit)}; audited{doubt}"
