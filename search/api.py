@@ -32,7 +32,7 @@ def search(study: Study, *, debug: bool = False, console: Console | None = None)
 
     Raises:
         InputError: the study is invalid, or a different study has its name.
-        RuntimeError: no trial produced a candidate.
+        RuntimeError: no training produced a candidate.
         KeyboardInterrupt: the search was interrupted; trials that had ended are kept.
     """
     console = console or _console()
@@ -48,7 +48,7 @@ def search(study: Study, *, debug: bool = False, console: Console | None = None)
     if code == 130:
         raise KeyboardInterrupt
     if code != 0:
-        raise RuntimeError(f"no trial of {study.name} left a candidate: launch.py status {study.name} says why")
+        raise RuntimeError(f"no training of {study.name} left a candidate: launch.py status {study.name} says why")
     return candidates(study)
 
 

@@ -133,8 +133,8 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
             known, ended = _held(study)
             if outdated := study.store.outdated_fits():
                 say(
-                    f"{outdated} fits in {study.store.root} are of an earlier version, which named them otherwise: "
-                    "they are kept, but not found, and trained anew where a search needs them"
+                    f"{outdated} trainings in {study.store.root} are of an earlier version, which named them "
+                    "otherwise: they are kept, but not found, and trained anew where a search needs them"
                 )
             if not new:
                 say(f"{sum(ended.values())} of {study.trials} trainings have ended, {len(known)} candidates are kept")

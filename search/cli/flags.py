@@ -111,6 +111,7 @@ def _named(noun: str, help: str, kind: str | None = None, words: Sequence[str] =
     return Argument(metavar=noun, help=help, autocompletion=_completing(kind, words))
 
 
+KNOWS = "what the attacker knows (oblivious: not the defense; black-box: only answers; white-box: everything)"
 LISTED = ("defenses", "attacks", "spaces", "tasks", "tables", "searches")
 Name = Annotated[str, _named("NAME", "a search", "searches")]
 MaybeName = Annotated[str | None, _named("NAME", "a search; else all", "searches")]
@@ -150,15 +151,20 @@ Port = Annotated[int | None, _value("INTEGER", "of this machine; else one that i
 Seed = Annotated[int, _value("INTEGER", "of random starts, targets and noise")]
 
 Pareto = Annotated[bool, _switch("--pareto", "the whole Pareto front")]
-Top = Annotated[int | None, _value("INTEGER", "the best K (least attacked error) that pass the audit", min=1)]
+Top = Annotated[int | None, _value("INTEGER", "the best K (least attacked error) that pass all audit checks", min=1)]
 Candidate = Annotated[str | None, _value("NAME", "one candidate, by its name or the beginning of it", "candidates")]
 Out = Annotated[Path | None, _value("PATH", "the folder of exports; else STORAGE/NAME/export")]
 Changed = Annotated[bool, _switch("--changed", "go on where the code changed since the export; the results say so")]
-Despite = Annotated[bool, _switch("--despite-alarms", "write what the audit refuses")]
+Despite = Annotated[bool, _switch("--despite-alarms", "write a winner although audit checks failed; its card says so")]
 
 Suite = Annotated[str, _value("NAME", "the attacks (list attacks)", "attacks")]
 Threat = Annotated[
-    str | None, _value("NAME", "oblivious, black-box or white-box; else the export's", words=get_args(Knowledge))
+    str | None,
+    _value(
+        "NAME",
+        f"{KNOWS}; else the export's",
+        words=get_args(Knowledge),
+    ),
 ]
 Norm = Annotated[str | None, _value("NAME", "Linf or L2; else the export's", words=get_args(norms))]
 Eps = Annotated[str | None, _value("FLOAT", "its bound, in pixel units of [0, 1], 8/255 too; else the export's")]
@@ -168,7 +174,14 @@ Substitute = Annotated[str | None, _value("NAME", "the black-box attacker's arch
 Data = Annotated[str, _value("NAME", "a data set's validation images, or FILE.npz with x and y", "data sets")]
 AuditNorm = Annotated[str, _value("NAME", "Linf or L2", words=get_args(norms))]
 AuditEps = Annotated[str, _value("FLOAT", "its bound, in pixel units of [0, 1], 8/255 too")]
-AuditThreat = Annotated[str, _value("NAME", "white-box, oblivious or black-box", words=get_args(Knowledge))]
+AuditThreat = Annotated[
+    str,
+    _value(
+        "NAME",
+        KNOWS,
+        words=get_args(Knowledge),
+    ),
+]
 AuditImages = Annotated[int | None, _value("INTEGER", "images, 32 or more; else 200, or all there are")]
 AuditSuite = Annotated[
     str | None, _value("NAME", "further attacks, which count too: standard is AutoAttack (list attacks)", "attacks")
@@ -178,7 +191,7 @@ AuditOut = Annotated[Path | None, _value("PATH", "a new folder for evidence, car
 
 Seeds = Annotated[int, _value("INTEGER", "trainings, each with a fresh seed")]
 TestImages = Annotated[int | None, _value("INTEGER", "test images that are attacked; else all")]
-FinalStorage = Annotated[str | None, _value("PATH", "where fits are kept; else the export's search's")]
+FinalStorage = Annotated[str | None, _value("PATH", "where trainings are kept; else the export's search's")]
 Concurrent = Annotated[int | None, _value("INTEGER", "trainings at once; else what the cluster holds", min=1)]
 Gpus = Annotated[float | None, _value("FLOAT", "of each training; else the search's", min=0)]
 Cpus = Annotated[float | None, _value("FLOAT", "of each training; else the search's", min=0)]

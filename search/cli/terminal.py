@@ -78,9 +78,18 @@ PLAIN: dict[str, Any] = {"markup": False, "emoji": False}  # error texts are pri
 console = Screen(width=None if sys.stdout and sys.stdout.isatty() else 1000, **PLAIN)  # piped lines are not truncated
 
 
-def command(app: typer.Typer, panel: str, *examples: str, name: str | None = None) -> Callable[..., Any]:
-    """Register a command under a heading of the help, with examples below its flags."""
+def command(
+    app: typer.Typer, panel: str, *examples: str, name: str | None = None, columns: Mapping[str, str] | None = None
+) -> Callable[..., Any]:
+    """Register a command under a heading of the help, with examples below its flags, and what its columns mean."""
     shown = "\n".join(["Examples:", *(f"  python launch.py {example}" for example in examples)])
+    if columns:
+        shown += "\n\n" + "\n".join(
+            [
+                "Columns of candidates.csv and of the tables:",
+                *(f"  {name}: {meaning}" for name, meaning in columns.items()),
+            ]
+        )
     return app.command(name, cls=Command, rich_help_panel=panel, epilog=escape(shown))
 
 

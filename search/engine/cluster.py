@@ -207,7 +207,7 @@ def _fitting(nodes: list[dict[str, Any]], cpu: float, gpu: float) -> list[dict[s
     if not fitting:
         held = ", ".join(f"{cpus:g} and {gpus:g}" for cpus, gpus in sorted(set(sizes)))
         raise InputError(
-            f"a trial must fit on one node, but asks for {cpu:g} CPUs and {gpu:g} GPUs of nodes with {held}"
+            f"a training must fit on one node, but asks for {cpu:g} CPUs and {gpu:g} GPUs of nodes with {held}"
         )
     return fitting
 

@@ -145,7 +145,7 @@ def said(found: Forecast) -> str:
         "candidates": f"{found.candidates} a training, then {found.refinements} refinements that train nothing",
         "first": f"{first} and what all share: {_spoken(found.first_s)}",
         "a training": f"{_spoken(found.train_s)} for {found.epochs} epochs, {_spoken(found.score_s)} to score it",
-        "a fit": f"{found.fit_bytes / 2**20:.1f} MiB in the store",
+        "stored": f"{found.fit_bytes / 2**20:.1f} MiB a training, in the store",
         "in all": f"about {_spoken(found.wall_s)}, {found.slots} at once{gpu}; less where trainings are stopped early",
         "timed on": found.device,
     }

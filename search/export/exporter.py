@@ -54,7 +54,7 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
     """Return the candidates to try, in order, and the number of exports wanted.
 
     Raises:
-        InputError: there is no such candidate, or no candidate is within the constraints.
+        InputError: there is no such candidate, or no candidate meets all constraints.
     """
     history = SearchHistory(study)
     known = {found.candidate: found for found in history.candidates()}
@@ -69,7 +69,7 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
     chosen = ranking.front(study, known.values()) if pareto else history.feasible()
     if not chosen:
         why = ranking.refusals_in_words(study, known.values()) or "no training has left a candidate"
-        raise InputError(f"an export needs a candidate within the constraints, but {study.name} has none: {why}")
+        raise InputError(f"an export needs a candidate that meets all constraints, but {study.name} has none: {why}")
     return chosen, len(chosen) if top is None else min(top, len(chosen))
 
 

@@ -69,7 +69,7 @@ def _of_search(study: Study, source: str) -> WarmStart:
         settings,
         inside if same else [],
         f"warm start from {source}: {len(inside)} of its {len(found)} candidates lie in this space, "
-        f"the settings of the best {len(settings)} fits are tried first; {learnt}",
+        f"the settings of the best {len(settings)} trainings are tried first; {learnt}",
     )
 
 

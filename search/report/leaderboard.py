@@ -48,8 +48,8 @@ def refusals(study: Study, candidates: Sequence[Candidate]) -> str:
     within = len(ranking.feasible(study, candidates))
     refused = ranking.refusals_in_words(study, candidates)
     if not within:
-        return f"no candidate is within the constraints: {refused}"
-    return f"constraints: {within} of {len(candidates)} candidates keep to all" + (f"; {refused}" if refused else "")
+        return f"no candidate meets all constraints: {refused}"
+    return f"constraints: {within} of {len(candidates)} candidates meet all" + (f"; {refused}" if refused else "")
 
 
 def _figures(candidate: Candidate, rejects: bool) -> list[str]:

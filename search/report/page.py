@@ -27,6 +27,7 @@ from search.report.importance import CHANCE
 from search.report.summary import Summary, TrialRecord
 from search.storage.atomic import write_atomic
 from search.study.candidate import Score
+from search.study.columns import COLUMNS, FURTHER
 from search.study.study import Study
 from search.study.verdict import UNDEFENDED
 from search.templates import render as template
@@ -63,6 +64,7 @@ def render(summary: Summary) -> str:
         top=summary.ranked[:TOP],
         front={c.candidate for c in summary.front},
         interval=interval,
+        columns={**COLUMNS, **FURTHER},
         figures=figures(summary),
         threat=threat_in_words(summary),
         measures=measures(summary),
@@ -114,8 +116,8 @@ def threat_in_words(summary: Summary) -> str:
     return f"{knows}, and may move every pixel by up to {reach} of the way from black to white ({summary.named()})."
 
 
-def measures(summary: Summary) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield each measure with its condition and its values for the best candidate and the undefended classifier."""
+def measures(summary: Summary) -> Iterator[tuple[str, str, list[str], str]]:
+    """Yield each measure: name, condition, values for the winner and the undefended classifier, meaning."""
     images = summary.best.score.latency_images if summary.best else ""
     device = spoken_device(summary.device) if summary.device else ""
     batch = ", ".join(filter(None, ("p50, batch of 128", images and f"{images} images", device)))
@@ -134,7 +136,7 @@ def measures(summary: Summary) -> Iterator[tuple[str, str, list[str]]]:
         ("Purification latency", batch, "latency_ms_p50", milliseconds),
     ]
     for measure, condition, name, spoken in rows:
-        yield measure, condition, [spoken(known[name]) if known else "–" for known in figures(summary)]
+        yield measure, condition, [spoken(known[name]) if known else "–" for known in figures(summary)], COLUMNS[name]
 
 
 def origins(study: Study) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ LEAST = 4
 ENOUGH = 8
 """Minimum number of trainings for a warning about a low correlation."""
 LOW = 0.5
+QUICK = "quick scores (for early stopping) against final scores"
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ class RankCorrelation:
         """The correlation in one line."""
         if self.last.rho is None:
             why = f"they need {LEAST}" if len(self.points) < LEAST else "one of the two does not vary"
-            return f"cheap against final scores of {len(self.points)} finished trainings: no rank correlation, {why}"
+            return f"{QUICK} of {len(self.points)} finished trainings: no rank correlation, {why}"
         rungs = "".join(f", after {r.when} {r.rho:.2f}" for r in self.ranks[:-1] if r.rho is not None)
         within = f" ({self.last.low:.2f} to {self.last.high:.2f})" if self.last.low is not None else ""
         return (
-            f"cheap against final scores of {self.last.trainings} finished trainings: Spearman's rho "
+            f"{QUICK} of {self.last.trainings} finished trainings: Spearman's rho "
             f"{self.last.rho:.2f}{within}, Kendall's tau {self.last.tau:.2f}{rungs}"
         )
 
@@ -108,7 +109,7 @@ class RankCorrelation:
         )
         if self.study.stopping != "none":
             remedy += ", or --stopping none: good trainings may have been stopped"
-        return f"the cheap score after {poor.when} {found} {poor.trainings} finished trainings; try {remedy}"
+        return f"the quick score after {poor.when} {found} {poor.trainings} finished trainings; try {remedy}"
 
     def to_json(self) -> dict[str, Any]:
         return {

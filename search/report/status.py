@@ -13,7 +13,7 @@ from rich.table import Table
 from search.formatting import duration
 from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report.leaderboard import refusals
-from search.report.rank_correlation import rank_correlation
+from search.report.rank_correlation import QUICK, rank_correlation
 from search.report.winner import audits, verdict_on, winner
 from search.study import ranking
 from search.study.study import Study
@@ -116,7 +116,7 @@ def details(state: Mapping[str, Any]) -> list[str]:
     return [
         *([f"verdict on {state['best']['candidate']}: {state['verdict']}"] if state["verdict"] else []),
         *([f"pace: {pace:.1f} trainings a minute"] if pace else []),
-        f"stopping: {state['stopping']}; cheap against final scores of {last['trainings']} trainings: rho {rho}",
+        f"stopping: {state['stopping']}; {QUICK} of {last['trainings']} trainings: Spearman's rho {rho}",
         *([state["refusals"]] if state["refusals"] else []),
         *([f"warning: {state['rank_correlation']['warning']}"] if state["rank_correlation"]["warning"] else []),
         *([f"inference settings dropped in a race: {state['dropped']}"] if state["dropped"] else []),

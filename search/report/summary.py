@@ -33,7 +33,7 @@ class Fault:
     """One problem.
 
     Args:
-        state: failed, interrupted, restarted or alarm.
+        state: failed, interrupted, restarted or failed check.
         words: the reason; empty if unknown.
         where: names of the trials or candidates.
     """
@@ -180,12 +180,12 @@ class Summary:
     @cached_property
     def alarms(self) -> list[Fault]:
         """Candidates with an alarm, grouped by alarm."""
-        return gathered(("alarm", alarm, c.candidate) for c in self.ranked for alarm in c.score.alarms)
+        return gathered(("failed check", alarm, c.candidate) for c in self.ranked for alarm in c.score.alarms)
 
     def broken(self, candidate: Candidate) -> list[str]:
         """Return descriptions of the constraints that a candidate violates."""
         words = {
-            "alarms": f"alarm: {'; '.join(candidate.score.alarms)}",
+            "alarms": f"failed audit check: {'; '.join(candidate.score.alarms)}",
             "max_clean_rejection": f"more than {percent(self.study.max_clean_rejection)} of the clean images rejected",
             "min_clean_accuracy": f"clean accuracy below {percent(self.study.min_clean_accuracy)}",
             "max_latency_ms": f"slower than {milliseconds(self.study.max_latency_ms)}",
@@ -207,7 +207,7 @@ class Summary:
         moved = again.ms_p50 / first - 1
         if abs(moved) <= APART:
             return ""
-        return f"{100 * abs(moved):.0f} % {'slower' if moved > 0 else 'faster'} the second time: once it was not quiet"
+        return f"{100 * abs(moved):.0f} % {'slower' if moved > 0 else 'faster'} when re-measured: once it was not quiet"
 
     def fit(self, candidate: Candidate) -> TrialRecord | None:
         """Return the trial that trained the fit of a candidate."""

@@ -32,7 +32,10 @@ class Fields(BaseModel):
     )
     method: Method = Field("forecast", description="how trainings are proposed: by our own model, or by Optuna")
     trials: int = Field(40, ge=1, description="trainings at most")
-    threat: Knowledge = Field("white-box", description="what the attacker knows")
+    threat: Knowledge = Field(
+        "white-box",
+        description="what the attacker knows (oblivious: not the defense; black-box: answers; white-box: all)",
+    )
     norm: Norm = Field("Linf", description="the norm of the perturbation")
     eps: float | None = Field(
         None, ge=0, description="its bound, in pixel units of [0, 1]; else the suite's paper's, or the task's in Linf"
@@ -63,7 +66,7 @@ class Fields(BaseModel):
     eval_images: int | None = Field(
         None, ge=1, description="validation images that are attacked; else 1000, or all where there are fewer"
     )
-    cheap_images: int = Field(128, ge=1, description="of them, those that score a training after each epoch")
+    cheap_images: int = Field(128, ge=1, description="of them, those of the quick score (for early stopping)")
     scoring: Literal["race", "all"] = Field(
         "race",
         description="race: all inference settings of a training are attacked on a quarter of the images, those that "
@@ -77,21 +80,25 @@ class Fields(BaseModel):
         "latency are float32, always",
     )
     stopping: Literal["halving", "median", "none"] = Field(
-        "halving", description="the rule that stops trainings early, on their rung scores"
+        "halving", description="the rule that stops trainings early, on their quick scores (--cheap-images)"
     )
     grace: int | None = Field(None, ge=1, description="epochs before a training may be stopped; else half of all")
-    halving: float = Field(3.0, gt=1, description="of those that reach a rung one in so many goes on")
-    patience: int = Field(8, ge=0, description="trainings that reach a rung before any is stopped there")
+    halving: float = Field(
+        3.0, gt=1, description="of the trainings that reach an epoch where some are stopped one in so many goes on"
+    )
+    patience: int = Field(8, ge=0, description="trainings that reach such an epoch before any is stopped there")
     refine: int = Field(
-        24, ge=0, description="settings tried at the end on the best fits, where inference knobs are continuous"
+        24,
+        ge=0,
+        description="settings tried at the end on the best trainings, where inference knobs are continuous",
     )
     warm_start: str | None = Field(None, description="a search of the storage, or an export's folder, to begin from")
     trial_timeout: float | None = Field(
-        None, gt=0, description="seconds of work after which a trial is given up (not with --debug); else never"
+        None, gt=0, description="seconds of work after which a training is given up (not with --debug); else never"
     )
-    gpus_per_trial: float | None = Field(None, ge=0, description="a fraction shares one; else 0.25 where there is one")
-    cpus_per_trial: float = Field(1.0, gt=0, description="CPU cores of a trial")
-    concurrent: int | None = Field(None, ge=1, description="trials at once; else what the cluster holds")
+    gpus_per_trial: float | None = Field(None, ge=0, description="GPUs of a training; a fraction shares one; else 0.25")
+    cpus_per_trial: float = Field(1.0, gt=0, description="CPU cores of a training")
+    concurrent: int | None = Field(None, ge=1, description="trainings at once; else what the cluster holds")
     address: str | None = Field(None, description="a Ray cluster: auto or HOST:PORT; else a local one")
     storage: str = Field(
         "runs", validate_default=True, description="the folder or URI that holds searches and the store they share"

@@ -54,7 +54,7 @@ class Refusal:
     def words(self) -> str:
         """What is required."""
         return {
-            "alarms": f"no alarm {self.gate}".rstrip(),
+            "alarms": f"audit check {self.gate} passed" if self.gate else "quick audit checks passed",
             "max_clean_rejection": f"at most {100 * (self.limit or 0):.1f} % of the clean images rejected",
             "min_clean_accuracy": f"clean accuracy of at least {100 * (self.limit or 0):.1f} %",
             "max_latency_ms": f"purification latency of at most {self.limit or 0:.3g} ms",
@@ -62,10 +62,10 @@ class Refusal:
 
     @property
     def violation(self) -> str:
-        """What the refused candidates do, such as `raise the alarm noise`, in their number."""
+        """What the refused candidates do, such as `fail the audit check noise`, in their number."""
         one = self.refused == 1
         return {
-            "alarms": f"{'raises' if one else 'raise'} the alarm {self.gate}",
+            "alarms": f"{'fails' if one else 'fail'} the audit check {self.gate}",
             "max_clean_rejection": f"{'rejects' if one else 'reject'} more than {100 * (self.limit or 0):.1f} % "
             "of the clean images",
             "min_clean_accuracy": f"{'has' if one else 'have'} clean accuracy below {100 * (self.limit or 0):.1f} %",
@@ -104,7 +104,7 @@ def refusals(study: Study, candidates: Iterable[Candidate]) -> list[Refusal]:
 def refusals_in_words(study: Study, candidates: Iterable[Candidate]) -> str:
     """Return which gates and other constraints refuse how many candidates, the most first; empty if all are feasible.
 
-    Example: `12 of 20 raise the alarm gradient (9 for this alone), 5 have clean accuracy below 90.0 %; reasons overlap`
+    Example: `12 of 20 fail the audit check gradient (9 for this alone), 5 are slower than 9 ms; reasons overlap`
     """
     every = list(candidates)
     found = [one for one in refusals(study, every) if one.refused and (one.gate or one.constraint != "alarms")]

@@ -48,7 +48,7 @@ class LiveTable(Callback):
         self._rows: dict[str, _Row] = {}
         self._live: Live | None = None
         self._progress = progress_bars(console, MofNCompleteColumn())
-        self._bar = self._progress.add_task("trials", total=study.trials, completed=done)
+        self._bar = self._progress.add_task("trainings", total=study.trials, completed=done)
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
         score = undefended.score
@@ -71,7 +71,7 @@ class LiveTable(Callback):
     def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
         row = self._rows.setdefault(trial.name, _Row(""))
         row.epoch, row.loss, row.cheap = epoch, metrics.get("loss"), metrics.get("cheap")
-        self._say(f"{trial.name} epoch {epoch}/{self.epochs}: quick attacked {points(row.cheap)}", piped=True)
+        self._say(f"{trial.name} epoch {epoch}/{self.epochs}: quick score {points(row.cheap)}", piped=True)
         self._refresh()
 
     def trial_ended(
@@ -113,7 +113,7 @@ class LiveTable(Callback):
             self._live.update(self._table())
 
     def _table(self) -> RenderableType:
-        table = Table("trial", "knobs", "epoch", "loss", "quick attacked", "seconds", box=None, pad_edge=False)
+        table = Table("training", "knobs", "epoch", "loss", "quick score", "seconds", box=None, pad_edge=False)
         for trial, row in self._rows.items():
             loss = "" if row.loss is None else f"{row.loss:.4g}"
             doing = f"{row.epoch}/{self.epochs}" if row.epoch < self.epochs else "scoring"
