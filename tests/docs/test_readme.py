@@ -138,7 +138,13 @@ def test_the_readmes_commands_run_one_after_the_other(walk: dict[str, Said]) -> 
     assert {line: heard for line, heard in walk.items() if heard.code} == {} and len(walk) >= 7
     said_of = {line.split()[0]: heard.out for line, heard in walk.items()}
     assert "night" in said_of["status"] and said_of["report"].endswith("runs/night/report.html\n")
-    assert "exported runs/night/export" in said_of["export"].replace(f"{os.getcwd()}/", "")
+    assert "exported   runs/night/export" in said_of["export"].replace(f"{os.getcwd()}/", "")
+
+
+@pytest.mark.slow
+def test_after_an_export_the_report_has_the_audited_figure(walk: dict[str, Said]) -> None:
+    assert "report     runs/night/report.html" in walk["export night --pareto"].out.replace(f"{os.getcwd()}/", "")
+    assert ", audited, classifies" in " ".join(Path("runs/night/report.html").read_text().split())
 
 
 @pytest.mark.slow

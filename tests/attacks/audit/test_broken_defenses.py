@@ -110,7 +110,7 @@ def test_none_is_exported(name: str, shelter: Path, monkeypatch: pytest.MonkeyPa
     study, candidate = searched(name, shelter, monkeypatch)
     if CAGED[name].quick:
         assert CAGED[name].alarm in candidate.score.alarms
-        with pytest.raises(InputError, match="needs a candidate within the constraints"):
+        with pytest.raises(InputError, match="needs a candidate that meets all constraints"):
             pick(study, pareto=False, top=1, candidate=None)
     with pytest.raises(AlarmError, match=CAGED[name].alarm):
         export(study, candidate, study.store, study.folder / "export")

@@ -27,9 +27,12 @@ import launch as command_line
 from launch import main
 from search.cli.flags import LISTED, PANELS
 from search.console import working
+from search.study.columns import COLUMNS
 from search.study.fields import Fields
 from search.study.loading import read_study
 from spaces.exceptions import InputError
+from spaces.space import Params
+from tests.support.engine import scored
 from tests.support.paths import ROOT
 
 SMOKE = ("--task", "digits/A", "--space", "smoke", "--wandb", "disabled")
@@ -403,6 +406,13 @@ def test_the_help_of_search_shows_each_field_under_a_heading_with_type_default_a
     assert typed.items() <= nouns.items() and nouns["knob"] == "NAME=VALUE"
     flat = " ".join(re.sub(r"[│\s]+", " ", shown).split())
     assert "by our own model, or by Optuna: forecast, tpe, nsga2, gp, random, qmc, grid [default: forecast]" in flat
+
+
+@pytest.mark.parametrize("command", ["search", "status", "report"])
+def test_the_help_says_what_each_column_means(command: str) -> None:
+    shown = " ".join(said(command, "--help").out.split())
+    assert scored(Params({}, {}), 0.5).row().keys() == COLUMNS.keys()
+    assert all(f"{name}: {meaning}" in shown for name, meaning in COLUMNS.items())
 
 
 def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> None:

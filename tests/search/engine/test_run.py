@@ -101,8 +101,8 @@ def test_a_search_without_a_feasible_candidate_says_everywhere_what_refused_how_
     alarmed = Counter(alarm for c in candidates for alarm in c.score.alarms)
     assert len(candidates) == 6 and all(c.score.clean_accuracy < 1 for c in candidates) and alarmed
     why = ranking.refusals_in_words(study, candidates)
-    assert "6 of 6 have clean accuracy below 100.0 %" in why and "6 raise the alarm gradient" in why
-    assert all(f"the alarm {gate}" in why for gate in alarmed) and why.endswith("; reasons overlap")
+    assert "6 of 6 have clean accuracy below 100.0 %" in why and "6 fail the audit check gradient" in why
+    assert all(f"the audit check {gate}" in why for gate in alarmed) and why.endswith("; reasons overlap")
     told = session.status(study)
     assert {one["gate"]: one["refused"] for one in told["constraints"] if one["gate"]} == alarmed
     assert "undefended" in shown

@@ -34,7 +34,12 @@ NODES = [_node(1), _node(1), _node(0)]
     [
         (NODES, 2, 0, "cpus_per_trial must be at most what the cluster has on one node, 1, but is 2"),
         (NODES, 1, 0.5, "gpus_per_trial must be at most what the cluster has on one node, 0, but is 0.5"),
-        ([_node(8), _node(1, 2)], 4, 1, "a trial must fit on one node, but asks for 4 CPUs and 1 GPUs of nodes with"),
+        (
+            [_node(8), _node(1, 2)],
+            4,
+            1,
+            "a training must fit on one node, but asks for 4 CPUs and 1 GPUs of nodes with",
+        ),
         ([_node(8, 4)], 4, 1.5, "gpus_per_trial must be a fraction of one GPU or whole ones, but is 1.5"),
     ],
 )

@@ -41,9 +41,11 @@ from search.export.loader import FILES, SEAL, load
 from search.export.model_card import card
 from search.formatting import spoken_device
 from search.optimizer.history import SearchHistory
+from search.report.winner import audits, winner
 from search.study.candidate import Candidate
 from search.study.catalog import open_search
 from search.study.study import Study
+from search.study.verdict import verdict_of_audit
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.support.paths import ROOT
@@ -376,7 +378,10 @@ def test_an_alarm_refuses_the_export_and_despite_writes_it(
     with pytest.raises(AlarmError, match="reproduced"):
         export(searched, best, searched.store, tmp_path)
     assert list(tmp_path.iterdir()) == []
+    noted = audits(searched, [best])[best.candidate]
+    assert noted["refused"] and "reproduced" in noted["alarms"][0] and winner([best], {best.candidate: noted}) is None
     written = export(searched, best, searched.store, tmp_path, despite_alarms=True)
+    assert f"**Verdict: {verdict_of_audit(noted)}.**" in (written / "card.md").read_text()
     assert (written / "evidence.json").read_text().splitlines()[1].startswith(' "alarms": [')
     assert "FAILED CHECK" in (written / "card.md").read_text()
 
@@ -388,7 +393,7 @@ def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
 
     def strict(study: Study, candidate: Candidate, store: object, out: Path, **options: object) -> Path:
         if candidate == ranked[0]:
-            raise AlarmError(f"{candidate.candidate} raised 1 alarm(s): gradient")
+            raise AlarmError(f"{candidate.candidate} failed 1 audit check: gradient")
         return Path(shutil.copytree(folder, out / candidate.candidate))
 
     monkeypatch.setattr(exporter, "export", strict)
@@ -400,7 +405,8 @@ def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
     assert known.items() >= written["audited"].items() >= {"attacked_accuracy": known["attacked_accuracy"]}.items()
     assert [path.name for path in tmp_path.iterdir()] == [ranked[1].candidate]
     said = console.export_text()
-    assert "refused: " in said and f"exported {tmp_path}" in said
+    assert "refused: " in said and f"exported   {tmp_path}" in said
+    assert written["verdict"] == verdict_of_audit(known) and f"verdict    {written['verdict']}" in said
     assert "attacked accuracy (white-box, Linf eps 0.1; the search's lighter attacks left" in said
     assert len(exporter.export_all(searched, ranked[:1], 1, tmp_path, console, despite_alarms=False)) == 1
 

@@ -289,6 +289,7 @@ def test_the_page_says_what_the_numbers_are(judged: Found) -> None:
     assert "2 trainings, seeded 1000, 1001, on 150 training and all 180 validation images" in said
     assert "trained on 150 training and all 180 validation images, of 1437 that there are" in said
     assert "Linf eps 0.1" in said and "not times the seeds" in said and "Look" not in said
+    assert f"**Verdict on {one['export']}: " in said and " undefended (white-box, Linf eps 0.1)" in said
     assert all(f"> **FAILED CHECK** {one['export']}: {alarm}" in said for alarm in one["alarms"])
     for each in one["optimism"]:
         way = "optimistic" if each["optimistic"] >= 0 else "pessimistic"

@@ -80,9 +80,12 @@ def test_a_full_run_needs_no_caveat() -> None:
 
 def test_the_leaderboard_ends_with_the_undefended_classifier_and_says_what_breaks_a_constraint() -> None:
     words = Page(render(none_feasible())).words
-    assert "12 candidates, none of which meets all constraints: 12 of 12 raise the alarm gradients are masked" in words
-    assert "alarm: gradients are masked" in words
-    assert words.index("alarm: gradients are masked") < words.index("undefended 0.4 %")
+    assert (
+        "12 candidates, none of which meets all constraints: 12 of 12 fail the audit check gradients are masked"
+        in words
+    )
+    assert "failed audit check: gradients are masked" in words
+    assert words.index("failed audit check: gradients are masked") < words.index("undefended 0.4 %")
 
 
 def test_candidates_that_break_a_constraint_come_last() -> None:
@@ -135,7 +138,7 @@ def test_pictures_are_embedded_the_best_first_and_missing_ones_left_out(tmp_path
     best = summary.fit(summary.ranked[0])
     assert best is not None
     shown = [attrs["alt"] for tag, attrs in Page(render(summary)).tags if tag == "img"]
-    assert len(shown) == 6 and shown[0] == f"Clean, attacked and purified images of trial {best.trial}"
+    assert len(shown) == 6 and shown[0] == f"Clean, attacked and purified images of training {best.trial}"
     for file in tmp_path.glob("*.png"):
         file.unlink()
     assert all(tag != "img" for tag, _ in Page(render(summary)).tags)
@@ -150,7 +153,7 @@ def test_what_is_rejected_is_reported_apart() -> None:
     assert "Attacked images accepted and wrong" in page.words and "Attacked images rejected" in page.words
     best = page.data["risk"][0]
     assert best["points"] == [[0, 60], [1, 40], [4, 10], [20, 2]] and best["picked"][0] <= page.data["rejection"] == 5
-    assert len(page.data["risk"]) == 4 and "swept over every image of the best 4 fits" in page.words
+    assert len(page.data["risk"]) == 4 and "swept over every image of the best 4 trainings" in page.words
     assert Page(render(findings_of())).data["risk"] == []
 
 
@@ -165,8 +168,8 @@ def test_the_front_is_a_table_with_both_measurements_and_what_to_think_of_them()
     }
     words = Page(render(replace(summary, front=[quiet, loud, away], again=again))).words
     place = words.index("On the front Attacked error")
-    assert f"{1.05 * first:.3g} ms" in words[place:] and "30 % slower the second time" in words[place:]
-    assert "on another device: Tesla T4" in words[place:] and words.count("the second time") == 1
+    assert f"{1.05 * first:.3g} ms" in words[place:] and "30 % slower when re-measured" in words[place:]
+    assert "on another device: Tesla T4" in words[place:] and words.count("when re-measured") == 1
 
 
 def test_devices_stand_at_latencies_where_there_are_several_and_each_has_a_front() -> None:
@@ -181,7 +184,8 @@ def test_devices_stand_at_latencies_where_there_are_several_and_each_has_a_front
 def test_constraints_are_counted() -> None:
     words = Page(render(none_feasible())).words
     assert (
-        "0 of 12 candidates keep to all" in words and "no alarm 0 12 12 no alarm gradients are masked 0 12 12" in words
+        "0 of 12 candidates meet all" in words
+        and "quick audit checks passed 0 12 12 audit check gradients are masked passed 0 12 12" in words
     )
     assert "clean accuracy of at least 90.0 %" in words and "purification latency of at most 12 ms" in words
 

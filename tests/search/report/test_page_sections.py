@@ -19,6 +19,7 @@ from search.report.cost import cost
 from search.report.page import render
 from search.report.winner import audits, winner
 from search.study.candidate import Candidate
+from search.study.columns import COLUMNS, FURTHER
 from search.study.study import Study
 from tests.support.page import Page
 from tests.support.summaries import findings_of, nothing_yet, several_devices
@@ -33,7 +34,7 @@ def test_the_cost_names_what_was_spent_and_what_was_saved() -> None:
     words = Page(render(summary)).words
     assert "50 trainings saved: 60 candidates came of 10 trainings" in words
     assert "34 of 40 epochs saved by stopping 2 trainings early: 7 min at the pace of each" in words
-    assert "refinements, which train nothing 1 – 4" in words and "14 min in which at least one trial ran" in words
+    assert "refinements, which train nothing 1 – 4" in words and "14 min in which at least one training ran" in words
     assert "CPU-seconds" in words and "GPU-seconds" not in words
 
 
@@ -55,10 +56,10 @@ def test_faults_and_alarms_are_gathered_by_what_happened() -> None:
     again = replace(summary.trials[0], restarts=2)
     worse = replace(summary, candidates=[*alarmed, *summary.candidates[6:]], trials=[again, *summary.trials[1:]])
     words = Page(render(worse)).words
-    assert "alarm : completeness 6 " in words and "and others" in words
+    assert "failed check : completeness 6 " in words and "and others" in words
     assert "failed : FitError: the loss is not finite" in words and "restarted : its worker had died 1 t000" in words
     fine = replace(summary, trials=[trial for trial in summary.trials if trial.state == "finished"])
-    assert "No trial failed, no worker died, and no candidate raised an alarm" in Page(render(fine)).words
+    assert "No training failed, no worker died, and no candidate failed an audit check" in Page(render(fine)).words
 
 
 def test_how_to_reproduce_names_commands_versions_data_and_licence() -> None:
@@ -191,6 +192,20 @@ def test_a_candidate_that_the_audit_refused_is_no_winner() -> None:
     assert "gradient: it does not hold that images have a usable gradient" in words
     none = Page(render(replace(summary, best=None, audits={first.candidate: refused}))).words
     assert "No winner: all" in none and "failed the audit" in none
+
+
+def test_each_figures_heading_says_what_it_means_on_hovering() -> None:
+    page = Page(render(findings_of()))
+    titles = [attrs["title"] for tag, attrs in page.tags if tag == "th" and "title" in attrs]
+    shown = (
+        "candidate",
+        "attacked_accuracy",
+        "oblivious_accuracy",
+        "white_box_accuracy",
+        "clean_accuracy",
+        "latency_ms_p50",
+    )
+    assert {COLUMNS[name] for name in shown} | {FURTHER["quick_score"], FURTHER["remeasured"]} <= set(titles)
 
 
 def test_a_front_of_one_candidate_trades_nothing() -> None:

@@ -75,13 +75,13 @@ def test_a_poor_guide_is_warned_of_with_what_to_do(tmp_path: Path) -> None:
     assert good.warning == "" and "Spearman's rho 1.00, Kendall's tau 1.00, after epoch 1 1.00" in good.line
     early = made_of(study, [{1: 1 - c, 2: c} for c in CHEAP], CHEAP).warning
     assert early == (
-        "the cheap score after epoch 1 ranks badly (rho -1.00) 8 finished trainings; "
+        "the quick score after epoch 1 ranks badly (rho -1.00) 8 finished trainings; "
         "try a later --grace than 1, or --stopping none: good trainings may have been stopped"
     )
     never = study.model_copy(update={"stopping": "none"})
     flat = made_of(never, [{1: 0.2, 2: 0.2} for _ in CHEAP], CHEAP).warning
     assert flat == (
-        "the cheap score after epoch 1 is the same for all of 8 finished trainings; try more --cheap-images than 20"
+        "the quick score after epoch 1 is the same for all of 8 finished trainings; try more --cheap-images than 20"
     )
     assert "equal under attack" in made_of(study, [{2: c} for c in CHEAP], [0.0] * 8).warning
     few = made_of(study, [{1: 1 - c, 2: c} for c in CHEAP[:7]], CHEAP[:7])

@@ -18,11 +18,12 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from launch import main
+from search import session
 from search.engine.run import run
 from search.engine.worker import Report
 from search.optimizer.history import SearchHistory
-from search.report.leaderboard import leaderboard, refusals
-from search.report.status import busy
+from search.report.leaderboard import WORDS, leaderboard, refusals
+from search.report.status import busy, details
 from search.study import ranking
 from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
@@ -74,11 +75,12 @@ def test_each_constraint_and_gate_counts_what_it_refuses_and_what_it_refuses_alo
         (("max_clean_rejection", ""), (5, 0, 0)),
     ]
     assert refusals(study, told) == (
-        "constraints: 1 of 5 candidates keep to all; 2 of 5 raise the alarm noise (1 for this alone), 2 are slower "
-        "than 10 ms (1 for this alone), 1 raises the alarm gradient, 1 has clean accuracy below 90.0 %; reasons overlap"
+        "constraints: 1 of 5 candidates meet all; 2 of 5 fail the audit check noise (1 for this alone), 2 are slower "
+        "than 10 ms (1 for this alone), 1 fails the audit check gradient, 1 has clean accuracy below 90.0 %; "
+        "reasons overlap"
     )
-    assert refusals(study, told[1:3]).startswith("no candidate is within the constraints: 2 of 2 are slower than 10 ms")
-    assert refusals(study, told[:1]) == "constraints: 1 of 1 candidates keep to all"
+    assert refusals(study, told[1:3]).startswith("no candidate meets all constraints: 2 of 2 are slower than 10 ms")
+    assert refusals(study, told[:1]) == "constraints: 1 of 1 candidates meet all"
     assert "overlap" not in refusals(study, told[:2])
     assert [one.within for one in ranking.refusals(study, [])] == [0] * 4
 
@@ -149,9 +151,20 @@ def test_status_says_pace_rule_constraints_correlation_and_faults(
     assert found["trainings_per_minute"] == pytest.approx(7 / found["seconds"] * 60, rel=0.2)
     words = status()
     assert "6 of 7 finished, 1 failed" in words and " trainings a minute" in words
-    assert "stopping: median; cheap against final scores of 6 trainings: rho 1.00" in words
-    assert "no candidate is within the constraints: 6 of 6 are slower than 1 ms" in words
+    assert (
+        "stopping: median; quick scores (for early stopping) against final scores of 6 trainings: Spearman's rho 1.00"
+        in words
+    )
+    assert "no candidate meets all constraints: 6 of 6 are slower than 1 ms" in words
     assert f"t002 failed: {REASON}" in words
+
+
+def test_status_and_a_searchs_end_say_what_the_best_is_worth(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    assert session.begin(study.model_copy(update={"trials": 1}), Console(width=200), debug=True) == 0
+    shown, found = capsys.readouterr().out, session.status(study)
+    line = f"verdict on {found['best']['candidate']}: {found['verdict']}"
+    assert " undefended" in found["verdict"] and found["verdict"].endswith("; not yet audited by heavier attacks")
+    assert line in shown.splitlines() and WORDS in shown.splitlines() and line in details(found)
 
 
 def test_what_failed_is_told_in_its_own_words(study: Study) -> None:

@@ -136,6 +136,7 @@ def test_the_searchs_run_sums_up_the_search(searched: Path) -> None:
     counts = {"trials/finished": 1, "trials/pruned": 1, "trials/failed": 1, "candidates": 7}
     assert counts.items() <= summary.items()
     assert summary["best/candidate"] == "c5" and summary["undefended/attacked_accuracy"] == 0.01
+    assert summary["verdict"].startswith("better than no defense: ")
     files = folder_of(searched, "search") / "files"
     board = json.loads((files / summary["leaderboard"]["path"]).read_text())
     column = {name: [row[nth] for row in board["data"]] for nth, name in enumerate(board["columns"])}
