@@ -172,11 +172,11 @@ def _conclude(study: Study, state: State, console: Console, tracker: WandbTracke
         console.print(leaderboard(study, list(history.searched), undefended, ranked))
         for line in _remarks(summary := summarise(study)):
             console.print(line, highlight=False, soft_wrap=True)
-        if ranked and IFGSM in ranked[0].score.attacks:
-            threat = replace(ranked[0].score.threat, knowledge="oblivious")
+        if (best := summary.best) and IFGSM in best.score.attacks:
+            threat = replace(best.score.threat, knowledge="oblivious")
             console.print(
-                f"targeted iFGSM ({threat}): {ranked[0].candidate} keeps "
-                f"{points(ranked[0].score.attacks[IFGSM])} %, undefended {points(undefended.score.attacks[IFGSM])} %",
+                f"targeted iFGSM ({threat}): {best.candidate} keeps "
+                f"{points(best.score.attacks[IFGSM])} %, undefended {points(undefended.score.attacks[IFGSM])} %",
                 highlight=False,
             )
         said = {"candidates": str(study.folder / "candidates.csv"), "report    ": str(_written(summary))}

@@ -153,7 +153,8 @@ def export(
             known = with_gates(known, confirm(temporary, found.versions, found.right, y_N, seed=seed))
         _note(study, known)
         if (alarms := known["alarms"]) and not despite_alarms:
-            raise AlarmError(f"{candidate.candidate} failed {counted(len(alarms), 'audit check')}: {'; '.join(alarms)}")
+            failed = f"{counted(len(alarms), 'audit check')}: {'; '.join(alarms)}"
+            raise AlarmError(f"{candidate.candidate} failed {failed}; verdict: {verdict_of_audit(known)}")
         _write(temporary, runner, defense, known, picture)
     return folder
 

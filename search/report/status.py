@@ -52,7 +52,7 @@ def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
         "candidates": len(candidates),
         "dropped": sum(len(trial.user_attrs.get("dropped", ())) for trial in trials),
         "best": best.row() if best else None,
-        "verdict": verdict_on(best, undefended, audited.get(best.candidate)) if best and undefended else None,
+        "verdict": verdict_on(best, undefended, feasible, audited) if best and undefended else None,
         "stopping": study.stopping,
         "refinements": len(refinements),
         **_pace(study, trials, runs=runs),

@@ -117,7 +117,9 @@ class Summary:
     @property
     def verdict(self) -> str:
         """What the best candidate is worth, one sentence; empty if there is none yet."""
-        return verdict_on(self.best, self.undefended, self.audit) if self.best and self.undefended else ""
+        if not (self.best and self.undefended):
+            return ""
+        return verdict_on(self.best, self.undefended, ranking.feasible(self.study, self.candidates), self.audits)
 
     @property
     def refused_by_audit(self) -> list[str]:

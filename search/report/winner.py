@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import takewhile
 from typing import Any
 
 from search.export.loader import opened
+from search.formatting import counted
 from search.study.candidate import Candidate
 from search.study.study import Study
 from search.study.verdict import verdict_of_audit, verdict_of_search
@@ -47,10 +49,18 @@ def winner(feasible: Sequence[Candidate], audited: Mapping[str, Mapping[str, Any
     return next((c for c in feasible if not audited.get(c.candidate, {}).get("refused")), None)
 
 
-def verdict_on(best: Candidate, undefended: Candidate, audit: Mapping[str, Any] | None) -> str:
-    """Return what a winner is worth, and whose figures say so: the audit's if there was one, else the search's."""
+def verdict_on(
+    best: Candidate, undefended: Candidate, feasible: Sequence[Candidate], audited: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Return what a winner is worth, and whose figures say so: the audit's if there was one, else the search's.
+
+    Args:
+        feasible: the ranked candidates that meet all constraints.
+    """
+    audit, before = audited.get(best.candidate), takewhile(lambda c: c.candidate != best.candidate, feasible)
+    above = sum(bool(audited.get(c.candidate, {}).get("refused")) for c in before)
+    passed_over = f"; the audit refused {counted(above, 'candidate')} ranked above it" if above else ""
     if audit is None:
-        return f"{verdict_of_search(best, undefended)}; {NOT_AUDITED}"
-    failed = len(audit["alarms"])
-    doubt = f"; {failed} audit check{'s' if failed > 1 else ''} failed" if failed else ""
-    return f"{verdict_of_audit(audit)}; audited{doubt}"
+        return f"{verdict_of_search(best, undefended)}; {NOT_AUDITED}{passed_over}"
+    failed = f"; {counted(len(audit['alarms']), 'audit check')} failed" if audit["alarms"] else ""
+    return f"{verdict_of_audit(audit)}; audited{failed}{passed_over}"

@@ -188,7 +188,7 @@ def test_a_candidate_that_the_audit_refused_is_no_winner() -> None:
     refused = audited(first, alarms=["gradient: it does not hold that images have a usable gradient"], refused=True)
     assert winner(summary.ranked, {first.candidate: refused}) == second
     words = Page(render(replace(summary, best=second, audits={first.candidate: refused}))).words
-    assert "refused by the audit" in words and "1 candidate failed the audit and is passed over" in words
+    assert "refused by the audit" in words and "; the audit refused 1 candidate ranked above it." in words
     assert "gradient: it does not hold that images have a usable gradient" in words
     none = Page(render(replace(summary, best=None, audits={first.candidate: refused}))).words
     assert "No winner: all" in none and "failed the audit" in none
