@@ -103,12 +103,12 @@ def log_export(study: Study, folder: Path, aliases: Sequence[str], run: wandb.Ru
     """Log an export as a version of the artifact of its defense and task, and the figures of its audit."""
     evidence = json.loads((folder / "evidence.json").read_text())
     told = {name: value for name, value in evidence.items() if isinstance(value, str | int | float | bool)}
-    run.summary["audited/verdict"] = told["verdict"] = verdict_of_audit(evidence)
+    told["verdict"] = verdict_of_audit(evidence)
     name = re.sub(r"[^\w.-]+", "-", f"{study.defense}-{study.label}")
     artifact = wandb.Artifact(name, "defense", description=(folder / "card.md").read_text(), metadata=told)
     for path in sorted(folder.iterdir()):
         if path.is_file():
             artifact.add_file(str(path), skip_cache=True)
     run.log_artifact(artifact, aliases=list(aliases))
-    figures = ("accuracy", "error", "rejection", "_of_the_search", "ms_p50")
+    figures = ("accuracy", "error", "rejection", "_of_the_search", "ms_p50", "verdict")
     run.log({f"audited/{name}": value for name, value in told.items() if name.endswith(figures)})

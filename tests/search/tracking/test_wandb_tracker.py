@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import wandb
 from search.engine.run import run
 from search.optimizer.history import SearchHistory
 from search.storage.fingerprint import fingerprint
+from search.study.verdict import verdict_of_audit
 from search.tracking.wandb_panels import pareto_chart, risk_chart
 from search.tracking.wandb_tracker import WandbTracker, log_exports
 from search.trial.pictures import png
@@ -178,6 +180,14 @@ def test_a_search_keeps_its_identities_when_it_is_resumed(tmp_path: Path) -> Non
     assert once.name.split("-t-")[1][:8] == again.name.split("-t-")[1][:8] != other.name.split("-t-")[1][:8]
 
 
+AUDITED: dict[str, Any] = {
+    **(accuracies := {"attacked_accuracy": 0.5, "white_box_accuracy": 0.5, "clean_accuracy": 0.9}),
+    "images": 100,
+    "threat": {"norm": "Linf", "eps": 0.1, "knowledge": "white-box"},
+    "baselines": {"undefended": {**accuracies, "attacked_accuracy": 0.1}},
+}
+
+
 def worth(params: Params) -> float:
     return int(fingerprint(**params.flat()), 16) % 97 / 97
 
@@ -194,7 +204,7 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
     first, second = (tmp_path / "out" / c.candidate for c in SearchHistory(study).feasible()[1:3])
     for folder in (second, first):
         folder.mkdir(parents=True)
-        (folder / "evidence.json").write_text(json.dumps({"attacked_accuracy": 0.5, "gates": []}))
+        (folder / "evidence.json").write_text(json.dumps({**AUDITED, "gates": []}))
         (folder / "card.md").write_text("# A card")
     said: list[str] = []
     log_exports(study, [second, first], said.append)
@@ -207,7 +217,9 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
     assert aliases == [{second.name}, {first.name, "best", "smoke"}]
     assert [entry["path"] for entry in logged[0]["manifest"]["contents"]] == ["card.md", "evidence.json"]
     assert all(Path(entry["local_path"]).exists() for entry in logged[0]["manifest"]["contents"])
-    assert json.loads(logged[0]["metadata"]) == {"attacked_accuracy": 0.5}
+    plain = {name: value for name, value in AUDITED.items() if not isinstance(value, dict)}
+    assert json.loads(logged[0]["metadata"]) == plain | {"verdict": verdict_of_audit(AUDITED)}
+    assert held(study.folder, "export")["summary"]["audited/verdict"] == verdict_of_audit(AUDITED)
     found = [history["item"]["audited/attacked_accuracy"] for history in records(run_folder, "history")]
     assert found == [0.5, 0.5]
     assert said == [f"logged offline; upload it with: wandb sync {study.folder / 'wandb'}"]
