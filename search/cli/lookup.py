@@ -162,7 +162,7 @@ def classifier_list(data_dir: f.DataDir = None, as_json: f.Json = False) -> None
 
 @command(classifier, "Commands", "classifier remove leaves/mine", name="remove")
 def classifier_remove(task: f.OwnTask, data_dir: f.DataDir = None) -> None:
-    """Remove a classifier that was added; fits made with it stay."""
+    """Remove a classifier that was added; trainings made with it stay."""
     from search.classifiers import adding
 
     adding.remove(task, data_dir)

@@ -129,9 +129,14 @@ def measures(summary: Summary) -> Iterator[tuple[str, str, list[str], str]]:
     asked = [("Black-box accuracy", summary.named("black-box"), "black_box_accuracy", percent)]
     rows: list[tuple[str, str, str, Callable[[Any], str]]] = [
         *(rejection if summary.rejects else []),
-        ("Oblivious accuracy", summary.named("oblivious"), "oblivious_accuracy", percent),
+        (
+            "Oblivious accuracy",
+            f"{summary.named('oblivious')}: the attacker does not know the defense",
+            "oblivious_accuracy",
+            percent,
+        ),
         *(asked if summary.study.threat == "black-box" else []),
-        ("White-box accuracy", summary.named("white-box"), "white_box_accuracy", percent),
+        ("White-box accuracy", f"{summary.named('white-box')}: the attacker knows it", "white_box_accuracy", percent),
         ("Clean accuracy", "no attack", "clean_accuracy", percent),
         ("Purification latency", batch, "latency_ms_p50", milliseconds),
     ]

@@ -98,7 +98,7 @@ def test_an_oblivious_study_says_so_and_shows_the_white_box_number_beside() -> N
     page = Page(render(findings_of(threat="oblivious")))
     assert "knows the classifier but not the defense" in page.words
     assert page.data["threat"].split() == ["oblivious,", "L∞", "eps", "0.3"]
-    assert "White-box accuracy white-box, L∞ eps 0.3 1.5" in page.words
+    assert "White-box accuracy white-box, L∞ eps 0.3: the attacker knows it 1.5" in page.words
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -178,7 +178,10 @@ def test_after_an_audit_the_audited_figure_is_what_counts() -> None:
     )
     before = f"{100 * summary.best.score.attacked_accuracy:.1f} %"
     assert f"The search's lighter attacks had left {before}" in words
-    assert "White-box accuracy white-box, L∞ eps 0.3 0.0 % 0.0 %" in words and "audited: 19.8 %" in words
+    assert (
+        "White-box accuracy white-box, L∞ eps 0.3: the attacker knows it 0.0 % 0.0 %" in words
+        and "audited: 19.8 %" in words
+    )
 
 
 def test_a_candidate_that_the_audit_refused_is_no_winner() -> None:
