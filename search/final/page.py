@@ -94,8 +94,8 @@ def page(table: Mapping[str, Any]) -> str:
         "\n".join(f"**Verdict on {one['export']}: {_verdict(table, one)}.**" for one in table["exports"]),
         f"{counted(len(table['trained']), 'training')}, seeded {', '.join(map(str, table['trained']))}, on "
         f"{table['trained_on']}; "
-        f"{table['images']} test images attacked. Chosen under: {'; '.join(threats)}. `oblivious` (the attacker does not "
-        "know the defense), `black-box` (sees only answers) and `white-box` (knows all) are the suite "
+        f"{table['images']} test images attacked. Chosen under: {'; '.join(threats)}. `oblivious` (the attacker does "
+        "not know the defense), `black-box` (sees only answers) and `white-box` (knows all) are the suite "
         f"`{FULL}` at the same norm and eps, `AutoAttack` is the suite `{AUTOATTACK}` alone, white-box. Figures: "
         f"{INTERVAL}.",
         "\n".join(lines),
