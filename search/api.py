@@ -19,7 +19,8 @@ from search.study.study import Study
 from spaces.exceptions import InputError
 
 TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm", "latency_images")
-FREE = {"trials", "address", "concurrent", "gpus_per_trial", "cpus_per_trial", "trial_timeout", "wandb", "data_dir"}
+FREE = {"trials", "address", "concurrent", "gpus_per_trial", "cpus_per_trial", "trial_timeout", "data_dir"}
+FREE |= {"wandb", "notes", "system_metrics"}
 """Fields of a study that may change when a search is resumed."""
 
 

@@ -43,10 +43,11 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     ),
     "Stopping early": ("stopping", "grace", "halving", "patience", "trial_timeout"),
     "Cluster and storage": ("address", "gpus_per_trial", "cpus_per_trial", "concurrent", "storage", "data_dir"),
-    "Logging": ("wandb",),
+    "Logging": ("wandb", "notes", "system_metrics"),
 }
 """The groups under which `search --help` shows the fields of a study."""
-NOUNS = {"address": "HOST:PORT", "storage": "PATH", "data_dir": "PATH", "knobs": "NAME=VALUE"}
+NOUNS = {"address": "HOST:PORT", "storage": "PATH", "data_dir": "PATH", "knobs": "NAME=VALUE", "notes": "WORDS"}
+NOUNS |= {"system_metrics": "BOOLEAN"}
 KINDS = {"defense": "defenses", "task": "tasks", "protect": "tasks", "space": "spaces", "suite": "attacks"}
 KINDS |= {"knobs": "knobs", "warm_start": "searches"}
 """For each field whose value is a name: the kind of its value, for shell completion."""

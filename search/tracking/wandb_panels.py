@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from search.study.candidate import Candidate
 from search.study.ranking import feasible, front, ranked
 from search.study.study import Study
 from search.study.verdict import verdict_of_audit
+from search.tracking.wandb_run import CODE, PROJECT
 from search.trial.pictures import caption
 
 Extreme = Literal["max", "min"]
@@ -62,6 +65,15 @@ def announce(say: Callable[[str], None], run: wandb.Run) -> None:
         say(f"W&B {run.url}")
 
 
+def save_code(run: wandb.Run) -> None:
+    """Log the Python files of this code, with a user's own defenses, as an artifact."""
+    with tempfile.TemporaryDirectory() as copied:
+        for package in ("spaces", "attacks", "defenses", "search"):
+            shutil.copytree(CODE / package, Path(copied) / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(CODE / "launch.py", copied)
+        run.log_code(copied, name=f"source-{PROJECT}")
+
+
 def log(point: Mapping[str, float], run: wandb.Run) -> None:
     run.log(dict(point))
 
@@ -82,7 +94,7 @@ def show_table(name: str, study: Study, candidates: Sequence[Candidate], run: wa
 
 
 def show_picture(picture: Path, run: wandb.Run) -> None:
-    """Log a trial's picture, with the predictions for its images as caption."""
+    """Log a picture, with the predictions for its images as caption."""
     run.log({"picture": wandb.Image(str(picture), caption=caption(picture))})
 
 
@@ -99,16 +111,34 @@ def sum_up(outcome: Mapping[str, Any], run: wandb.Run) -> None:
         run.tags = (*(run.tags or ()), "pruned")
 
 
+def figures(study: Study, candidate: Candidate) -> dict[str, Any]:
+    """Return the summary of a candidate's run: what was measured of it, without its setting."""
+    knobs = candidate.params.flat()
+    setting = {
+        "candidate",
+        "fit",
+        "defense",
+        "task",
+        "threat",
+        "norm",
+        "eps",
+        *knobs,
+        *(f"knob_{name}" for name in knobs),
+    }
+    measured = {name: value for name, value in candidate.row().items() if name not in setting}
+    return {**measured, "feasible": bool(feasible(study, [candidate]))}
+
+
 def log_export(study: Study, folder: Path, aliases: Sequence[str], run: wandb.Run) -> None:
     """Log an export as a version of the artifact of its defense and task, and the figures of its audit."""
     evidence = json.loads((folder / "evidence.json").read_text())
     told = {name: value for name, value in evidence.items() if isinstance(value, str | int | float | bool)}
     told["verdict"] = verdict_of_audit(evidence)
     name = re.sub(r"[^\w.-]+", "-", f"{study.defense}-{study.label}")
-    artifact = wandb.Artifact(name, "defense", description=(folder / "card.md").read_text(), metadata=told)
+    artifact = wandb.Artifact(name, "model", description=(folder / "card.md").read_text(), metadata=told)
     for path in sorted(folder.iterdir()):
         if path.is_file():
             artifact.add_file(str(path), skip_cache=True)
     run.log_artifact(artifact, aliases=list(aliases))
-    figures = ("accuracy", "error", "rejection", "_of_the_search", "ms_p50", "verdict")
-    run.log({f"audited/{name}": value for name, value in told.items() if name.endswith(figures)})
+    endings = ("accuracy", "error", "rejection", "_of_the_search", "ms_p50", "verdict")
+    run.summary.update({f"audited/{name}": value for name, value in told.items() if name.endswith(endings)})

@@ -1,11 +1,13 @@
-"""Opens Weights & Biases runs: mode, project, identity, and settings that send no data about this machine."""
+"""Opens Weights & Biases runs: mode, project, identity, and the settings that say what of this machine they contain."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
+import shutil
 import uuid
 from functools import partial
 from pathlib import Path
@@ -26,8 +28,14 @@ PATIENCE_S = 20.0
 PROJECT = "crucible"
 """The default project, unless $WANDB_PROJECT or `wandb init` sets another one."""
 
-STEPS = {"search": "trial", "trial": "epoch", "refinement": "epoch"}
-"""The metric on the x axis of the charts of each job type."""
+STEPS = {"search": "trial", "training": "epoch"}
+"""The metric on the x axis of the charts of each job type that has charts."""
+
+CODE = Path(__file__).resolve().parents[2]
+"""The folder of the code; the run of a search contains its commit."""
+
+LEET = {"workspace_layout": {"left_sidebar": 0.36}}
+"""Options of `wandb leet`: its list of runs is by default too narrow for their names."""
 
 
 def found_mode() -> Mode:
@@ -66,12 +74,18 @@ def hush(folder: Path) -> None:
 
 def upload(folder: Path) -> str:
     """Return the command that uploads the offline runs of a search."""
-    return f"wandb sync {shlex.quote(str(folder / 'wandb'))}"
+    return shlex.join(["wandb", "sync", str(folder / "wandb"), str(_home(folder, "candidate") / "wandb")])
 
 
 def leet(folder: Path) -> str:
-    """Return the command that shows the runs of a search; the variable turns off the usage reports of leet."""
-    return f"WANDB_ERROR_REPORTING=false wandb leet {shlex.quote(str(folder / 'wandb'))}"
+    """Return the command that shows the runs of a search; WANDB_ERROR_REPORTING turns off the usage reports of leet."""
+    options = shlex.quote(str(folder / "wandb" / "leet"))
+    return f"WANDB_ERROR_REPORTING=false WANDB_CONFIG_DIR={options} wandb leet {shlex.quote(str(folder / 'wandb'))}"
+
+
+def _home(folder: Path, job_type: str) -> Path:
+    """Return the folder of the `wandb/` with the runs of a job type: candidates do not crowd the list of trainings."""
+    return folder / "wandb" / "candidates" if job_type == "candidate" else folder
 
 
 def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, replaces: bool) -> wandb.Run:
@@ -87,14 +101,17 @@ def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, replaces
     """
     if mode == "online" and not has_key():
         raise ConnectionError("there is no key: run `wandb login` or set WANDB_API_KEY")
+    identified = identity(folder, about["group"], key)
+    home = _home(folder, about["job_type"])
+    home.mkdir(exist_ok=True)
     run = wandb.init(
         project=project(),
-        id=identity(folder, about["group"], key),
-        dir=str(folder),
+        id=identified,
+        dir=str(home),
         mode=mode,
         resume=None if replaces else "allow",
         reinit="create_new",
-        settings=_settings(),
+        settings=_settings(about["job_type"], system_metrics=about["config"].get("system_metrics", False)),
         **about,
     )
     if step := STEPS.get(about["job_type"]):
@@ -103,8 +120,13 @@ def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, replaces
     return run
 
 
-def _settings() -> wandb.Settings:
-    """Return settings that keep wandb fast and silent, and keep host name, environment and code private."""
+def _settings(job_type: str, *, system_metrics: bool) -> wandb.Settings:
+    """Return settings that keep wandb fast and silent.
+
+    Only the run of the search describes this machine: command, commit, Python, packages, hardware. No run contains the
+    names of the host and of the user, or the environment.
+    """
+    describes = job_type == "search"
     return wandb.Settings(
         # Shorter than our own time limit, so that the clearer error of wandb is reported.
         init_timeout=PATIENCE_S * 0.8,
@@ -113,16 +135,21 @@ def _settings() -> wandb.Settings:
         stop_fn=lambda: None,  # otherwise the stop button of one run interrupts the whole search
         console="off",
         silent=True,
-        disable_code=True,
-        disable_git=True,
-        host=PROJECT,
-        label_disable=True,
-        program=PROJECT,  # otherwise the path, which may contain a user name
+        symlink=job_type != "candidate",  # latest-run and the like, which take a tenth of its time
+        disable_code=True,  # the tracker saves the code: wandb would save launch.py alone
         save_code=False,
-        x_disable_machine_info=True,
-        x_disable_meta=True,
-        x_disable_stats=True,
-        x_save_requirements=False,
+        disable_git=not describes,
+        git_root=str(CODE) if describes else None,
+        host=PROJECT,
+        username="",
+        email="",
+        label_disable=True,
+        program="launch.py",  # otherwise the path, which may contain a user name
+        x_executable="python",
+        x_disable_machine_info=not describes,
+        x_disable_meta=not describes,
+        x_disable_stats=not (describes and system_metrics),
+        x_save_requirements=describes,
         x_transaction_log_flush_interval=5.0,
     )
 
@@ -131,14 +158,24 @@ def identity(folder: Path, search: str, key: str) -> str:
     """Return the id of a run: unchanged when the search is resumed, different in another folder."""
     path = folder / "wandb" / "identity"
     if not path.exists():
+        options = folder / "wandb" / "leet"
         path.parent.mkdir(exist_ok=True)  # not its parents: a storage that has gone must return by itself
+        options.mkdir(exist_ok=True)
+        write_atomic(options / "wandb-leet.json", json.dumps(LEET).encode())
         write_atomic(path, uuid.uuid4().hex[:8].encode())
-    return re.sub(r"[^\w.-]+", "-", f"{search[:40]}-{key}-{path.read_text()}")
+    # The key first: `wandb leet` truncates what it lists.
+    return re.sub(r"[^\w.-]+", "-", f"{key}-{search[:40]}-{path.read_text()}")
 
 
 def begun(folder: Path, search: str, key: str) -> bool:
     """Return whether this folder already contains a part of the run."""
     return any((folder / "wandb").glob(f"*run-*_*-{identity(folder, search, key)}"))
+
+
+def tidy(run: wandb.Run) -> None:
+    """Delete the logs of a finished run of a candidate, which take more space than the run itself."""
+    for name in ("logs", "tmp"):
+        shutil.rmtree(Path(run.dir).parent / name, ignore_errors=True)
 
 
 def abandon() -> None:

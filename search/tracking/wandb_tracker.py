@@ -1,7 +1,8 @@
-"""Logs a search to Weights & Biases: one run per trial, one for the search and one for its exports.
+"""Logs a search to Weights & Biases: a run for each training, each candidate and each export, and one for the search.
 
-The driver writes all runs. Offline runs are shown by `wandb leet FOLDER/wandb` and uploaded by
-`wandb sync FOLDER/wandb`. A resumed search continues its runs, also those on a server.
+The configuration of a run is one setting, and its summary holds what was measured at this setting. All runs are of one
+group, the name of the search. The driver writes them. Offline runs are shown by `wandb leet FOLDER/wandb` and uploaded
+by `wandb sync`. A resumed search continues its runs, also those on a server.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from attacks.threat import ThreatModel
 from defenses.base import Metrics
 from search.optimizer.history import SearchHistory
 from search.study.callbacks import Callback, State
@@ -22,10 +24,11 @@ from search.study.verdict import verdict_of_search
 from search.tracking import wandb_panels
 from search.tracking.wandb_panels import Extreme
 from search.tracking.wandb_run import Mode
-from search.tracking.wandb_writer import WandbWriter
+from search.tracking.wandb_writer import Page, WandbWriter, Write
+from spaces.space import Params
 
-SEARCH, EXPORT = "search", "export"
-"""The keys of the runs of the search and of its exports; the key of a trial's run is the name of the trial."""
+SEARCH = "search"
+"""The key of the run of the search; the key of another run is the name of its trial, candidate or export."""
 
 EXIT: dict[State, int] = {"finished": 0, "pruned": 0, "failed": 1, "interrupted": 255}
 BY_TRIAL: dict[str, Extreme] = {
@@ -61,6 +64,7 @@ class WandbTracker(Callback):
         self._best = list(known)
         self._candidates = len(known)
         self._charted = set[str]()
+        self._logged: dict[str, tuple[Proposal, Candidate]] = {}
 
     def __repr__(self) -> str:
         return f"WandbTracker({self._writer!r})"
@@ -77,21 +81,17 @@ class WandbTracker(Callback):
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
         self._study, self._undefended = study, undefended
-        config = study.model_dump(exclude={"address", "storage", "data_dir"})  # they describe the machine
-        self._writer.open(SEARCH, _about(study, study.name, "search", config))
+        config = study.model_dump(exclude={"address", "storage", "data_dir", "notes"})
+        about = _about(study, "", "search", config | _threat(undefended.score.threat))
+        self._writer.open(SEARCH, about | {"notes": study.notes})
         self._writer.write(SEARCH, partial(wandb_panels.announce, self._say))
+        self._writer.write(SEARCH, wandb_panels.save_code)
         by_trial = {f"trial/{name}": extreme for name, extreme in BY_TRIAL.items()}
         self._writer.write(SEARCH, partial(wandb_panels.define, "trial", by_trial))
 
     def trial_started(self, trial: Proposal) -> None:
-        config = {
-            "train": dict(trial.params.train),
-            "inference": dict(trial.params.inference),
-            **self._study.model_dump(include={"defense", "task", "seed", "space"}),
-            **self._threat(),
-        }
-        kind = "refinement" if trial.refines else "trial"
-        self._writer.open(trial.name, _about(self._study, trial.name, kind, config))
+        if not trial.refines:
+            self._writer.open(trial.name, self._about_setting(trial.name, "training", trial.params))
 
     def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
         if trial.name not in self._charted:
@@ -108,20 +108,25 @@ class WandbTracker(Callback):
         self._candidates += len(candidates)
         self._best = feasible(self._study, [*self._best, *candidates])[:1]
         best = next(iter((*feasible(self._study, candidates), *ranked(candidates))), None)
-        outcome = {**self._threat(), **(best.row() if best else {}), "state": state, "reason": reason}
-        if candidates:
-            table = partial(wandb_panels.show_table, "candidates", self._study, tuple(candidates))
-            self._writer.write(trial.name, table)
-        if picture is not None:
-            shown = [trial.name, *([SEARCH] if best in self._best else [])]
-            for run in shown:
-                self._writer.write(run, partial(wandb_panels.show_picture, picture))
-        self._writer.write(trial.name, partial(wandb_panels.sum_up, outcome))
-        self._writer.finish(trial.name, EXIT[state])
+        outcome: dict[str, Any] = {"state": state, "reason": reason}
+        if trial.refines and not candidates:
+            about = self._about_setting(trial.name, "candidate", trial.params)
+            writes: list[Write] = [partial(wandb_panels.sum_up, outcome)]
+            self._writer.log({trial.name: Page(about, whole=False, writes=writes, exit_code=EXIT[state])})
+        elif not trial.refines:
+            outcome |= {"candidates": len(candidates), "best_candidate": best and best.candidate}
+            self._writer.write(trial.name, partial(wandb_panels.sum_up, outcome))
+            self._writer.finish(trial.name, EXIT[state])
+        pictures = {best.candidate: picture} if best and picture else {}
+        self._log_candidates([(trial, candidate) for candidate in candidates], pictures)
+        if best in self._best and picture:
+            self._writer.write(SEARCH, partial(wandb_panels.show_picture, picture))
         self._writer.write(SEARCH, partial(wandb_panels.log, self._progress(best)))
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         known = tuple(candidates)
+        again = [(self._logged[c.candidate][0], c) for c in known if self._logged.get(c.candidate, (None, c))[1] != c]
+        self._log_candidates(again, {})
         if known:
             self._writer.write(SEARCH, partial(wandb_panels.show_table, "leaderboard", self._study, known))
             self._writer.write(SEARCH, partial(wandb_panels.show_charts, self._study, self._undefended, known))
@@ -129,12 +134,25 @@ class WandbTracker(Callback):
         self._writer.finish(SEARCH, EXIT[state])
 
     def close(self) -> None:
-        """Finish every run and stop; this takes about two minutes at most. Further calls do nothing."""
+        """Finish every run and stop, in about two minutes where a server is slow. Further calls do nothing."""
         self._writer.close()
 
-    def _threat(self) -> dict[str, Any]:
-        threat = self._undefended.score.threat
-        return {"threat": threat.knowledge, "norm": threat.norm, "eps": threat.eps}
+    def _log_candidates(self, ended: Sequence[tuple[Proposal, Candidate]], pictures: Mapping[str, Path]) -> None:
+        """Write the run of each candidate; it is continued if its latency was measured again."""
+        runs = {}
+        for trial, candidate in ended:
+            about = self._about_setting(candidate.candidate, "candidate", candidate.params)
+            about["config"] |= {"trial": trial.name, "fit": candidate.fit, "candidate": candidate.candidate}
+            writes: list[Write] = [partial(wandb_panels.sum_up, wandb_panels.figures(self._study, candidate))]
+            if candidate.candidate in pictures:
+                writes.append(partial(wandb_panels.show_picture, pictures[candidate.candidate]))
+            runs[candidate.candidate] = Page(about, whole=False, writes=writes, exit_code=0)
+            self._logged[candidate.candidate] = trial, candidate
+        if runs:
+            self._writer.log(runs)
+
+    def _about_setting(self, name: str, job_type: str, params: Params) -> dict[str, Any]:
+        return _about(self._study, name, job_type, _setting(self._study, self._undefended.score.threat, params))
 
     def _progress(self, latest: Candidate | None) -> dict[str, float]:
         point: dict[str, float] = {"trial": self._states.total(), "candidates": self._candidates}
@@ -148,7 +166,7 @@ class WandbTracker(Callback):
     def _outcome(self, state: State, known: Sequence[Candidate]) -> dict[str, Any]:
         best = next(iter(feasible(self._study, known)), None)
         return {
-            **self._threat(),
+            **_threat(self._undefended.score.threat),
             "images": self._undefended.score.images,
             "state": state,
             "candidates": len(known),
@@ -160,26 +178,42 @@ class WandbTracker(Callback):
 
 
 def log_exports(study: Study, folders: Sequence[Path], say: Callable[[str], None]) -> None:
-    """Log exports of a search in a separate run, each as a version of the artifact of the defense and task.
+    """Log exports of a search, each in a run and as a version of the artifact of the defense and task.
 
     Each version has the name of its candidate as alias. The best candidate of all that are exported, including earlier
     ones, also has the aliases `best` and the name of the search.
     """
     if not folders:
         return
+    history = SearchHistory(study)
+    known = {candidate.candidate: candidate for candidate in history.candidates()}
     exported = {path.name for folder in folders for path in folder.parent.iterdir()}
-    best = next((c.candidate for c in SearchHistory(study).feasible() if c.candidate in exported), None)
+    best = next((c.candidate for c in history.feasible() if c.candidate in exported), None)
     writer = WandbWriter(study.wandb, study.folder, say)
-    writer.open(EXPORT, _about(study, f"{study.name} exports", "export", {"search": study.name}))
     for folder in folders:
         aliases = [folder.name, *(["best", study.name] if folder.name == best else [])]
-        writer.write(EXPORT, partial(wandb_panels.log_export, study, folder, aliases))
-    writer.finish(EXPORT, 0)
+        key, candidate = f"export-{folder.name}", known[folder.name]
+        config = _setting(study, candidate.score.threat, candidate.params) | {"candidate": candidate.candidate}
+        writer.open(key, _about(study, key, "export", config))
+        writer.write(key, partial(wandb_panels.log_export, study, folder, aliases))
+        writer.finish(key, 0)
     writer.close()
     if writer.upload:
         say(f"logged offline; upload it with: {writer.upload}")
 
 
 def _about(study: Study, name: str, job_type: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of wandb.init; the run of the search has its name, the others this and their own."""
+    named = f"{study.name}-{name}" if name else study.name
     tags = (study.defense, study.task, study.threat)
-    return {"group": study.name, "tags": tags, "name": name, "job_type": job_type, "config": config}
+    return {"group": study.name, "tags": tags, "name": named, "job_type": job_type, "config": config}
+
+
+def _setting(study: Study, threat: ThreatModel, params: Params) -> dict[str, Any]:
+    """Return the configuration of a run of one setting."""
+    whose = study.model_dump(include={"defense", "task", "seed", "space"})
+    return {"train": dict(params.train), "inference": dict(params.inference), **whose, **_threat(threat)}
+
+
+def _threat(threat: ThreatModel) -> dict[str, Any]:
+    return {"threat": threat.knowledge, "norm": threat.norm, "eps": threat.eps}

@@ -63,14 +63,18 @@ def workspace(study: Study, entity: str, project: str) -> ws.Workspace:
         settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=CURVES),
         runset_settings=ws.RunsetSettings(
             filters=[ws.Metric("Group") == study.name],
-            order=[ws.Ordering(ws.Summary("attacked_accuracy"), ascending=False)],
+            # Trainings before candidates: panels of curves show the first runs, whether they have curves or not.
+            order=[
+                ws.Ordering(ws.Metric("JobType"), ascending=False),
+                ws.Ordering(ws.Summary("attacked_accuracy"), ascending=False),
+            ],
             pinned_columns=[f"summary:{name}" for name in ("attacked_accuracy", "latency_ms_p50", "clean_accuracy")],
         ),
     )
 
 
 def _candidates(study: Study, resolved: ResolvedStudy) -> list[wr.PanelTypes]:
-    """Return the panels of the best candidate of each trial, and those of all candidates."""
+    """Return the panels of the candidates, over train-time and inference-time knobs."""
     attacked, latency = wr.SummaryMetric("attacked_accuracy"), wr.SummaryMetric("latency_ms_p50")
     axis = wr.ParallelCoordinatesPlotColumn
     knobs = [

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,9 @@ Write = Callable[[wandb.Run], None]
 
 FLUSH_S = 60.0
 """Time limit for uploads at the end, in seconds; what is not uploaded by then is written offline."""
+
+AT_ONCE = 8
+"""How many runs of candidates are sent to a server at once: each waits for about five answers, one after the other."""
 
 LOWER: dict[Mode, tuple[Mode, ...]] = {
     "online": ("offline", "offline", "disabled"),
@@ -46,7 +50,8 @@ class Page:
     """A run and the writes to it.
 
     Args:
-        whole: no earlier session has written to it, so `writes` is complete.
+        about: arguments of wandb.init: name, group, job type, tags, config, notes.
+        whole: no earlier session has written to it, so `writes` is complete; None if this is not known yet.
     """
 
     about: dict[str, Any]
@@ -73,6 +78,7 @@ class WandbWriter:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._late = False
+        self._ended = 0
         wandb_run.hush(self._folder)
         self._mode: Mode = mode or wandb_run.found_mode()
         self._lower = list(LOWER[self._mode])
@@ -108,15 +114,23 @@ class WandbWriter:
     def finish(self, key: str, exit_code: int) -> None:
         self._put(self._finish, key, exit_code)
 
+    def log(self, runs: Mapping[str, Page]) -> None:
+        """Write runs that are complete already, each by its key: open, write and finish them."""
+        self._put(self._log, dict(runs))
+
     def close(self) -> None:
-        """Finish every run and stop, in at most `FLUSH_S` plus two time limits of wandb. Further calls do nothing."""
+        """Finish every run and stop, in about `FLUSH_S` where a server is slow; further calls do nothing.
+
+        It takes longer only while offline runs are being written, and gives up after two time limits without progress.
+        """
         thread, self._thread = self._thread, None
         if thread is None:
             return
         self._jobs.put(None)
         thread.join(FLUSH_S)
-        if thread.is_alive():
-            self._late = True
+        self._late, before = True, -1
+        while thread.is_alive() and before < self._ended:
+            before = self._ended
             thread.join(2 * wandb_run.PATIENCE_S)
         if thread.is_alive():
             self._mode = "disabled"
@@ -141,6 +155,7 @@ class WandbWriter:
             if self._late and self._mode == "online":
                 self._step_down(TimeoutError("the server is slow"))
             job()
+        self._ended += 1
 
     def _open(self, key: str, about: dict[str, Any]) -> None:
         if self._mode != "disabled" and key not in self._pages:
@@ -160,6 +175,33 @@ class WandbWriter:
             page.exit_code = exit_code
             self._attempt(page, partial(wandb.Run.finish, exit_code=exit_code))
             self._pages.pop(key, None)
+
+    def _log(self, runs: dict[str, Page]) -> None:
+        if self._mode == "disabled":
+            return
+        self._pages |= runs
+        faults: list[Exception] = []
+        with ThreadPoolExecutor(AT_ONCE if self._mode == "online" else 1) as several:
+            list(several.map(partial(self._log_whole, faults), runs))
+        if faults:
+            self._step_down(faults[0])
+        for key in runs:
+            self._pages.pop(key, None)
+
+    def _log_whole(self, faults: list[Exception], key: str) -> None:
+        """Write a whole run; after a fault, this one's or another's, it is left to be written again."""
+        page = self._pages[key]
+        try:
+            if faults or (self._late and self._mode == "online"):
+                raise TimeoutError("the server is slow")
+            self._write_whole(key, page)
+        except Exception as error:
+            faults.append(error)
+        else:
+            if page.run is not None:
+                wandb_run.tidy(page.run)
+            self._pages.pop(key)
+            self._ended += 1
 
     def _start(self, key: str, page: Page) -> None:
         replaces = page.whole is True  # after a failure: it is written again
@@ -196,16 +238,20 @@ class WandbWriter:
             self._pages.clear()
         try:
             for key, page in self._pages.items():
-                within(wandb_run.PATIENCE_S, partial(self._start, key, page))
-                writes = list(page.writes)
-                if page.exit_code is not None:
-                    writes.append(partial(wandb.Run.finish, exit_code=page.exit_code))
-                for write in writes:
-                    with contextlib.suppress(FileNotFoundError):  # a missing picture was already reported
-                        _on(page, write)
+                self._write_whole(key, page)
         except Exception:
             return False
         return True
+
+    def _write_whole(self, key: str, page: Page) -> None:
+        """Open a run and write to it what was written so far; finish it if it has ended."""
+        within(wandb_run.PATIENCE_S, partial(self._start, key, page))
+        writes = list(page.writes)
+        if page.exit_code is not None:
+            writes.append(partial(wandb.Run.finish, exit_code=page.exit_code))
+        for write in writes:
+            with contextlib.suppress(FileNotFoundError):  # a missing picture is reported by the run of the search
+                _on(page, write)
 
     def _complain(self, error: Exception) -> None:
         if self._mode not in self._said:

@@ -29,10 +29,10 @@ PARAMS = Params({"latent": 128}, {"draws": 6})
 
 
 def trial(name: str) -> Proposal:
-    return Proposal(name, PARAMS, refines=name == "r001")
+    return Proposal(name, PARAMS, refines=name.startswith("r0"))
 
 
-STUDY = Study.model_validate({"name": "shown", "seed": 3, "min_clean_accuracy": 0.8})
+STUDY = Study.model_validate({"name": "shown", "seed": 3, "min_clean_accuracy": 0.8, "notes": "what it is for"})
 
 
 def candidate(name: str, attacked: float, ms: float, clean: float = 0.9, alarms: tuple[str, ...] = ()) -> Candidate:
@@ -82,8 +82,14 @@ def machine(home: Path) -> Iterator[pytest.MonkeyPatch]:
         assert time.perf_counter() - start < 5, "the program's end waits for W&B"
 
 
+def folders_of(folder: Path, key: str) -> list[Path]:
+    """Return the folders of the offline runs of a key, the earliest first."""
+    homes = (folder / "wandb", folder / "wandb" / "candidates" / "wandb")
+    return sorted(run for home in homes for run in home.glob(f"offline-run-*_??????-{key}-*"))
+
+
 def folder_of(folder: Path, key: str) -> Path:
-    (found,) = (folder / "wandb").glob(f"offline-run-*-{key}-????????")
+    (found,) = folders_of(folder, key)
     return found
 
 
@@ -96,7 +102,7 @@ def inspect(run: Path, *flags: str) -> str:
 
 
 def held(folder: Path, key: str) -> dict[str, Any]:
-    """Return what the run of a trial, or of the search, holds."""
+    """Return what the run of a training, a candidate, or the search holds."""
     return json.loads(inspect(folder_of(folder, key), "--summary"))
 
 

@@ -30,7 +30,7 @@ class Server(ThreadingHTTPServer):
 
     Args:
         trouble: refuses the key, hangs, fails with 500, or drops each connection; it may be set at any time.
-        begun: whether a trial's run has begun.
+        begun: whether a training's run has begun.
     """
 
     daemon_threads = True
@@ -73,7 +73,7 @@ class Server(ThreadingHTTPServer):
             self.runs[given["name"]] = Kept()
         run = self.runs[given["name"]]
         run.about |= {key: value for key, value in given.items() if value is not None}
-        if run.about["jobType"] == "trial":
+        if run.about["jobType"] == "training":
             self.begun.set()
         return {"upsertBucket": {"bucket": _bucket(run), "inserted": inserted}}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from tests.support.wandb_log import (
     STUDY,
     candidate,
     folder_of,
+    folders_of,
     held,
+    inspect,
     machine,
     points,
     records,
@@ -67,30 +70,68 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tracker.trial_ended(trial("dull"), "pruned", [], None, "")
     tracker.trial_ended(trial("good"), "finished", SIX, picture, "")
     tracker.trial_ended(trial("r001"), "finished", [CURVED], None, "")
+    tracker.trial_ended(trial("r002"), "failed", [], None, "the fit is gone")
     tracker.search_ended("finished", [*SIX, CURVED])
     tracker.close()
     assert said == []
     return folder
 
 
-def test_a_trials_run_holds_its_setting(searched: Path) -> None:
+SETTING = {"defense": "puvae", "task": STUDY.task, "threat": "white-box", "norm": "Linf", "eps": 0.3, "seed": 3}
+
+
+def test_a_trainings_run_holds_its_setting_and_the_figures_of_no_candidate(searched: Path) -> None:
     run = held(searched, "good")
     assert run["config"]["train"] == {"latent": 128} and run["config"]["inference"] == {"draws": 6}
-    about = {"defense": "puvae", "task": STUDY.task, "threat": "white-box", "eps": 0.3, "seed": 3}
-    assert about.items() <= run["config"].items()
-    assert run["name"] == "good" and run["project"] == "crucible"
+    assert SETTING.items() <= run["config"].items()
+    assert run["name"] == "shown-good" and run["project"] == "crucible"
     assert run["tags"] == [STUDY.defense, STUDY.task, STUDY.threat]
+    own = {"state": "finished", "reason": "", "candidates": len(SIX), "best_candidate": "c5", "epoch": 3}
+    summary = {name: value for name, value in run["summary"].items() if not name.startswith("_")}
+    assert summary == own | {"cheap": {"max": pytest.approx(0.3)}, "loss": {"min": pytest.approx(1 / 3)}}
 
 
-def test_a_trials_run_sums_up_its_best_feasible_candidate(searched: Path) -> None:
-    summary = held(searched, "good")["summary"]
-    best = {"candidate": "c5", "attacked_accuracy": 0.5, "oblivious_accuracy": 0.75, "clean_accuracy": 0.9}
-    assert best.items() <= summary.items()
-    assert summary["latency_ms_p50"] == 5.0 and summary["white-box/bpda"] == 0.5
-    assert summary["threat"] == "white-box" and summary["candidates"]["nrows"] == len(SIX)
-    picture = folder_of(searched, "good") / "files" / summary["picture"]["path"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert summary["picture"]["caption"] == "defended, attacked: 7 rejected"
+def test_a_candidates_run_holds_its_setting_and_what_was_measured_at_it(searched: Path) -> None:
+    for of in (*SIX, CURVED):
+        run = held(searched, of.candidate)
+        config, summary = run["config"], run["summary"]
+        assert run["name"] == f"shown-{of.candidate}" and run["exit_code"] == 0
+        assert config["train"] == of.params.train and config["inference"] == of.params.inference
+        whose = {"candidate": of.candidate, "fit": "f", "trial": "r001" if of is CURVED else "good"}
+        assert (SETTING | whose).items() <= config.items()
+        measured = {"attacked_accuracy": of.score.attacked_accuracy, "clean_accuracy": of.score.clean_accuracy}
+        measured |= {"latency_ms_p50": of.score.latency_ms_p50, "white-box/bpda": of.score.white_box_accuracy}
+        assert (measured | {"feasible": of.candidate != "wrong"}).items() <= summary.items()
+        assert not set(summary) & {"draws", "latent", "candidate", "eps"}
+        assert ("picture" in summary) == (of.candidate == "c5")
+    picture = held(searched, "c5")["summary"]["picture"]
+    assert (folder_of(searched, "c5") / "files" / picture["path"]).read_bytes().startswith(b"\x89PNG")
+    assert picture["caption"] == "defended, attacked: 7 rejected"
+
+
+def test_a_candidate_is_one_file_and_stands_apart_from_the_trainings(searched: Path) -> None:
+    run = folder_of(searched, "c1")
+    assert run.parent == searched / "wandb" / "candidates" / "wandb"
+    assert [path.suffix for path in run.rglob("*") if path.is_file()] == [".wandb"]
+
+
+def test_a_refinement_that_failed_is_a_failed_candidate(searched: Path) -> None:
+    run = held(searched, "r002")
+    assert run["config"]["inference"] == {"draws": 6} and run["name"] == "shown-r002"
+    assert (run["exit_code"], run["summary"]["reason"]) == (1, "the fit is gone")
+    assert folders_of(searched, "r001") == []
+
+
+def test_a_candidate_whose_latency_was_measured_again_is_continued(tmp_path: Path) -> None:
+    tracker = WandbTracker("offline", tmp_path, print)
+    told(tracker)
+    again = replace(SIX[0], score=replace(SIX[0].score, latency_ms_p50=0.5))
+    tracker.search_ended("finished", [again, *SIX[1:]])
+    tracker.close()
+    first, second = folders_of(tmp_path, "c1")
+    assert json.loads(inspect(second, "--summary"))["summary"]["latency_ms_p50"] == 0.5
+    assert json.loads(inspect(first, "--summary"))["summary"]["latency_ms_p50"] == 1.0
+    assert len(folders_of(tmp_path, "c2")) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,16 +154,44 @@ def test_a_run_tells_how_its_trial_ended(
 
 def test_metrics_are_drawn_by_epoch_and_sums_keep_the_most_robust_and_the_least_loss(searched: Path) -> None:
     assert summaries(folder_of(searched, "good")) == {"cheap": ("epoch", "max"), "loss": ("epoch", "min")}
-    summary = held(searched, "good")["summary"]
-    assert summary["loss"] == {"min": pytest.approx(1 / 3)} and summary["cheap"] == {"max": pytest.approx(0.3)}
     search = summaries(folder_of(searched, "search"))
     assert search["trial/attacked_accuracy"] == ("trial", "max") and search["trial/latency_ms_p50"] == ("trial", "min")
 
 
 def test_runs_are_grouped_by_the_search_and_typed(searched: Path) -> None:
-    found = {key: records(folder_of(searched, key), "run")[0] for key in ("search", "good", "r001")}
+    found = {key: records(folder_of(searched, key), "run")[0] for key in ("search", "good", "c1", "curved")}
     assert {about["run_group"] for about in found.values()} == {"shown"}
-    assert [about["job_type"] for about in found.values()] == ["search", "trial", "refinement"]
+    assert [about["job_type"] for about in found.values()] == ["search", "training", "candidate", "candidate"]
+
+
+def test_the_searchs_run_alone_says_what_it_ran_on_and_by_which_code(searched: Path) -> None:
+    run = folder_of(searched, "search")
+    (about,) = records(run, "run")
+    assert about["notes"] == "what it is for" and len(about["git"]["commit"]) == 40
+    told, hardware = records(run, "environment")
+    assert told["python"].startswith("CPython 3.") and told["program"] == "launch.py" and hardware["cpu_count"] > 0
+    assert not {"username", "email"} & set(told) and told["host"] == "crucible" and told["executable"] == "python"
+    assert "torch==" in (run / "files" / "requirements.txt").read_text()
+    (code,) = (artifact for artifact in records(run, "artifact") if artifact["type"] == "code")
+    saved = {entry["path"] for entry in code["manifest"]["contents"]}
+    assert {"launch.py", "defenses/puvae.py", "search/study/fields.py"} <= saved
+    assert not any(path.startswith(("tests", ".venv")) or "__pycache__" in path for path in saved)
+    for key in ("good", "c1"):
+        assert [records(folder_of(searched, key), kind) for kind in ("environment", "stats", "artifact")] == [
+            [],
+            [],
+            [],
+        ]
+
+
+@pytest.mark.parametrize("switched", [True, False])
+def test_a_field_of_the_study_switches_system_metrics(tmp_path: Path, switched: bool) -> None:
+    tracker = WandbTracker("offline", tmp_path, print)
+    tracker.search_started(STUDY.model_copy(update={"system_metrics": switched}), BARE)
+    tracker.search_ended("finished", [])
+    tracker.close()
+    found = records(folder_of(tmp_path, "search"), "stats")
+    assert any("memory_percent" in stats["item"] for stats in found) == switched
 
 
 def test_trials_that_overlap_do_not_mix(searched: Path) -> None:
@@ -134,6 +203,7 @@ def test_trials_that_overlap_do_not_mix(searched: Path) -> None:
 def test_the_searchs_run_sums_up_the_search(searched: Path) -> None:
     run = held(searched, "search")
     assert run["name"] == "shown" and run["config"]["min_clean_accuracy"] == 0.8
+    assert (run["config"]["norm"], run["config"]["eps"]) == ("Linf", 0.3)  # the study leaves eps open
     summary = run["summary"]
     counts = {"trials/finished": 1, "trials/pruned": 1, "trials/failed": 1, "candidates": 7}
     assert counts.items() <= summary.items()
@@ -175,9 +245,12 @@ def test_a_search_keeps_its_identities_when_it_is_resumed(tmp_path: Path) -> Non
         told(tracker)
         tracker.close()
     assert tracker.upload == f"wandb sync {tmp_path / 'two' / 'wandb'}"
-    once, again = sorted((tmp_path / "one" / "wandb").glob("offline-run-*-t-*"))
-    (other,) = (tmp_path / "two" / "wandb").glob("offline-run-*-t-*")
-    assert once.name.split("-t-")[1][:8] == again.name.split("-t-")[1][:8] != other.name.split("-t-")[1][:8]
+    uploaded = tmp_path / "two" / "wandb"
+    assert tracker.upload == f"wandb sync {uploaded} {uploaded}/candidates/wandb"
+    for key in ("t", "c1"):
+        folders = [*folders_of(tmp_path / "one", key), *folders_of(tmp_path / "two", key)]
+        once, again, other = (records(folder, "run")[0]["run_id"] for folder in folders)
+        assert once == again != other
 
 
 AUDITED: dict[str, Any] = {
@@ -208,18 +281,23 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
         (folder / "card.md").write_text("# A card")
     said: list[str] = []
     log_exports(study, [second, first], said.append)
-    run_folder = folder_of(study.folder, "export")
-    (about,) = records(run_folder, "run")
-    assert (about["entity"], about["project"], about["job_type"]) == ("lab", "purifiers", "export")
-    logged = records(run_folder, "artifact")
-    assert {artifact["name"] for artifact in logged} == {"puvae-digits-A"}
+    runs = [folder_of(study.folder, f"export-{folder.name}") for folder in (second, first)]
+    for folder, logged_in in zip((second, first), runs, strict=True):
+        (about,) = records(logged_in, "run")
+        assert (about["entity"], about["project"], about["job_type"]) == ("lab", "purifiers", "export")
+        run_of = json.loads(inspect(logged_in, "--summary"))
+        (params,) = (c.params for c in SearchHistory(study).candidates() if c.candidate == folder.name)
+        assert run_of["name"] == f"smoke-export-{folder.name}" and run_of["config"]["eps"] == 0.3
+        assert run_of["config"]["train"] == params.train and run_of["config"]["inference"] == params.inference
+        assert run_of["summary"]["audited/attacked_accuracy"] == 0.5
+        assert run_of["summary"]["audited/verdict"] == verdict_of_audit(AUDITED)
+    logged = [artifact for logged_in in runs for artifact in records(logged_in, "artifact")]
+    assert {(artifact["name"], artifact["type"]) for artifact in logged} == {("puvae-digits-A", "model")}
     aliases = [set(artifact["aliases"]) - {"latest"} for artifact in logged]
     assert aliases == [{second.name}, {first.name, "best", "smoke"}]
     assert [entry["path"] for entry in logged[0]["manifest"]["contents"]] == ["card.md", "evidence.json"]
     assert all(Path(entry["local_path"]).exists() for entry in logged[0]["manifest"]["contents"])
     plain = {name: value for name, value in AUDITED.items() if not isinstance(value, dict)}
     assert json.loads(logged[0]["metadata"]) == plain | {"verdict": verdict_of_audit(AUDITED)}
-    assert held(study.folder, "export")["summary"]["audited/verdict"] == verdict_of_audit(AUDITED)
-    found = [history["item"]["audited/attacked_accuracy"] for history in records(run_folder, "history")]
-    assert found == [0.5, 0.5]
-    assert said == [f"logged offline; upload it with: wandb sync {study.folder / 'wandb'}"]
+    folder = study.folder / "wandb"
+    assert said == [f"logged offline; upload it with: wandb sync {folder} {folder}/candidates/wandb"]

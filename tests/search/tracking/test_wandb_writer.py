@@ -16,7 +16,7 @@ from wandb.sdk import wandb_setup
 from search.tracking import wandb_run, wandb_writer
 from search.tracking.wandb_run import Mode
 from search.tracking.wandb_tracker import WandbTracker
-from tests.support.wandb_log import KEY, SIX, held, inspect, machine, timed, told, trial
+from tests.support.wandb_log import KEY, SIX, folders_of, held, inspect, machine, timed, told, trial
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +99,7 @@ def test_a_search_outlives_the_death_of_wandbs_own_process(tmp_path: Path) -> No
     said: list[str] = []
     tracker = WandbTracker("offline", tmp_path, said.append)
     told(tracker)
-    while not list((tmp_path / "wandb").glob("*-t-*/files/media/table/*")):
+    while not folders_of(tmp_path, "wrong"):
         time.sleep(0.05)
     process = wandb_setup.singleton().assert_service()._proc
     assert process is not None
@@ -109,8 +109,7 @@ def test_a_search_outlives_the_death_of_wandbs_own_process(tmp_path: Path) -> No
     tracker.search_ended("finished", SIX)
     tracker.close()
     assert tracker.mode == "offline" and len(said) == 1 and "logs offline" in said[0]
-    logs = {key: list((tmp_path / "wandb").glob(f"offline-run-*-{key}-*/*.wandb")) for key in ("u", "search")}
-    latest = [max(found, key=lambda log: log.stat().st_mtime_ns).parent for found in logs.values()]
+    latest = [folders_of(tmp_path, key)[-1] for key in ("u", "search")]
     one, search = (json.loads(inspect(run, "--summary")) for run in latest)
     assert one["exit_code"] == 1 and search["summary"]["trials/finished"] == 1
 
@@ -125,3 +124,5 @@ def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> No
     tracker.close()
     assert len(said) == 1 and "logs offline" in said[0]
     assert held(tmp_path, "u")["summary"]["state"] == "finished"
+    best = json.loads(inspect(folders_of(tmp_path, "c5")[-1], "--summary"))
+    assert best["summary"]["attacked_accuracy"] == 0.5 and best["exit_code"] == 0
