@@ -34,8 +34,8 @@ STEPS = {"search": "trial", "training": "epoch"}
 CODE = Path(__file__).resolve().parents[2]
 """The folder of the code; the run of a search contains its commit."""
 
-LEET = {"workspace_layout": {"left_sidebar": 0.36}}
-"""Options of `wandb leet`: its list of runs is by default too narrow for their names."""
+LEET = {"workspace_layout": {"left_sidebar": 0.36}, "run_layout": {"left_sidebar": 0.36}}
+"""Options of `wandb leet`: its lists are by default too narrow for the names of runs and knobs."""
 
 
 def found_mode() -> Mode:
@@ -74,7 +74,7 @@ def hush(folder: Path) -> None:
 
 def upload(folder: Path) -> str:
     """Return the command that uploads the offline runs of a search."""
-    return shlex.join(["wandb", "sync", str(folder / "wandb"), str(_home(folder, "candidate") / "wandb")])
+    return shlex.join(["wandb", "sync", str(folder / "wandb"), str(candidates(folder))])
 
 
 def leet(folder: Path) -> str:
@@ -83,9 +83,9 @@ def leet(folder: Path) -> str:
     return f"WANDB_ERROR_REPORTING=false WANDB_CONFIG_DIR={options} wandb leet {shlex.quote(str(folder / 'wandb'))}"
 
 
-def _home(folder: Path, job_type: str) -> Path:
-    """Return the folder of the `wandb/` with the runs of a job type: candidates do not crowd the list of trainings."""
-    return folder / "wandb" / "candidates" if job_type == "candidate" else folder
+def candidates(folder: Path) -> Path:
+    """Return the folder with the runs of candidates, which would crowd the list of trainings in `wandb leet`."""
+    return folder / "wandb" / "candidates" / "wandb"
 
 
 def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, replaces: bool) -> wandb.Run:
@@ -102,7 +102,7 @@ def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, replaces
     if mode == "online" and not has_key():
         raise ConnectionError("there is no key: run `wandb login` or set WANDB_API_KEY")
     identified = identity(folder, about["group"], key)
-    home = _home(folder, about["job_type"])
+    home = candidates(folder).parent if about["job_type"] == "candidate" else folder
     home.mkdir(exist_ok=True)
     run = wandb.init(
         project=project(),

@@ -123,7 +123,8 @@ def _saved(study: Study) -> str:
 
 def _uploaded(study: Study) -> None:
     """Raise an error if no run of the search is on a server; wandb marks uploaded offline runs by a .synced file."""
-    folder = study.folder / "wandb"
+    found = wandb_run.candidates(study.folder)
+    folder = found if found.exists() else study.folder / "wandb"
     offline = [run for run in folder.glob("offline-run-*") if not any(run.glob("*.synced"))]
     # A run that was rewritten offline after a server failure may have an online folder that was never uploaded.
     kept = {_identity(run) for run in offline}

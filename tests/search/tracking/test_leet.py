@@ -1,4 +1,4 @@
-"""W&B's own terminal browser on a search's folder: no account, no server, a real terminal."""
+"""W&B's own terminal browser on a search's folder: no account, no server, a real terminal of usual width."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from search.engine.run import run
+from search.tracking import wandb_run
 from search.tracking.wandb_tracker import WandbTracker
 from tests.conftest import digits_study
 from tests.support.engine import Trained
@@ -23,11 +24,11 @@ WANDB = Path(sys.executable).with_name("wandb")
 
 
 class Terminal:
-    """A terminal of 260 x 50 characters in which a command runs."""
+    """A terminal of 160 x 50 characters in which a command runs."""
 
     def __init__(self, command: str, folder: Path) -> None:
         self._name = f"crucible-{uuid.uuid4().hex[:8]}"
-        self._tmux("new-session", "-d", "-x", "260", "-y", "50", "-c", str(folder), command)
+        self._tmux("new-session", "-d", "-x", "160", "-y", "50", "-c", str(folder), command)
 
     def keys(self, *keys: str) -> None:
         self._tmux("send-keys", *keys)
@@ -61,7 +62,6 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ERROR_REPORTING", "WANDB_SILENT"):
             patch.setenv(name, "false")  # the tracker sets them
         study = digits_study(tmp_path_factory.mktemp("runs"), trials=2, refine=0)
-        patch.setenv("WANDB_CONFIG_DIR", str(study.root / "leet"))
         tracker = WandbTracker("offline", study.folder, print)
         assert run(study, [tracker], debug=True, work=Trained(lambda params: 0.5).work()) == "finished"
         tracker.close()
@@ -70,11 +70,11 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def leet(searched: Path) -> Iterator[Callable[[str], Terminal]]:
-    """Open `wandb leet` with words behind it in a terminal of its own."""
+    """Run a command in a terminal of its own."""
     with contextlib.ExitStack() as open_ones:
 
         def start(words: str) -> Terminal:
-            terminal = Terminal(f"{WANDB} leet {words}", searched.parent)
+            terminal = Terminal(f"PATH={WANDB.parent}:$PATH {words}", searched.parent)
             open_ones.callback(terminal.close)
             return terminal
 
@@ -84,14 +84,17 @@ def leet(searched: Path) -> Iterator[Callable[[str], Terminal]]:
 @pytest.mark.slow
 @pytest.mark.skipif(TMUX is None, reason="no terminal can be had: apt-get install tmux")
 def test_leet_shows_the_runs_of_a_search_with_their_charts(searched: Path, leet: Callable[[str], Terminal]) -> None:
-    runs = leet(f"{searched.name}/wandb")
-    screen = runs.shows("Runs [3 items]", "Run Overview", "-smoke-t001-", "-smoke-t002-", "-smoke-search-")
+    command = wandb_run.leet(searched)
+    runs = leet(command)
+    screen = runs.shows("Runs [3 items]", "Run Overview", "-t001-smoke", "-t002-smoke", "-search-smoke")
     assert screen.count("offline-run-") == 3
     runs.keys("q")
     runs.ends()
+    options = command.split("wandb leet")[0]
     trial = next(searched.glob("wandb/offline-run-*-t001-*"))
-    one = leet(f"run {trial.relative_to(searched.parent)}")  # in a list, runs of one second stand in any order
-    one.shows("Name: t001", "cheap", "loss", "[x: epoch]")
-    one.shows("attacked_accuracy", "train.lambda_rc", "threat", "white-box")
-    one.keys("3")
-    one.shows("Media", "picture")
+    one = leet(f"{options} wandb leet run {trial}")  # in a list, runs of one second stand in any order
+    one.shows("Name: smoke-t001", "cheap", "loss", "[x: epoch]")
+    one.shows("best_candidate", "train.lambda_rc", "threat", "white-box", "train.lambda_kl")
+    best = next(searched.glob("wandb/candidates/wandb/offline-run-*"))
+    candidate = leet(f"{options} wandb leet run {best}")
+    candidate.shows("attacked_accuracy", "inference.sigma_eps", "feasible")

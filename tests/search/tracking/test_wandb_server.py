@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -63,22 +64,23 @@ def test_runs_arrive_and_a_resumed_search_goes_on_in_them(
         end(tracker)
         assert (tracker.mode, tracker.upload) == ("online", None)
     page = said.pop()
-    assert said == [page] and page.startswith(f"W&B {server.url}/lab/crucible/runs/shown-search-")
-    (trial,) = (run for name, run in server.runs.items() if "-t-" in name)
-    assert trial.about["groupName"] == "shown" and trial.about["jobType"] == "trial"
+    assert said == [page] and page.startswith(f"W&B {server.url}/lab/crucible/runs/search-shown-")
+    (trial,) = (run for name, run in server.runs.items() if name.startswith("t-"))
+    assert trial.about["groupName"] == "shown" and trial.about["jobType"] == "training"
     assert trial.about["project"] == "crucible" and trial.about["tags"] == ["puvae", "mnist/A", "white-box"]
     epochs = [line["epoch"] for line in trial.history.values() if "loss" in line]
     assert epochs == [*range(1, EPOCHS + 1)] * 2 and trial.exit_code == 0
     assert [line["_step"] for line in trial.history.values()] == list(range(len(trial.history)))
     assert trial.summary["cheap"] == {"max": pytest.approx(0.6)}
-    states = {name.split("-")[1]: (run.exit_code, run.summary["state"]) for name, run in server.runs.items()}
+    states = {name.split("-")[0]: (run.exit_code, run.summary["state"]) for name, run in server.runs.items()}
     assert states == {
         "search": (0, "finished"),
         "t": (0, "finished"),
         "bad": (1, "failed"),
         "dull": (0, "pruned"),
+        **{of.candidate: (0, "finished") for of in SIX},
     }
-    search = next(run for name, run in server.runs.items() if "-search-" in name)
+    search = next(run for name, run in server.runs.items() if name.startswith("search-"))
     assert [line["trial"] for line in search.history.values() if "candidates" in line] == [1, 2, 3, 2, 3, 4]
 
 
@@ -87,13 +89,18 @@ def test_the_command_that_is_printed_uploads_both_sessions_of_an_offline_search(
         tracker = WandbTracker("offline", tmp_path, print)
         tell(tracker)
         end(tracker)
-    assert tracker.upload == f"wandb sync {tmp_path / 'wandb'}" and server.runs == {}
+    assert tracker.upload == f"wandb sync {tmp_path}/wandb {tmp_path}/wandb/candidates/wandb" and server.runs == {}
     command = [sys.executable, "-m", *shlex.split(tracker.upload)]
     subprocess.run(command, check=True, capture_output=True, timeout=60, cwd=tmp_path)
-    (trial,) = (run for name, run in server.runs.items() if "-t-" in name)
+    (trial,) = (run for name, run in server.runs.items() if name.startswith("t-"))
     assert [line["epoch"] for line in trial.history.values() if "loss" in line] == [*range(1, EPOCHS + 1)] * 2
     assert [line["_step"] for line in trial.history.values()] == list(range(len(trial.history)))
-    assert len(server.runs) == 4 and trial.about["groupName"] == "shown"
+    assert len(server.runs) == 4 + len(SIX) and trial.about["groupName"] == "shown"
+    for of in SIX:
+        (found,) = (run for name, run in server.runs.items() if name.startswith(f"{of.candidate}-"))
+        config = json.loads(found.about["config"])
+        assert config["inference"]["value"] == of.params.inference and config["eps"]["value"] == 0.3
+        assert found.summary["attacked_accuracy"] == pytest.approx(of.score.attacked_accuracy)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +137,8 @@ def test_a_server_in_trouble_slows_nothing_and_leaves_a_whole_offline_copy(
     assert "logs offline" in line and f"wandb sync {tmp_path}/wandb" in line and KEY not in line
     copy = folder_of(tmp_path, "t")
     assert [epoch for epoch, _ in points(copy, "loss")] == list(range(1, EPOCHS + 1))
-    summary = held(tmp_path, "t")["summary"]
-    assert summary["attacked_accuracy"] == 0.5 and summary["candidates"]["nrows"] == len(SIX)
+    assert held(tmp_path, "t")["summary"]["candidates"] == len(SIX)
+    assert all(held(tmp_path, of.candidate)["summary"]["latency_ms_p50"] == of.score.latency_ms_p50 for of in SIX)
     assert held(tmp_path, "search")["summary"]["state"] == "finished" and held(tmp_path, "bad")["exit_code"] == 1
 
 
@@ -148,7 +155,7 @@ def test_what_a_server_had_of_a_run_is_not_doubled_when_the_copy_is_uploaded(ser
     assert tracker.upload is not None
     command = [sys.executable, "-m", *shlex.split(tracker.upload)]
     subprocess.run(command, check=True, capture_output=True, timeout=60, cwd=tmp_path)
-    (trial,) = (run for name, run in server.runs.items() if "-t-" in name)
+    (trial,) = (run for name, run in server.runs.items() if name.startswith("t-"))
     assert [line["epoch"] for line in trial.history.values() if "loss" in line] == list(range(1, EPOCHS + 1))
     assert trial.summary["state"] == "finished" and trial.exit_code == 0
 

@@ -98,27 +98,39 @@ def test_a_workspace_shows_what_the_search_logged(lab: Lab, tmp_path: Path) -> N
     (runs,) = spec_of(made)["runSets"]
     assert runs["filters"]["filters"][0]["key"]["name"] == "group" and runs["filters"]["filters"][0]["value"] == "smoke"
 
-    trial, search = (next(run for name, run in lab.runs.items() if key in name) for key in ("t001", "-search-"))
-    logs = {name for point in trial.history.values() for name in point}
+    found = {run.about["jobType"]: run for run in lab.runs.values()}
+    training, candidate, search = found["training"], found["candidate"], found["search"]
     (scatter,) = shown["Scatter Plot"]
     assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:latency_ms_p50", "summary:attacked_accuracy")
     assert "white-box, Linf eps 0.3" in scatter["chartTitle"]
-    assert {"latency_ms_p50", "attacked_accuracy", "clean_accuracy"} <= set(trial.summary)
-    assert runs["sort"]["keys"][0]["key"]["name"] == "attacked_accuracy"
-    assert set(runs["runFeed"]["columnPinned"]) - {"run:displayName"} <= {f"summary:{name}" for name in trial.summary}
+    figures = {"latency_ms_p50", "attacked_accuracy", "clean_accuracy"}
+    assert figures <= set(candidate.summary) and not figures & set(training.summary)
+    first, second = (key["key"]["name"] for key in runs["sort"]["keys"])
+    assert (first, second) == ("jobType", "attacked_accuracy") and not runs["sort"]["keys"][0]["ascending"]
+    assert sorted(found) == ["candidate", "search", "training"]  # those with curves come first
+    assert set(runs["runFeed"]["columnPinned"]) - {"run:displayName"} <= {
+        f"summary:{name}" for name in candidate.summary
+    }
 
-    config = json.loads(trial.about["config"])
+    config = json.loads(candidate.about["config"])
     (knobs,) = shown["Parallel Coordinates Plot"]
     paths = [column["accessor"].partition(":")[2].split(".value.") for column in knobs["columns"][:-2]]
     assert sorted(knob for _, knob in paths) == ["conv_maps", "lambda_kl", "lambda_rc", "sigma_eps"]
     assert all(knob in config[when]["value"] for when, knob in paths)
+    swept = {
+        json.loads(run.about["config"])["inference"]["value"]["sigma_eps"]
+        for run in lab.runs.values()
+        if run.about["jobType"] == "candidate"
+    }
+    assert len(swept) > 1
 
+    logs = {name for point in training.history.values() for name in point}
     learning, best = shown["Run History Line Plot"]
     assert learning["xAxis"] == "epoch" and {"epoch", *learning["metrics"]} <= logs
     assert {"trial", *best["metrics"]} <= {name for point in search.history.values() for name in point}
     assert shown["Parameter Importance"] == [shown["Parameter Importance"][0] | {"targetKey": "attacked_accuracy"}]
     charts, pictures = shown["Media Browser"]
-    assert set(pictures["mediaKeys"]) <= logs and "pareto" in charts["mediaKeys"]
+    assert set(pictures["mediaKeys"]) <= set(search.summary) and "pareto" in charts["mediaKeys"]
     assert {"pareto", "leaderboard"} <= set(search.summary)
     assert '"val":"leaderboard"' in json.dumps(shown["Weave"], separators=(",", ":"))
 
@@ -126,7 +138,7 @@ def test_a_workspace_shows_what_the_search_logged(lab: Lab, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
-        ("offline", r"those of smoke are not: upload them with: wandb sync \S+/smoke/wandb$"),
+        ("offline", r"those of smoke are not: upload them with: wandb sync \S+/smoke/wandb \S+/candidates/wandb$"),
         ("disabled", r"those of smoke are not: search again under another name with --wandb online, which trains "),
     ],
 )
@@ -153,7 +165,9 @@ def test_a_run_that_was_uploaded_later_counts(lab: Lab, tmp_path: Path) -> None:
 
 def test_what_a_server_that_failed_left_behind_does_not_count(online: Study) -> None:
     (online.folder / "wandb" / "offline-run-20260101_000100-smoke-t001-0000").mkdir()
-    with pytest.raises(InputError, match=r"those of smoke are not: upload them with: wandb sync \S+/smoke/wandb$"):
+    with pytest.raises(
+        InputError, match=r"those of smoke are not: upload them with: wandb sync \S+/smoke/wandb \S+/candidates/wandb$"
+    ):
         view(online)
 
 
