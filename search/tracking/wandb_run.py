@@ -34,7 +34,7 @@ STEPS = {"search": "trial", "training": "epoch"}
 CODE = Path(__file__).resolve().parents[2]
 """The folder of the code; the run of a search contains its commit."""
 
-LEET = {"workspace_layout": {"left_sidebar": 0.36}, "run_layout": {"left_sidebar": 0.36}}
+LEET = {"workspace_layout": {"left_sidebar": 0.4}, "run_layout": {"left_sidebar": 0.36}}
 """Options of `wandb leet`: its lists are by default too narrow for the names of runs and knobs."""
 
 
@@ -124,9 +124,10 @@ def _settings(job_type: str, *, system_metrics: bool) -> wandb.Settings:
     """Return settings that keep wandb fast and silent.
 
     Only the run of the search describes this machine: command, commit, Python, packages, hardware. No run contains the
-    names of the host and of the user, or the environment.
+    names of the host and of the user, or environment variables.
     """
     describes = job_type == "search"
+    slurm = any(name.startswith("SLURM_") for name in os.environ)  # wandb would send these, with the names of nodes
     return wandb.Settings(
         # Shorter than our own time limit, so that the clearer error of wandb is reported.
         init_timeout=PATIENCE_S * 0.8,
@@ -147,7 +148,7 @@ def _settings(job_type: str, *, system_metrics: bool) -> wandb.Settings:
         program="launch.py",  # otherwise the path, which may contain a user name
         x_executable="python",
         x_disable_machine_info=not describes,
-        x_disable_meta=not describes,
+        x_disable_meta=slurm or not describes,
         x_disable_stats=not (describes and system_metrics),
         x_save_requirements=describes,
         x_transaction_log_flush_interval=5.0,

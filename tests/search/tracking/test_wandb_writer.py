@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -112,6 +114,31 @@ def test_a_search_outlives_the_death_of_wandbs_own_process(tmp_path: Path) -> No
     latest = [folders_of(tmp_path, key)[-1] for key in ("u", "search")]
     one, search = (json.loads(inspect(run, "--summary")) for run in latest)
     assert one["exit_code"] == 1 and search["summary"]["trials/finished"] == 1
+
+
+def processes() -> list[str]:
+    """Return the names of the processes that W&B runs below this one."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            head, _, tail = status.read_text().rpartition(")")
+            found[int(status.parent.name)] = head.partition("(")[2], int(tail.split()[1])
+    below = {os.getpid()}
+    for _ in range(3):
+        below |= {pid for pid, (_, parent) in found.items() if parent in below}
+    return sorted(found[pid][0] for pid in below if found[pid][0].startswith("wandb"))
+
+
+def test_however_many_runs_are_open_or_written_two_processes_serve_them(tmp_path: Path) -> None:
+    tracker = WandbTracker("offline", tmp_path, print)
+    told(tracker)
+    for nth in range(30):
+        tracker.trial_started(trial(f"t{nth:03d}"))
+    while len(list((tmp_path / "wandb").glob("offline-run-*"))) < 32:
+        time.sleep(0.05)
+    assert processes() == ["wandb-core", "wandb-symon"]
+    tracker.search_ended("finished", SIX)
+    tracker.close()
 
 
 def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> None:
