@@ -1,6 +1,6 @@
 """What a search's W&B runs cost offline: a run a training and a run a candidate, or a table of candidates instead.
 
-    python -m benchmarks.wandb_cost                 0, 1, 500 and 5,000 candidates: three minutes on two cores
+    python -m benchmarks.wandb_cost                 0, 1, 500 and 5,000 candidates: eight minutes on two busy cores
     python -m benchmarks.wandb_cost --candidates 0 500
 
 Made-up trainings of 50 candidates each are logged by the tracker and the real wandb, at once, each row in a process of

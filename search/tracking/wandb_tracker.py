@@ -64,7 +64,7 @@ class WandbTracker(Callback):
         self._best = list(known)
         self._candidates = len(known)
         self._charted = set[str]()
-        self._logged: dict[str, tuple[Proposal, Candidate]] = {}
+        self._logged: dict[str, tuple[str, float]] = {}
 
     def __repr__(self) -> str:
         return f"WandbTracker({self._writer!r})"
@@ -118,14 +118,15 @@ class WandbTracker(Callback):
             self._writer.write(trial.name, partial(wandb_panels.sum_up, outcome))
             self._writer.finish(trial.name, EXIT[state])
         pictures = {best.candidate: picture} if best and picture else {}
-        self._log_candidates([(trial, candidate) for candidate in candidates], pictures)
+        self._log_candidates([(trial.name, candidate) for candidate in candidates], pictures)
         if best in self._best and picture:
             self._writer.write(SEARCH, partial(wandb_panels.show_picture, picture))
         self._writer.write(SEARCH, partial(wandb_panels.log, self._progress(best)))
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         known = tuple(candidates)
-        again = [(self._logged[c.candidate][0], c) for c in known if self._logged.get(c.candidate, (None, c))[1] != c]
+        logged = [(*self._logged[c.candidate], c) for c in known if c.candidate in self._logged]
+        again = [(trial, c) for trial, latency_ms, c in logged if latency_ms != c.score.latency_ms_p50]
         self._log_candidates(again, {})
         if known:
             self._writer.write(SEARCH, partial(wandb_panels.show_table, "leaderboard", self._study, known))
@@ -137,17 +138,17 @@ class WandbTracker(Callback):
         """Finish every run and stop, in about two minutes where a server is slow. Further calls do nothing."""
         self._writer.close()
 
-    def _log_candidates(self, ended: Sequence[tuple[Proposal, Candidate]], pictures: Mapping[str, Path]) -> None:
-        """Write the run of each candidate; it is continued if its latency was measured again."""
+    def _log_candidates(self, ended: Sequence[tuple[str, Candidate]], pictures: Mapping[str, Path]) -> None:
+        """Write the run of each candidate, given with the name of its trial; a run that exists is continued."""
         runs = {}
         for trial, candidate in ended:
             about = self._about_setting(candidate.candidate, "candidate", candidate.params)
-            about["config"] |= {"trial": trial.name, "fit": candidate.fit, "candidate": candidate.candidate}
+            about["config"] |= {"trial": trial, "fit": candidate.fit, "candidate": candidate.candidate}
             writes: list[Write] = [partial(wandb_panels.sum_up, wandb_panels.figures(self._study, candidate))]
             if candidate.candidate in pictures:
                 writes.append(partial(wandb_panels.show_picture, pictures[candidate.candidate]))
             runs[candidate.candidate] = Page(about, whole=False, writes=writes, exit_code=0)
-            self._logged[candidate.candidate] = trial, candidate
+            self._logged[candidate.candidate] = trial, candidate.score.latency_ms_p50
         if runs:
             self._writer.log(runs)
 
