@@ -63,7 +63,7 @@ def workspace(study: Study, entity: str, project: str) -> ws.Workspace:
         settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=CURVES),
         runset_settings=ws.RunsetSettings(
             filters=[ws.Metric("Group") == study.name],
-            # Trainings before candidates: panels of curves show the first runs, whether they have curves or not.
+            # Trainings before candidates: `max_runs` counts the first of all runs.
             order=[
                 ws.Ordering(ws.Metric("JobType"), ascending=False),
                 ws.Ordering(ws.Summary("attacked_accuracy"), ascending=False),

@@ -347,12 +347,15 @@ def test_a_search_on_two_nodes_outlives_its_worker_a_node_and_its_driver(tmp_pat
 
 
 def assert_seen_by_wandb(folder: Path) -> None:
-    """Read a trial's run back with W&B's own reader."""
-    runs = [path for path in (folder / "wandb").glob("offline-run-*") if "-t001" in path.name]
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", str(runs[0])]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for word in ("attacked_accuracy", "latency_ms_p50", "clean_accuracy", "lambda_rc", "cheap"):
-        assert word in shown, shown
+    """Read a training's run, and a candidate's, back with W&B's own reader."""
+    training = next(path for path in (folder / "wandb").glob("offline-run-*") if "-t001-" in path.name)
+    candidate = next((folder / "wandb" / "candidates" / "wandb").glob("offline-run-*"))
+    figures = ("attacked_accuracy", "latency_ms_p50", "clean_accuracy", "lambda_rc")
+    for log, words in ((training, ("cheap", "lambda_rc")), (candidate, figures)):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", str(log)]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for word in words:
+            assert word in shown, shown
 
 
 DOOMED = """

@@ -267,6 +267,22 @@ def worth(params: Params) -> float:
     return int(fingerprint(**params.flat()), 16) % 97 / 97
 
 
+def test_every_candidate_of_a_search_has_a_run_of_its_own_setting(tmp_path: Path) -> None:
+    study = digits_study(tmp_path, trials=3, refine=2, knobs={"sigma_eps": "0..1"}, wandb="offline")
+    tracker = WandbTracker("offline", study.folder, print)
+    run(study, [tracker], debug=True, work=Pretence(worth).work())
+    tracker.close()
+    candidates = SearchHistory(study).candidates()
+    assert len({c.params.inference["sigma_eps"] for c in candidates}) > 5
+    for of in candidates:
+        log = held(study.folder, of.candidate)
+        assert log["config"]["train"] == of.params.train and log["config"]["inference"] == of.params.inference
+        assert log["summary"]["attacked_accuracy"] == pytest.approx(of.score.attacked_accuracy)
+        assert log["name"] == f"smoke-{of.candidate}"
+    for nth in (1, 2, 3):
+        assert "attacked_accuracy" not in held(study.folder, f"t00{nth}")["summary"]
+
+
 @pytest.mark.slow
 def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
