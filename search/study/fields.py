@@ -109,7 +109,7 @@ class Fields(BaseModel):
     )
     notes: str | None = Field(None, description="what this search is for: the notes of its W&B run; else $WANDB_NOTES")
     system_metrics: bool = Field(
-        True, description="whether its W&B run shows load, memory and GPUs of this machine: true, false"
+        True, description="whether its W&B run shows load, memory and GPUs of the driver's machine: true, false"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything")
 

@@ -64,7 +64,7 @@ class WandbTracker(Callback):
         self._best = list(known)
         self._candidates = len(known)
         self._charted = set[str]()
-        self._logged: dict[str, tuple[str, float]] = {}
+        self._logged = {c.candidate: ("", c.score.latency_ms_p50) for c in known}
 
     def __repr__(self) -> str:
         return f"WandbTracker({self._writer!r})"
@@ -143,7 +143,8 @@ class WandbTracker(Callback):
         runs = {}
         for trial, candidate in ended:
             about = self._about_setting(candidate.candidate, "candidate", candidate.params)
-            about["config"] |= {"trial": trial, "fit": candidate.fit, "candidate": candidate.candidate}
+            about["config"] |= {"fit": candidate.fit, "candidate": candidate.candidate}
+            about["config"] |= {"trial": trial} if trial else {}  # of an earlier session, W&B knows it
             writes: list[Write] = [partial(wandb_panels.sum_up, wandb_panels.figures(self._study, candidate))]
             if candidate.candidate in pictures:
                 writes.append(partial(wandb_panels.show_picture, pictures[candidate.candidate]))

@@ -134,6 +134,11 @@ def test_a_candidate_whose_latency_was_measured_again_is_continued(tmp_path: Pat
     assert json.loads(inspect(second, "--summary"))["summary"]["latency_ms_p50"] == 0.5
     assert json.loads(inspect(first, "--summary"))["summary"]["latency_ms_p50"] == 1.0
     assert len(folders_of(tmp_path, "c2")) == 1
+    tracker = WandbTracker("offline", tmp_path, print, known=SIX)
+    tracker.search_started(STUDY, BARE)
+    tracker.search_ended("finished", [again, *SIX[1:]])
+    tracker.close()
+    assert [len(folders_of(tmp_path, of.candidate)) for of in SIX] == [3, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
