@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class Server(ThreadingHTTPServer):
     Args:
         trouble: refuses the key, hangs, fails with 500, or drops each connection; it may be set at any time.
         begun: whether a training's run has begun.
+        lag_s: how long it takes to answer, in seconds.
+        most_open: the most runs that were open at once.
     """
 
     daemon_threads = True
@@ -41,6 +44,8 @@ class Server(ThreadingHTTPServer):
         self.trouble: Trouble | None = None
         self.released = threading.Event()
         self.begun = threading.Event()
+        self.lag_s = 0.0
+        self.most_open = 0
         self.asked: list[str] = []
         self.runs: dict[str, Kept] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
@@ -73,6 +78,7 @@ class Server(ThreadingHTTPServer):
             self.runs[given["name"]] = Kept()
         run = self.runs[given["name"]]
         run.about |= {key: value for key, value in given.items() if value is not None}
+        self.most_open = max(self.most_open, sum(run.exit_code is None for run in list(self.runs.values())))
         if run.about["jobType"] == "training":
             self.begun.set()
         return {"upsertBucket": {"bucket": _bucket(run), "inserted": inserted}}
@@ -142,6 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
+        time.sleep(self.server.lag_s)
         if not self._troubled():
             self._reply(200, self._said(json.loads(body)))
 

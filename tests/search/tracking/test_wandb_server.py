@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from search.optimizer.history import SearchHistory
 from search.study.study import Study
 from search.tracking import wandb_run
 from search.tracking.wandb_tracker import WandbTracker
+from search.tracking.wandb_writer import AT_ONCE
 from tests.conftest import digits_study
 from tests.support.engine import Pretence
 from tests.support.wandb_log import BARE, KEY, SIX, STUDY, folder_of, held, machine, points, timed, trial
@@ -82,6 +84,21 @@ def test_runs_arrive_and_a_resumed_search_goes_on_in_them(
     }
     search = next(run for name, run in server.runs.items() if name.startswith("search-"))
     assert [line["trial"] for line in search.history.values() if "candidates" in line] == [1, 2, 3, 2, 3, 4]
+
+
+def test_candidates_are_sent_several_at_once_to_a_server_that_is_far_away(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_run, "PATIENCE_S", 60.0)
+    server.lag_s = 0.1
+    tracker = WandbTracker("online", tmp_path, print)
+    tell(tracker)
+    many = [replace(SIX[0], candidate=f"c{nth:02d}") for nth in range(16)]
+    tracker.trial_ended(trial("t"), "finished", many, None, "")
+    tracker.search_ended("finished", many)
+    tracker.close()
+    assert {name[:3] for name, run in server.runs.items() if run.summary.get("feasible")} == {c.candidate for c in many}
+    assert tracker.mode == "online" and 5 < server.most_open <= 2 + AT_ONCE  # two are the search's and the training's
 
 
 def test_the_command_that_is_printed_uploads_both_sessions_of_an_offline_search(server: Server, tmp_path: Path) -> None:
