@@ -16,7 +16,7 @@ import wandb
 from search.study.candidate import Candidate
 from search.study.ranking import feasible, front, ranked
 from search.study.study import Study
-from search.study.verdict import verdict_of_audit
+from search.study.verdict import verdict_of_audit, verdict_of_search
 from search.tracking.wandb_run import CODE, PROJECT
 from search.trial.pictures import caption
 
@@ -111,8 +111,8 @@ def sum_up(outcome: Mapping[str, Any], run: wandb.Run) -> None:
         run.tags = (*(run.tags or ()), "pruned")
 
 
-def figures(study: Study, candidate: Candidate) -> dict[str, Any]:
-    """Return the summary of a candidate's run: what was measured of it, without its setting."""
+def figures(study: Study, undefended: Candidate, candidate: Candidate) -> dict[str, Any]:
+    """Return the summary of a candidate's run: what was measured of it, without its setting, and what it is worth."""
     knobs = candidate.params.flat()
     setting = {
         "candidate",
@@ -126,7 +126,8 @@ def figures(study: Study, candidate: Candidate) -> dict[str, Any]:
         *(f"knob_{name}" for name in knobs),
     }
     measured = {name: value for name, value in candidate.row().items() if name not in setting}
-    return {**measured, "feasible": bool(feasible(study, [candidate]))}
+    verdict = verdict_of_search(candidate, undefended)
+    return {**measured, "feasible": bool(feasible(study, [candidate])), "verdict": verdict}
 
 
 def log_export(study: Study, folder: Path, aliases: Sequence[str], run: wandb.Run) -> None:

@@ -145,7 +145,8 @@ class WandbTracker(Callback):
             about = self._about_setting(candidate.candidate, "candidate", candidate.params)
             about["config"] |= {"fit": candidate.fit, "candidate": candidate.candidate}
             about["config"] |= {"trial": trial} if trial else {}  # of an earlier session, W&B knows it
-            writes: list[Write] = [partial(wandb_panels.sum_up, wandb_panels.figures(self._study, candidate))]
+            measured = wandb_panels.figures(self._study, self._undefended, candidate)
+            writes: list[Write] = [partial(wandb_panels.sum_up, measured)]
             if candidate.candidate in pictures:
                 writes.append(partial(wandb_panels.show_picture, pictures[candidate.candidate]))
             runs[candidate.candidate] = Page(about, whole=False, writes=writes, exit_code=0)

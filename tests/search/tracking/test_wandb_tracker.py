@@ -16,7 +16,7 @@ import wandb
 from search.engine.run import run
 from search.optimizer.history import SearchHistory
 from search.storage.fingerprint import fingerprint
-from search.study.verdict import verdict_of_audit
+from search.study.verdict import verdict_of_audit, verdict_of_search
 from search.tracking.wandb_panels import pareto_chart, risk_chart
 from search.tracking.wandb_tracker import WandbTracker, log_exports
 from search.trial.pictures import png
@@ -101,9 +101,13 @@ def test_a_candidates_run_holds_its_setting_and_what_was_measured_at_it(searched
         assert config["train"] == of.params.train and config["inference"] == of.params.inference
         whose = {"candidate": of.candidate, "fit": "f", "trial": "r001" if of is CURVED else "good"}
         assert (SETTING | whose).items() <= config.items()
-        measured = {"attacked_accuracy": of.score.attacked_accuracy, "clean_accuracy": of.score.clean_accuracy}
+        measured: dict[str, Any] = {
+            "attacked_accuracy": of.score.attacked_accuracy,
+            "clean_accuracy": of.score.clean_accuracy,
+        }
         measured |= {"latency_ms_p50": of.score.latency_ms_p50, "white-box/bpda": of.score.white_box_accuracy}
-        assert (measured | {"feasible": of.candidate != "wrong"}).items() <= summary.items()
+        measured |= {"feasible": of.candidate != "wrong", "verdict": verdict_of_search(of, BARE)}
+        assert measured.items() <= summary.items()
         assert not set(summary) & {"draws", "latent", "candidate", "eps"}
         assert ("picture" in summary) == (of.candidate == "c5")
     picture = held(searched, "c5")["summary"]["picture"]
