@@ -177,6 +177,7 @@ def _refusal(error: ValidationError) -> tuple[str, str]:
         except InputError as error:
             return name, str(error)
     law = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    law = law.replace("a valid boolean, unable to interpret input", "true or false")
     given = mask_credentials(first["input"])
     return name, f"{name} {law}, but is {given!r}"
 

@@ -48,6 +48,8 @@ def test_a_refused_field_is_named_with_its_law_and_the_place_where_it_was_given(
     with pytest.raises(RefusedField, match="trials must be greater than or equal to 1, but is 0") as refused:
         Study(trials=0)
     assert refused.value.field == "trials"
+    with pytest.raises(RefusedField, match="^system_metrics must be true or false, but is 'maybe'$"):
+        Study(system_metrics="maybe")
     with pytest.raises(InputError, match=r"^here, trials must be"):
         make_study({"trials": 0}, where=lambda field: "here, ")
     (tmp_path / "study.yaml").write_text("name: x\ntrials: 0\n")
