@@ -379,7 +379,7 @@ def test_an_alarm_refuses_the_export_and_despite_writes_it(
         export(searched, best, searched.store, tmp_path)
     assert list(tmp_path.iterdir()) == []
     noted = json.loads((searched.folder / "audits" / f"{best.candidate}.json").read_text())
-    assert "reproduced" in noted["alarms"][0]
+    assert any("reproduced" in alarm for alarm in noted["alarms"])
     assert not audits(searched, [best])[best.candidate]["refused"], "it was exported before"
     written = export(searched, best, searched.store, tmp_path, despite_alarms=True)
     assert f"**Verdict: {verdict_of_audit(noted)}.**" in (written / "card.md").read_text()
