@@ -12,7 +12,7 @@ import typer
 from search.cli import flags as f
 from search.cli import lookup
 from search.cli.terminal import Group, command, console, end, progress, run, show
-from search.study.columns import COLUMNS
+from search.study.columns import EXPLAINED
 from spaces.exceptions import InputError
 
 app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -26,7 +26,7 @@ searching, reviewing, exporting, proving = (
     "search --name night --space paper --method grid --trials 216",
     "search --name mine --config search/quickstart.yaml",
     "search --name wide --knob lambda_rc=1e-3..10:log --eps 8/255",
-    columns=COLUMNS,
+    columns=EXPLAINED,
 )
 @f.flags
 def search(
@@ -75,7 +75,7 @@ def resume(name: f.Name, storage: f.Storage = "runs", address: f.Move = None, de
     end(session.proceed(open_search(name, storage).model_copy(update=moves), console, debug=debug))
 
 
-@searching("status", "status first --json", columns=COLUMNS)
+@searching("status", "status first --json", columns=EXPLAINED)
 def status(name: f.MaybeName = None, storage: f.Storage = "runs", as_json: f.Json = False) -> None:
     """Say what runs, what is done, and the best so far.
 
@@ -90,7 +90,7 @@ def status(name: f.MaybeName = None, storage: f.Storage = "runs", as_json: f.Jso
         console.print(line, highlight=False, soft_wrap=True)
 
 
-@reviewing("report first", columns=COLUMNS)
+@reviewing("report first", columns=EXPLAINED)
 def report(name: f.Name, storage: f.Storage = "runs") -> None:
     """Write one self-contained HTML page on a search, and say where.
 

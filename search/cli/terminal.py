@@ -86,7 +86,7 @@ def command(
     if columns:
         shown += "\n\n" + "\n".join(
             [
-                "Columns of candidates.csv and of the tables:",
+                "Columns of candidates.csv (and their headings in the leaderboard):",
                 *(f"  {name}: {meaning}" for name, meaning in columns.items()),
             ]
         )

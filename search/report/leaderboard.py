@@ -10,6 +10,7 @@ from attacks.confidence import wilson
 from search.formatting import brief, points
 from search.study import ranking
 from search.study.candidate import Candidate
+from search.study.columns import HEADINGS
 from search.study.study import Study
 
 WORDS = "oblivious: the attacker does not know the defense; white-box: the attacker knows all of it"
@@ -28,12 +29,15 @@ def leaderboard(
         table.add_column(heading, justify="right", no_wrap=True)
     rejects = any(c.score.clean_rejection or c.score.attacked_rejection for c in ranked)
     several = len(ranking.devices(ranked)) > 1
-    apart = ("error %", "rejected %", "clean rejected %") if rejects else ()
-    for heading in ("attacked %", "95 %", *apart, "oblivious %", "white-box %", "clean %", "p50 ms"):
+    apart = ("attacked_error", "attacked_rejection", "clean_rejection") if rejects else ()
+    shown = (*apart, "oblivious_accuracy", "white_box_accuracy", "clean_accuracy", "latency_ms_p50")
+    for heading in (HEADINGS["attacked_accuracy"], "95 %", *(HEADINGS[name] for name in shown)):
         table.add_column(heading, justify="right", no_wrap=True, min_width=max(6, len(heading)))
-    table.add_column("ms on", no_wrap=True, min_width=8)  # clean or attacked images, whichever took longer
+    table.add_column(
+        HEADINGS["latency_images"], no_wrap=True, min_width=8
+    )  # clean or attacked images, whichever took longer
     if several:
-        table.add_column("timed on")
+        table.add_column(HEADINGS["device"])
     for candidate in ranked[:top]:
         knobs, device = candidate.params.flat(), [candidate.score.device] if several else []
         figures = _figures(candidate, rejects)

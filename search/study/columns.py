@@ -35,6 +35,19 @@ COLUMNS: Mapping[str, str] = {
     "queries": "how often the black-box attacker asked",
 }
 """The knobs, and `KNOWLEDGE/ATTACK` (accuracy after this attack), are further columns of candidates.csv."""
+HEADINGS: Mapping[str, str] = {
+    "attacked_accuracy": "attacked %",
+    "attacked_error": "error %",
+    "attacked_rejection": "rejected %",
+    "clean_rejection": "clean rejected %",
+    "oblivious_accuracy": "oblivious %",
+    "white_box_accuracy": "white-box %",
+    "clean_accuracy": "clean %",
+    "latency_ms_p50": "p50 ms",
+    "latency_images": "ms on",
+    "device": "timed on",
+}
+"""What the leaderboard calls some of them."""
 FURTHER: Mapping[str, str] = {
     "interval": "where the accuracy of all such images lies with 95 % certainty (Wilson); it does not cover the choice "
     "of the best",
@@ -45,3 +58,8 @@ FURTHER: Mapping[str, str] = {
     "seconds": "from the start of the training to the last score of its candidates",
 }
 """Further columns of the report."""
+EXPLAINED: Mapping[str, str] = {
+    **{f"{name} ({HEADINGS[name]})" if name in HEADINGS else name: meaning for name, meaning in COLUMNS.items()},
+    "95 %": FURTHER["interval"],
+}
+"""What --help shows, each with its heading in the leaderboard in brackets."""

@@ -27,7 +27,7 @@ import launch as command_line
 from launch import main
 from search.cli.flags import LISTED, PANELS
 from search.console import working
-from search.study.columns import COLUMNS
+from search.study.columns import COLUMNS, EXPLAINED
 from search.study.fields import Fields
 from search.study.loading import read_study
 from spaces.exceptions import InputError
@@ -412,7 +412,7 @@ def test_the_help_of_search_shows_each_field_under_a_heading_with_type_default_a
 def test_the_help_says_what_each_column_means(command: str) -> None:
     shown = " ".join(said(command, "--help").out.split())
     assert scored(Params({}, {}), 0.5).row().keys() == COLUMNS.keys()
-    assert all(f"{name}: {meaning}" in shown for name, meaning in COLUMNS.items())
+    assert all(f"{name}: {meaning}" in shown for name, meaning in EXPLAINED.items())
 
 
 def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> None:
