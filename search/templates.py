@@ -31,6 +31,7 @@ def _environment(folder: Path) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
     environment.filters.update(percent=percent, ms=milliseconds, duration=duration, value=spoken_value)
     environment.filters.update(device=spoken_device, range=lambda ends: " to ".join(percent(e, unit="") for e in ends))
     return environment

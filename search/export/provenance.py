@@ -68,5 +68,11 @@ def again(study: Study, params: Params) -> str:
     return " ".join((f"python launch.py search --name {study.name}-again --trials 1", *words))
 
 
+def export(study: Study, candidate: str) -> str:
+    """Return the command that audits and exports a candidate."""
+    elsewhere = "" if study.storage == Study().storage else f" --storage {shlex.quote(study.storage)}"
+    return f"python launch.py export {study.name} --candidate {candidate}{elsewhere}"
+
+
 def _written(value: Scalar) -> str:
     return value if isinstance(value, str) else json.dumps(value)

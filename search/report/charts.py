@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -11,13 +10,17 @@ from typing import Any
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
 from attacks.confidence import wilson
+from search.export import provenance
 from search.formatting import spoken_device, spoken_value
 from search.optimizer.early_stopping import rungs
 from search.report.importance import CHANCE
 from search.report.summary import Summary
-from search.study.candidate import Candidate
+from search.study.candidate import Candidate, Score
 from spaces.domain import Scalar
+from spaces.space import Params
 
+ANY = "CANDIDATE"
+"""Stands for the name of a candidate in the command that exports one."""
 SWEPT = 5
 """Maximum number of fits whose risk-coverage curves are drawn."""
 SETTINGS = 16
@@ -32,18 +35,19 @@ def charts(summary: Summary) -> dict[str, Any]:
     front = {c.candidate for c in summary.front}
     devices = sorted({c.score.device for c in summary.candidates})
     bare, latency = summary.undefended, latencies(summary)
-    best = summary.fit(summary.best) if summary.best else None
     domains = summary.study.resolved.space.flat()
     return {
         "threat": summary.named(),
         "knobs": list(summary.searched),
+        "fixed": _fixed(summary),
+        "export": provenance.export(summary.study, ANY),
         "ranges": [_range(domains.get(knob)) for knob in summary.searched],
         "devices": [spoken_device(device) for device in devices],
         "budget": summary.study.max_latency_ms,
         "rejection": _points(summary.study.max_clean_rejection),
         "best": summary.best and summary.best.candidate,
         "undefended": _points(1 - bare.score.attacked_error) if bare else None,
-        "candidates": [_candidate(summary, c, c.candidate in front, devices) for c in summary.ranked],
+        "candidates": _columns([_candidate(summary, c, c.candidate in front, devices) for c in summary.ranked]),
         "risk": risk_coverage(summary),
         "latency": latency,
         "lanes": len({one["lane"] for one in latency}),
@@ -52,22 +56,49 @@ def charts(summary: Summary) -> dict[str, Any]:
             for knob, share in sorted(summary.importances.overall.items(), key=lambda item: item[1])
         ],
         "chance": CHANCE,
+        **_trainings(summary),
+    }
+
+
+def _trainings(summary: Summary) -> dict[str, Any]:
+    best = summary.fit(summary.best) if summary.best else None
+    first = best_of_trials(summary)
+    return {
         "rungs": rungs(summary.study) if summary.study.stopping == "halving" else [],
         "curves": [
-            {"trial": t.trial, "state": t.state, "best": t is best, "y": [_points(y) for y in t.curve]}
+            {
+                "trial": t.trial,
+                "state": t.state,
+                "reason": t.reason,
+                "best": t is best,
+                "candidate": first.get(t.trial),
+                "knobs": _settings(summary, t.params),
+                "y": [_points(y) for y in t.curve],
+            }
             for t in summary.trials
             if t.curve
         ],
         "scatter": [
-            {"trial": t, "cheap": _points(cheap), "final": _points(final), "best": best is not None and t == best.trial}
+            {
+                "trial": t,
+                "cheap": _points(cheap),
+                "final": _points(final),
+                "best": best is not None and t == best.trial,
+            }
             for t, cheap, final in (summary.rank_correlation.points if summary.rank_correlation else ())
         ],
     }
 
 
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return rows of the same keys as columns, since thousands of rows would repeat their keys."""
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+
+
 def _candidate(summary: Summary, candidate: Candidate, on_front: bool, devices: Sequence[str]) -> dict[str, Any]:
     score = candidate.score
     low, high = wilson(1 - score.attacked_error, score.images)
+    note, against = summary.standing(candidate)
     return {
         "id": candidate.candidate,
         "ms": _number(score.latency_ms_p50),
@@ -76,11 +107,45 @@ def _candidate(summary: Summary, candidate: Candidate, on_front: bool, devices: 
         "low": _points(low),
         "high": _points(high),
         "clean": _points(score.clean_accuracy),
+        "oblivious": _points(score.oblivious_accuracy),
+        "whiteBox": _points(score.white_box_accuracy),
+        **(_rejection(score) if summary.rejects else {}),
         "front": on_front,
         "device": devices.index(score.device),
-        "broken": "; ".join(summary.broken(candidate)),
-        "knobs": [_plain(candidate.params.flat().get(knob)) for knob in summary.searched],
+        "broken": bool(summary.broken(candidate)),
+        "note": note,
+        "against": against,
+        "knobs": _settings(summary, candidate.params),
     }
+
+
+def _rejection(score: Score) -> dict[str, Any]:
+    return {
+        "accuracy": _points(score.attacked_accuracy),
+        "interval": [_points(end) for end in wilson(score.attacked_accuracy, score.images)],
+        "rejected": _points(score.attacked_rejection),
+        "cleanRejected": _points(score.clean_rejection),
+    }
+
+
+def best_of_trials(summary: Summary) -> dict[str, str]:
+    """Return the best candidate of each trial that has one."""
+    best = dict[frozenset[tuple[str, Scalar]], str]()
+    for candidate in summary.ranked:
+        best.setdefault(frozenset(candidate.params.train.items()), candidate.candidate)
+    fits = {t.trial: frozenset(t.params.train.items()) for t in summary.trials}
+    return {trial: best[train] for trial, train in fits.items() if train in best}
+
+
+def _settings(summary: Summary, params: Params) -> list[Scalar | None]:
+    values = params.flat()
+    return [_plain(values.get(knob)) for knob in summary.searched]
+
+
+def _fixed(summary: Summary) -> dict[str, Scalar | None]:
+    """Return the knobs that were not searched, which are the same in all candidates."""
+    values = summary.ranked[0].params.flat() if summary.candidates else {}
+    return {knob: _plain(value) for knob, value in values.items() if knob not in summary.searched}
 
 
 def risk_coverage(summary: Summary) -> list[dict[str, Any]]:
@@ -101,12 +166,12 @@ def risk_coverage(summary: Summary) -> list[dict[str, Any]]:
 
 def latencies(summary: Summary) -> list[dict[str, Any]]:
     """Return each distinct latency, grouped by device and, if there are few settings, by setting."""
-    knobs = _latency_knobs(summary)
-    found = Counter(
-        (c.score.device, _setting(c, knobs), c.score.latency_ms_p50, c.score.latency_ms_p95, c.score.latency_images)
-        for c in summary.candidates
-        if math.isfinite(c.score.latency_ms_p50) and math.isfinite(c.score.latency_ms_p95)
-    )
+    knobs, found = _latency_knobs(summary), dict[tuple[str, str, float, float, str], list[str]]()
+    for c in summary.ranked:
+        score = c.score
+        if math.isfinite(score.latency_ms_p50) and math.isfinite(score.latency_ms_p95):
+            measured = (score.latency_ms_p50, score.latency_ms_p95, score.latency_images)
+            found.setdefault((score.device, _setting(c, knobs), *measured), []).append(c.candidate)
     few = len({(device, setting) for device, setting, *_ in found}) <= SETTINGS
     return [
         {
@@ -116,9 +181,10 @@ def latencies(summary: Summary) -> list[dict[str, Any]]:
             "p50": _number(p50),
             "p95": _number(p95),
             "images": images,
-            "candidates": count,
+            "candidates": len(own),
+            "candidate": own[0],
         }
-        for (device, setting, p50, p95, images), count in sorted(found.items(), key=lambda one: (one[0][0], one[0][2]))
+        for (device, setting, p50, p95, images), own in sorted(found.items(), key=lambda one: (one[0][0], one[0][2]))
     ]
 
 

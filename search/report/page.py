@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import platform
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from search.data.cache import caches
 from search.data.registry import find_data_set, read_index
 from search.export import provenance
 from search.formatting import milliseconds, percent, spoken_device, spoken_eps
-from search.report.charts import charts
+from search.report.charts import ANY, charts
 from search.report.cost import cost
 from search.report.importance import CHANCE
 from search.report.summary import Summary, TrialRecord
@@ -61,6 +60,7 @@ def render(summary: Summary) -> str:
         TEMPLATE,
         f=summary,
         study=study,
+        any=ANY,
         top=summary.ranked[:TOP],
         front={c.candidate for c in summary.front},
         interval=interval,
@@ -79,7 +79,7 @@ def render(summary: Summary) -> str:
         cost=cost(summary),
         dataset=find_task(study.task, study.data_dir).dataset,
         again=summary.best and provenance.again(study, summary.best.params),
-        elsewhere="" if study.storage == Study().storage else f" --storage {shlex.quote(study.storage)}",
+        export=summary.best and provenance.export(study, summary.best.candidate),
         origins=list(origins(study)),
         config=config,
         study_yaml="data:text/yaml;base64," + base64.b64encode(config.encode()).decode(),

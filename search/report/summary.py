@@ -194,6 +194,16 @@ class Summary:
         }
         return [words[name] for name, excess in ranking.constraints(self.study, candidate).items() if excess > 0]
 
+    def standing(self, candidate: Candidate) -> tuple[str, bool]:
+        """Return what stands beside the name of a candidate, and whether it speaks against it."""
+        audit = self.audits.get(candidate.candidate)
+        if broken := self.broken(candidate):
+            return "; ".join(broken), True
+        if audit:
+            refused = bool(audit["refused"])
+            return "refused by the audit" if refused else f"audited: {percent(audit['attacked_accuracy'])}", refused
+        return "Pareto front" if candidate in self.front else "", False
+
     def named(self, knowledge: Knowledge | None = None) -> str:
         """Return a short form of the threat model: that of the study, or with other knowledge."""
         norm = "L∞" if self.study.norm == "Linf" else "L2"

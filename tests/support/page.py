@@ -36,3 +36,9 @@ class Page(HTMLParser):
             raise ValueError(f"{constant} is not JSON")
 
         return json.loads(self.json, parse_constant=refuse)
+
+    @property
+    def candidates(self) -> list[dict[str, Any]]:
+        """The rows whose columns are in the data of the charts."""
+        columns: dict[str, list[Any]] = self.data["candidates"]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,36 @@ def several_devices() -> Summary:
     return replace(summary, candidates=made, best=within[0], front=ranking.front(summary.study, made))
 
 
+def audited(candidate: Candidate, **more: Any) -> dict[str, Any]:
+    """Evidence of an audit, of that which the page shows."""
+    bare = {"attacked_accuracy": 0.004, "oblivious_accuracy": 0.004, "white_box_accuracy": 0.0, "clean_accuracy": 0.991}
+    return {
+        "attacked_accuracy": 0.198,
+        "attacked_error": 0.802,
+        "attacked_accuracy_interval": (0.148, 0.258),
+        "oblivious_accuracy": 0.198,
+        "white_box_accuracy": 0.0,
+        "white_box_accuracy_interval": (0.0, 0.019),
+        "clean_accuracy": 0.9,
+        "images": candidate.score.images,
+        "threat": asdict(candidate.score.threat),
+        "baselines": {"undefended": {**bare, "attacked_accuracy_interval": (0.0, 0.01)}},
+        "alarms": [],
+        "refused": False,
+        **more,
+    }
+
+
+def with_audits() -> Summary:
+    """The best candidate was refused by its audit, the next one kept its place."""
+    summary = findings_of(threat="oblivious")
+    refused, kept = summary.ranked[:2]
+    failed = audited(refused, alarms=["gradient: it does not hold that images have a usable gradient"], refused=True)
+    return replace(summary, best=kept, audits={refused.candidate: failed, kept.candidate: audited(kept)})
+
+
 CASES = {
+    "audited": with_audits,
     "several devices": several_devices,
     "rejecting": rejecting,
     "ten fits": lambda: findings_of(),

@@ -105,7 +105,7 @@ def test_an_oblivious_study_says_so_and_shows_the_white_box_number_beside() -> N
 def test_every_case_is_a_page_whose_data_is_json(case: str) -> None:
     page = render(CASES[case]())
     assert "nan" not in Page(page).words.lower().split() and "None" not in Page(page).words.split()
-    assert isinstance(Page(page).data["candidates"], list)
+    assert isinstance(Page(page).candidates, list)
 
 
 def test_numbers_that_are_not_finite_leave_a_gap() -> None:
@@ -113,7 +113,7 @@ def test_numbers_that_are_not_finite_leave_a_gap() -> None:
     only = replace(summary.candidates[0], score=replace(summary.candidates[0].score, latency_ms_p50=math.nan))
     curve = replace(summary.trials[0], curve=[0.5, math.nan])
     page = Page(render(replace(summary, candidates=[only], front=[only], best=only, trials=[curve])))
-    assert page.data["candidates"][0]["ms"] is None
+    assert page.candidates[0]["ms"] is None
     assert page.data["curves"][0]["y"] == [50.0, None]
 
 
@@ -146,7 +146,7 @@ def test_pictures_are_embedded_the_best_first_and_missing_ones_left_out(tmp_path
 
 def test_what_is_rejected_is_reported_apart() -> None:
     page = Page(render(rejecting()))
-    broken = {str(c["broken"]).replace("\u00a0", " ") for c in page.data["candidates"] if c["broken"]}
+    broken = {str(c["note"]).replace("\u00a0", " ") for c in page.candidates if c["against"]}
     assert any("more than 5.0 % of the clean images rejected" in words for words in broken)
     assert "Error accepted, wrong Rejected attacked Rejected clean" in page.words
     assert "Error accepted, wrong" not in Page(render(findings_of())).words
@@ -177,7 +177,7 @@ def test_devices_stand_at_latencies_where_there_are_several_and_each_has_a_front
     page = Page(render(summary))
     assert "measured on 2 kinds of device and compare only within one" in page.words
     assert page.data["devices"] == ["NVIDIA H200", "Tesla T4"]
-    assert {c["device"] for c in page.data["candidates"] if c["front"]} == {0, 1}
+    assert {c["device"] for c in page.candidates if c["front"]} == {0, 1}
     assert "kinds of device" not in Page(render(findings_of())).words
 
 

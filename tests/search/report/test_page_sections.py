@@ -8,7 +8,6 @@ import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -18,11 +17,10 @@ from search.formatting import spoken_device
 from search.report.cost import cost
 from search.report.page import render
 from search.report.winner import audits, winner
-from search.study.candidate import Candidate
 from search.study.columns import COLUMNS, FURTHER
 from search.study.study import Study
 from tests.support.page import Page
-from tests.support.summaries import findings_of, nothing_yet, several_devices
+from tests.support.summaries import audited, findings_of, nothing_yet, several_devices
 
 
 def test_the_cost_names_what_was_spent_and_what_was_saved() -> None:
@@ -89,7 +87,7 @@ def test_it_is_said_what_a_latency_is_and_on_which_images_it_was_timed() -> None
     assert page.words.count("the defended model's time minus the bare classifier's") == 2
     assert "p50, batch of 128, attacked images" in page.words and "ms attacked images" in page.words
     assert {one["images"] for one in page.data["latency"]} == {"attacked"}
-    assert {one["images"] for one in page.data["candidates"]} == {"attacked"}
+    assert {one["images"] for one in page.candidates} == {"attacked"}
 
 
 def test_latencies_stand_once_a_setting_and_device() -> None:
@@ -133,26 +131,6 @@ def test_ended_trainings_are_counted_as_status_counts_them() -> None:
 
 def test_a_range_has_a_scale_and_a_choice_has_none() -> None:
     assert Page(render(findings_of())).data["ranges"] == ["log", "log", "log", None, None]
-
-
-def audited(candidate: Candidate, **more: Any) -> dict[str, Any]:
-    """Evidence of an audit, of that which the page shows."""
-    bare = {"attacked_accuracy": 0.004, "oblivious_accuracy": 0.004, "white_box_accuracy": 0.0, "clean_accuracy": 0.991}
-    return {
-        "attacked_accuracy": 0.198,
-        "attacked_error": 0.802,
-        "attacked_accuracy_interval": (0.148, 0.258),
-        "oblivious_accuracy": 0.198,
-        "white_box_accuracy": 0.0,
-        "white_box_accuracy_interval": (0.0, 0.019),
-        "clean_accuracy": 0.9,
-        "images": candidate.score.images,
-        "threat": asdict(candidate.score.threat),
-        "baselines": {"undefended": {**bare, "attacked_accuracy_interval": (0.0, 0.01)}},
-        "alarms": [],
-        "refused": False,
-        **more,
-    }
 
 
 def test_the_verdict_stands_beneath_the_headline_and_in_the_leaderboard() -> None:
