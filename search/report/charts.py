@@ -52,7 +52,7 @@ def charts(summary: Summary) -> dict[str, Any]:
             for knob, share in sorted(summary.importances.overall.items(), key=lambda item: item[1])
         ],
         "chance": CHANCE,
-        "rungs": rungs(summary.study) if summary.study.stopping == "halving" else [],
+        "rungs": rungs(summary.study, summary.study.resolved.epochs) if summary.study.stopping == "halving" else [],
         "curves": [
             {"trial": t.trial, "state": t.state, "best": t is best, "y": [_points(y) for y in t.curve]}
             for t in summary.trials
