@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,11 +13,15 @@ from rich.progress import (
     BarColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+EVERY_S = 25.0
+"""Seconds of silence after which a command whose output is piped says how far it is."""
 
 
 @contextmanager
@@ -38,37 +43,80 @@ def _as_ctrl_c(*_: object) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def progress_bars(
-    console: Console, count: ProgressColumn | None = None, left: ProgressColumn | None = None
-) -> Progress:
-    """Return the progress display of all commands; it shows nothing if the output is piped.
+def counting(things: str) -> ProgressColumn:
+    """Return the column for an amount of countable things, such as 3 of 8 trainings."""
+    return TextColumn(f"{{task.completed:.0f}} of {{task.total:.0f}} {things}")
+
+
+class ProgressBars(Progress):
+    """Progress bars on a terminal; where the output is piped, a line after every `EVERY_S` seconds of silence.
 
     Args:
+        console: where they are shown.
         count: the column for the completed amount; default: percent.
         left: the column for the remaining time; default: an estimate from the last hour.
     """
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        count or TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        left or TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-        speed_estimate_period=3600.0,
-    )
+
+    def __init__(
+        self, console: Console, count: ProgressColumn | None = None, left: ProgressColumn | None = None
+    ) -> None:
+        self._count, self._left = count or TaskProgressColumn(), left or TimeRemainingColumn()
+        self._ended, self._spoke = threading.Event(), time.monotonic()
+        self._speaker: threading.Thread | None = None
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            self._count,
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            self._left,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=3600.0,
+        )
+
+    def start(self) -> None:
+        super().start()
+        if self.disable and self._speaker is None:
+            self._spoke = time.monotonic()
+            self._speaker = threading.Thread(target=self._speak, name="progress", daemon=True)
+            self._speaker.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        if self._speaker is not None:
+            self._speaker.join()
+        if self.live.is_started:
+            super().stop()
+
+    def say(self, line: str) -> None:
+        """Print a line; the next one about the progress comes `EVERY_S` seconds later, if none comes before."""
+        self._spoke = time.monotonic()
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _speak(self) -> None:
+        while not self._ended.wait(max(0.0, self._spoke + EVERY_S - time.monotonic())):
+            shown = [self._told(task) for task in self.tasks if task.visible and not task.finished]
+            if shown and time.monotonic() - self._spoke >= EVERY_S:
+                self.say("; ".join(shown))
+
+    def _told(self, task: Task) -> str:
+        """Return the figures of a bar as text."""
+        done, left = (str(column.render(task)).strip() for column in (self._count, self._left))
+        passed = f"{TimeElapsedColumn().render(task)} so far"
+        known = [f"{left} left"] if any(map(str.isdigit, left)) else []
+        return f"{task.description.strip()}: {', '.join(filter(None, [done, passed, *known]))}"
 
 
 @contextmanager
 def working(console: Console, doing: str) -> Iterator[None]:
     """Print the name of a long operation and, on a terminal, the time since its start."""
-    console.print(doing, highlight=False, soft_wrap=True)
-    with progress_bars(console) as progress:
-        progress.add_task("", total=None)
+    with ProgressBars(console) as bars:
+        bars.say(doing)
+        bars.add_task("" if console.is_terminal else doing, total=None)
         try:
             yield
         except KeyboardInterrupt:
-            console.print(f"interrupted while {doing}", highlight=False, soft_wrap=True)
+            bars.say(f"interrupted while {doing}")
             raise

@@ -17,29 +17,22 @@ from attacks.audit.audit import Audit
 from attacks.audit.audit import audit as audit_model
 from attacks.black_box import BlackBoxAttacker
 from attacks.evaluation import check, evaluate
-from attacks.gradient_view import bare, gradients, stochastic
+from attacks.gradient_view import bare
 from attacks.seeding import evaluating
 from attacks.suites import SUITES
 from attacks.threat import ThreatModel
 from attacks.verdicts import Robustness
 from defenses.base import Defended
 from search.auditing.evidence import evidence
-from search.auditing.progress import AuditProgress
-from search.auditing.protocol import adapted
+from search.auditing.protocol import Classifier, adapted
 from search.exceptions import TrialError
+from search.export.attack_progress import AttackProgress, audit_passes, standing, suite_passes
 from search.export.confirm import confirmed_by
 from search.study.candidate import Latency
 from search.trial.device_lock import DeviceLock
 from search.trial.latency import measure
 from search.trial.precision import tensor_float32
 from spaces.exceptions import InputError, choose
-
-FALLEN, STANDING = 400.0, 2400.0
-"""Passes that an audit costs for each image, and more for each that stands. Measured on digits, as those below."""
-SOURCE, UNDEFENDED, NOISE = 0.6, 0.6, 2.5
-"""What a further gradient source, and the undefended classifier, add to it, as shares; and the factor of noise."""
-SUITES_COST = {"standard": 12_000.0, "full": 16_000.0}
-"""Passes that a further suite costs for each image that stands; any other suite costs `FALLEN`."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +89,13 @@ class Examination:
         if self.threat.knowledge == "black-box" and self.attacker is None:
             raise InputError("the black-box threat model needs an attacker (attacks.black_box.BlackBoxAttacker)")
         doing = f"auditing {about['model']['name']} on {len(y_N)} images, {self.threat}"
-        progress = AuditProgress(console, doing)
+        progress = AttackProgress(console, doing, Classifier)
         try:
             with evaluating(model), progress.running():
                 with lock.working():
-                    progress.expected = len(y_N) * self._passes(target, x_NCHW, y_N)
+                    stand = standing(target, x_NCHW, y_N, self.threat, self.seed)
+                    more = suite_passes(self.suite, target, stand) if self.suite not in (None, "audit") else 0.0
+                    progress.expected = len(y_N) * (audit_passes(target, stand) + more)
                     found = audit_model(target, x_NCHW, y_N, self.threat, seed=self.seed, attacker=self.attacker)
                     further = self._further(target, x_NCHW, y_N)
                     how: Any = {"versions": found.versions, "right": found.right, "y_N": y_N, "seed": self.seed}
@@ -109,17 +104,6 @@ class Examination:
         except (AttackError, TrialError) as error:
             raise InputError(f"a model must be one that can be attacked, but: {error}") from None
         return evidence(target, x_NCHW, self.threat, found, further, confirmed, latency, about)
-
-    def _passes(self, target: Defended, x_NCHW: Tensor, y_N: Tensor) -> float:
-        """Return the passes that the whole takes for each image, about; a short attack shows how many images stand."""
-        threat = replace(self.threat, knowledge="white-box")
-        stand = evaluate(SUITES["quick"], target, x_NCHW, y_N, threat, seed=self.seed).attacked.accuracy
-        further = 1 + SOURCE * (len(gradients(target)) - 1) + UNDEFENDED * (bare(target) is not target)
-        passes = (FALLEN + STANDING * stand) * further * (NOISE if stochastic(target) else 1)
-        if self.suite is None or self.suite == "audit":
-            return passes
-        more = FALLEN + SUITES_COST.get(self.suite, 0) * stand
-        return passes + more * (SUITES[self.suite].draws if stochastic(target) else 1)
 
     def _further(self, target: Defended, x_NCHW: Tensor, y_N: Tensor) -> dict[str, Robustness]:
         """Return the results of the further suite, by its name; none if it is the audit's own."""

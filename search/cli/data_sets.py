@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn
 
 from search.classifiers import own
-from search.console import progress_bars
+from search.console import ProgressBars
 from search.data import adding, splits
 from search.data.downloads import Progress
 from search.data.registry import data_set_names, find_data_set
@@ -61,7 +61,7 @@ def _say(dataset: str, data_dir: str | None, console: Console) -> None:
 @contextmanager
 def _bar(what: str, console: Console) -> Iterator[Progress]:
     """Show a progress bar; yield what moves it."""
-    with progress_bars(console, DownloadColumn()) as progress:
+    with ProgressBars(console, DownloadColumn()) as progress:
         bar = progress.add_task(what, total=None)
 
         def show(doing: str, done: int, total: int) -> None:

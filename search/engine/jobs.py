@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from search.console import progress_bars, terminable
+from search.console import ProgressBars, terminable
 from search.study.study import Study
 
 Tell = Callable[[str, float], None]
 """Called with what is being done, and the fraction of the job that is done."""
-BEAT_S = 60.0
-"""Seconds between two progress lines of a job if the output is piped."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,12 @@ def job_runner(study: Study, *, debug: bool, concurrent: int | None, console: Co
 
 
 class JobsDisplay:
-    """Shows the progress of each job: bars on a terminal, lines if the output is piped."""
+    """Shows the progress of each job."""
 
     def __init__(self, title: str, jobs: Sequence[Job], console: Console) -> None:
-        self.title, self.jobs, self.console = title, jobs, console
+        self.title, self.jobs = title, jobs
         self._shares = [0.0] * len(jobs)
-        self._said = [time.monotonic()] * len(jobs)
-        self.progress = progress_bars(console)
+        self.progress = ProgressBars(console)
         self._whole = self.progress.add_task(title, total=len(jobs))
         self._bars = [self.progress.add_task(f"  {job.label}", total=1.0, visible=False) for job in jobs]
 
@@ -78,17 +74,11 @@ class JobsDisplay:
         line = f"  {self.jobs[place].label}: {doing}"
         self.progress.update(self._bars[place], description=line, completed=share, visible=share < 1)
         self.progress.update(self._whole, completed=sum(self._shares))
-        if not self.console.is_terminal and time.monotonic() - self._said[place] >= BEAT_S:
-            self._say(f"{line.strip()}, {100 * share:.0f} %")
-            self._said[place] = time.monotonic()
 
     def done(self, place: int) -> None:
         self.hear(place, "done", 1.0)
         ended = sum(share >= 1 for share in self._shares)
-        self._say(f"{self.jobs[place].label} is done, {ended} of {len(self.jobs)}")
-
-    def _say(self, line: str) -> None:
-        self.console.print(f"{self.title}: {line}", highlight=False, soft_wrap=True)
+        self.progress.say(f"{self.title}: {self.jobs[place].label} is done, {ended} of {len(self.jobs)}")
 
 
 def _in_process(study: Study, title: str, jobs: Sequence[Job], console: Console) -> list[Any]:

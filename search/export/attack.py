@@ -29,8 +29,8 @@ from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import Norm, ThreatModel
 from attacks.verdicts import Observation, Robustness, Verdict
 from search.classifiers.task import Task, find_task
-from search.console import working
 from search.data import splits
+from search.export.attack_progress import UNDEFENDED, AttackProgress, suite_passes
 from search.export.confirm import confirm, recorded
 from search.export.loader import load
 from search.formatting import percent
@@ -80,7 +80,10 @@ def attack(
     (folder / "attacks").mkdir(exist_ok=True)  # fail here, not after hours of work
     said = f"attacking {prepared.known['candidate']}, then the bare classifier: suite {suite}, {prepared.images} images"
     start, device_lock = time.monotonic(), DeviceLock(prepared.x_NCHW.device)  # a search may measure here
-    with working(console or Console(quiet=True), f"{said}, {prepared.threat}"), device_lock.working():
+    progress = AttackProgress(console or Console(quiet=True), f"{said}, {prepared.threat}", bare(prepared.target))
+    stand = float(prepared.known["white_box_accuracy"])
+    progress.expected = prepared.images * suite_passes(suite, prepared.target, stand) * (1 + UNDEFENDED)
+    with progress.running(), device_lock.working():
         oblivious = prepared.oblivious()
         seen, undefended = prepared.run(prepared.target, oblivious), prepared.run(bare(prepared.target), oblivious)
         alarms = prepared.alarms(folder, seen)

@@ -18,18 +18,19 @@ from attacks.audit.audit import Audit, audit
 from attacks.threat import ThreatModel
 from attacks.verdicts import Robustness
 from defenses.base import Defended, Defense
-from search.console import working
+from search.console import ProgressBars
 from search.exceptions import AlarmError, TrialError
 from search.export.aside import Aside, compare
+from search.export.attack_progress import AttackProgress, audit_passes, suite_passes
 from search.export.checks import checks, spoken
 from search.export.confirm import confirm
 from search.export.evidence import evidence
 from search.export.figures import with_gates
-from search.export.loader import SEAL, opened, seal
 from search.export.model_card import card
 from search.formatting import counted, points
 from search.optimizer.history import SearchHistory
 from search.storage.atomic import folder_atomic, write_atomic
+from search.storage.seal import SEAL, opened, seal
 from search.storage.store import Store, to_bytes
 from search.study import ranking, sync
 from search.study.candidate import Candidate
@@ -99,9 +100,8 @@ def export_all(
             )
         try:
             if not folder.exists():
-                store = study.store
-                with working(console, f"auditing {candidate.candidate} by heavier attacks than it was chosen by"):
-                    made.append(export(study, candidate, store, out, refused=refused, despite_alarms=despite_alarms))
+                how: dict[str, Any] = {"refused": refused, "despite_alarms": despite_alarms, "console": console}
+                made.append(export(study, candidate, study.store, out, **how))
             found = json.loads(opened(folder)["evidence.json"])
             sync.deliver(study, *folder.iterdir())
             worth = verdict_of_audit(found)
@@ -114,12 +114,21 @@ def export_all(
             line = f"refused: {error} (--despite-alarms writes it all the same)"
             console.print(line, highlight=False, soft_wrap=True)
             told.append({"candidate": candidate.candidate, "folder": None, "refused": str(error)})
-    log_exports(study, made, partial(console.print, highlight=False, soft_wrap=True))
+    with ProgressBars(console) as bars:
+        bars.add_task("logging exports to W&B", total=None)
+        log_exports(study, made, partial(console.print, highlight=False, soft_wrap=True))
     return told
 
 
 def export(
-    study: Study, candidate: Candidate, store: Store, out: Path, *, refused: int = 0, despite_alarms: bool = False
+    study: Study,
+    candidate: Candidate,
+    store: Store,
+    out: Path,
+    *,
+    refused: int = 0,
+    despite_alarms: bool = False,
+    console: Console | None = None,
 ) -> Path:
     """Audit a candidate and write its export.
 
@@ -127,6 +136,7 @@ def export(
         out: the folder of exports; the export is its subfolder with the name of the candidate.
         refused: number of higher-ranked candidates that the audit rejected, for the evidence.
         despite_alarms: write the export even with alarms; the evidence lists them first.
+        console: where progress is shown; default: nowhere.
 
     Raises:
         InputError: the export exists, or the fit that was scored can no longer be reproduced.
@@ -142,20 +152,24 @@ def export(
             f"have changed since; search again under another name"
         )
     _, defense = runner.trainer.fit(candidate.params, silent)
-    found, again, aside = _examined(runner, candidate, defense)
-    known = with_gates(evidence(runner, candidate, found, again), [aside.gate])
-    known |= {"aside": aside.figures(), "refused_before_it": refused}
-    with _new(folder) as temporary:
-        picture = runner.picture(candidate.params, temporary / "pictures.png").read_bytes()
-        _write(temporary, runner, defense, known, picture)
-        with runner.assets.device_lock.working():
-            y_N, seed = runner.assets.evaluator.y_N, runner.study.seed + 1
-            known = with_gates(known, confirm(temporary, found.versions, found.right, y_N, seed=seed))
-        _note(study, known)
-        if (alarms := known["alarms"]) and not despite_alarms:
-            failed = f"{counted(len(alarms), 'audit check')}: {'; '.join(alarms)}"
-            raise AlarmError(f"{candidate.candidate} failed {failed}; verdict: {verdict_of_audit(known)}")
-        _write(temporary, runner, defense, known, picture)
+    doing = f"auditing {candidate.candidate} by heavier attacks than it was chosen by"
+    progress = AttackProgress(console or Console(quiet=True), doing, runner.assets.target)
+    progress.expected = _passes(runner, candidate, defense)
+    with progress.running():
+        found, again, aside = _examined(runner, candidate, defense)
+        known = with_gates(evidence(runner, candidate, found, again), [aside.gate])
+        known |= {"aside": aside.figures(), "refused_before_it": refused}
+        with _new(folder) as temporary:
+            picture = runner.picture(candidate.params, temporary / "pictures.png").read_bytes()
+            _write(temporary, runner, defense, known, picture)
+            with runner.assets.device_lock.working():
+                y_N, seed = runner.assets.evaluator.y_N, runner.study.seed + 1
+                known = with_gates(known, confirm(temporary, found.versions, found.right, y_N, seed=seed))
+            _note(study, known)
+            if (alarms := known["alarms"]) and not despite_alarms:
+                failed = f"{counted(len(alarms), 'audit check')}: {'; '.join(alarms)}"
+                raise AlarmError(f"{candidate.candidate} failed {failed}; verdict: {verdict_of_audit(known)}")
+            _write(temporary, runner, defense, known, picture)
     return folder
 
 
@@ -179,6 +193,13 @@ def _new(folder: Path) -> Iterator[Path]:
             with suppress(OSError):  # another process may have exported into it meanwhile
                 folder.parent.rmdir()
         raise
+
+
+def _passes(runner: TrialRunner, candidate: Candidate, defense: Defense) -> float:
+    """Return the passes of an image through the model that an export takes, about."""
+    target, stand = Defended(defense, runner.assets.target), candidate.score.white_box_accuracy
+    again = 2 * suite_passes(runner.study.suite, target, stand)  # the search's attacks, and those on images kept aside
+    return len(runner.assets.evaluator.y_N) * (audit_passes(target, stand) + again)
 
 
 def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness, Aside]:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, TextColumn
+from rich.progress import TextColumn
 
-from search.console import progress_bars
+from search.console import ProgressBars, counting
 from search.formatting import duration
 from search.reproduce.cell_setting import Setting
 from search.reproduce.cells import Cells
@@ -18,21 +18,20 @@ from search.trial.timing import Step
 
 
 class TableProgress:
-    """A progress bar on a terminal; one line per cell if the output is piped.
+    """A progress bar, and a line for each cell.
 
     Args:
         cells: number of cells of the table.
     """
 
     def __init__(self, console: Console, cells: int) -> None:
-        self.console = console
         self._fits: dict[str, float] = {}
         self._left: list[str] = []
         self._now, self._begun, self._trained, self._part = "", 0.0, 0.0, 0.0
         self._attacks: list[float] = []
         self._slower = 1.0
-        self._bar = progress_bars(console, MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-        self._task = self._bar.add_task("cells", total=cells, left="–")
+        self._bar = ProgressBars(console, counting("cells"), TextColumn("{task.fields[left]}"))
+        self._task = self._bar.add_task("", total=cells, left="–")
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -59,6 +58,7 @@ class TableProgress:
     def cell(self, words: str) -> None:
         """Record that a cell begins."""
         self._now, self._begun, self._trained, self._part = words, time.monotonic(), 0.0, 0.0
+        self._bar.update(self._task, description=words)
         self._show()
 
     def epoch(self, what: str, epoch: int, epochs: int) -> None:
@@ -67,10 +67,7 @@ class TableProgress:
         key = self._left[0] if self._left else ""
         if expected := self._part * self._fits.get(key, 0.0):
             self._slower = self._trained / expected
-        line = f"{self._now}: {what}, epoch {epoch} of {epochs}"
-        self._bar.update(self._task, description=line)
-        if not self.console.is_terminal and epoch < epochs and epoch % max(1, epochs // 10) == 0:
-            self._say(f"{line}, about {duration(self.left())} left in all")
+        self._bar.update(self._task, description=f"{self._now}: {what}, epoch {epoch} of {epochs}")
         self._show()
 
     def done(self, line: str, seconds: float) -> None:
@@ -82,7 +79,7 @@ class TableProgress:
             self._fits.pop(self._left.pop(0), None)
         self._bar.advance(self._task)
         kept = "kept; it took " if took < seconds / 2 else ""
-        self._say(f"{self._now}: {line} ({kept}{duration(seconds)})")
+        self._bar.say(f"{self._now}: {line} ({kept}{duration(seconds)})")
         self._show()
 
     def left(self) -> float:
@@ -90,9 +87,6 @@ class TableProgress:
         here = self._fits.get(self._left[0], 0.0) * self._part if self._left else 0.0
         each = sum(self._attacks) / len(self._attacks) if self._attacks else 0.0
         return self._slower * (sum(self._fits.values()) - here) + each * sum(map(bool, self._left))
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _show(self) -> None:
         self._bar.update(self._task, left=duration(self.left()))

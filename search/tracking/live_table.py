@@ -9,11 +9,10 @@ from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from defenses.base import Metrics
-from search.console import progress_bars
+from search.console import ProgressBars, counting
 from search.formatting import brief, points
 from search.study import ranking
 from search.study.callbacks import Callback, State
@@ -47,8 +46,10 @@ class LiveTable(Callback):
         self.done = done
         self._rows: dict[str, _Row] = {}
         self._live: Live | None = None
-        self._progress = progress_bars(console, MofNCompleteColumn())
-        self._bar = self._progress.add_task("trainings", total=study.trials, completed=done)
+        self._progress = ProgressBars(console, counting("trainings"))
+        self._bar = self._progress.add_task(study.name, total=study.trials, completed=done)
+        if not console.is_terminal:  # on one, the live table shows it
+            self._progress.start()
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
         score = undefended.score
@@ -102,11 +103,12 @@ class LiveTable(Callback):
         if self._live is not None:
             self._live.stop()
             self._live = None
+        self._progress.stop()
 
     def _say(self, line: str, *, piped: bool = False) -> None:
         """Print a line; a `piped` line is skipped while the live table shows the same information."""
         if not (piped and self._live):
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._progress.say(line)
 
     def _refresh(self) -> None:
         if self._live is not None:

@@ -24,7 +24,7 @@ from attacks.gradient_view import bare, gradients, openings, stochastic
 from attacks.threat import ThreatModel
 from defenses.base import Defended
 from defenses.identity import Identity
-from search.auditing import images, progress, run
+from search.auditing import images, run
 from search.auditing.advice import ADVICE
 from search.auditing.audit_report import AuditReport
 from search.auditing.protocol import METHODS, adapted
@@ -171,7 +171,7 @@ def test_an_audit_is_one_command_from_any_folder(at_home: Path) -> None:
 def test_a_notebook_audits_a_module_and_leaves_it_as_it_was(
     digits: tuple[Tensor, Tensor], classifier: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "EVERY_S", 0.05)
+    monkeypatch.setattr("search.console.EVERY_S", 0.05)
     x, y = np.asarray(digits[0][-40:, 0]), digits[1][-40:].tolist()
     classifier.train()
     with Console(width=200, file=(tmp_path / "said").open("w")) as console:
@@ -180,7 +180,7 @@ def test_a_notebook_audits_a_module_and_leaves_it_as_it_was(
     assert report.failed == [] and report.verdict in str(report) == report._repr_markdown_()
     assert report.evidence["model"]["file"] is None and "confirmed" not in {g["name"] for g in report.evidence["gates"]}
     lines = (tmp_path / "said").read_text().splitlines()
-    shares = [int(share) for share in re.findall(r"audited (\d+) %, about \d+\xa0s left", "\n".join(lines))]
+    shares = [int(share) for share in re.findall(r"eps 0.1: (\d+)%, 0:00:\d\d so far", "\n".join(lines))]
     assert len(shares) > 3 and shares == sorted(shares) and shares[-1] > 50, lines
     assert report.write(tmp_path / "out") and (tmp_path / "out" / "report.html").exists()
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from search.export.exporter import export
 from search.study.study import Study
@@ -18,12 +19,14 @@ from tests.support.paths import ROOT
 
 def exported(storage: Path, **fields: object) -> Path:
     """Export the usual setting of a defense, trained for seconds on digits, whatever the audit says."""
+    console = fields.pop("console", None)
+    assert console is None or isinstance(console, Console)
     small: dict[str, object] = {"train_images": 300, "eval_images": 20, "cheap_images": 10, "suite": "quick"}
     study: Study = digits_study(storage, **{**small, "eps": 0.1, **fields})
     store, space = study.store.make(), study.resolved.space
     usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
     candidate, *_ = run_trial(study, Params(usual, space.usual()), store, silent, alone=True)
-    return export(study, candidate, store, study.folder / "export", despite_alarms=True)
+    return export(study, candidate, store, study.folder / "export", despite_alarms=True, console=console)
 
 
 @pytest.fixture(scope="session")

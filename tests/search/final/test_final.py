@@ -41,11 +41,9 @@ from attacks.verdicts import Verdict
 from defenses.base import Defended
 from search.data import splits
 from search.data.cache import ensure
-from search.engine import jobs as crews
 from search.engine.jobs import Job, Tell, job_runner
 from search.exceptions import TrialError
 from search.export.exporter import export
-from search.export.loader import FILES, SEAL, seal
 from search.final import evaluation, retraining, test_set_log
 from search.final import final_run as finals
 from search.final.evaluation import FinalEvaluator, FinalVerdicts
@@ -55,6 +53,7 @@ from search.final.results import FinalSettings, ModelResult
 from search.final.retraining import ExportedWinner, evaluated_models
 from search.final.table import COLUMNS, _rows
 from search.storage.atomic import write_atomic
+from search.storage.seal import FILES, SEAL, seal
 from search.storage.store import Store
 from search.study.candidate import Latency
 from search.study.study import Study
@@ -378,10 +377,11 @@ def test_a_watcher_sees_seed_epoch_attack_and_the_time_left(
     with job_runner(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
         work("training", [Job("seed 1000", speaks, ())])
     assert pipe.getvalue() == "training: seed 1000 is done, 1 of 1\n"
-    monkeypatch.setattr(crews, "BEAT_S", 0.0)
+    monkeypatch.setattr("search.console.EVERY_S", 0.1)
     with job_runner(case.study, debug=True, concurrent=None, console=Console(file=(pipe := io.StringIO()))) as work:
         work("training", [Job("seed 1000", speaks, ())])
-    assert pipe.getvalue().startswith("training: seed 1000: puvae: epoch 1/2, 50 %\n")
+    line = "training: 50%, 0:00:00 so far, 0:00:00 left; seed 1000: puvae: epoch 1/2: 50%, 0:00:00 so far\n"
+    assert pipe.getvalue().startswith(line)
     heard.evaluate([model])
     assert said[-1].endswith("kept from an earlier run")
 
