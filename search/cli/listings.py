@@ -1,4 +1,4 @@
-"""The rows of `list`: defenses with their knobs, attacks, spaces, tasks, tables and searches.
+"""The rows of `list`: defenses with their knobs, one defense, attacks, spaces, tasks, tables and searches.
 
 Each kind imports only the modules that it needs, so that shell completion is fast.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ Row = dict[str, Any]
 
 
 def rows(what: str, storage: str, data_dir: str | None = None) -> list[Row]:
-    """Return the rows of `list` for one kind.
+    """Return the rows of `list`.
 
     Args:
+        what: a kind, or a defense, whose knobs are listed with their meaning.
         data_dir: where tasks on users' own data lie, and those with their classifiers.
 
     Raises:
-        InputError: there is no such kind.
+        InputError: there is neither such a kind nor such a defense.
     """
     kinds: dict[str, Callable[[], list[Row]]] = {
         "defenses": _defenses,
@@ -36,23 +38,8 @@ def rows(what: str, storage: str, data_dir: str | None = None) -> list[Row]:
         "tables": _tables,
         "searches": lambda: _searches(storage),
     }
-    return kinds[choose("what to list", what, list(kinds))]()
-
-
-def states(name: str | None, storage: str, warn: Callable[[str], None]) -> list[Row]:
-    """Return the progress of one search, or of all in a storage, with a warning for each that cannot be read."""
-    from search import session
-    from search.study.catalog import open_search, search_names
-
-    if name is not None:
-        return [session.status(open_search(name, storage, whole=False))]
-    found = []
-    for each in search_names(storage):
-        try:
-            found.append(session.status(open_search(each, storage, whole=False)))
-        except InputError as error:
-            warn(f"{each}: {error}")
-    return found
+    chosen = choose("what to list", what, [*kinds, *defenses.names()])
+    return kinds[chosen]() if chosen in kinds else _knobs(chosen)
 
 
 def exports(paths: Iterable[Path]) -> list[Path]:
@@ -93,19 +80,24 @@ def _near(path: Path) -> str:
 
 
 def _defenses() -> list[Row]:
+    every = [{"defense": name, **row} for name in defenses.names() for row in _knobs(name)]
+    return [{key: value for key, value in row.items() if key != "meaning"} for row in every]  # too long for all
+
+
+def _knobs(name: str) -> list[Row]:
+    """Return the knobs of a defense, with what each means."""
+    defense = defenses.find(name)
+    space, declared = SearchSpace.of(defense), (*fields(defense.Train), *fields(defense.Inference))
     return [
         {
-            "defense": name,
-            "knob": knob,
-            "when": when,
-            "default": space.defaults[knob],
-            "domain": spoken(domain),
-            "matters where": conditions(space.given.get(knob, {})),
+            "knob": knob.name,
+            "when": "train" if knob.name in space.train else "inference",
+            "default": space.defaults[knob.name],
+            "domain": spoken(space.flat()[knob.name]),
+            "matters where": conditions(space.given.get(knob.name, {})),
+            "meaning": knob.metadata["meaning"],
         }
-        for name in defenses.names()
-        for space in [SearchSpace.of(defenses.find(name))]
-        for when, domains in (("train", space.train), ("inference", space.inference))
-        for knob, domain in domains.items()
+        for knob in declared
     ]
 
 
@@ -151,11 +143,40 @@ def _searched(space: SearchSpace) -> Iterable[str]:
 
 
 def _tasks(data_dir: str | None) -> list[Row]:
-
     from search.classifiers.task import find_task, tasks
 
     found = [find_task(name, data_dir) for name in tasks(data_dir)]
-    return [{"task": task.name, **vars(task.shape), "eps": task.eps} for task in found]
+    return [
+        {"task": t.name, **vars(t.shape), "eps": t.eps, "classifier": _layers(t.dataset, t.classifier, data_dir)}
+        for t in found
+    ]
+
+
+def _layers(dataset: str, classifier: str, data_dir: str | None) -> str:
+    """Return what a classifier is: whose, and its layers before the last, which has a unit for each class."""
+    from search.classifiers import own
+    from search.classifiers.architectures import ARCHITECTURES, FC, Conv, Drop, Pool, ResNetV2
+
+    if classifier not in ARCHITECTURES:
+        about = own.read_about(dataset, classifier, data_dir)
+        return f"yours, {about['source']}, {'with its weights' if about['weights_sha256'] else 'trained by searches'}"
+    paper, _, letter = classifier.rpartition("-")
+    whose = {"": "PuVAE", "defensegan": "Defense-GAN", "advae": "AdvAE"}[paper]
+    network = ARCHITECTURES[classifier]
+    if isinstance(network, ResNetV2):
+        return f"ResNet v2 of {9 * network.n + 2} layers, which AdvAE protects"
+    said = []
+    for layer in network.layers:
+        match layer:
+            case Conv(maps, size, stride, _):
+                said.append(f"conv {maps} {size}x{size}" + (f" stride {stride}" if stride > 1 else ""))
+            case Pool(size):
+                said.append(f"max pool {size}x{size}")
+            case FC(units):
+                said.append(f"dense {units}")
+            case Drop(rate):
+                said.append(f"dropout {rate:g}")
+    return f"{whose}'s {letter}: {', '.join(said)}"
 
 
 def _tables() -> list[Row]:

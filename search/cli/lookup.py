@@ -19,9 +19,13 @@ LOOK = "Look up"
 LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
 
 
-@command(app, LOOK, "list spaces", "list tables --json", name="list")
+@command(app, LOOK, "list puvae", "list tasks", "list tables --json", name="list")
 def list_(what: f.Kind, storage: f.Storage = "runs", data_dir: f.DataDir = None, as_json: f.Json = False) -> None:
-    """List what there is to choose from."""
+    """List what there is to choose from.
+
+    Of one defense: each knob with its default, its legal values (domain),
+    whether it needs a training (when), and what it means.
+    """
     from search.cli import listings
 
     show(listings.rows(what, storage, data_dir), as_json)

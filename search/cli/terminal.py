@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import TextIOWrapper
 from typing import Any
@@ -14,6 +15,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 from typer._completion_classes import completion_init  # Typer offers no other way to its shells
 from typer.core import TyperArgument, TyperCommand, TyperGroup
@@ -51,6 +53,11 @@ class Screen(Console):
         """Continue without output: the reader of the pipe has ended, but the search has not."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        """Leave out the spaces to which Rich pads each line of a table, where no terminal is wide enough for it."""
+        text = super()._render_buffer(buffer)
+        return text if self.is_terminal else re.sub(r" +$", "", text, flags=re.MULTILINE)
 
 
 class _Plain:
@@ -119,7 +126,8 @@ def show(found: Any, as_json: bool, page: Callable[[Any], Any] | None = None) ->
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    shown = [list(rows[0] if rows else ("nothing",)), *([written(value) for value in row.values()] for row in rows)]
+    names = [name for name in rows[0] if any(row[name] != "" for row in rows)] if rows else ["nothing"]
+    shown = [names, *([written(row[name]) for name in names] for row in rows)]
     made = Table(*shown[0], box=None, pad_edge=False)
     whole = [max(map(len, cells)) for cells in zip(*shown, strict=True)]
     words = [max(len(word) for cell in cells for word in cell.split(" ")) for cells in zip(*shown, strict=True)]

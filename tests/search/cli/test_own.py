@@ -27,7 +27,7 @@ def test_what_is_added_is_listed_and_what_is_removed_is_not(here: Path) -> None:
     assert "split: validation and test drawn by class, 15% each, seed 0" in added.out
     words = ("classifier", "add", "mine", "net.py:net", "--weights", "net.pt", "--data", "leaves")
     assert "clean accuracy" in said(*words).out and "leaves/mine" in said("classifier", "list").out
-    assert "leaves/mine" in said("list", "tasks").out
+    assert re.search(r"^leaves/mine .* yours, net.py:net, with its weights$", said("list", "tasks").out, re.MULTILINE)
     states = {row["dataset"]: row["state"] for row in json.loads(said("data", "list", "--json").out)}
     assert states["leaves"] == "ready" and "mnist" in states
     assert said("classifier", "remove", "leaves/mine").code == said("data", "remove", "leaves").code == 0
