@@ -54,12 +54,14 @@ class Ours:
         images: number of validation images; 0 if none were needed.
         seconds: the time of the first computation, including training.
         ran: the size of this run: training images, epochs, knobs that the fraction reduced.
+        extrapolated: whether the value is seconds of so many steps, extrapolated from those of few (`TIMED`).
     """
 
     value: float
     images: int
     seconds: float
     ran: Mapping[str, Any]
+    extrapolated: bool = False
 
 
 class Cells:
@@ -85,10 +87,10 @@ class Cells:
         if reason := setting.obstacle(self.data_dir):
             raise NotRun(reason)
         if setting.measure in ("seconds", "ratio"):
-            begin = time.monotonic()
-            batch_s = self.batch_s(setting, _wanted(setting))
-            spent = round(time.monotonic() - begin, 1)
-            return Ours(value=batch_s * (setting.images or BATCH) / BATCH, images=0, seconds=spent, ran={})
+            begin, params = time.monotonic(), _wanted(setting)
+            batch_s, more = self.batch_s(setting, params), self.extrapolates(setting, params)
+            spent, value = round(time.monotonic() - begin, 1), batch_s * (setting.images or BATCH) / BATCH
+            return Ours(value=value, images=0, seconds=spent, ran={}, extrapolated=more)
         runner, params = self.runner(setting), self.params(setting)
         if setting.limit_s is not None:
             params = self._within(runner, params, setting, setting.limit_s)
@@ -216,9 +218,14 @@ class Cells:
         """Return the time to purify a batch, in seconds, measured alone on the device."""
         runner = self.runner(setting)
         name = runner.trainer.build(params).descends
-        if name is None or self.portion.whole or int(params.inference[name]) <= max(TIMED):
+        if name is None or not self.extrapolates(setting, params):
             return self._batch_seconds(runner, params)
         return self._slope(runner, params, name)(int(params.inference[name]))
+
+    def extrapolates(self, setting: Setting, params: Params) -> bool:
+        """Return whether the time to purify a batch is extrapolated from that of fewer steps."""
+        name = self.runner(setting).trainer.build(params).descends
+        return name is not None and not self.portion.whole and int(params.inference[name]) > max(TIMED)
 
     def _batch_seconds(self, runner: TrialRunner, params: Params) -> float:
         defense = runner.trainer.build(params).eval().requires_grad_(False)  # its weights do not matter

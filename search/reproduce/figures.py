@@ -73,7 +73,9 @@ def over_time(found: TableResult, table: Table, cells: Cells, out: Path) -> list
     for cell, row in zip(table.cells, found["cells"], strict=True):
         if row["ours"] is not None:
             named = cell.setting.defense, row["labels"]["attack"]
-            row["batch_s"] = cells.batch_s(cell.setting, cells.params(cell.setting))
+            params = cells.params(cell.setting)
+            row["batch_s"] = cells.batch_s(cell.setting, params)
+            row["extrapolated"] = cells.extrapolates(cell.setting, params)
             curves.setdefault(named, []).append((row["batch_s"], row["ours"]))
     last = max((x for points in curves.values() for x, _ in points), default=1.0)
     dashes = {"puvae": "", "magnet": "2 4", "defense_gan": "8 5"}

@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from search.formatting import duration, points, spoken_device
+from search.formatting import counted, duration, points, spoken_device
+from search.reproduce.cells import TIMED
 from search.reproduce.results import CellResult, SummaryResult, TableResult
 from search.templates import render
 
@@ -19,6 +20,8 @@ LEGEND = ("within 2 points", "within 5", "within 10", "more")
 TIMES = ("within 1.25 times", "within 1.5 times", "within 2 times", "more")
 MUCH = 0.10
 """Largest difference without a note between the bare classifier's accuracy here and in the paper, a fraction."""
+EXTRAPOLATED = "≈"
+"""Stands before a time that was not waited for."""
 STYLES = ("bold blue", "cyan", "yellow", "bold magenta")
 """Styles of the bands, distinguishable with red-green colour blindness; the difference is also printed in digits."""
 SPLIT = (
@@ -56,10 +59,11 @@ def said(row: CellResult, quantity: str) -> str:
 def figures(row: CellResult) -> tuple[str, str, str]:
     """Return our figure, the paper's and the difference as text; times are compared as multiples of a base cell's."""
     unknown, relative = row["paper"] is None, row.get("relative")
+    about = EXTRAPOLATED if row.get("extrapolated") else ""
     if row["measure"] == "ratio":
-        ours = "–" if relative is None else f"{relative['ours']:.3g}"
+        ours = "–" if relative is None else f"{about}{relative['ours']:.3g}"
     elif row["measure"] == "seconds":
-        ours = f"{row['ours']:.3g} s" + (f" ({relative['ours']:.3g}×)" if relative else "")
+        ours = f"{about}{row['ours']:.3g} s" + (f" ({relative['ours']:.3g}×)" if relative else "")
     else:
         ours = points(row["ours"])
     paper = "?" if unknown else row["printed"] + (" s" if row["measure"] == "seconds" else "")
@@ -87,6 +91,12 @@ def notes(found: TableResult) -> list[str]:
     if any(row["setting"]["knowledge"] == "black-box" for row in found["cells"]):
         lines.append("The black-box attacker starts from the last 150 validation images, which are not attacked.")
     lines += [found["remark"]] if found["remark"] else []
+    if far := [row for row in found["cells"] if row.get("extrapolated")]:
+        here = EXTRAPOLATED if any(row["measure"] in ("seconds", "ratio") for row in far) else "In the figure"
+        lines.append(
+            f"{here}: {counted(len(far), 'time')} extrapolated from {TIMED[0]} and {TIMED[1]} steps, since all steps "
+            "cost the same; only the whole table (--fraction 1) waits for all of them."
+        )
     lines += [_weaker(row) for row in found["cells"] if row["setting"]["defense"] == "none" and _fools(row)]
     lines += [f"{_where(row)}: {row['note']}." for row in found["cells"] if row["note"]]
     lines += [_summary(one) for one in found["summaries"]]

@@ -206,6 +206,7 @@ def _run_cell(cells: Cells, setting: Setting, row: CellResult) -> None:
         row["ours"], row["not_run"] = ours.value, ""
         row["interval"] = wilson(ours.value, ours.images) if ours.images else None
         row["images"], row["seconds"], row["ran"] = ours.images, ours.seconds, dict(ours.ran)
+        row["extrapolated"] = ours.extrapolated
 
 
 def _compare(found: TableResult, table: Table) -> None:

@@ -18,6 +18,7 @@ class CellResult(TypedDict):
 
     `band` grades the difference: 0 smallest, 3 largest. `ran` is the size of this run: training images, epochs, knobs
     that the fraction reduced. `not_run` is the reason if there is no number of ours; otherwise it is empty.
+    `extrapolated`: our time, `ours` or `batch_s`, is that of few steps multiplied; it was not waited for.
     """
 
     labels: dict[str, str]
@@ -37,6 +38,7 @@ class CellResult(TypedDict):
     not_run: str
     relative: NotRequired[Relative]
     batch_s: NotRequired[float]
+    extrapolated: NotRequired[bool]
 
 
 class SummaryResult(TypedDict):

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,7 @@ from search.reproduce.attack_cell import NotRun
 from search.reproduce.cell_setting import Setting
 from search.reproduce.cells import UNTAUGHT, Cells, Ours
 from search.reproduce.fraction import Fraction
-from search.reproduce.page import _summary, page
+from search.reproduce.page import _summary, figures, page
 from search.reproduce.paper_tables import Cell, Summary, Table
 from search.reproduce.progress import TableProgress
 from search.reproduce.reproduction import _named, _order, _summed, beside, reproduce
@@ -254,8 +255,14 @@ def test_times_are_compared_as_multiples_of_the_fastest(storage: Path) -> None:
     )
     values = {"MagNet": 0.1, "Defense-GAN": 10.0, "times": 1.0}
     cells = tuple(replace(c, value=values[c.labels[1]], printed=str(values[c.labels[1]])) for c in table.cells)
-    found, _ = run(storage, replace(table, cells=cells, summaries=()), "times")
+    found, said = run(storage, replace(table, cells=cells, summaries=()), "times")
     magnet, descended, times = cast(list[Any], found["cells"])
+    assert [row["extrapolated"] for row in found["cells"]] == [False, True, False]
+    assert [figures(row)[0].startswith("≈") for row in found["cells"]] == [False, True, False]
+    assert "Defense-GAN: ours ≈" in said and said.count("ours ≈") == 1
+    for name in ("table.html", "table.md"):
+        text = (storage / "times" / name).read_text()
+        assert figures(descended)[0] in text and "≈: 1 time extrapolated from 1 and 3 steps" in text
     assert magnet["relative"] == {"ours": 1.0, "paper": 1.0, "to": "A · MagNet"}
     assert descended["relative"]["paper"] == pytest.approx(100)
     assert descended["ours"] > magnet["ours"]
@@ -327,18 +334,21 @@ def test_a_fraction_cuts_images_epochs_batches_and_steps() -> None:
     assert (Fraction(1).epochs(926), Fraction(1).attacked(6_000)) == (926, 6_000)
 
 
-def test_the_time_left_is_told_from_timed_steps_and_runs_out(storage: Path) -> None:
-    threads, pace = torch.get_num_threads(), TableProgress(Console(file=io.StringIO(), width=200), 1)
+def test_the_time_left_is_told_from_timed_steps_and_runs_out(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.console.EVERY_S", 0.05)
+    pipe = io.StringIO()
+    threads, pace = torch.get_num_threads(), TableProgress(Console(file=pipe, width=200), 1)
     setting = Setting(task="digits/A", **ATTACK, defense="puvae", knobs={**TINY, "latent": 3})
     pace.expect(Cells(str(storage), None, HALF, 0, lambda *heard: None), [setting])
     whole = pace.left()
     assert whole > 0 and torch.get_num_threads() == threads
-    pace.cell("A · PuVAE")
-    pace.epoch("puvae", 3, 4)
-    pace.done("ours 50.0", 1.0)
+    with pace.running():
+        pace.cell("A · PuVAE")
+        pace.epoch("puvae", 3, 4)
+        time.sleep(0.2)
+        pace.done("ours 50.0", 1.0)
     assert pace.left() == 0
-    assert isinstance(pace.console.file, io.StringIO)
-    assert "A · PuVAE: puvae, epoch 3 of 4, about" in pace.console.file.getvalue()
+    assert "A · PuVAE: puvae, epoch 3 of 4: 0 of 1 cells, 0:00:00 so far" in pipe.getvalue()
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.5, -1.0])
