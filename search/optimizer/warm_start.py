@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from search.formatting import brief
 from search.optimizer.history import SearchHistory
 from search.study.candidate import Candidate
 from search.study.catalog import open_search, search_names
-from search.study.ranking import feasible
-from search.study.study import ResolvedStudy, Study
-from spaces.domain import contains
+from search.study.ranking import feasible, refusals_in_words
+from search.study.study import Study
+from spaces.domain import contains, only, spoken, written
 from spaces.exceptions import InputError, choose
 from spaces.space import Params
 
 FIRST = 5
 """How many settings of another search are tried first."""
+FEW = 3
+"""How many values outside the space are named."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ def warm_start_of(study: Study, source: str) -> WarmStart:
 
 
 def _of_search(study: Study, source: str) -> WarmStart:
-    other, resolved = open_search(source, study.storage), study.resolved
+    other = open_search(source, study.storage)
     found = SearchHistory(other).candidates()
-    inside = [c for c in found if c.defense == study.defense and _lies_in(resolved, c.params)]
+    inside = [c for c in found if not any(_outside(study, c.defense, c.params))]
     # One setting for each fit, since a fit's other inference settings are scored in any case.
     fits: dict[str, Params] = {}
     for candidate in feasible(study, inside):
@@ -65,12 +68,14 @@ def _of_search(study: Study, source: str) -> WarmStart:
     same = _evaluated_by(other) == _evaluated_by(study)
     other_way = "evaluated in another way, so the sampler learns from none"
     learnt = f"the sampler learns from all {len(inside)}" if same else other_way
-    return WarmStart(
-        settings,
-        inside if same else [],
-        f"warm start from {source}: {len(inside)} of its {len(found)} candidates lie in this space, "
-        f"the settings of the best {len(settings)} trainings are tried first; {learnt}",
-    )
+    lie = f"warm start from {source}: {len(inside)} of its {len(found)} candidates lie in this space"
+    if not inside:
+        why = _reasons(study, [(c.defense, c.params) for c in found]) if found else "it has none yet"
+        return WarmStart([], [], f"{lie}, so nothing of it is used: {why}")
+    first = f"the settings of the best {len(settings)} trainings are tried first"
+    if not settings:
+        first = f"none is tried first, since none keeps to the constraints: {refusals_in_words(study, inside)}"
+    return WarmStart(settings, inside if same else [], f"{lie}, {first}; {learnt}")
 
 
 def _of_export(study: Study, folder: Path) -> WarmStart:
@@ -79,20 +84,47 @@ def _of_export(study: Study, folder: Path) -> WarmStart:
         defense, params = config["defense"], Params(config["train"], config["inference"])
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise InputError(f"warm_start must be an export with a whole config.yaml, but {folder}: {error}") from None
-    inside = defense == study.defense and _lies_in(study.resolved, params)
-    taken = "1 of 1 settings lies in this space and is tried first" if inside else "0 of 1 settings lie in this space"
-    return WarmStart([params] if inside else [], [], f"warm start from {folder}, an export of {defense}: {taken}")
+    why = _reasons(study, [(defense, params)])
+    taken = f"0 of 1 settings lie in this space, so nothing of it is used: {why}" if why else ""
+    taken = taken or "1 of 1 settings lies in this space and is tried first"
+    return WarmStart([] if why else [params], [], f"warm start from {folder}, an export of {defense}: {taken}")
 
 
-def _lies_in(resolved: ResolvedStudy, params: Params) -> bool:
-    """Return whether a setting lies in the space; searched thresholds may lie anywhere, since a curve picks them."""
-    space, values = resolved.space, params.flat()
+def _outside(study: Study, defense: str, params: Params) -> Iterator[tuple[str, str]]:
+    """Yield what a setting of the study's space must be, and what this one is instead; nothing if it lies in it.
+
+    Searched thresholds may lie anywhere, since a curve picks them.
+    """
+    resolved, values = study.resolved, params.flat()
+    space, knobs = resolved.space, resolved.space.flat()
+    if defense != study.defense:
+        yield f"the defense must be {study.defense}", defense
+        return
+    if values.keys() != knobs.keys():  # of another version
+        yield f"the knobs must be those of {defense} now", f"{', '.join(sorted(values.keys() ^ knobs.keys()))} besides"
+        return
     picked = {name for name in resolved.defense.thresholds() if not space.inference[name].single()}
-    return values.keys() == space.flat().keys() and all(
-        contains(domain, values[name])
-        for name, domain in space.flat().items()
-        if name not in picked and space.matters(name, values)
-    )
+    for name, domain in knobs.items():
+        if name not in picked and space.matters(name, values) and not contains(domain, values[name]):
+            law = written(only(name, domain)) if domain.single() else spoken(domain)
+            yield f"{name} must be {law}", brief(values[name])
+
+
+def _reasons(study: Study, found: Sequence[tuple[str, Params]]) -> str:
+    """Return why settings lie outside the study's space, with the values of the first few, the commonest reason first.
+
+    Example: `conv_maps must be one of 16, 32, not 4, 8 (24 of 24)`
+    """
+    instead: dict[str, list[str]] = {}
+    for defense, params in found:
+        for law, value in _outside(study, defense, params):
+            instead.setdefault(law, []).append(value)
+    each = []
+    for law, values in sorted(instead.items(), key=lambda one: -len(one[1])):
+        distinct = list(dict.fromkeys(values))
+        more = ", ..." if len(distinct) > FEW else ""
+        each.append(f"{law}, not {', '.join(distinct[:FEW])}{more} ({len(values)} of {len(found)})")
+    return "; ".join(each)
 
 
 def _evaluated_by(study: Study) -> tuple[object, ...]:

@@ -73,8 +73,27 @@ def test_settings_outside_the_space_or_of_another_defense_are_left(tmp_path: Pat
     half = warm_start_of(digits_study(tmp_path, knobs={"conv_maps": 8}), "earlier")
     assert len(half.settings) == 2 and len(half.candidates) == 12 and "12 of its 24" in half.said
     none = warm_start_of(digits_study(tmp_path, knobs={"learning_rate": 0.5e-3}), "earlier")
-    assert not none.settings and "0 of its 24" in none.said
-    assert "0 of its 24" in warm_start_of(digits_study(tmp_path, defense="magnet"), "earlier").said
+    assert not none.settings and none.said.endswith(
+        "0 of its 24 candidates lie in this space, so nothing of it is used: "
+        "learning_rate must be 0.0005, not 0.001 (24 of 24)"
+    )
+    other = warm_start_of(digits_study(tmp_path, defense="magnet"), "earlier").said
+    assert other.endswith("so nothing of it is used: the defense must be magnet, not puvae (24 of 24)")
+
+
+def test_a_warm_start_that_finds_nothing_usable_says_why(tmp_path: Path, earlier: Study) -> None:
+    wide = warm_start_of(digits_study(tmp_path, knobs={"conv_maps": [16, 32], "lambda_rc": 1.0}), "earlier")
+    assert wide.said.endswith(
+        "conv_maps must be one of 16, 32, not 4, 8 (24 of 24); lambda_rc must be 1, not 0.1 (12 of 24)"
+    )
+    clean = warm_start_of(digits_study(tmp_path, min_clean_accuracy=0.99), "earlier")
+    assert (
+        not clean.settings and "none is tried first, since none keeps to the constraints: 24 of 24 have" in clean.said
+    )
+    begun = digits_study(tmp_path, name="begun")
+    open_controller(begun, [])
+    empty = warm_start_of(digits_study(tmp_path), "begun")
+    assert empty.said.endswith("0 of its 0 candidates lie in this space, so nothing of it is used: it has none yet")
 
 
 def test_an_export_gives_its_setting(tmp_path: Path) -> None:
@@ -87,7 +106,8 @@ def test_an_export_gives_its_setting(tmp_path: Path) -> None:
     assert "1 of 1 settings lies in this space" in warm_start_of(study, str(folder)).said
     proposal = Proposer(study).propose()
     assert proposal is not None and dict(proposal.params.train) == best["train"]
-    assert "0 of 1" in warm_start_of(digits_study(tmp_path, defense="hgd"), str(folder)).said
+    other = warm_start_of(digits_study(tmp_path, defense="hgd"), str(folder)).said
+    assert "0 of 1" in other and other.endswith("the defense must be hgd, not puvae (1 of 1)")
     (folder / "config.yaml").write_text("defense: puvae")
     with pytest.raises(InputError, match="an export with a whole config.yaml"):
         warm_start_of(study, str(folder))
