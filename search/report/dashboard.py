@@ -29,9 +29,9 @@ from rich.console import Console
 
 from search.console import terminable
 from search.exceptions import StorageError
-from search.optimizer.history import UNDEFENDED, SearchHistory, journal_path
+from search.optimizer.history import REMEASURED, UNDEFENDED, SearchHistory, journal_path
 from search.optimizer.journal import Journal
-from search.study.candidate import Candidate
+from search.study.candidate import Candidate, Latency, quieter
 from search.study.ranking import front
 from search.study.study import Study
 from search.study.sync import JOURNAL
@@ -147,6 +147,7 @@ class Shown(JournalStorage):
         self.study = study
         self._ended: dict[int, FrozenTrial] = {}
         self._candidates: dict[int, Candidate] = {}
+        self._quieter: dict[int, Candidate] = {}
 
     def get_all_studies(self) -> list[FrozenStudy]:
         threat = self.study.resolved.threat
@@ -162,12 +163,26 @@ class Shown(JournalStorage):
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        return [self._shown(trial) for trial in super().get_all_trials(study_id, deepcopy=False, states=states)]
+        shown = [self._shown(trial) for trial in super().get_all_trials(study_id, deepcopy=False, states=states)]
+        notes = self.get_study_user_attrs(study_id).get(REMEASURED, {})
+        again = {name: Latency(**latency) for name, latency in notes.items()}
+        self._quieter = dict(zip(self._candidates, quieter(self._candidates.values(), again), strict=True))
+        return [self._timed(trial) for trial in shown]
+
+    def _timed(self, trial: FrozenTrial) -> FrozenTrial:
+        """Return a trial with the latency that counts, where the first measurement was not quiet."""
+        counts = self._quieter.get(trial.number)
+        if counts is None or counts.score.latency_ms_p50 == trial.values[1]:
+            return trial
+        timed = copy.copy(trial)
+        timed.values = [trial.values[0], counts.score.latency_ms_p50]
+        timed.user_attrs = {**trial.user_attrs, "latency_ms_p95": counts.score.latency_ms_p95}
+        return timed
 
     def front(self, trials: Sequence[FrozenTrial], directions: object) -> list[FrozenTrial]:
         """Return the trials of the search's own front: within the constraints, separately for each device."""
-        named = {candidate.candidate: trial for trial in trials if (candidate := self._candidates.get(trial.number))}
-        known = [self._candidates[trial.number] for trial in named.values()]
+        named = {candidate.candidate: trial for trial in trials if (candidate := self._quieter.get(trial.number))}
+        known = [self._quieter[trial.number] for trial in named.values()]
         return sorted((named[c.candidate] for c in front(self.study, known)), key=lambda trial: trial.number)
 
     def _shown(self, trial: FrozenTrial) -> FrozenTrial:

@@ -19,13 +19,10 @@ from search.report.importance import Importances, importances
 from search.report.rank_correlation import RankCorrelation, rank_correlation
 from search.report.winner import audits, verdict_on, winner
 from search.study import ranking, sync
-from search.study.candidate import Candidate, Latency
+from search.study.candidate import QUIET, Candidate, Latency
 from search.study.ranking import Refusal
 from search.study.study import Study
 from spaces.space import Params
-
-APART = 0.1
-"""Largest relative difference between the two latencies of a candidate of the front without a remark."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,7 @@ class Summary:
         device: where the latency of the best candidate was measured.
         rank_correlation: of cheap and final scores.
         again: the latencies of the front's candidates, re-measured at the end.
+        first_ms: the first measurement of each candidate's latency, p50; `candidates` have the quieter.
         refinements: further inference settings that were scored for the best fits at the end.
         busy: seconds in which at least one trial ran.
         audits: the evidence of each audit, by its candidate (`search/report/winner.py`).
@@ -100,6 +98,7 @@ class Summary:
     device: str = ""
     rank_correlation: RankCorrelation | None = None
     again: Mapping[str, Latency] = field(default_factory=dict)
+    first_ms: Mapping[str, float] = field(default_factory=dict)
     refinements: Sequence[TrialRecord] = ()
     busy: float = 0.0
     audits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -211,15 +210,16 @@ class Summary:
 
     def remark(self, candidate: Candidate) -> str:
         """Return a remark if the second latency measurement differs from the first; otherwise empty."""
-        again, first = self.again.get(candidate.candidate), candidate.score.latency_ms_p50
+        again, counts = self.again.get(candidate.candidate), candidate.score.latency_ms_p50
+        first = self.first_ms.get(candidate.candidate, counts)
+        if first > counts:
+            return f"{milliseconds(first)} the first time, which was not quiet"
         if again is None or first <= 0:
             return ""
         if again.device != candidate.score.device:
             return f"on another device: {spoken_device(again.device)}"
-        moved = again.ms_p50 / first - 1
-        if abs(moved) <= APART:
-            return ""
-        return f"{100 * abs(moved):.0f} % {'slower' if moved > 0 else 'faster'} when re-measured: once it was not quiet"
+        slower = again.ms_p50 / first - 1
+        return f"{100 * slower:.0f} % slower when re-measured, which was not quiet" if slower > QUIET else ""
 
     def fit(self, candidate: Candidate) -> TrialRecord | None:
         """Return the trial that trained the fit of a candidate."""
@@ -257,6 +257,7 @@ def summarise(study: Study) -> Summary:
         device=best.score.device if best else "",
         rank_correlation=rank_correlation(history, candidates),
         again=history.remeasured(),
+        first_ms={c.candidate: c.score.latency_ms_p50 for c in history.as_measured()},
         trials=[_told(history, trial, "trial") for trial in history.trials()],
         refinements=[_told(history, trial, "refines") for trial in history.refinements()],
         busy=status.busy((t for t in history.trials() if state_of(t) in ENDED), datetime.now()),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from attacks.threat import ThreatModel
@@ -27,6 +27,8 @@ class Proposal:
     rivals: tuple[tuple[str, float, float], ...] = ()
 
 
+QUIET = 0.1
+"""Largest relative difference between two measurements of a latency of which none was disturbed."""
 Images = Literal["clean", "attacked", ""]
 """On which images a defended model took longer, so that its latency is theirs; empty: not noted until 2026-11."""
 
@@ -157,3 +159,35 @@ class Candidate:
             "risk_coverage": tuple((rejection, error) for rejection, error in data["score"]["risk_coverage"]),
         }
         return cls(**{**data, "params": Params(**data["params"]), "score": Score(**score)})
+
+
+def quieter(candidates: Iterable[Candidate], again: Mapping[str, Latency]) -> list[Candidate]:
+    """Return the candidates with the re-measured latency where the first measurement was not quiet.
+
+    What disturbs a measurement makes it slower, so of two on one device that differ by more than `QUIET` the faster
+    counts; it counts for every candidate that shares the first.
+
+    Args:
+        again: re-measured latencies, by candidate.
+    """
+    every = list(candidates)
+    faster = {
+        _measurement(c.score): latency
+        for c in every
+        if (latency := again.get(c.candidate)) is not None
+        and latency.device == c.score.device
+        and latency.ms_p50 < (1 - QUIET) * c.score.latency_ms_p50
+    }
+    return [replace(c, score=_timed(c.score, faster.get(_measurement(c.score)))) for c in every] if faster else every
+
+
+def _measurement(score: Score) -> tuple[str, float, float]:
+    """Return what tells the measurement of a latency from others."""
+    return score.device, score.latency_ms_p50, score.latency_ms_p95
+
+
+def _timed(score: Score, latency: Latency | None) -> Score:
+    if latency is None:
+        return score
+    p50, p95, images = latency.ms_p50, latency.ms_p95, latency.images or score.latency_images
+    return replace(score, latency_ms_p50=p50, latency_ms_p95=p95, latency_images=images)

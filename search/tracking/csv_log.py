@@ -46,7 +46,9 @@ class CsvLog(Callback):
         self._behind = False
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
-        if self._behind:
+        latest = {c.candidate: c.row() for c in candidates}  # with latencies that were re-measured at the end
+        if self._behind or any(self._rows.get(name) != row for name, row in latest.items()):
+            self._rows |= latest
             self._rewrite()
 
     def _rewrite(self) -> None:
