@@ -62,9 +62,11 @@ def search(
         end(session.begin(study, console, debug=debug))
 
 
-@searching("resume first", "resume first --address local")
-def resume(name: f.Name, storage: f.Storage = "runs", address: f.Move = None, debug: f.Debug = False) -> None:
-    """Go on where a search stopped.
+@searching("resume first", "resume first --trials 80", "resume first --address local")
+def resume(
+    name: f.Name, trials: f.More = None, storage: f.Storage = "runs", address: f.Move = None, debug: f.Debug = False
+) -> None:
+    """Go on where a search stopped, or add trainings to one that is finished.
 
     What is finished stays; what was under way goes on from its last epoch.
     """
@@ -72,7 +74,8 @@ def resume(name: f.Name, storage: f.Storage = "runs", address: f.Move = None, de
     from search.study.catalog import open_search
 
     moves = {} if address is None else {"address": None if address == "local" else address}
-    end(session.proceed(open_search(name, storage).model_copy(update=moves), console, debug=debug))
+    study = open_search(name, storage).model_copy(update=moves)
+    end(session.proceed(study, console, debug=debug, trials=trials))
 
 
 @searching("status", "status first --json", columns=EXPLAINED)
@@ -81,10 +84,9 @@ def status(name: f.MaybeName = None, storage: f.Storage = "runs", as_json: f.Jso
 
     Reads the study alone, so it may be asked while the search runs.
     """
-    from search.cli import listings
-    from search.report.status import board, details
+    from search.report.status import board, details, states_of
 
-    states = listings.states(name, storage, warn=lambda line: typer.echo(line, err=True))
+    states = states_of(name, storage, warn=lambda line: typer.echo(line, err=True))
     show(states[0] if name and as_json else states, as_json, board)
     for line in details(states[0]) if name and not as_json else ():
         console.print(line, highlight=False, soft_wrap=True)

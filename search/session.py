@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import tempfile
@@ -10,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from search.data import splits
 from search.engine import run
 from search.engine.dry_run import Forecast, forecast, slots_here
 from search.exceptions import StorageError
-from search.formatting import points
+from search.formatting import counted, points
 from search.optimizer.history import ENDED, SearchHistory, has_begun, state_of
 from search.optimizer.warm_start import warm_start_of
 from search.report import page
@@ -76,10 +76,27 @@ def rehearse(study: Study, console: Console) -> Forecast:
         return forecast(study, slots)
 
 
-def proceed(study: Study, console: Console, *, debug: bool) -> int:
-    """Resume a search and return the exit code."""
+def proceed(study: Study, console: Console, *, debug: bool, trials: int | None = None) -> int:
+    """Resume a search and return the exit code; one that is finished says so at once.
+
+    Args:
+        trials: trainings in all, in place of the study's.
+
+    Raises:
+        InputError: fewer trainings are asked for than have ended, or the study has another threat model by now.
+    """
+    study = study if trials is None else study.model_copy(update={"trials": trials})
+    history = SearchHistory(study) if has_begun(study) else None
+    if history is None:
+        return _run(study, console, debug=debug, new=False)
+    if trials is not None and trials < history.ended():
+        raise InputError(
+            f"trials must be at least the {history.ended()} that have ended, which count too, but is {trials}"
+        )
+    if history.finished():
+        return _nothing_left(study, history, console)
     threat = study.resolved.threat
-    for candidate in SearchHistory(study).candidates() if has_begun(study) else ():
+    for candidate in history.candidates():
         if candidate.score.threat != threat:
             raise InputError(
                 f"a search must go on under its own threat model, {candidate.score.threat}, but its study says "
@@ -88,9 +105,23 @@ def proceed(study: Study, console: Console, *, debug: bool) -> int:
     return _run(study, console, debug=debug, new=False)
 
 
+def _nothing_left(study: Study, history: SearchHistory, console: Console) -> int:
+    """Say that a search is finished, and how it could go on."""
+    ended, candidates = history.ended(), len(history.candidates())
+    whole = ended < study.trials
+    of = (
+        f"all {counted(ended, 'training')} of its space" if whole else f"{ended} of {counted(study.trials, 'training')}"
+    )
+    line = f"{study.name} is finished: {of} ended, {counted(candidates, 'candidate')}"
+    more = "" if whole else f"; more trainings: {_resume(study)} --trials {2 * study.trials}"
+    with sync.syncing(study, partial(console.print, highlight=False, soft_wrap=True)):  # sends what a URI lacks
+        console.print(f"{line}{more}", highlight=False, soft_wrap=True)
+    return 0 if candidates else 1
+
+
 def status(study: Study) -> dict[str, Any]:
     """Return the progress of a search and its best candidate so far."""
-    return status_of(study, runs=_runs(study))
+    return status_of(study, runs=sync.runs(study))
 
 
 def write_report(study: Study) -> Path:
@@ -105,6 +136,23 @@ def _written(summary: Summary) -> Path:
 
 
 def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
+    """Run the remaining trials of a search, and say how it goes on where it is interrupted."""
+    try:
+        state = _driven(study, console, debug=debug, new=new)
+    except KeyboardInterrupt:  # before its first trial or after its last
+        state = "interrupted"
+    scored = len(SearchHistory(study).candidates()) if has_begun(study) else 0
+    if state != "interrupted":
+        return 0 if scored else 1
+    begun = (study.folder / "study.yaml").exists()
+    kept = f"go on with: {_resume(study)}" if begun else "nothing is kept, so the same command begins anew"
+    console.print(
+        f"interrupted{'' if scored else ' before the first candidate'}; {kept}", highlight=False, soft_wrap=True
+    )
+    return 130
+
+
+def _driven(study: Study, console: Console, *, debug: bool, new: bool) -> State:
     """Run the remaining trials of a search under a lock, because two drivers would corrupt one study."""
     _writable(study)
     if other := sync.driver(study):
@@ -144,7 +192,8 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
             with closing(tracker):  # closed last, so that results do not wait for a server
                 with closing(display):
                     state = run.run(study, [csv_log, tracker, *syncs, display], debug=debug)
-                return _conclude(study, state, console, tracker)
+                _conclude(study, console, tracker)
+                return state
     except HeldError:
         raise InputError(f"a search must run once at a time, but {study.name!r} runs already") from None
     except Exception as error:
@@ -164,8 +213,8 @@ def _held(study: Study) -> tuple[list[Candidate], Counter[str]]:
     return history.candidates(), Counter(state for state in states if state in ENDED)
 
 
-def _conclude(study: Study, state: State, console: Console, tracker: WandbTracker) -> int:
-    """Show the leaderboard and the verdict on the best, write the report, and return the exit code."""
+def _conclude(study: Study, console: Console, tracker: WandbTracker) -> None:
+    """Show the leaderboard and the verdict on the best, and write the report."""
     history = SearchHistory(study)
     ranked, undefended = history.feasible(), history.undefended()
     if undefended is not None:
@@ -186,10 +235,6 @@ def _conclude(study: Study, state: State, console: Console, tracker: WandbTracke
             said["upload    "] = tracker.upload
         for what, path in said.items():
             console.print(f"{what} {path}", highlight=False, soft_wrap=True)
-    if state == "interrupted":
-        console.print(f"interrupted; go on with: {_resume(study)}", highlight=False, soft_wrap=True)
-        return 130
-    return 0 if history.candidates() else 1
 
 
 def _remarks(summary: Summary) -> Iterator[str]:
@@ -210,18 +255,6 @@ def _resume(study: Study) -> str:
     """Return the command that resumes a search."""
     elsewhere = "" if study.storage == Study().storage else f" --storage {shlex.quote(study.storage)}"
     return f"python launch.py resume {study.name}{elsewhere}"
-
-
-def _runs(study: Study) -> bool:
-    """Return whether a driver runs this search now; this also works on a read-only storage."""
-    try:
-        with open(study.store.lock("searches", study.name).path) as held:
-            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        pass
-    except BlockingIOError:
-        return True
-    return sync.driver(study) is not None
 
 
 def _new(study: Study) -> None:

@@ -119,7 +119,7 @@ MaybeName = Annotated[str | None, _named("NAME", "a search; else all", "searches
 Export = Annotated[Path, _named("EXPORT", "the folder of an export", "exports")]
 Exports = Annotated[list[Path], _named("EXPORT", "exports, or folders of some", "exports")]
 TableName = Annotated[str, _named("TABLE", "a paper's table (list tables)", "tables")]
-Kind = Annotated[str, _named("KIND", ", ".join(LISTED), words=LISTED)]
+Kind = Annotated[str, _named("KIND", f"{', '.join(LISTED)}; or a defense: its knobs", words=LISTED)]
 DataSets = Annotated[list[str], _named("DATASET", "data sets", "data sets")]
 MaybeDataSets = Annotated[list[str] | None, _named("DATASET", "data sets; else all", "data sets")]
 NewData = Annotated[str, _named("NAME", "the name of the new data set")]
@@ -148,6 +148,7 @@ Storage = Annotated[str, _value("PATH", "the folder or URI that holds searches a
 DataDir = Annotated[str | None, _value("PATH", "the data cache; else $CRUCIBLE_DATA or ~/.cache/crucible")]
 Address = Annotated[str | None, _value("HOST:PORT", "a Ray cluster, or auto; else this machine")]
 Move = Annotated[str | None, _value("HOST:PORT", "another Ray cluster, or auto; local: this machine")]
+More = Annotated[int | None, _value("INTEGER", "trainings in all, those that ended too; else as before", min=1)]
 Port = Annotated[int | None, _value("INTEGER", "of this machine; else one that is free")]
 Seed = Annotated[int, _value("INTEGER", "of random starts, targets and noise")]
 

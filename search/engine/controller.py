@@ -203,6 +203,8 @@ class Controller:
     def end(self, state: State) -> None:
         if not self._open:
             return  # interrupted before the search began
+        if state == "finished":
+            self._kept(self.proposer.keep_finished)
         found: list[Candidate] = []
         self._kept(lambda: found.extend(self.proposer.candidates()))
         self._hear(lambda listener: listener.search_ended(state, found))

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from search.optimizer.journal import Journal
 from search.study import ranking
-from search.study.candidate import Candidate, Latency
+from search.study.candidate import Candidate, Latency, quieter
 from search.study.ranking import OBJECTIVES
 from search.study.study import Study
+from spaces.domain import Scalar
 from spaces.exceptions import InputError
-from spaces.space import Params
+from spaces.space import Params, SearchSpace
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -30,8 +34,10 @@ WORDS = {
     TrialState.RUNNING: "running",
 }
 ENDED = ("finished", "pruned", "failed")
-UNDEFENDED, REMEASURED = "undefended", "remeasured"
-"""Attributes of the whole search: the bare classifier's candidate; re-measured latencies, by candidate."""
+UNDEFENDED, REMEASURED, FINISHED, USUAL = "undefended", "remeasured", "finished", "usual"
+"""Attributes of the whole search: the bare classifier's candidate; re-measured latencies, by candidate; how many
+trainings and refinements were asked for when nothing was left to do; the usual inference setting and the epochs of the
+longest training, so that `status` need not import the defense."""
 OLD_REMEASURED = "clocked "
 """Until 2026-11 each latency had its own attribute, named by this prefix and its candidate."""
 INTERRUPTED = "interrupted"
@@ -49,8 +55,6 @@ class SearchHistory:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.space = study.resolved.space
-        self.searched = self.space.searched()
         self.optuna = self._open()
         if (names := self.optuna.metric_names) != list(OBJECTIVES):
             raise InputError(
@@ -58,10 +62,37 @@ class SearchHistory:
                 f"has {', '.join(names or ['none'])}; search again under another name"
             )
 
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The space that is searched; looking it up imports the defense, and torch."""
+        return self.study.resolved.space
+
+    @cached_property
+    def searched(self) -> dict[str, BaseDistribution]:
+        """The domains of the knobs that are searched."""
+        return self.space.searched()
+
+    @cached_property
+    def usual(self) -> dict[str, Scalar]:
+        """The usual inference setting, at which the quick scores are."""
+        found: dict[str, Any] | None = self.optuna.user_attrs.get(USUAL)
+        return found["inference"] if found else self.space.usual()
+
+    @cached_property
+    def epochs(self) -> int:
+        """The number of epochs of the longest training."""
+        found: dict[str, Any] | None = self.optuna.user_attrs.get(USUAL)
+        return int(found["epochs"]) if found else self.study.resolved.epochs
+
     def _open(self) -> optuna.Study:
         if not has_begun(self.study):
             raise InputError(f"a search that has begun is needed, but {journal_path(self.study)} holds none yet")
         return optuna.load_study(study_name=self.study.name, storage=journal_storage(self.study))
+
+    def finished(self) -> bool:
+        """Return whether a run ended with nothing left to do, and the study asks for no more now."""
+        asked = self.optuna.user_attrs.get(FINISHED, {"trials": 0, "refine": 0})
+        return self.study.trials <= asked["trials"] and self.study.refine <= asked["refine"]
 
     def ended(self) -> int:
         """Return how many trials have ended, in any state."""
@@ -93,7 +124,11 @@ class SearchHistory:
         return {candidate: Latency(**again) for candidate, again in (found | notes.get(REMEASURED, {})).items()}
 
     def candidates(self) -> list[Candidate]:
-        """Return every finished candidate, once."""
+        """Return every finished candidate, once, with the quieter of the measurements of its latency."""
+        return quieter(self.as_measured(), self.remeasured())
+
+    def as_measured(self) -> list[Candidate]:
+        """Return every finished candidate, once, with the first measurement of its latency."""
         found = (t.user_attrs.get("candidate") for t in self.all() if t.state == TrialState.COMPLETE)
         every = [Candidate.from_json(json.loads(text)) for text in found if text]
         return list({candidate.candidate: candidate for candidate in every}.values())

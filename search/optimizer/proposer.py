@@ -14,16 +14,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import spaces
+from search.optimizer import history
 from search.optimizer.forecast import Forecast
-from search.optimizer.history import (
-    ENDED,
-    INTERRUPTED,
-    REMEASURED,
-    UNDEFENDED,
-    SearchHistory,
-    journal_storage,
-    state_of,
-)
+from search.optimizer.history import ENDED, INTERRUPTED, SearchHistory, journal_storage, state_of
 from search.optimizer.refinement import Refiner, refinable
 from search.optimizer.samplers import NEEDS_ALL, asked, generation, lesson, nearest, objectives, sampler
 from search.optimizer.warm_start import warm_start_of
@@ -77,6 +70,9 @@ class Proposer(SearchHistory):
         )
         if not study.metric_names:
             study.set_metric_names(list(OBJECTIVES))
+        usual = {"inference": self.space.usual(), "epochs": self.study.resolved.epochs}
+        if study.user_attrs.get(history.USUAL) != usual:
+            study.set_user_attr(history.USUAL, usual)
         # A resumed search must not repeat the random numbers of its earlier run.
         drawn = len(study.get_trials(deepcopy=False))
         study.sampler = sampler(self.study, self.space, (self.study.seed + drawn) % 2**32)
@@ -195,12 +191,16 @@ class Proposer(SearchHistory):
 
     def keep_undefended(self, undefended: Candidate) -> None:
         """Record the bare classifier's figures in the study."""
-        self.optuna.set_user_attr(UNDEFENDED, undefended.to_json())
+        self.optuna.set_user_attr(history.UNDEFENDED, undefended.to_json())
 
     def keep_remeasured(self, candidate: Candidate, again: Latency) -> None:
         """Record a re-measured latency in the study."""
         known = {name: latency.to_json() for name, latency in self.remeasured().items()}
-        self.optuna.set_user_attr(REMEASURED, {**known, candidate.candidate: again.to_json()})
+        self.optuna.set_user_attr(history.REMEASURED, {**known, candidate.candidate: again.to_json()})
+
+    def keep_finished(self) -> None:
+        """Record in the study that nothing is left to do."""
+        self.optuna.set_user_attr(history.FINISHED, {"trials": self.study.trials, "refine": self.study.refine})
 
     def _recover(self) -> None:
         """Enqueue the trials that ran when a driver died; an interruption of this method does no harm."""

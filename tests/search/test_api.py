@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -13,24 +12,16 @@ import pytest
 from rich.console import Console
 
 import search
-from search.engine import run
 from search.optimizer.history import SearchHistory
 from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
 from tests.conftest import digits_study
+from tests.search.conftest import Working
 from tests.support.engine import Pretence
 from tests.support.paths import ROOT
 
-Working = Callable[[Pretence], None]
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture
-def working(monkeypatch: pytest.MonkeyPatch) -> Working:
-    """Let workers pretend, so that nothing is trained."""
-    defaults = run.run.__kwdefaults__ or {}
-    return lambda pretence: monkeypatch.setitem(defaults, "work", pretence.work())
 
 
 def robust(params: Params) -> float:
