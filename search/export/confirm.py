@@ -23,8 +23,9 @@ from attacks.audit.consistency import LOOKS, beyond_chance
 from attacks.audit.gate import Gate, at_most
 from attacks.verdicts import Observation, Verdict
 from defenses.base import Defended
-from search.export.loader import FILES, SEAL, ran, seal
+from search.export.loader import ran
 from search.export.provenance import ROOT
+from search.storage.seal import FILES, SEAL, seal
 from search.storage.store import to_bytes
 
 CLEAN = "clean"

@@ -19,11 +19,12 @@ from defenses.base import Defense
 from search.data import splits
 from search.data.registry import find_data_set
 from search.export import figures
-from search.export.loader import ROLES, ran
+from search.export.loader import ran
 from search.export.provenance import again as command
 from search.export.provenance import code, libraries
+from search.storage.seal import ROLES
 from search.study.candidate import Candidate
-from search.study.study import ResolvedStudy
+from search.study.resolved import ResolvedStudy
 from search.trial.runner import TrialRunner
 
 REPRODUCED = 0.02

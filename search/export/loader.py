@@ -6,7 +6,6 @@ Shapes: N images, C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -23,13 +22,9 @@ from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.user_code import UserCode
 from search.data.guard import closed
 from search.storage.fingerprint import loaded_digests
+from search.storage.seal import ROLES, opened
 from spaces.exceptions import InputError
 
-ROLES = ("classifier", "trained_with")
-"""The classifiers of an export, by their keys in its `model`: the protected one, and that which the defense adopts."""
-FILES = ("card.md", "classifier.safetensors", "config.yaml", "evidence.json", "pictures.png", "weights.safetensors")
-SEAL = "SHA256SUMS"
-"""The file with the SHA-256 of the other files, in the format of `sha256sum --check`."""
 ROUNDING = 1e-3
 """How far pixels may be outside [0, 1], because the arithmetic of attacks rounds."""
 
@@ -156,37 +151,3 @@ def _differs(known: Mapping[str, Any]) -> str:
 def _commit(known: Mapping[str, Any]) -> str:
     commit, dirty = known["code"]["commit"], known["code"]["changed_since"]
     return f" (commit {commit[:12]}{', changed since' if dirty else ''})" if commit else ""
-
-
-def opened(folder: str | Path) -> dict[str, bytes]:
-    """Return the files of an export, verified by their checksums; later additions, such as attacks/, are ignored.
-
-    Raises:
-        InputError: a file is missing, or differs from its checksum.
-    """
-    folder = Path(folder)
-    try:
-        code = [f"{role}.py" for role in ROLES if (folder / f"{role}.py").exists()]
-        files = {name: (folder / name).read_bytes() for name in (*FILES, *code)}
-        sealed = (folder / SEAL).read_bytes()
-    except OSError as error:
-        missing = Path(error.filename).name
-        raise InputError(
-            f"an export must be a folder with whole files, but {folder}: {missing}: {error.strerror}; export it anew"
-        ) from None
-    if sealed != seal(files):
-        altered = [name for name, line in _sums(files).items() if line not in sealed.splitlines(keepends=True)]
-        raise InputError(
-            f"an export must be as it was written, but {folder} has another {', '.join(altered) or SEAL} than its "
-            f"{SEAL} says: export it anew"
-        )
-    return files
-
-
-def seal(files: Mapping[str, bytes]) -> bytes:
-    """Return the content of SHA256SUMS for the files of an export."""
-    return b"".join(_sums(files).values())
-
-
-def _sums(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    return {name: f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n".encode() for name in sorted(files)}

@@ -32,6 +32,7 @@ from search.final.retraining import FIRST_SEED, EvaluatedModel, ExportedWinner, 
 from search.final.table import announced, only, table_of
 from search.final.test_set_log import looks, note_opening
 from search.storage.fingerprint import code_digests, fingerprint
+from search.storage.seal import opened
 from search.study.loading import EARLIER, make_study
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -191,7 +192,7 @@ def _case(folder: Path, moves: Mapping[str, Any], changed: bool = False) -> Expo
     Raises:
         InputError: it is not an export, it or its code was changed, or its data differ.
     """
-    target, files = loader.load(folder, changed, data_dir=moves["data_dir"]), loader.opened(folder)
+    target, files = loader.load(folder, changed, data_dir=moves["data_dir"]), opened(folder)
     config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
     study = make_study({**EARLIER, **config["study"], **moves, "warm_start": None})
     dataset = study.resolved.task.dataset

@@ -23,7 +23,8 @@ from search.data import splits
 from search.engine.jobs import Tell
 from search.export.loader import Exported
 from search.storage.fingerprint import fingerprint
-from search.study.study import ResolvedStudy, Study
+from search.study.resolved import ResolvedStudy
+from search.study.study import Study
 from search.trial.baseline import ADVERSARIAL, name_of
 from search.trial.runner import TrialRunner
 from search.trial.training import silent

@@ -101,26 +101,27 @@ class Never:
         return False
 
 
-def grace(study: Study) -> int:
-    """Return the number of epochs before a training may be stopped."""
-    return study.grace or max(1, study.resolved.epochs // 2)
+def grace(study: Study, epochs: int) -> int:
+    """Return the number of epochs before a training may be stopped; the longest has `epochs`."""
+    return study.grace or max(1, epochs // 2)
 
 
-def rungs(study: Study) -> list[int]:
+def rungs(study: Study, epochs: int) -> list[int]:
     """Return the epochs at which halving stops trials, or would if it were the study's rule."""
-    return sorted(_halving(study).rungs)
+    return sorted(_halving(study, epochs).rungs)
 
 
 def rule_of(study: Study) -> Rule:
     """Return the study's rule, without any recorded score."""
+    epochs = study.resolved.epochs
     match study.stopping:
         case "halving":
-            return _halving(study)
+            return _halving(study, epochs)
         case "median":
-            return Median(epochs=study.resolved.epochs, grace=grace(study), patience=study.patience)
+            return Median(epochs=epochs, grace=grace(study, epochs), patience=study.patience)
         case "none":
             return Never()
 
 
-def _halving(study: Study) -> Halving:
-    return Halving(epochs=study.resolved.epochs, grace=grace(study), factor=study.halving, patience=study.patience)
+def _halving(study: Study, epochs: int) -> Halving:
+    return Halving(epochs=epochs, grace=grace(study, epochs), factor=study.halving, patience=study.patience)

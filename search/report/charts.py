@@ -64,7 +64,7 @@ def _trainings(summary: Summary) -> dict[str, Any]:
     best = summary.fit(summary.best) if summary.best else None
     first = best_of_trials(summary)
     return {
-        "rungs": rungs(summary.study) if summary.study.stopping == "halving" else [],
+        "rungs": rungs(summary.study, summary.study.resolved.epochs) if summary.study.stopping == "halving" else [],
         "curves": [
             {
                 "trial": t.trial,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import ConstantInputWarning, kendalltau, spearmanr
 
 from search.optimizer.early_stopping import grace, rungs
 from search.optimizer.history import SearchHistory, state_of
@@ -65,12 +65,14 @@ class RankCorrelation:
         points: (trial, cheap score of its last epoch, final score), scores in [0, 1]; the final score is one minus the
             attacked error.
         ranks: one for each rung, then that of the last epoch.
+        epochs: of the longest training.
     """
 
     study: Study
     usual: bool
     points: Sequence[tuple[str, float, float]]
     ranks: Sequence[Rank]
+    epochs: int = 1
 
     @property
     def last(self) -> Rank:
@@ -105,7 +107,7 @@ class RankCorrelation:
         remedy = (
             f"more --cheap-images than {self.study.cheap_images}"
             if self.last.poor
-            else f"a later --grace than {grace(self.study)}"
+            else f"a later --grace than {grace(self.study, self.epochs)}"
         )
         if self.study.stopping != "none":
             remedy += ", or --stopping none: good trainings may have been stopped"
@@ -125,16 +127,16 @@ def rank_correlation(history: SearchHistory, candidates: Iterable[Candidate]) ->
     Args:
         candidates: all candidates of the search.
     """
-    study, usual = history.study, dict(history.space.usual())
+    study, usual = history.study, history.usual
     fits: dict[tuple[tuple[str, Scalar], ...], list[Candidate]] = {}
     for candidate in candidates:
         fits.setdefault(_key(candidate.params.train), []).append(candidate)
     found = []
     for trial in history.trials():
         curve = {int(epoch): float(score) for epoch, score in trial.user_attrs.get("curve", [])}
-        of = fits.get(_key(history.setting(trial).train), [])
-        if state_of(trial) == "finished" and curve and of:
-            found.append((str(trial.user_attrs["trial"]), curve, of))
+        if state_of(trial) == "finished" and curve:
+            scored = Candidate.from_json(json.loads(trial.user_attrs["candidate"]))
+            found.append((str(trial.user_attrs["trial"]), curve, fits[_key(scored.params.train)]))
     at_usual = [[c for c in of if c.params.inference == usual] for *_, of in found]
     everywhere = all(at_usual)
     finals = [
@@ -143,7 +145,9 @@ def rank_correlation(history: SearchHistory, candidates: Iterable[Candidate]) ->
     ]
     curves = [curve for _, curve, _ in found]
     points = [(name, curve[max(curve)], final) for (name, curve, _), final in zip(found, finals, strict=True)]
-    return RankCorrelation(study, everywhere, points, ranks(curves, finals, rungs(study)))
+    return RankCorrelation(
+        study, everywhere, points, ranks(curves, finals, rungs(study, history.epochs)), history.epochs
+    )
 
 
 def ranks(curves: Sequence[Mapping[int, float]], finals: Sequence[float], epochs: Sequence[int]) -> list[Rank]:
@@ -168,6 +172,8 @@ def _rank(epoch: int | None, pairs: Sequence[tuple[float, float]]) -> Rank:
     n = len(pairs)
     if n < LEAST:
         return Rank(epoch, n)
+    from scipy.stats import ConstantInputWarning, kendalltau, spearmanr  # takes half a second
+
     cheap, final = zip(*pairs, strict=True)
     with warnings.catch_warnings(action="ignore", category=ConstantInputWarning):
         rho, tau = float(spearmanr(cheap, final).statistic), float(kendalltau(cheap, final).statistic)

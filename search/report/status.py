@@ -1,9 +1,9 @@
-"""The progress of a search, as shown by `status`."""
+"""The progress of searches, as shown by `status`, which imports nothing that takes long to import."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,10 +15,30 @@ from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report.leaderboard import refusals
 from search.report.rank_correlation import QUICK, rank_correlation
 from search.report.winner import audits, verdict_on, winner
-from search.study import ranking
+from search.study import ranking, sync
+from search.study.catalog import open_search, search_names
 from search.study.study import Study
+from spaces.exceptions import InputError
 
 COUNTED = ("finished", "running", "interrupted", "pruned", "failed")
+
+
+def states_of(name: str | None, storage: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Return the progress of one search, or of all in a storage, with a warning for each that cannot be read."""
+
+    def state(each: str) -> dict[str, Any]:
+        study = open_search(each, storage, whole=False)
+        return status_of(study, runs=sync.runs(study))
+
+    if name is not None:
+        return [state(name)]
+    found = []
+    for each in search_names(storage):
+        try:
+            found.append(state(each))
+        except InputError as error:
+            warn(f"{each}: {error}")
+    return found
 
 
 def status_of(study: Study, *, runs: bool) -> dict[str, Any]:

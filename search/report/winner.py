@@ -9,8 +9,8 @@ from dataclasses import asdict
 from itertools import takewhile
 from typing import Any
 
-from search.export.loader import opened
 from search.formatting import counted
+from search.storage.seal import opened
 from search.study.candidate import Candidate
 from search.study.study import Study
 from search.study.verdict import verdict_of_audit, verdict_of_search

@@ -16,16 +16,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Self
-
-import torch
-from safetensors.torch import save
-from torch import nn
+from typing import TYPE_CHECKING, Any, Self
 
 from search.exceptions import Unreachable
 from search.storage.atomic import folder_atomic, write_atomic
 from search.storage.mirror import Mirror
 from search.storage.outage import MARKER, MEANING, WaitedFolder, WaitingLock, patiently
+
+if TYPE_CHECKING:
+    import torch  # `status` must not wait for it
+    from torch import nn
 
 FINGERPRINTS = b"Fingerprints are of syntax trees.\n"
 """Marks a store whose keys are made from syntax trees; until 2026-11 they were made from source texts."""
@@ -35,6 +35,8 @@ Content = tuple[Mapping[str, bytes], Mapping[str, object]]
 
 def to_bytes(module: nn.Module) -> bytes:
     """Return the module's weights as safetensors."""
+    from safetensors.torch import save
+
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()})
 
 
@@ -168,6 +170,8 @@ class Store(WaitedFolder):
 
         It only serves recovery, so a failed write is a warning and not an error.
         """
+        import torch
+
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         payload = buffer.getvalue()
@@ -187,6 +191,8 @@ class Store(WaitedFolder):
 
         Of a local state and one that another node uploaded, the one with more epochs is returned.
         """
+        import torch
+
         kept = []
         with suppress(FileNotFoundError):
             kept.append(self._progress(key).read_bytes())

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from defenses.base import Metrics
 from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
 
@@ -25,7 +24,7 @@ class Callback:
     def trial_started(self, trial: Proposal) -> None:
         """Called when a trial starts; a restarted trial keeps its name."""
 
-    def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
+    def epoch_ended(self, trial: Proposal, epoch: int, metrics: dict[str, float]) -> None:
         """Called after each epoch, counted from 1; the metrics include `cheap`, the quick score in [0, 1]."""
 
     def trial_ended(

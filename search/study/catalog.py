@@ -40,7 +40,7 @@ def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
     """Return a search of a storage, downloaded to this machine first if the storage is a URI.
 
     Args:
-        whole: include pictures and W&B logs.
+        whole: include pictures and W&B logs, and check the study; else just what `status` reads.
 
     Raises:
         InputError: there is no such search, or the storage does not respond.
@@ -59,7 +59,7 @@ def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
         except OSError as error:
             raise InputError(f"a storage must answer, but {error}") from None
     path = local_folder(storage) / name / "study.yaml"
-    study = read_study(path, {"storage": storage}, stored=True)
+    study = read_study(path, {"storage": storage}, stored=True, checked=whole)
     if study.name != name:  # else another search would be read or resumed
         raise InputError(f"a search must lie in a folder of its name, but {path} is of {study.name!r}")
     return study

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from search.exceptions import RefusedField
-from search.study.study import ResolvedStudy, Study
+from search.study.study import Study
 from spaces.domain import extremes
 from spaces.exceptions import InputError
 
@@ -18,12 +17,15 @@ EARLIER: Mapping[str, Any] = {"precision": "float32", "scoring": "all"}
 """What the fields were that stored studies of an earlier version lack."""
 
 
-def make_study(values: Mapping[str, Any], where: Callable[[str], str] = lambda field: "") -> Study:
+def make_study(
+    values: Mapping[str, Any], where: Callable[[str], str] = lambda field: "", *, checked: bool = True
+) -> Study:
     """Return a checked study.
 
     Args:
         values: fields of Study.
         where: returns where a field was given, as a prefix for its error.
+        checked: check its names too.
 
     Raises:
         InputError: a field is unknown or invalid.
@@ -32,7 +34,7 @@ def make_study(values: Mapping[str, Any], where: Callable[[str], str] = lambda f
         study = Study(**values)
     except RefusedField as error:
         raise InputError(where(error.field) + str(error)) from None
-    return check_study(study)
+    return check_study(study) if checked else study
 
 
 def check_study(study: Study) -> Study:
@@ -41,15 +43,18 @@ def check_study(study: Study) -> Study:
     Raises:
         InputError: a check fails.
     """
-    _see_buildable(study.resolved)
+    _see_buildable(study)
     return study
 
 
-def read_study(path: Path, over: Mapping[str, Any] | None = None, *, stored: bool = False) -> Study:
+def read_study(
+    path: Path, over: Mapping[str, Any] | None = None, *, stored: bool = False, checked: bool = True
+) -> Study:
     """Read a study from YAML; the fields in `over` take precedence.
 
     Args:
         stored: it is the study of a search that has begun, perhaps of an earlier version.
+        checked: see that its names exist and its defense can be built, for which torch is imported.
 
     Raises:
         InputError: the file is missing, is not YAML, or has an invalid field (the message gives its line).
@@ -84,17 +89,21 @@ def read_study(path: Path, over: Mapping[str, Any] | None = None, *, stored: boo
         return make_study(
             {**(EARLIER if stored else {}), **values, **over},
             where=lambda name: f"{path}, line {lines[name]}: " if name in lines and name not in over else "",
+            checked=checked,
         )
     except InputError as error:
         raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from None
 
 
-def _see_buildable(resolved: ResolvedStudy) -> None:
+def _see_buildable(study: Study) -> None:
     """Build the defense on the meta device at one setting, and with each train-time knob in turn at its extremes.
 
     Raises:
         InputError: a setting cannot be built for the task's images.
     """
+    import torch
+
+    resolved = study.resolved
     defense, space, task = resolved.defense, resolved.space, resolved.task
     usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
     turns = [{name: value} for name, domain in space.train.items() for value in extremes(domain)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -38,6 +39,18 @@ def driver(study: Study) -> str | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return str(said["on"]) if alive and said["on"] != _here(study) else None
+
+
+def runs(study: Study) -> bool:
+    """Return whether a driver runs this search now; this also works on a read-only storage."""
+    try:
+        with open(study.store.lock("searches", study.name).path) as held:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
+        return True
+    return driver(study) is not None
 
 
 def deliver(study: Study, *paths: Path) -> None:

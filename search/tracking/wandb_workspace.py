@@ -9,7 +9,8 @@ from urllib.request import urlopen
 import wandb
 from wandb.sdk import wandb_setup
 
-from search.study.study import ResolvedStudy, Study
+from search.study.resolved import ResolvedStudy
+from search.study.study import Study
 from search.tracking import wandb_run
 from search.tracking.time_limit import within
 from spaces.exceptions import InputError

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from search.export.loader import SEAL, load, opened, ran, seal
+from search.export.loader import load, ran
+from search.storage.seal import SEAL, opened, seal
 from spaces.exceptions import InputError
 
 pytestmark = pytest.mark.slow

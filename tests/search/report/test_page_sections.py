@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from search.export.loader import FILES, SEAL, seal
 from search.formatting import spoken_device
 from search.report.cost import cost
 from search.report.page import render
 from search.report.winner import audits, winner
+from search.storage.seal import FILES, SEAL, seal
 from search.study.columns import COLUMNS, FURTHER
 from search.study.study import Study
 from tests.support.page import Page
