@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+SAID = "what it interrupted was said"
+"""The note of a KeyboardInterrupt about which a line was printed."""
 EVERY_S = 25.0
 """Seconds of silence after which a command whose output is piped says how far it is."""
 
@@ -117,6 +119,7 @@ def working(console: Console, doing: str) -> Iterator[None]:
         bars.add_task("" if console.is_terminal else doing, total=None)
         try:
             yield
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            stop.add_note(SAID)
             bars.say(f"interrupted while {doing}")
             raise

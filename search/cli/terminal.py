@@ -20,6 +20,7 @@ from rich.table import Table
 from typer._completion_classes import completion_init  # Typer offers no other way to its shells
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
+from search.console import SAID
 from spaces.domain import written
 from spaces.exceptions import InputError
 
@@ -182,6 +183,8 @@ def run(app: typer.Typer) -> int:
             raise
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if SAID not in getattr(stop, "__notes__", ()):
+            print("interrupted", file=sys.stderr)
         return 130
     return int(result or 0)

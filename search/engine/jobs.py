@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from search.console import ProgressBars, terminable
+from search.console import SAID, ProgressBars, terminable
 from search.study.study import Study
 
 Tell = Callable[[str, float], None]
@@ -54,7 +54,8 @@ def job_runner(study: Study, *, debug: bool, concurrent: int | None, console: Co
 
         with joined(study) as resources, terminable():
             yield lambda title, jobs: _under_ray(study, resources, title, jobs, console, concurrent)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        stop.add_note(SAID)
         console.print("interrupted; what is finished is kept: the same command goes on", highlight=False)
         raise
 

@@ -23,7 +23,7 @@ from attacks.gradient_view import bare, gradients, stochastic
 from attacks.suites import SUITES
 from attacks.threat import ThreatModel
 from defenses.base import Defended
-from search.console import ProgressBars
+from search.console import SAID, ProgressBars
 from search.formatting import duration
 
 BACKWARD = 2
@@ -65,7 +65,8 @@ class AttackProgress:
             showing.start()
             try:
                 yield
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
+                stop.add_note(SAID)
                 self._bar.say(f"interrupted while {self._doing}")
                 raise
             finally:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from attacks.confidence import wilson
 from defenses.base import Metrics
-from search.console import terminable
+from search.console import SAID, terminable
 from search.reproduce import paper_tables
 from search.reproduce.attack_cell import NotRun, threat
 from search.reproduce.cell_setting import Setting
@@ -110,7 +110,8 @@ def beside(
             found["state"] = "finished"
             draw = PICTURES.get(table.name)
             found["pictures"] = [] if draw is None else [path.name for path in draw(found, table, cells, out)]
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            stop.add_note(SAID)
             found["state"] = "interrupted"
             console.print("interrupted: what is done is kept, and the same command goes on", highlight=False)
             raise

@@ -26,7 +26,7 @@ from rich.console import Console
 import launch as command_line
 from launch import main
 from search.cli.flags import LISTED, PANELS
-from search.console import working
+from search.console import SAID, working
 from search.study.columns import COLUMNS, EXPLAINED
 from search.study.fields import Fields
 from search.study.loading import read_study
@@ -510,3 +510,17 @@ def test_what_is_interrupted_says_so() -> None:
     with pytest.raises(KeyboardInterrupt), working(Console(file=screen), "attacking"):
         raise KeyboardInterrupt
     assert screen.getvalue() == "attacking\ninterrupted while attacking\n"
+
+
+@pytest.mark.parametrize(("note", "line"), [("", "interrupted\n"), (SAID, "")])
+def test_ctrl_c_is_never_without_a_word_and_never_with_two(
+    note: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object) -> list[Any]:
+        stop = KeyboardInterrupt()
+        if note:
+            stop.add_note(note)
+        raise stop
+
+    monkeypatch.setattr("search.cli.listings.rows", dies)
+    assert said("list", "tasks") == Said(130, "", line)
