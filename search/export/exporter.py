@@ -152,10 +152,7 @@ def export(
             f"have changed since; search again under another name"
         )
     _, defense = runner.trainer.fit(candidate.params, silent)
-    doing = f"auditing {candidate.candidate} by heavier attacks than it was chosen by"
-    progress = AttackProgress(console or Console(quiet=True), doing, runner.assets.target)
-    progress.expected = _passes(runner, candidate, defense)
-    with progress.running():
+    with _progress(runner, candidate, defense, console or Console(quiet=True)).running():
         found, again, aside = _examined(runner, candidate, defense)
         known = with_gates(evidence(runner, candidate, found, again), [aside.gate])
         known |= {"aside": aside.figures(), "refused_before_it": refused}
@@ -195,11 +192,14 @@ def _new(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _passes(runner: TrialRunner, candidate: Candidate, defense: Defense) -> float:
-    """Return the passes of an image through the model that an export takes, about."""
+def _progress(runner: TrialRunner, candidate: Candidate, defense: Defense, console: Console) -> AttackProgress:
+    """Return the progress display of an export, with the passes that it takes, about."""
+    doing = f"auditing {candidate.candidate} by heavier attacks than it was chosen by"
+    progress = AttackProgress(console, doing, runner.assets.target)
     target, stand = Defended(defense, runner.assets.target), candidate.score.white_box_accuracy
     again = 2 * suite_passes(runner.study.suite, target, stand)  # the search's attacks, and those on images kept aside
-    return len(runner.assets.evaluator.y_N) * (audit_passes(target, stand) + again)
+    progress.expected = len(runner.assets.evaluator.y_N) * (audit_passes(target, stand) + again)
+    return progress
 
 
 def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness, Aside]:
