@@ -99,9 +99,12 @@ class ProgressBars(Progress):
 
     def _speak(self) -> None:
         while not self._ended.wait(max(0.0, self._spoke + EVERY_S - time.monotonic())):
-            shown = [self._told(task) for task in self.tasks if task.visible and not task.finished]
-            if shown and time.monotonic() - self._spoke >= EVERY_S:
-                self.say("; ".join(shown))
+            if time.monotonic() - self._spoke < EVERY_S:
+                continue
+            self._spoke = time.monotonic()
+            visible = [task for task in self.tasks if task.visible]
+            if shown := [task for task in visible if not task.finished] or visible[:1]:
+                self.say("; ".join(map(self._told, shown)))
 
     def _told(self, task: Task) -> str:
         """Return the figures of a bar as text."""

@@ -41,6 +41,16 @@ def test_who_speaks_anyway_is_not_interrupted(hasty: None) -> None:
     assert pipe.getvalue().splitlines() == [f"line {nth}" for nth in range(10)]
 
 
+def test_what_follows_the_last_of_them_is_not_silent_either_and_nothing_costs_nothing(hasty: None) -> None:
+    with ProgressBars(Console(file=(pipe := io.StringIO())), counting("trainings")) as bars:
+        begin = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - begin < 0.25 and pipe.getvalue() == ""
+        bars.update(bars.add_task("night", total=8), completed=8)
+        time.sleep(0.15)
+    assert pipe.getvalue().startswith("night: 8 of 8 trainings, 0:00:00 so far")
+
+
 def test_a_terminal_shows_bars_and_no_lines(hasty: None) -> None:
     with ProgressBars(Console(file=(screen := io.StringIO()), force_terminal=True, width=100)) as bars:
         bars.add_task("night", total=8)
