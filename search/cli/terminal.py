@@ -81,6 +81,19 @@ class Command(_Plain, TyperCommand):
 class Group(_Plain, TyperGroup):
     """A group of such commands."""
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:  # Typer itself would end the command without a word
+            return _interrupted(stop)
+
+
+def _interrupted(stop: KeyboardInterrupt) -> int:
+    """Say that a command was interrupted, if nothing has said so, and return its exit code."""
+    if SAID not in getattr(stop, "__notes__", ()):
+        print("interrupted", file=sys.stderr)
+    return 130
+
 
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False}  # error texts are printed as they are, also "[/x]"
 console = Screen(width=None if sys.stdout and sys.stdout.isatty() else 1000, **PLAIN)  # piped lines are not truncated
@@ -184,7 +197,5 @@ def run(app: typer.Typer) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        if SAID not in getattr(stop, "__notes__", ()):
-            print("interrupted", file=sys.stderr)
-        return 130
+        return _interrupted(stop)
     return int(result or 0)
