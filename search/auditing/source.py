@@ -36,7 +36,9 @@ class Source:
         """
         file, _, function = text.rpartition(":")
         if not (file.endswith(".py") and function.isidentifier()):
-            raise InputError(f"a model must be FILE.py:FUNCTION, a function that returns an nn.Module, but is {text!r}")
+            law = "a model must be FILE.py:FUNCTION, a function that returns an nn.Module"
+            export = "; an export is attacked by python launch.py attack" if Path(text).is_dir() else ""
+            raise InputError(f"{law}, but is {text!r}{export}")
         for path in (Path(file), weights):
             if path is not None and not path.is_file():
                 raise InputError(f"a model's code and weights must be files, but there is no {path}")

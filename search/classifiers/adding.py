@@ -112,7 +112,8 @@ def said(added: Mapping[str, Any]) -> str:
         return f"{head}, no weights: the first search that needs it trains it"
     accuracy, chance = added["clean_accuracy"], 1 / added["classes"]
     line = (
-        f"{head}, clean accuracy {100 * accuracy:.1f} % on {added['images']} validation images; it is never retrained"
+        f"{head}, clean accuracy {100 * accuracy:.1f} % on {added['images']} validation images; it is never retrained\n"
+        "its training must have seen none of the validation and test images, or every figure is flattered"
     )
     if accuracy > 1.5 * chance:
         return line

@@ -13,6 +13,7 @@ HOW = "--norm Linf --eps 0.1"
 DIGITS = "--weights net.pt --data digits.npz"
 REFUSED = [
     ("net.py --data digits.npz", "a model must be FILE.py:FUNCTION, a function that returns an nn.Module, but is"),
+    (". --data digits.npz", "but is '.'; an export is attacked by python launch.py attack"),
     ("nets.py:plain --data digits.npz", "but there is no nets.py"),
     ("net.py:plain --weights none.pt --data digits.npz", "but there is no none.pt"),
     ("net.py:plane --data digits.npz", "but is 'plane'; did you mean 'plain'?"),
