@@ -23,25 +23,25 @@ def audits(study: Study, candidates: Iterable[Candidate]) -> dict[str, Mapping[s
     """Return the evidence of each audit by candidate, without those of another search or of an export that was changed.
 
     Returns:
-        The fields of evidence.json and `refused`: whether checks failed, and it was not exported all the same.
+        The fields of evidence.json and `refused`: whether checks failed, though it may be exported all the same.
     """
     found = dict[str, Mapping[str, Any]]()
     kept = {path.stem for path in (study.folder / "audits").glob("*.json")}
     kept |= {path.parent.name for path in (study.folder / "export").glob("*/evidence.json")}
     for c in candidates if kept else ():
         ours = {"search": study.name, "candidate": c.candidate, "fit": c.fit, "threat": asdict(c.score.threat)}
-        for known, exported in _kept(study, c.candidate) if c.candidate in kept else ():
+        for known in _kept(study, c.candidate) if c.candidate in kept else ():
             if ours.items() <= known.items():
-                found.setdefault(c.candidate, {**known, "refused": bool(known["alarms"]) and not exported})
+                found.setdefault(c.candidate, {**known, "refused": bool(known["alarms"])})
     return found
 
 
-def _kept(study: Study, candidate: str) -> Iterable[tuple[dict[str, Any], bool]]:
-    """Yield the evidence in a candidate's export, then that of its last audit, each with whether it was exported."""
+def _kept(study: Study, candidate: str) -> Iterable[dict[str, Any]]:
+    """Yield the evidence in a candidate's export, then that of its last audit."""
     with suppress(InputError):
-        yield json.loads(opened(study.folder / "export" / candidate)["evidence.json"]), True
+        yield json.loads(opened(study.folder / "export" / candidate)["evidence.json"])
     with suppress(OSError, ValueError):
-        yield json.loads((study.folder / "audits" / f"{candidate}.json").read_bytes()), False
+        yield json.loads((study.folder / "audits" / f"{candidate}.json").read_bytes())
 
 
 def winner(feasible: Sequence[Candidate], audited: Mapping[str, Mapping[str, Any]]) -> Candidate | None:
@@ -62,5 +62,4 @@ def verdict_on(
     passed_over = f"; the audit refused {counted(above, 'candidate')} ranked above it" if above else ""
     if audit is None:
         return f"{verdict_of_search(best, undefended)}; {NOT_AUDITED}{passed_over}"
-    failed = f"; {counted(len(audit['alarms']), 'audit check')} failed" if audit["alarms"] else ""
-    return f"{verdict_of_audit(audit)}; audited{failed}{passed_over}"
+    return f"{verdict_of_audit(audit)}; audited{passed_over}"
