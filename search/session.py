@@ -20,6 +20,7 @@ from search.data import splits
 from search.engine import run
 from search.engine.dry_run import Forecast, forecast, slots_here
 from search.exceptions import StorageError
+from search.export import provenance
 from search.formatting import counted, points
 from search.optimizer.history import ENDED, SearchHistory, has_begun, state_of
 from search.optimizer.warm_start import warm_start_of
@@ -233,6 +234,8 @@ def _conclude(study: Study, console: Console, tracker: WandbTracker) -> None:
             said["W&B       "] = wandb_run.leet(study.folder)
         if tracker.upload:
             said["upload    "] = tracker.upload
+        if summary.best:
+            said["export    "] = provenance.export(study, summary.best.candidate)
         for what, path in said.items():
             console.print(f"{what} {path}", highlight=False, soft_wrap=True)
 

@@ -41,6 +41,14 @@ def never(*given: object, **more: object) -> None:
     raise AssertionError("it must not be begun")
 
 
+def test_a_search_ends_with_the_command_that_exports_its_best(study: Study, working: Working) -> None:
+    working(Pretence(robust))
+    code, lines = told(session.begin, study)
+    best = SearchHistory(study).feasible()[0].candidate
+    command = f"python launch.py export {study.name} --candidate {best} --storage {study.storage}"
+    assert code == 0 and lines[-1] == f"export     {command}"
+
+
 def test_a_finished_search_says_so_at_once_and_begins_neither_ray_nor_wandb(
     study: Study, working: Working, monkeypatch: pytest.MonkeyPatch
 ) -> None:
