@@ -13,7 +13,7 @@ from rich.table import Table
 
 from defenses.base import Metrics
 from search.console import ProgressBars, counting
-from search.formatting import brief, points
+from search.formatting import brief, counted, points
 from search.study import ranking
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate, Proposal
@@ -86,7 +86,7 @@ class LiveTable(Callback):
         else:
             score = best.score
             self._say(
-                f"{trial.name} finished, {len(candidates)} candidates, best {best.candidate}: attacked "
+                f"{trial.name} finished, {counted(len(candidates), 'candidate')}, best {best.candidate}: attacked "
                 f"{points(score.attacked_accuracy)} ({score.threat.knowledge}), oblivious "
                 f"{points(score.oblivious_accuracy)}, white-box {points(score.white_box_accuracy)}, clean "
                 f"{points(score.clean_accuracy)}, "
