@@ -185,7 +185,7 @@ def test_what_was_stopped_is_nowhere_among_what_finished(tmp_path: Path, stoppin
     assert all(t.state == TrialState.COMPLETE for t in told)
     assert not any(t.intermediate_values for t in history.optuna.trials)
     drawn = charts(found)
-    assert {c["id"] for c in drawn["candidates"]} == {c.candidate for c in found.candidates}
+    assert set(drawn["candidates"]["id"]) == {c.candidate for c in found.candidates}
     assert {c["trial"]: c["state"] for c in drawn["curves"]} == states
     assert all(len(c["y"]) < 3 for c in drawn["curves"] if c["state"] == "pruned")
     assert found.rank_correlation is not None
