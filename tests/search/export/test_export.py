@@ -164,7 +164,8 @@ def test_the_evidence_says_all_that_a_number_needs(folder: Path, searched: Study
     best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
     assert said["candidate"] == best.candidate == folder.name
     assert best.score.attacked_accuracy == said["attacked_accuracy_of_the_search"]
-    assert said["attacked_accuracy_worst_draw"] <= said["attacked_accuracy"] <= best.score.attacked_accuracy
+    assert said["attacked_accuracy_worst_draw"] <= said["attacked_accuracy"]
+    assert said["attacked_accuracy"] <= best.score.attacked_accuracy + 1 / IMAGES  # other draws of the noise
     low, high = said["attacked_accuracy_interval"]
     assert low < said["attacked_accuracy"] < high
     assert set(said["baselines"]) == {"undefended"}
