@@ -9,7 +9,7 @@ from dataclasses import asdict
 from itertools import takewhile
 from typing import Any
 
-from search.formatting import counted
+from search.formatting import counted, percent
 from search.storage.seal import opened
 from search.study.candidate import Candidate
 from search.study.study import Study
@@ -57,9 +57,10 @@ def verdict_on(
     Args:
         feasible: the ranked candidates that meet all constraints.
     """
-    audit, before = audited.get(best.candidate), takewhile(lambda c: c.candidate != best.candidate, feasible)
-    above = sum(bool(audited.get(c.candidate, {}).get("refused")) for c in before)
+    audit, better = audited.get(best.candidate), takewhile(lambda c: c.candidate != best.candidate, feasible)
+    above = sum(bool(audited.get(c.candidate, {}).get("refused")) for c in better)
     passed_over = f"; the audit refused {counted(above, 'candidate')} ranked above it" if above else ""
     if audit is None:
         return f"{verdict_of_search(best, undefended)}; {NOT_AUDITED}{passed_over}"
-    return f"{verdict_of_audit(audit)}; audited{passed_over}"
+    before = percent(best.score.attacked_accuracy, " %")
+    return f"{verdict_of_audit(audit)}; audited (the search's lighter attacks had left {before}){passed_over}"
