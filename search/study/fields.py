@@ -96,7 +96,9 @@ class Fields(BaseModel):
     trial_timeout: float | None = Field(
         None, gt=0, description="seconds of work after which a training is given up (not with --debug); else never"
     )
-    gpus_per_trial: float | None = Field(None, ge=0, description="GPUs of a training; a fraction shares one; else 0.25")
+    gpus_per_trial: float | None = Field(
+        None, ge=0, description="GPUs of a training; a fraction shares one; else 0.25 where there is one"
+    )
     cpus_per_trial: float = Field(1.0, gt=0, description="CPU cores of a training")
     concurrent: int | None = Field(None, ge=1, description="trainings at once; else what the cluster holds")
     address: str | None = Field(None, description="a Ray cluster: auto or HOST:PORT; else a local one")
