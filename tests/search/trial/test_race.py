@@ -15,7 +15,7 @@ from search.engine.worker import execute
 from search.study.candidate import Candidate, Proposal
 from search.study.ranking import feasible
 from search.study.study import Study
-from search.trial import evaluator
+from search.trial import evaluator, scoring
 from search.trial.latency import device_name
 from search.trial.race import LEAST, Dropped, Entrant, Rivals, contenders, first_images
 from search.trial.runner import raced_trial, run_trial
@@ -119,14 +119,24 @@ def test_a_training_that_cannot_reach_a_rival_is_scored_at_the_proposed_setting_
     assert len(raced(whole[0], rivals=(("another device", 0.0, 0.99),))[0]) > 1
 
 
-def test_a_constraint_on_clean_images_counts_in_the_race(whole: tuple[Study, dict[str, Candidate]]) -> None:
+def test_a_constraint_on_clean_images_counts_in_the_race(
+    whole: tuple[Study, dict[str, Candidate]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The best of the settings that satisfy it is scored, though others withstand more."""
     study, every = whole
-    clean = sorted({c.score.clean_accuracy for c in every.values()})
-    strict = study.model_copy(update={"min_clean_accuracy": clean[-1]})
-    found, _ = raced(
-        strict, proposed=max(every.values(), key=lambda c: c.score.attacked_accuracy).params.inference["sigma_eps"]
-    )
+    entered: list[Entrant] = []
+
+    def noted(entrants: Sequence[Entrant], rivals: Sequence[tuple[float, float]]) -> list[int]:
+        entered.extend(entrants)
+        return contenders(entrants, rivals)
+
+    monkeypatch.setattr(scoring, "contenders", noted)
+    clean = {str(dict(c.params.inference)): c.score.clean_accuracy for c in every.values()}
+    strict = study.model_copy(update={"min_clean_accuracy": max(clean.values())})
+    strongest = max(every.values(), key=lambda c: c.score.attacked_accuracy)
+    found, _ = raced(strict, proposed=strongest.params.inference["sigma_eps"])
+    met = sum(one == max(clean.values()) for one in clean.values())
+    assert [one.feasible for one in entered].count(True) == met < len(clean) == len(entered)
     best = max(feasible(strict, every.values()), key=lambda c: c.score.attacked_accuracy)
     assert best.score.attacked_accuracy == max(c.score.attacked_accuracy for c in feasible(strict, found))
 
