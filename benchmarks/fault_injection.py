@@ -147,11 +147,17 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[Any], log: Pa
 
 
 def rows(folder: Path) -> dict[str, dict[str, str]]:
-    """Return the complete rows of candidates.csv by candidate; a duplicate candidate is an error."""
+    """Return the complete rows of candidates.csv by candidate; a duplicate candidate is an error.
+
+    They are without the latency, which a quieter measurement at the search's end may replace.
+    """
     path = folder / "candidates.csv"
     text = path.read_text() if path.exists() else ""
     found = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
-    by_name = {row["candidate"]: row for row in found}
+    by_name = {
+        row["candidate"]: {column: value for column, value in row.items() if not column.startswith("latency_")}
+        for row in found
+    }
     assert len(by_name) == len(found), "a candidate stands twice"
     return by_name
 

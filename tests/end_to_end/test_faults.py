@@ -82,7 +82,7 @@ def candidates(study: Study) -> dict[str, Any]:
     """Return every finished candidate with its figures; one that stands twice fails."""
     told = [t for t in SearchHistory(study).optuna.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     found = [t.user_attrs["candidate"] for t in told if "candidate" in t.user_attrs]
-    by_name = {candidate.candidate: candidate.to_json() for candidate in SearchHistory(study).candidates()}
+    by_name = {candidate.candidate: candidate.to_json() for candidate in SearchHistory(study).as_measured()}
     assert len(by_name) == len(found)
     return by_name
 
