@@ -234,6 +234,10 @@ class Defense(nn.Module):
         """Return the images generated from latent vectors."""
         raise NotImplementedError(f"{type(self).__name__} has no latent space")
 
+    def remarks(self, x_NCHW: Tensor, y_N: Tensor) -> tuple[str, ...]:
+        """Return what users should know of the trained networks, found on images of validation; mostly nothing."""
+        return ()
+
     @contextmanager
     def deepened(self, factor: int) -> Iterator[bool]:
         """Run with `factor` times the optimisation steps in `purify`; yield whether there are any."""

@@ -21,6 +21,8 @@ from spaces.space import knob
 
 SOFT_CHOICE = 0.01
 """Temperature of the surrogate's class choice, in RMSE of pixel units: about the gap between neighbouring classes."""
+COLLAPSED = 1.0
+"""Nats between the encoder's distribution and the prior below which the latent vector tells nothing of the image."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class Train(Knobs):
         CategoricalDistribution(("sum", "mean")),
         "each loss over the dimensions (inferred); batch: mean",
     )
+    kl_warmup: float = knob(
+        0.0,
+        FloatDistribution(0.0, 1.0),
+        "share of the steps in which lambda_kl rises from 0; not in the paper (Bowman et al., 2016)",
+    )
+    free_nats: float = knob(
+        0.0,
+        FloatDistribution(0.0, 100.0),
+        "nats of each latent dimension that L_KL leaves alone; not in the paper (Kingma et al., 2016, Eq. 15)",
+    )
     learning_rate: float = knob(1e-3, FloatDistribution(1e-5, 1e-1, log=True), "Adam's (the paper does not say)")
     batch_size: int = knob(128, IntDistribution(1, 4096), "images a step (the paper does not say)")
     epochs: int = knob(20, IntDistribution(1, 1000), "passes over the training images (the paper does not say)")
@@ -56,8 +68,8 @@ class Inference(Knobs):
 class PuVAE(Defense):
     """Purify by the candidate of the class whose projection is nearest to the input."""
 
-    Train = Train
-    Inference = Inference
+    Train: ClassVar[type[Knobs]] = Train
+    Inference: ClassVar[type[Knobs]] = Inference
     consults: ClassVar[Literal["target", "partner"]] = "partner"
 
     @property
@@ -118,7 +130,9 @@ class PuVAE(Defense):
         log_ys_NK = F.log_softmax(source(logits_NCHW.sigmoid()), dim=1)
         rest_NK = log_ys_NK.exp().clamp(max=1 - 1e-6)  # log(1 - y_s) stays finite where y_s rounds to 1
         rc = F.binary_cross_entropy_with_logits(logits_NCHW, x_NCHW, reduction="none")
-        kl = mu_NL**2 + sigma_NL**2 - (sigma_NL**2).clamp(min=1e-30).log() - 1
+        kl = _divergence(mu_NL, sigma_NL)
+        if free := self.train_knobs.free_nats:
+            kl = kl.mean(dim=0, keepdim=True).clamp(min=2 * free)
         ce = -y_NK * log_ys_NK - (1 - y_NK) * torch.log1p(-rest_NK)
         return self._reduced(rc), self._reduced(kl), self._reduced(ce)
 
@@ -126,18 +140,28 @@ class PuVAE(Defense):
         k = self.train_knobs
         adam = torch.optim.Adam(self.parameters(), lr=k.learning_rate, fused=True)
         self.track(adam=adam)
-        for epoch in batches:
+        each = -(-len(batches.x_NCHW) // k.batch_size)
+        rise = k.kl_warmup * k.epochs * each
+        for number, epoch in enumerate(batches, start=batches.start):
             self.train()
             sums_4, images = torch.zeros(4, device=batches.x_NCHW.device), 0
-            for x_NCHW, y_N in epoch:
+            for step, (x_NCHW, y_N) in enumerate(epoch, start=1 + number * each):
                 rc, kl, ce = self.losses(x_NCHW, y_N, classifier)
-                total = k.lambda_rc * rc + k.lambda_kl * kl + k.lambda_ce * ce  # Eq. 19
+                lambda_kl = k.lambda_kl * (min(1.0, step / rise) if rise else 1.0)
+                total = k.lambda_rc * rc + lambda_kl * kl + k.lambda_ce * ce  # Eq. 19
                 adam.zero_grad(set_to_none=True)
                 total.backward()
                 adam.step()
                 sums_4 += torch.stack((total, rc, kl, ce)).detach() * len(x_NCHW)
                 images += len(x_NCHW)
             yield dict(zip(("loss", "rc", "kl", "ce"), (sums_4 / images).tolist(), strict=True))
+
+    def remarks(self, x_NCHW: Tensor, y_N: Tensor) -> tuple[str, ...]:
+        """Say if the posterior collapsed: by the KL divergence of Eq. 16, with the 1/2 that the paper leaves out."""
+        y_NK = F.one_hot(y_N, self.shape.classes).to(x_NCHW.dtype)
+        nats = float(_divergence(*self.encode(x_NCHW, y_NK)).sum(dim=1).mean()) / 2
+        told = f"the posterior collapsed ({nats:.2f} nats beside the prior): each projection is little but a class mean"
+        return (told,) if nats < COLLAPSED else ()
 
     # Inference: section IV-B.
 
@@ -211,6 +235,11 @@ class PuVAE(Defense):
     def _reduced(self, loss: Tensor) -> Tensor:
         per_image_N = loss.flatten(1)
         return (per_image_N.sum(1) if self.train_knobs.reduction == "sum" else per_image_N.mean(1)).mean()
+
+
+def _divergence(mu_NL: Tensor, sigma_NL: Tensor) -> Tensor:
+    """Return twice the KL divergence to the standard normal distribution in each dimension, NL. Source: Eq. 16."""
+    return mu_NL**2 + sigma_NL**2 - (sigma_NL**2).clamp(min=1e-30).log() - 1
 
 
 def rmse(x_NCHW: Tensor, candidates_NKCHW: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,20 +151,21 @@ class Controller:
         candidates: Sequence[Candidate],
         picture: Path | None,
         curve: Sequence[float],
-        dropped: Sequence[Mapping[str, Any]] = (),
+        **more: Sequence[Any],
     ) -> None:
         """Record the candidates of a trial.
 
         Args:
             curve: the quick score of every epoch, including earlier runs.
-            dropped: the inference settings that lost the race, with the images that decided it.
+            more: recorded where there is any: `dropped`, the inference settings that lost the race, with the images
+                that decided it; `remarks`, what the defense says of itself.
         """
         running = self._running[name]
         running.curve = dict(enumerate(curve, start=1))
         for epoch, score in running.curve.items() if not running.proposal.refines else ():
             self._saw(name, epoch, score)  # epochs of an earlier run or another search are new to it
         about = running.about() | {"picture": str(picture) if picture else ""}
-        about |= {"dropped": list(dropped)} if dropped else {}
+        about |= {what: list(found) for what, found in more.items() if found}
         self._end(name, "finished", lambda: self.proposer.finish(name, candidates, about), candidates, picture)
 
     def silent(self, name: str) -> None:
@@ -259,7 +260,8 @@ def settle(controller: Controller, name: str, last: dict[str, Any] | None) -> No
     if last is not None and "candidates" in last:
         candidates = [Candidate.from_json(data) for data in last["candidates"]]
         shown = sync.picture(controller.study, last["picture"])
-        controller.finished(name, candidates, shown, last["curve"], last.get("dropped", ()))
+        more = {what: last.get(what, ()) for what in ("dropped", "remarks")}
+        controller.finished(name, candidates, shown, last["curve"], **more)
     elif last is not None and "failed" in last:
         controller.failed(name, last["failed"])
     elif last is not None and "interrupted" in last:

@@ -75,6 +75,7 @@ def _execute(study: Study, proposal: Proposal, report: Report, store: Store) -> 
         "candidates": [candidate.to_json() for candidate in candidates],
         "curve": runner.trainer.curve(fit),
         "dropped": [asdict(setting) for setting in dropped],
+        "remarks": list(runner.remarks(proposal.params)),
         "picture": _drawn(runner, best.params, path),
     }
 

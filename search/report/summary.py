@@ -49,7 +49,7 @@ class TrialRecord:
         state: finished, pruned, failed, interrupted or running.
         params: the proposed setting.
         curve: the cheap score after each epoch, in [0, 1].
-        reason: why it did not finish; empty otherwise.
+        reason: why it did not finish, or what its defense says of itself; mostly empty.
         picture: a PNG of clean, attacked and purified images.
         seconds: its duration.
         restarts: how often it was restarted because its worker had died.
@@ -272,7 +272,7 @@ def _told(history: SearchHistory, trial: FrozenTrial, kind: str) -> TrialRecord:
         state=state_of(trial),
         params=history.setting(trial) if kind == "trial" else Params({}, {}),
         curve=[score for _, score in about.get("curve", [])],
-        reason=about.get("reason", ""),
+        reason=about.get("reason", "") or "; ".join(about.get("remarks", ())),
         picture=sync.picture(history.study, about.get("picture", "")),
         seconds=about.get("seconds"),
         restarts=about.get("restarts", 0),

@@ -93,6 +93,13 @@ class TrialRunner:
         _, defense = self.trainer.fit(params, silent)
         return self.scorer.measured(defense)
 
+    def remarks(self, params: Params) -> tuple[str, ...]:
+        """Return what a stored fit says of itself on the evaluation's clean images."""
+        _, defense = self.trainer.fit(params, silent)
+        evaluator = self.assets.evaluator
+        with torch.no_grad(), self.assets.device_lock.working():
+            return defense.remarks(evaluator.x_NCHW, evaluator.y_N)
+
     def picture(self, params: Params, path: Path, images: int = 10) -> Path:
         """Write a PNG with rows of clean, attacked (oblivious targeted iFGSM) and purified images.
 

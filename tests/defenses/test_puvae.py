@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defenses.base import Shape
+from defenses.base import Batches, Metrics, Shape
 from defenses.puvae import SOFT_CHOICE, PuVAE, rmse
 
 MNIST, CIFAR, DIGITS = Shape(1, 28, 28, 10), Shape(3, 32, 32, 10), Shape(1, 8, 8, 10)
@@ -97,7 +97,6 @@ def test_each_loss_is_the_papers_equation(reduction: str, injection: str) -> Non
 
 def test_the_total_loss_weighs_the_three_terms() -> None:
     """One SGD-like check of Eq. 19: the reported loss is the weighted sum of the reported terms."""
-    from defenses.base import Batches
 
     defense = build(ODD, lambda_rc=2.0, lambda_kl=3.0, lambda_ce=5.0)
     batches = Batches(images(ODD), torch.tensor([0, 1, 2, 3, 0, 1]), epochs=1, batch_size=6)
@@ -191,3 +190,45 @@ def test_the_strain_is_how_far_the_labels_candidate_is_behind(injection: str) ->
     assert bool((slope.flatten(1).abs().amax(1) > 0).all())
     chosen = rmse(x, defense.candidates(x)).argmin(1)
     assert torch.equal(strain > 0, chosen != torch.tensor(y))
+
+
+def fitted(start: int = 0, **train: float) -> list[Metrics]:
+    defense, x, y = build(ODD, epochs=2, batch_size=4, **train), images(ODD, 12), torch.arange(12) % 4
+    return list(defense.fit(Batches(x, y, epochs=2, batch_size=4, start=start), Recorder(4)))
+
+
+def test_the_weight_of_the_kl_rises_over_the_first_share_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all losses one, the loss is the sum of the weights: of 2 epochs of 3 steps, half rise."""
+    monkeypatch.setattr(PuVAE, "losses", lambda self, *_: tuple(self.dense_4.weight.sum() * 0 + 1 for _ in range(3)))
+
+    def losses(start: int = 0, **train: float) -> list[float]:
+        epochs = fitted(start, lambda_rc=0.0, lambda_kl=6.0, lambda_ce=0.0, **train)
+        return [epoch["loss"] for epoch in epochs]
+
+    assert losses(kl_warmup=1.0) == pytest.approx([(1 + 2 + 3) / 3, (4 + 5 + 6) / 3])
+    assert losses(kl_warmup=0.5) == pytest.approx([(2 + 4 + 6) / 3, 6])
+    assert losses() == [6, 6]
+    assert losses(1, kl_warmup=1.0) == pytest.approx([(4 + 5 + 6) / 3])  # resumed
+
+
+def test_free_nats_are_counted_in_each_dimension_over_the_batch() -> None:
+    defense, x, y = build(ODD, free_nats=0.107), images(ODD), torch.arange(6) % 4
+    mu, sigma = (t.double() for t in defense.encode(x, nn.functional.one_hot(y, 4).float()))
+    nats_L = [0.0] * 5
+    for n in range(6):
+        for i, (m, s) in enumerate(zip(mu[n].tolist(), sigma[n].tolist(), strict=True)):
+            nats_L[i] += (m**2 + s**2 - math.log(s**2) - 1) / 2 / 6
+    found = float(defense.losses(x, y, Recorder(4))[1].detach())
+    assert found == pytest.approx(sum(2 * max(0.107, each) for each in nats_L), rel=1e-4)
+    assert min(nats_L) < 0.107 < max(nats_L), nats_L
+
+
+def test_a_collapsed_posterior_is_remarked() -> None:
+    defense, x, y = build(ODD), images(ODD), torch.arange(6) % 4
+    with torch.no_grad():
+        defense.dense_3.weight.zero_()
+        defense.dense_3.bias.copy_(torch.tensor([1.0] * 5 + [math.log(math.e - 1)] * 5))  # 0.5 nats a dimension
+        assert defense.remarks(x, y) == ()
+        defense.dense_3.bias[:5] = 0
+    (remark,) = defense.remarks(x, y)
+    assert "collapsed (0.00 nats" in remark
