@@ -13,6 +13,7 @@ import torch
 from optuna.distributions import IntDistribution
 from torch import Tensor, nn
 
+from attacks.gradient_view import Gradient
 from defenses.base import Batches, Knobs, Metrics
 from defenses.puvae import PuVAE, rmse
 from spaces.space import knob
@@ -34,6 +35,10 @@ class ClassMean(PuVAE):
     @property
     def stochastic(self) -> bool:
         return False
+
+    @property
+    def gradients(self) -> tuple[Gradient, ...]:
+        return ("bpda", "surrogate")  # the means do not depend on the image, only the choice among them does
 
     def build(self) -> None:
         s = self.shape
