@@ -120,9 +120,10 @@ class PuVAE(Defense):
         return self._deconvolve(self.dense_4(torch.cat((z_NL, y_NK), dim=1)))
 
     def losses(self, x_NCHW: Tensor, y_N: Tensor, source: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return L_RC, L_KL, L_CE, each reduced over the dimensions and averaged over the batch.
+        """Return L_RC, L_KL of each latent dimension (L), and L_CE, averaged over the batch.
 
-        Source: Eq. 15 to 18, with sigma_eps = 1 (section IV-A). L_CE is the element-wise binary cross-entropy.
+        Source: Eq. 15 to 18, with sigma_eps = 1 (section IV-A). L_CE is the element-wise binary cross-entropy; it and
+        L_RC are reduced over the dimensions.
         """
         y_NK = F.one_hot(y_N, self.shape.classes).to(x_NCHW.dtype)
         mu_NL, sigma_NL = self.encode(x_NCHW, y_NK)
@@ -130,11 +131,8 @@ class PuVAE(Defense):
         log_ys_NK = F.log_softmax(source(logits_NCHW.sigmoid()), dim=1)
         rest_NK = log_ys_NK.exp().clamp(max=1 - 1e-6)  # log(1 - y_s) stays finite where y_s rounds to 1
         rc = F.binary_cross_entropy_with_logits(logits_NCHW, x_NCHW, reduction="none")
-        kl = _divergence(mu_NL, sigma_NL)
-        if free := self.train_knobs.free_nats:
-            kl = kl.mean(dim=0, keepdim=True).clamp(min=2 * free)
         ce = -y_NK * log_ys_NK - (1 - y_NK) * torch.log1p(-rest_NK)
-        return self._reduced(rc), self._reduced(kl), self._reduced(ce)
+        return self._reduced(rc), _divergence(mu_NL, sigma_NL).mean(dim=0), self._reduced(ce)
 
     def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
         k = self.train_knobs
@@ -146,9 +144,10 @@ class PuVAE(Defense):
             self.train()
             sums_4, images = torch.zeros(4, device=batches.x_NCHW.device), 0
             for step, (x_NCHW, y_N) in enumerate(epoch, start=1 + number * each):
-                rc, kl, ce = self.losses(x_NCHW, y_N, classifier)
+                rc, kl_L, ce = self.losses(x_NCHW, y_N, classifier)
+                kl, weighed = self._reduced(kl_L[None]), self._reduced(kl_L[None].clamp(min=2 * k.free_nats))
                 lambda_kl = k.lambda_kl * (min(1.0, step / rise) if rise else 1.0)
-                total = k.lambda_rc * rc + lambda_kl * kl + k.lambda_ce * ce  # Eq. 19
+                total = k.lambda_rc * rc + lambda_kl * weighed + k.lambda_ce * ce  # Eq. 19
                 adam.zero_grad(set_to_none=True)
                 total.backward()
                 adam.step()

@@ -14,6 +14,7 @@ from defenses.puvae import SOFT_CHOICE, PuVAE, rmse
 
 MNIST, CIFAR, DIGITS = Shape(1, 28, 28, 10), Shape(3, 32, 32, 10), Shape(1, 8, 8, 10)
 ODD = Shape(2, 9, 13, 4)
+ONLY_KL = {"lambda_rc": 0.0, "lambda_kl": 1.0, "lambda_ce": 0.0}
 SMALL = {"conv_maps": 3, "decoder_maps": 4, "dense": 16, "latent": 5}
 
 
@@ -91,7 +92,8 @@ def loops(defense: PuVAE, source: Recorder, x: Tensor, y: Tensor, reduction: str
 def test_each_loss_is_the_papers_equation(reduction: str, injection: str) -> None:
     defense = build(ODD, reduction=reduction, label_injection=injection)
     source, x, y = Recorder(4), images(ODD), torch.tensor([0, 1, 2, 3, 0, 1])
-    found = [float(loss.detach()) for loss in defense.losses(x, y, source)]
+    rc, kl_L, ce = (loss.detach() for loss in defense.losses(x, y, source))
+    found = [float(rc), float(kl_L.sum() if reduction == "sum" else kl_L.mean()), float(ce)]
     assert found == pytest.approx(loops(defense, source, x, y, reduction), rel=1e-4)
 
 
@@ -199,10 +201,15 @@ def fitted(start: int = 0, **train: float) -> list[Metrics]:
 
 def test_the_weight_of_the_kl_rises_over_the_first_share_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """With all losses one, the loss is the sum of the weights: of 2 epochs of 3 steps, half rise."""
-    monkeypatch.setattr(PuVAE, "losses", lambda self, *_: tuple(self.dense_4.weight.sum() * 0 + 1 for _ in range(3)))
+
+    def ones(defense: PuVAE, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+        one = defense.dense_4.weight.sum() * 0 + 1
+        return one, one[None], one
+
+    monkeypatch.setattr(PuVAE, "losses", ones)
 
     def losses(start: int = 0, **train: float) -> list[float]:
-        epochs = fitted(start, lambda_rc=0.0, lambda_kl=6.0, lambda_ce=0.0, **train)
+        epochs = fitted(start, **ONLY_KL | {"lambda_kl": 6.0}, **train)
         return [epoch["loss"] for epoch in epochs]
 
     assert losses(kl_warmup=1.0) == pytest.approx([(1 + 2 + 3) / 3, (4 + 5 + 6) / 3])
@@ -212,14 +219,15 @@ def test_the_weight_of_the_kl_rises_over_the_first_share_of_the_steps(monkeypatc
 
 
 def test_free_nats_are_counted_in_each_dimension_over_the_batch() -> None:
-    defense, x, y = build(ODD, free_nats=0.107), images(ODD), torch.arange(6) % 4
+    defense, x, y = build(ODD, free_nats=0.107, **ONLY_KL), images(ODD), torch.arange(6) % 4
     mu, sigma = (t.double() for t in defense.encode(x, nn.functional.one_hot(y, 4).float()))
     nats_L = [0.0] * 5
     for n in range(6):
         for i, (m, s) in enumerate(zip(mu[n].tolist(), sigma[n].tolist(), strict=True)):
             nats_L[i] += (m**2 + s**2 - math.log(s**2) - 1) / 2 / 6
-    found = float(defense.losses(x, y, Recorder(4))[1].detach())
-    assert found == pytest.approx(sum(2 * max(0.107, each) for each in nats_L), rel=1e-4)
+    (metrics,) = defense.fit(Batches(x, y, epochs=1, batch_size=6), Recorder(4))
+    assert metrics["loss"] == pytest.approx(sum(2 * max(0.107, each) for each in nats_L), rel=1e-4)
+    assert metrics["kl"] == pytest.approx(2 * sum(nats_L), rel=1e-4)  # what is reported is the divergence itself
     assert min(nats_L) < 0.107 < max(nats_L), nats_L
 
 
