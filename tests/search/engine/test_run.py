@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from torch import Tensor, nn
 
 import defenses.puvae
@@ -18,6 +19,7 @@ from search.engine.run import run
 from search.export.exporter import pick
 from search.optimizer.history import SearchHistory, state_of
 from search.report.status import details
+from search.report.summary import summarise
 from search.study import ranking
 from search.study.callbacks import Callback
 from search.study.candidate import Proposal
@@ -45,6 +47,15 @@ def test_the_in_process_twin_tells_the_same_story(tmp_path: Path) -> None:
     diary = Diary()
     assert run(digits_study(tmp_path, trials=2), [diary], debug=True) == "finished"
     assert diary.heard == [f"{t} {what}" for t in ("t001", "t002") for what in ("started", "1", "2", "finished")]
+
+
+def test_a_posterior_that_collapsed_is_named_in_the_report(tmp_path: Path) -> None:
+    fixed = {"lambda_rc": 0.1, "conv_maps": 4, "sigma_eps": 0.1}
+    study = digits_study(tmp_path, trials=2, refine=0, method="grid", knobs=fixed | {"lambda_kl": (1e-4, 1e4)})
+    assert session.begin(study, Console(quiet=True), debug=True) == 0
+    said = {trial.params.train["lambda_kl"]: trial.reason for trial in summarise(study).trials}
+    assert said[1e-4] == "" and "the posterior collapsed (0." in said[1e4]
+    assert said[1e4] in Page((study.folder / "report.html").read_text()).words
 
 
 def test_a_defense_that_raises_fails_its_trial_and_not_the_search(
@@ -89,7 +100,6 @@ def _detached(honest: Callable[[Defense, Tensor], Tensor]) -> Callable[[Defense,
 def test_a_search_without_a_feasible_candidate_says_everywhere_what_refused_how_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rich.console import Console
 
     for name in ("purify", "surrogate"):
         honest = getattr(defenses.puvae.PuVAE, name)
