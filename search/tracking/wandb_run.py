@@ -11,7 +11,7 @@ import shutil
 import uuid
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import wandb
 from wandb.sdk import wandb_setup
@@ -38,13 +38,22 @@ LEET = {"workspace_layout": {"left_sidebar": 0.4}, "run_layout": {"left_sidebar"
 """Options of `wandb leet`: its lists are by default too narrow for the names of runs and knobs."""
 
 
+ONE_RUN: dict[str, Any] = {
+    **dict.fromkeys(("run_id", "run_name", "run_group", "run_job_type", "resume", "resume_from", "fork_from")),
+    **dict.fromkeys(("sweep_id", "sweep_param_path", "launch_config_path")),
+    "launch": False,
+}
+"""Settings that name one run, as the shell of an agent of W&B has them in $WANDB_RUN_ID and the like; we open many."""
+
+
 def found_mode() -> Mode:
-    """Return the mode in $WANDB_MODE; without it, online if there is a key, else offline."""
-    for mode in get_args(Mode):
-        if os.environ.get("WANDB_MODE") == mode:
-            return mode
-    with contextlib.suppress(Exception):
-        return "online" if has_key() else "offline"
+    """Return the mode that wandb resolves ($WANDB_MODE, `wandb offline`); online needs a key, or to be asked for."""
+    with contextlib.suppress(Exception):  # a variable that wandb refuses
+        mode = wandb_setup.singleton().settings.mode
+        if mode == "disabled":
+            return "disabled"
+        if mode not in ("offline", "dryrun") and (os.environ.get("WANDB_MODE") or has_key()):
+            return "online"
     return "offline"
 
 
@@ -104,6 +113,8 @@ def start(folder: Path, key: str, mode: Mode, about: dict[str, Any], *, replaces
     identified = identity(folder, about["group"], key)
     home = candidates(folder).parent if about["job_type"] == "candidate" else folder
     home.mkdir(exist_ok=True)
+    for name, value in ONE_RUN.items():
+        setattr(wandb_setup.singleton().settings, name, value)
     run = wandb.init(
         project=project(),
         id=identified,

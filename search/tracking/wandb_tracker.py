@@ -44,7 +44,7 @@ class WandbTracker(Callback):
     """Logs a search to W&B.
 
     Args:
-        mode: None uses $WANDB_MODE; without it, online if there is a key, else offline.
+        mode: None uses the mode that wandb resolves ($WANDB_MODE, `wandb offline`); offline where there is no key.
         folder: the folder of the search; wandb writes to its subfolder `wandb/`.
         say: prints one line for the user; called from another thread.
         known: the candidates that the study already has.

@@ -65,7 +65,7 @@ class WandbWriter:
     """Writes runs; each is identified by a key.
 
     Args:
-        mode: None uses $WANDB_MODE; without it, online if there is a key, else offline.
+        mode: None uses the mode that wandb resolves ($WANDB_MODE, `wandb offline`); offline where there is no key.
         folder: the folder of the search; wandb writes to its subfolder `wandb/`.
         say: prints one line for the user; called from the writer's thread.
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -47,8 +49,13 @@ def test_wandb_is_online_only_where_a_key_is_found(monkeypatch: pytest.MonkeyPat
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert found() == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert found() == "disabled"
+    monkeypatch.chdir(tmp_path)
+    for command, mode in (("offline", "offline"), ("disabled", "disabled"), ("online", "online")):
+        subprocess.run([sys.executable, "-m", "wandb", command], check=True, capture_output=True)
+        assert found() == mode, command
+    for asked, mode in (("dryrun", "offline"), ("run", "online"), ("disabled", "disabled"), ("nonsense", "offline")):
+        monkeypatch.setenv("WANDB_MODE", asked)
+        assert found() == mode, asked
 
 
 @pytest.fixture(params=["raises", "hangs"])
@@ -157,3 +164,20 @@ def test_a_picture_that_is_missing_costs_the_picture_alone(tmp_path: Path) -> No
     assert held(tmp_path, "u")["summary"]["state"] == "finished"
     best = json.loads(inspect(folders_of(tmp_path, "c5")[-1], "--summary"))
     assert best["summary"]["attacked_accuracy"] == 0.5 and best["exit_code"] == 0
+
+
+def test_a_shell_of_one_run_names_none_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An agent's shell has variables that name its own run; a search opens many."""
+    for name in ("RUN_ID", "NAME", "RUN_GROUP", "JOB_TYPE", "SWEEP_ID"):
+        monkeypatch.setenv(f"WANDB_{name}", "theirs")
+    monkeypatch.setenv("WANDB_RESUME", "must")
+    wandb.teardown()
+    said: list[str] = []
+    tracker = WandbTracker("offline", tmp_path, said.append)
+    told(tracker)
+    tracker.search_ended("finished", SIX)
+    tracker.close()
+    assert said == []
+    names = {held(tmp_path, key)["name"] for key in ("search", "t", *(c.candidate for c in SIX))}
+    assert names == {"shown", "shown-t", *(f"shown-{c.candidate}" for c in SIX)}
+    assert b"theirs" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*.wandb"))
