@@ -16,12 +16,8 @@ from search.study.candidate import Candidate
 from search.study.catalog import open_search, search_names
 from search.study.loading import check_study
 from search.study.study import Study
-from spaces.exceptions import InputError
 
 TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm", "latency_images")
-FREE = {"trials", "address", "concurrent", "gpus_per_trial", "cpus_per_trial", "trial_timeout", "data_dir"}
-FREE |= {"wandb", "notes", "system_metrics"}
-"""Fields of a study that may change when a search is resumed."""
 
 
 def search(study: Study, *, debug: bool = False, console: Console | None = None) -> pd.DataFrame:
@@ -44,7 +40,6 @@ def search(study: Study, *, debug: bool = False, console: Console | None = None)
         begun = open_search(study.name, study.storage)
         if study.precision == "auto":  # it has been decided
             study = study.model_copy(update={"precision": begun.precision})
-        _same(study, begun)
         code = session.proceed(study, console, debug=debug)
     if code == 130:
         raise KeyboardInterrupt
@@ -89,15 +84,6 @@ def front(study: Study | str, storage: str = "runs") -> pd.DataFrame:
 
 def _opened(study: Study | str, storage: str) -> Study:
     return open_search(study, storage) if isinstance(study, str) else study
-
-
-def _same(study: Study, begun: Study) -> None:
-    others = [name for name in Study.model_fields if getattr(begun, name) != getattr(study, name)]
-    if others := sorted(set(others) - FREE):
-        raise InputError(
-            f"a search must go on as the study that it began as, but {study.name!r} in {study.storage} has another "
-            f"{', '.join(others)}: choose another name"
-        )
 
 
 def _table(history: SearchHistory, found: Sequence[Candidate]) -> pd.DataFrame:

@@ -84,7 +84,7 @@ def proceed(study: Study, console: Console, *, debug: bool, trials: int | None =
         trials: trainings in all, in place of the study's.
 
     Raises:
-        InputError: fewer trainings are asked for than have ended, or the study has another threat model by now.
+        InputError: fewer trainings are asked for than have ended, or the study is not the one that it began as.
     """
     study = study if trials is None else study.model_copy(update={"trials": trials})
     history = SearchHistory(study) if has_begun(study) else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = [str(ROOT / package) for package in ("spaces", "attacks", "defenses", "search")]
 ALL_BUT_PYTHON = ["**/*.*", "!**/*.py", "!."]
 """Files of the four packages that are not sent, in .gitignore syntax: workers need only the code of every folder."""
+FOLDERS = {"CRUCIBLE_DATA", "CRUCIBLE_CACHE"}
+"""Variables that name a folder, perhaps relative to the driver's working directory."""
 ASK_S = 300.0
 """Seconds within which a node must receive the code and the data, and check the storage."""
 CONTEXTS = 0.1
@@ -59,10 +63,8 @@ def joined(study: Study) -> Iterator[WorkerResources]:
         InputError: there is no such cluster, it runs another Ray or Python, no node has the resources for a trial, or
             a node does not reach the storage.
     """
-    try:
+    with _connected(study, _address(study)):
         yield _join(study)
-    finally:
-        ray.shutdown()
 
 
 def at_work(study: Study, resources: WorkerResources, what: Callable[..., Any], *more: object) -> Any:
@@ -103,19 +105,18 @@ def slots(resources: WorkerResources) -> int:
 
 def capacity(study: Study) -> int:
     """Return how many of the study's trials its cluster can run at once; join it only for this question."""
-    try:
-        _connect(study, study.address)
+    with _connected(study, study.address):
         return slots(_asked(study)[0])
-    finally:
-        ray.shutdown()
+
+
+def _address(study: Study) -> str | None:
+    """Return the study's cluster; a job that was submitted to a cluster runs on that one."""
+    return study.address or ("auto" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else None)
 
 
 def _join(study: Study) -> WorkerResources:
-    # A job that was submitted to a cluster runs on that cluster.
-    address = study.address or ("auto" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else None)
-    _connect(study, address)
     resources, fitting = _asked(study)
-    if address is None:
+    if _address(study) is None:
         return resources
     dataset = study.resolved.task.dataset
     resources = replace(
@@ -135,11 +136,43 @@ def _asked(study: Study) -> tuple[WorkerResources, list[dict[str, Any]]]:
     return WorkerResources(cpu, gpu), _fitting(nodes, cpu, gpu)
 
 
+@contextmanager
+def _connected(study: Study, address: str | None) -> Iterator[None]:
+    """Connect this process to Ray for a while; a connection of the user's own is left alone."""
+    if ray.is_initialized():
+        raise InputError(
+            "a search must connect to Ray itself, but this process is connected already: call ray.shutdown() first, "
+            "or run the search in a process of its own"
+        )
+    try:
+        _connect(study, address)
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _apart(address: str | None) -> Iterator[None]:
+    """Leave the user's working directory, and on a cluster the script's folder too.
+
+    Ray puts both first in the path of every worker, where a folder named attacks/ would be imported in place of ours,
+    and on another node an older copy of our code in place of the one that is sent.
+    """
+    script = sys.argv[:1]
+    with tempfile.TemporaryDirectory() as empty, chdir(ROOT if address is None else empty):
+        sys.argv[:1] = script if address is None else [""]
+        try:
+            yield
+        finally:
+            sys.argv[:1] = script
+
+
 def _connect(study: Study, address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     # Ray hides the GPUs of a node from its workers only if it assigns some.
     environment = {"CUDA_VISIBLE_DEVICES": ""} if study.gpus_per_trial == 0 else {}
     if address is None:
+        environment |= {name: os.path.abspath(os.environ[name]) for name in FOLDERS & os.environ.keys()}
         options |= {"address": "local", "include_dashboard": False}
         options |= {"runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT), **environment}}}
     else:
@@ -147,7 +180,8 @@ def _connect(study: Study, address: str | None) -> None:
         options |= {"runtime_env": {"py_modules": CODE, "excludes": ALL_BUT_PYTHON, "env_vars": environment}}
     _reachable(address)
     try:
-        ray.init(**options)
+        with _apart(address):
+            ray.init(**options)
     except (ConnectionError, ValueError, AuthenticationError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

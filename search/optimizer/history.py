@@ -34,14 +34,22 @@ WORDS = {
     TrialState.RUNNING: "running",
 }
 ENDED = ("finished", "pruned", "failed")
-UNDEFENDED, REMEASURED, FINISHED, USUAL = "undefended", "remeasured", "finished", "usual"
+UNDEFENDED, REMEASURED, FINISHED, USUAL, BEGUN = "undefended", "remeasured", "finished", "usual", "study"
 """Attributes of the whole search: the bare classifier's candidate; re-measured latencies, by candidate; how many
 trainings and refinements were asked for when nothing was left to do; the usual inference setting and the epochs of the
-longest training, so that `status` need not import the defense."""
+longest training, so that `status` need not import the defense; the fields of the study that it began as."""
+FREE = {"trials", "refine", "address", "concurrent", "gpus_per_trial", "cpus_per_trial", "trial_timeout", "data_dir"}
+FREE |= {"wandb", "notes", "system_metrics", "name", "storage"}
+"""Fields of a study that may change when a search is resumed: they shape no proposal, no training and no score."""
 OLD_REMEASURED = "clocked "
 """Until 2026-11 each latency had its own attribute, named by this prefix and its candidate."""
 INTERRUPTED = "interrupted"
 """Marks an Optuna trial that was running when its driver died."""
+
+
+def lasting(study: Study) -> dict[str, Any]:
+    """Return the fields of a study that may not change while its search goes on, as JSON."""
+    return study.model_dump(mode="json", exclude=FREE)
 
 
 class SearchHistory:
@@ -50,7 +58,7 @@ class SearchHistory:
     A trial of Crucible is one training, named t001, t002, ...; each of its candidates is a trial of the Optuna study.
 
     Raises:
-        InputError: the search has no study yet, or one of an earlier version.
+        InputError: the search has no study yet, or one of an earlier version, or began as another study.
     """
 
     def __init__(self, study: Study) -> None:
@@ -60,6 +68,12 @@ class SearchHistory:
             raise InputError(
                 f"a search must have the objectives {', '.join(OBJECTIVES)}, but {study.name}, of an earlier version, "
                 f"has {', '.join(names or ['none'])}; search again under another name"
+            )
+        begun, now = self.optuna.user_attrs.get(BEGUN, {}), lasting(study)
+        if changed := [name for name in begun if name in now and begun[name] != now[name] != "auto"]:
+            raise InputError(
+                f"a search must stay the study that it began as, but {study.name!r} in {study.storage} has another "
+                f"{', '.join(sorted(changed))}: set it back, or choose another name"
             )
 
     @cached_property

@@ -73,6 +73,8 @@ class Proposer(SearchHistory):
         usual = {"inference": self.space.usual(), "epochs": self.study.resolved.epochs}
         if study.user_attrs.get(history.USUAL) != usual:
             study.set_user_attr(history.USUAL, usual)
+        if history.BEGUN not in study.user_attrs:  # since 2026-11-29
+            study.set_user_attr(history.BEGUN, history.lasting(self.study))
         # A resumed search must not repeat the random numbers of its earlier run.
         drawn = len(study.get_trials(deepcopy=False))
         study.sampler = sampler(self.study, self.space, (self.study.seed + drawn) % 2**32)

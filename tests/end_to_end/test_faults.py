@@ -53,7 +53,7 @@ from search.tracking.csv_log import CsvLog
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.search.cli.test_cli import launch
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, hiding
 
 INSTANT = simulated.working(0.0)
 TINY = ["--task", "digits/A", "--suite", "quick", "--eval-images", "40", "--cheap-images", "20", "--refine", "0"]
@@ -234,7 +234,8 @@ def test_ctrl_c_and_sigterm_save_and_resume_finishes_what_is_left_even_unheard(t
         while [pid for pid in below_it if alive(pid)] and time.monotonic() < until:
             time.sleep(0.1)
         assert below_it and not [pid for pid in below_it if alive(pid)]
-        search = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        theirs = hiding(tmp_path / "theirs")
+        search = subprocess.Popen(command, cwd=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert search.stdout is not None
     search.stdout.readline()
     search.stdout.close()  # as `| head -1` does

@@ -91,7 +91,7 @@ def test_a_cell_that_is_run_again_goes_on_where_it_was_interrupted(study: Study,
     working(third)
     more = search.search(study.model_copy(update={"trials": 3}), debug=True, console=QUIET)
     assert len(third.asked) == 1 and len(more) > len(table)
-    with pytest.raises(InputError, match="has another eps, seed: choose another name"):
+    with pytest.raises(InputError, match="has another eps, seed: set it back, or choose another name"):
         search.search(study.model_copy(update={"eps": 0.2, "seed": 7}), debug=True, console=QUIET)
 
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from rich.console import Console
 from search import session
 from search.engine import run
 from search.engine.worker import Work
+from search.export.exporter import pick
 from search.optimizer.history import SearchHistory
 from search.report.summary import summarise
+from search.study.catalog import open_search
 from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -73,6 +76,28 @@ def test_more_trainings_are_added_to_a_finished_search_and_kept_in_its_study(stu
     code, lines = told(session.proceed, study, trials=3)
     assert code == 0 and len(second.asked) == 1 and "2 of 3 trainings have ended, 12 candidates are kept" in lines
     assert "trials: 3\n" in (study.folder / "study.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "edited", [{"eval_images": 8}, {"suite": "quick"}, {"knobs": {"lambda_rc": [0.1, 1.0, 3.0]}}], ids=str
+)
+def test_a_study_that_was_edited_under_its_name_is_refused_by_every_command(
+    edited: dict[str, object], study: Study, working: Working
+) -> None:
+    working(Pretence(robust))
+    told(session.begin, study)
+    (study.folder / "study.yaml").write_text(study.model_copy(update=edited).to_yaml())
+    again = open_search(study.name, study.storage)
+    asked: list[Callable[[], object]] = [
+        partial(told, session.proceed, again),
+        partial(session.write_report, again),
+        partial(pick, again, pareto=True, top=None, candidate=None),
+    ]
+    for ask in asked:
+        with pytest.raises(InputError, match=f"has another {next(iter(edited))}: set it back, or choose another name"):
+            ask()
+    (study.folder / "study.yaml").write_text(study.model_copy(update={"trials": 3, "concurrent": 1}).to_yaml())
+    assert told(session.proceed, open_search(study.name, study.storage))[0] == 0
 
 
 def test_a_space_without_further_trainings_is_finished_too(tmp_path: Path, working: Working) -> None:

@@ -25,7 +25,7 @@ from search.data import cache
 from search.data.splits import fetch
 from search.study.loading import read_study
 from tests.support import own
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, hiding
 
 PACKAGES = ("spaces", "attacks", "defenses", "search")
 RAY = str(Path(sys.executable).parent / "ray")
@@ -53,13 +53,15 @@ class Nodes:
     private: Path
     data: Path
 
-    def launch(self, *arguments: str, root: Path = ROOT, begin: str = "") -> subprocess.CompletedProcess[str]:
+    def launch(
+        self, *arguments: str, root: Path = ROOT, begin: str = "", cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run the command line on the first node; `begin` is Python that comes before it."""
         code = f"import sys; sys.path.insert(0, {str(root)!r}); sys.argv[0] = 'launch.py'; {begin}"
         code += "\nfrom launch import main\nsys.exit(main())"
         command = [sys.executable, "-c", code, *arguments]
         environment = self.environment | {"TMPDIR": str(self.private)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +168,8 @@ def test_code_and_data_reach_a_node_that_has_neither_and_nothing_else_does(nodes
         with (root / name).open("wb") as file:
             file.truncate(600 * 2**20)  # more than Ray takes
     more = ("--name", "away", "--storage", str(nodes.shared), "--address", nodes.address, *SMALL)
-    searched = nodes.launch("search", *more, root=root)
+    theirs = hiding(tmp_path / "theirs")
+    searched = nodes.launch("search", *more, root=root, cwd=theirs)
     assert searched.returncode == 0, searched.stdout + searched.stderr
     assert len(_candidates(nodes.shared / "away")) == 12
     assert 200_000 < _size(nodes.arrived) < 2_000_000

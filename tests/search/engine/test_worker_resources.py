@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from search.data import cache
@@ -20,6 +21,15 @@ def test_a_client_is_refused_with_what_to_do(study: Study) -> None:
     away = study.model_copy(update={"address": "ray://127.0.0.1:10001"})
     with pytest.raises(InputError, match="submit the search"), cluster.joined(away):
         pass
+
+
+def test_the_users_own_connection_to_ray_is_left_alone(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "shutdown", lambda: pytest.fail("it is not ours"))
+    with pytest.raises(InputError, match=r"connected already: call ray.shutdown\(\) first"), cluster.joined(study):
+        pass
+    with pytest.raises(InputError, match="connected already"):
+        cluster.capacity(study)
 
 
 def _node(cpus: float, gpus: float = 0) -> dict[str, Any]:
