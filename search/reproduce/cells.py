@@ -41,7 +41,7 @@ TIMED = (1, 3)
 """Numbers of steps that are timed; other numbers are extrapolated from them, because all steps cost the same."""
 CHEAP = 64
 """Images for the quick score of an epoch."""
-UNTAUGHT = ("defense_gan", "magnet")
+UNTAUGHT = ("class_mean", "defense_gan", "magnet")
 """Defenses whose training does not use a classifier: one fit serves all classifiers."""
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from search.formatting import counted, duration, points, spoken_device
 from search.reproduce.cells import TIMED
+from search.reproduce.paper_tables import OURS
 from search.reproduce.results import CellResult, SummaryResult, TableResult
 from search.templates import render
 
@@ -53,6 +54,8 @@ def said(row: CellResult, quantity: str) -> str:
     ours, paper, distance = figures(row)
     interval = " to ".join(f"{100 * edge:.1f}" for edge in row["interval"]) if row["interval"] else ""
     between = f" ({interval})" if interval else ""
+    if row["printed"] == OURS:
+        return f"ours {ours}{between}; the paper has none"
     return f"ours {ours}{between}, the paper's {paper}" + (f", {distance}" if distance else "")
 
 
@@ -66,7 +69,8 @@ def figures(row: CellResult) -> tuple[str, str, str]:
         ours = f"{about}{row['ours']:.3g} s" + (f" ({relative['ours']:.3g}×)" if relative else "")
     else:
         ours = points(row["ours"])
-    paper = "?" if unknown else row["printed"] + (" s" if row["measure"] == "seconds" else "")
+    paper = "–" if row["printed"] == OURS else row["printed"]
+    paper += " s" if row["measure"] == "seconds" and not unknown else ""
     if relative and row["measure"] == "seconds":
         paper += f" ({relative['paper']:.3g}×)"
     if row["distance"] is None:
@@ -153,6 +157,7 @@ def html(found: TableResult, out: Path) -> str:
         Path(__file__).parent / "templates" / "reproduce.html.j2",
         found=found,
         lines=list(_lines(found)),
+        alone=OURS,
         figures=figures,
         said=said,
         duration=duration,
@@ -189,8 +194,10 @@ def _cell(row: CellResult | None) -> Text:
     if row is None:
         return Text("")
     if row["not_run"]:
-        return Text(f"not run / {'?' if row['paper'] is None else row['printed']}", "dim")
+        return Text("not run" + ("" if row["printed"] == OURS else f" / {row['printed']}"), "dim")
     ours, paper, distance = figures(row)
+    if row["printed"] == OURS:
+        return Text(ours)
     style = "" if row["band"] is None else STYLES[row["band"]]
     return Text(f"{ours} / {paper}" + (f"\n({distance})" if distance else ""), style)
 

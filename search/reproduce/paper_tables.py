@@ -24,8 +24,9 @@ from spaces.exceptions import InputError, choose
 FOLDER = Path(__file__).parent / "tables"
 Kind = Literal["average", "largest"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-ABSENT, ILLEGIBLE = "-", "?"
-"""How a file marks a cell that is empty in the paper, and one whose number is not in the paper's text."""
+ABSENT, ILLEGIBLE, OURS = "-", "?", "ours"
+"""How a file marks a cell that is empty in the paper, one whose number is not in the paper's text, and one that the
+paper does not have and that stands beside it: ours alone."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Cell:
     Args:
         labels: one for each dimension.
         value: a fraction, or seconds; None if the paper's text does not have it.
-        printed: the number as printed in the paper.
+        printed: the number as printed in the paper; `OURS` if the paper has no such cell.
         note: a doubt about the number.
     """
 
@@ -214,6 +215,6 @@ def _of(name: str, label: str, labels: Mapping[str, Mapping[str, Any]]) -> Mappi
 
 def _value(printed: str, timed: bool) -> float | None:
     """Parse a number; percent are converted to a fraction."""
-    if printed in (ABSENT, ILLEGIBLE):
+    if printed in (ABSENT, ILLEGIBLE, OURS):
         return None
     return float(Decimal(printed) / (1 if timed else 100))

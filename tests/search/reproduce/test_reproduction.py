@@ -30,7 +30,7 @@ from search.reproduce.cell_setting import Setting
 from search.reproduce.cells import UNTAUGHT, Cells, Ours
 from search.reproduce.fraction import Fraction
 from search.reproduce.page import _summary, figures, page
-from search.reproduce.paper_tables import Cell, Summary, Table
+from search.reproduce.paper_tables import OURS, Cell, Summary, Table
 from search.reproduce.progress import TableProgress
 from search.reproduce.reproduction import _named, _order, _summed, beside, reproduce
 from search.reproduce.results import TableResult
@@ -51,15 +51,20 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "PuVAE": {**ATTACK, "defense": "puvae", "knobs": TINY},
     "Broken": {**ATTACK, "defense": "gmvae", "knobs": {"latent": 3}},
     "GMVAE": {**WHITE, "measure": "rejection"},
+    "Class mean": {**ATTACK, "defense": "class_mean"},
     "Searched": {**WHITE, "knobs": {**GMVAE, "reclassify": True}, "measure": "reclassified"},
 }
 HALF = Fraction(0.5)
 
 
+def _number(label: str) -> tuple[float | None, str]:
+    return (None, OURS) if label == "Class mean" else (0.5, "50.0")
+
+
 def tiny(columns: dict[str, dict[str, Any]] = COLUMNS, **fields: Any) -> Table:
     """Return a table of one row."""
     cells = [
-        Cell(("A", label), 0.5, "50.0", Setting(**{"task": "digits/A", **setting}))
+        Cell(("A", label), *_number(label), Setting(**{"task": "digits/A", **setting}))
         for label, setting in columns.items()
     ]
     return replace(
@@ -174,6 +179,18 @@ def test_a_paper_s_average_is_compared_where_all_of_its_cells_ran_alone() -> Non
     assert _summed(Summary("average", {"attack": "FGSM"}, 0.4, "40.0"), rows)["distance"] == pytest.approx(0.1)
 
 
+def test_a_cell_that_the_paper_does_not_have_is_shown_as_ours_alone(
+    storage: Path, finished: tuple[TableResult, str]
+) -> None:
+    found, printed = finished
+    row = cell(found, "Class mean")
+    assert row["ours"] is not None and (row["paper"], row["distance"], row["band"]) == (None, None, None)
+    (said,) = re.findall(r"A · Class mean: (.*)", printed)
+    assert said.startswith(f"ours {100 * row['ours']:.1f}") and "; the paper has none" in said
+    assert f"| {100 * row['ours']:.1f} |" in (storage / "out" / "table.md").read_text()
+    assert "not in the paper" in (storage / "out" / "table.html").read_text()
+
+
 def test_what_was_rejected_is_searched_and_counted_alone(finished: tuple[TableResult, str]) -> None:
     rejected, searched = cell(finished[0], "GMVAE"), cell(finished[0], "Searched")
     assert searched["images"] == round(rejected["ours"] * rejected["images"]) > 0
@@ -221,8 +238,8 @@ def test_an_interrupted_run_keeps_what_it_has(
         signal.signal(signal.SIGINT, before)
     kept = json.loads((tmp_path / "out" / "table.json").read_text())
     assert kept["state"] == "interrupted"
-    assert [row["ours"] for row in kept["cells"]] == [0.47, 0.47, None, None, None, None]
-    assert [row["band"] for row in kept["cells"]] == [1, 1, None, None, None, None]
+    assert [row["ours"] for row in kept["cells"]] == [0.47, 0.47, *5 * [None]]
+    assert [row["band"] for row in kept["cells"]] == [1, 1, *5 * [None]]
     assert "the same command goes on from here" in (tmp_path / "out" / "table.md").read_text()
 
 
@@ -314,7 +331,7 @@ def test_the_trainings_that_are_shared_never_look_at_a_classifier(defense: str) 
 
     kind = defenses.find(defense)
     space = SearchSpace.of(kind)
-    small = {"maps": 1, "epochs": 1, "batch_size": 4}
+    small = {n: v for n, v in {"maps": 1, "epochs": 1, "batch_size": 4}.items() if n in space.defaults}
     params = space.narrow({**space.defaults, **small}).complete({})
     built = kind(params.train, params.inference, Shape(1, 8, 8, 2))
     list(built.fit(Batches(torch.rand(20, 1, 8, 8), torch.arange(20) % 2, epochs=1, batch_size=4), Looked()))
