@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 PAPERS = Path(os.environ.get("CRUCIBLE_PAPERS", ROOT.parent / "shared" / "papers"))
 EXCERPTS = Path(__file__).parent / "papers_excerpts.txt"
-DRAWN = {"puvae/fig7", "puvae/fig9", "gmvae/fig3"}
+DRAWN = {"puvae/fig7", "puvae/fig8", "puvae/fig9", "gmvae/fig3"}
 """Figures: pictures, of whose numbers the text has none or few."""
 REWORDED = {"defense-vae/2", "defense-vae/4", "advae/1", "advae/4", "gmvae/1", "gmvae/2"}
 """Their columns have other heads than the papers', which the file had to tell apart."""
@@ -98,6 +98,14 @@ def test_a_figure_has_the_numbers_that_the_text_says_of_it() -> None:
     (most,) = one.summaries
     assert (most.kind, most.labels, most.value) == ("largest", {"model": "Supervised", "figure": "Error"}, 0.0389)
     assert f"a maximum value of only {most.printed}%" in text_of(one)
+
+
+def test_the_strong_white_box_figure_is_attacked_as_section_v_c_says() -> None:
+    one = table("puvae/fig8")
+    text = text_of(one)
+    assert "architecture A and B as the source and target classifier, respectively" in text
+    assert "white-box FGSMs and strong white-box FGSMs" in text
+    assert "slightly decreased, or even increased" in text and "slightly decreased, or even increased" in one.remark
 
 
 def excerpts() -> list[tuple[str, int, str]]:
