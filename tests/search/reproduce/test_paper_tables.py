@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from spaces.space import SearchSpace
 ASKED = {
     "puvae": "3 4 5 7 8 fig7 fig8 fig9",
     "puvae-arxiv": "2 3 4 5 6",
-    "defense-vae": "1 2 3 4 7 8",
+    "defense-vae": "1 2 3 4 7 8 sec4.1",
     "advae": "1 3 4",
     "gmvae": "1 2 fig3",
 }
@@ -103,6 +104,24 @@ def test_puvae_is_attacked_white_box_where_its_paper_does_so() -> None:
         assert (made.task, PARTNERS["B"]) == (f"{data}/B", "A")  # B is attacked, A is the source classifier
         assert (made.attack, made.eps) == ("fgsm-targeted", 0.06 if data == "cifar10" else 0.3)
         assert (made.knowledge == "white-box") == (cell.labels[1] == "strong white-box")
+
+
+def test_every_defense_vae_has_five_epochs_a_phase() -> None:
+    kind, found = defenses.find("defense_vae"), set()
+    for number in ("1", "2", "3", "7", "8", "sec4.1"):
+        for made in (cell.setting for cell in table(f"defense-vae/{number}").cells):
+            if made.defense == "defense_vae":
+                params = SearchSpace.of(kind).narrow(dict(made.knobs)).complete({})
+                shape = DATASETS[made.task.partition("/")[0]].shape
+                with torch.device("meta"):
+                    defense: Any = kind(params.train, params.inference, shape)
+                phases = [defense.phase(epoch) for epoch in range(int(params.train["epochs"]))]
+                wanted = {"plain": ["vae"], "rec": ["vae", "rec"], "e2e": ["vae", "rec", "e2e"], "scratch": 3 * ["e2e"]}
+                variant = str(params.train["variant"])
+                assert phases == [phase for phase in wanted[variant] for _ in range(5)]
+                found.add((number, variant))
+    wide = {(number, variant) for number in "1378" for variant in ("plain", "rec", "e2e")}
+    assert found == wide | {("2", "rec"), ("sec4.1", "e2e"), ("sec4.1", "scratch")}
 
 
 def test_a_setting_is_the_defaults_with_those_of_each_label_over_them() -> None:
