@@ -15,7 +15,7 @@ from torch import nn
 from attacks.black_box import BlackBoxAttacker
 from attacks.catalog import ATTACKS
 from attacks.evaluation import look, observe
-from attacks.gradient_view import BATCH, View, limits
+from attacks.gradient_view import BATCH, View, limits, stochastic
 from attacks.suites import Suite
 from attacks.threat import ThreatModel
 from attacks.verdicts import Verdict
@@ -40,6 +40,8 @@ def threat(setting: Setting) -> ThreatModel:
 def attacked(runner: TrialRunner, target: nn.Module, setting: Setting, rounds: int) -> Verdict:
     """Return the verdict on only the attacked images; white-box, the worst over the gradient sources per image.
 
+    Where the setting names one gradient source, that attack's images alone count, as in the paper.
+
     Args:
         target: the bare classifier or the defended one.
         rounds: number of rounds in which a black-box attacker doubles its training images.
@@ -50,6 +52,11 @@ def attacked(runner: TrialRunner, target: nn.Module, setting: Setting, rounds: i
         with assets.device_lock.working():
             return Verdict.of(look(target, x_NCHW, y_N, seed), limits(target))
     attack, knowledge, blind = ATTACKS[setting.attack], setting.knowledge, {}
+    if setting.gradient is not None:
+        with assets.device_lock.working():
+            view = View(target, setting.gradient, DRAWS if stochastic(target) else 1)
+            made_NCHW = attack.craft(view, x_NCHW, y_N, threat(setting), seed)
+            return Verdict.of(look(target, made_NCHW, y_N, seed), limits(target))
     if knowledge == "oblivious":
         blind = {attack.name: assets.adversarial(attack, x_NCHW, y_N, threat(setting))}
     blind_attacks = () if knowledge == "white-box" else (attack,)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import defenses
 from attacks.catalog import ATTACKS
+from attacks.gradient_view import Gradient
 from attacks.threat import Knowledge, Norm, ThreatModel
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.task import TASKS
@@ -35,6 +36,7 @@ class Setting:
         eps: in pixel units of [0, 1]; None for an attack without a bound.
         knowledge: the true knowledge of the attacker, whatever the paper calls it.
         substitute: the architecture of the black-box attacker's network.
+        gradient: the gradient source of a white-box attack, where the paper had one; None: the worst of all per image.
         oracle: the model that a black-box attacker queries: the defended classifier or the bare one.
         images: number of test images of the paper's number; None: all.
         limit_s: time limit for a batch of 128, in seconds; the defense does as many gradient steps as fit into it.
@@ -53,6 +55,7 @@ class Setting:
     eps: float | None = None
     norm: Norm = "Linf"
     knowledge: Knowledge = "oblivious"
+    gradient: Gradient | None = None
     substitute: str | None = None
     oracle: Literal["defended", "bare"] = "defended"
     images: int | None = None
@@ -99,6 +102,8 @@ def setting(given: Iterable[Mapping[str, Any]]) -> Setting:
         merged |= {"eps": None, "knowledge": "oblivious"}
     elif ATTACKS[choose("an attack", attack, list(ATTACKS))].unbounded:
         merged["eps"] = None
+    if merged.get("knowledge") != "white-box":
+        merged["gradient"] = None
     if merged.get("knowledge") != "black-box":
         merged |= {"substitute": None, "oracle": "defended"}
     made = Setting(**merged)
@@ -117,6 +122,8 @@ def _check(setting: Setting) -> None:
     if setting.substitute:
         choose("a substitute", setting.substitute, list(ARCHITECTURES))
     choose("a measure", setting.measure, get_args(Measure))
+    if setting.gradient:
+        choose("a gradient", setting.gradient, get_args(Gradient))
     ThreatModel(setting.norm, setting.eps or 0.0, setting.knowledge)
     if setting.defense != "none":
         _fits(setting.defense, tuple(sorted(setting.knobs.items())))

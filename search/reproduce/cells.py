@@ -166,6 +166,7 @@ class Cells:
             threat=str(threat(setting)),
             attacker=[setting.substitute, setting.oracle, rounds] if rounds else [],
             searched=search,
+            gradient=setting.gradient,
             images=runner.assets.resolved.eval_images,
             seed=self.seed,
         )

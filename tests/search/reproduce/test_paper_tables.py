@@ -124,6 +124,18 @@ def test_every_defense_vae_has_five_epochs_a_phase() -> None:
     assert found == wide | {("2", "rec"), ("sec4.1", "e2e"), ("sec4.1", "scratch")}
 
 
+def test_defense_gan_is_under_bpda_alone_where_advae_says_so_and_no_table_says_that_its_code_attacks_the_bare() -> None:
+    for cell in table("advae/1").cells:
+        if cell.setting.defense == "defense_gan":
+            ours = cell.labels[1] == "DefGAN (every gradient)"
+            assert (cell.printed == OURS) == ours and bool(cell.setting.attack) >= ours
+            assert (cell.setting.gradient == "bpda") == (bool(cell.setting.attack) and not ours)
+    for number in "17":
+        one = table(f"defense-vae/{number}")
+        assert "most likely" in one.remark and "attacks the bare" not in one.remark
+        assert {c.setting.knowledge for c in one.of({"defense": "Defense-GAN"})} == {"oblivious"}
+
+
 def test_a_setting_is_the_defaults_with_those_of_each_label_over_them() -> None:
     cell = table("puvae/5").cell("D", "iFGSM (0.06)", "MagNet")
     assert cell is not None
@@ -163,6 +175,11 @@ WRONG = [
     ("defaults", {"task": "mnist/Z"}, "mnist/A"),
     ("defaults", {"task": "mnist/A", "attack": "fgsn"}, "did you mean 'fgsm'"),
     ("defaults", {"task": "mnist/A", "attack": "fgsm", "knowledge": "white"}, "the threat model must be one of"),
+    (
+        "defaults",
+        {"task": "mnist/A", "attack": "fgsm", "knowledge": "white-box", "gradient": "x"},
+        "a gradient must be",
+    ),
     ("defaults", {"task": "mnist/A", "measure": "speed"}, "a measure must be one of"),
     ("defaults", {"task": "mnist/A", "defence": "puvae"}, "defence"),
     ("defaults", {"task": "mnist/A", "defense": "puvaf"}, "puvae"),

@@ -315,6 +315,24 @@ def test_a_black_box_attacker_asks_whom_its_oracle_is(storage: Path, monkeypatch
     assert _named(bare) == "black-box, Linf eps 0.2, by a substitute that asks the bare classifier"
 
 
+def test_one_gradient_source_is_used_where_the_paper_had_one(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    views, whole = list[str](), View.__init__
+
+    def spied(self: View, target: torch.nn.Module, gradient: Any = "exact", draws: int = 1) -> None:
+        views.append(gradient)
+        whole(self, target, gradient, draws)
+
+    monkeypatch.setattr(View, "__init__", spied)
+    cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
+    white: dict[str, Any] = {**ATTACK, "attack": "fgsm", "defense": "class_mean", "knowledge": "white-box"}
+    every = cells.run(Setting(task="digits/A", **white))
+    assert set(views) == {"bpda", "surrogate"}
+    views.clear()
+    one = Setting(task="digits/A", **white, gradient="bpda")
+    assert cells.run(one).value >= every.value and set(views) == {"bpda"}
+    assert _named(one) == "white-box, Linf eps 0.2, by BPDA alone"
+
+
 def test_one_fit_serves_all_classifiers_where_the_training_looks_at_none(storage: Path) -> None:
     cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
     for defense, one in (("magnet", True), ("defense_gan", True), ("puvae", False)):
