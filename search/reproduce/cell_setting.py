@@ -30,6 +30,7 @@ class Setting:
     Args:
         task: the data set and the classifier that the defense is trained with.
         protect: the task whose classifier is attacked; None: that of `task`.
+        classifier_recipe, classifier_epochs: how the classifiers are trained, as the fields of a study.
         defense: `none` is the bare classifier.
         knobs: those of the defense whose values in the paper differ from the defaults.
         attack: its name in attacks/catalog.py; None: clean images.
@@ -49,6 +50,8 @@ class Setting:
 
     task: str
     protect: str | None = None
+    classifier_recipe: Literal["plain", "augmented"] = "plain"
+    classifier_epochs: int = 10
     defense: str = "none"
     knobs: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
     attack: str | None = None

@@ -33,8 +33,8 @@ from spaces.space import Params, SearchSpace
 Report = Callable[[str, int, int, Metrics], None]
 """Called after each epoch with the name of what is trained, the epoch, the number of epochs, and the metrics."""
 
-CLASSIFIER_EPOCHS, ROUNDS = 10, 6
-"""Epochs of a classifier (Defense-VAE, section 4.1); rounds of a black-box attacker."""
+ROUNDS = 6
+"""Rounds of a black-box attacker."""
 BATCH = 128
 """Batch size for timing purification, in images."""
 TIMED = (1, 3)
@@ -139,7 +139,8 @@ class Cells:
                 "train_images": None if images == sizes.train else images,
                 "eval_images": self.portion.attacked(min(setting.images or free, free)),
                 "cheap_images": CHEAP,
-                "classifier_epochs": self.portion.epochs(CLASSIFIER_EPOCHS),
+                "classifier_epochs": self.portion.epochs(setting.classifier_epochs),
+                "classifier_recipe": setting.classifier_recipe,
                 "storage": self.storage,
                 "data_dir": self.data_dir,
                 "seed": self.seed,

@@ -26,7 +26,8 @@ EXTRAPOLATED = "≈"
 STYLES = ("bold blue", "cyan", "yellow", "bold magenta")
 """Styles of the bands, distinguishable with red-green colour blindness; the difference is also printed in digits."""
 SPLIT = (
-    "Ours are of validation images, the paper's of test images: the test split is opened by launch.py final alone. "
+    "Ours are of validation images, the first ones in the data set's own order, so the same in every cell; the paper's "
+    "are of test images: the test split is opened by launch.py final alone. "
     "A network that is trained too briefly may lie as far from the paper as a wrong one."
 )
 

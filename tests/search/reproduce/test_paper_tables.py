@@ -136,6 +136,14 @@ def test_defense_gan_is_under_bpda_alone_where_advae_says_so_and_no_table_says_t
         assert {c.setting.knowledge for c in one.of({"defense": "Defense-GAN"})} == {"oblivious"}
 
 
+def test_the_base_model_of_advae_on_cifar10_is_trained_as_its_section_4_1_says() -> None:
+    augmented = {"advae/4"}
+    for one in tables():
+        recipes = {(cell.setting.classifier_recipe, cell.setting.classifier_epochs) for cell in one.cells}
+        assert recipes == ({("augmented", 50)} if one.name in augmented else {("plain", 10)}), one.name
+    assert all("first 1000 of validation" in table(f"advae/{n}").remark for n in "134")
+
+
 def test_a_setting_is_the_defaults_with_those_of_each_label_over_them() -> None:
     cell = table("puvae/5").cell("D", "iFGSM (0.06)", "MagNet")
     assert cell is not None

@@ -386,6 +386,13 @@ def test_the_time_left_is_told_from_timed_steps_and_runs_out(storage: Path, monk
     assert "A · PuVAE: puvae, epoch 3 of 4: 0 of 1 cells, 0:00:00 so far" in pipe.getvalue()
 
 
+def test_a_cell_s_study_has_its_classifier_s_recipe(storage: Path) -> None:
+    cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
+    study = cells.study(Setting(task="digits/A", classifier_recipe="augmented", classifier_epochs=50))
+    assert (study.classifier_recipe, study.classifier_epochs) == ("augmented", HALF.epochs(50))
+    assert cells.study(Setting(task="digits/A")).classifier_recipe == "plain"
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.5, -1.0])
 def test_a_fraction_lies_between_0_and_1(fraction: float) -> None:
     with pytest.raises(InputError, match="fraction must be above 0 and at most 1, but is"):
