@@ -94,7 +94,12 @@ def setting(given: Iterable[Mapping[str, Any]]) -> Setting:
     """
     merged: dict[str, Any] = {"knobs": {}, "knobs_of": {}}
     for fields in given:
-        merged |= {**fields, **{name: {**merged[name], **fields.get(name, {})} for name in ("knobs", "knobs_of")}}
+        own = {name: {**merged["knobs_of"].get(name, {}), **more} for name, more in fields.get("knobs_of", {}).items()}
+        merged |= {
+            **fields,
+            "knobs": {**merged["knobs"], **fields.get("knobs", {})},
+            "knobs_of": {**merged["knobs_of"], **own},
+        }
     dataset, classifier = merged.pop("dataset", None), merged.pop("classifier", None)
     if dataset:
         merged["task"] = f"{dataset}/{classifier}"

@@ -11,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from attacks.black_box import STEP
 from search.formatting import counted, duration, points, spoken_device
-from search.reproduce.cells import TIMED
+from search.reproduce.cells import ROUNDS, TIMED
 from search.reproduce.paper_tables import OURS
 from search.reproduce.results import CellResult, SummaryResult, TableResult
 from search.templates import render
@@ -94,7 +95,10 @@ def notes(found: TableResult) -> list[str]:
     if any(row["measure"] in ("seconds", "ratio") for row in found["cells"]):
         lines.append("Times differ by machine, so what is compared is each as a multiple of the fastest defense's (×).")
     if any(row["setting"]["knowledge"] == "black-box" for row in found["cells"]):
-        lines.append("The black-box attacker starts from the last 150 validation images, which are not attacked.")
+        lines.append(
+            "The black-box attacker starts from the last 150 validation images, which are not attacked; it moves them "
+            f"by a step of {-STEP:g} in {ROUNDS} rounds, or fewer where the run is a fraction."
+        )
     lines += [found["remark"]] if found["remark"] else []
     if far := [row for row in found["cells"] if row.get("extrapolated")]:
         here = EXTRAPOLATED if any(row["measure"] in ("seconds", "ratio") for row in far) else "In the figure"

@@ -10,10 +10,12 @@ import torch
 import yaml
 
 import defenses
+from attacks.black_box import STEP
 from attacks.catalog import ATTACKS
 from search.classifiers.architectures import PARTNERS
 from search.data.datasets import DATASETS
 from search.reproduce import paper_tables
+from search.reproduce.cells import ROUNDS
 from search.reproduce.paper_tables import OURS, read, rows, table, tables
 from spaces.exceptions import InputError
 from spaces.space import SearchSpace
@@ -144,6 +146,31 @@ def test_the_base_model_of_advae_on_cifar10_is_trained_as_its_section_4_1_says()
     assert all("first 1000 of validation" in table(f"advae/{n}").remark for n in "134")
 
 
+def test_magnet_has_its_own_papers_noise_on_colour_images_and_its_usual_one_elsewhere() -> None:
+    for made in {cell.setting for one in tables() for cell in one.cells if cell.setting.defense == "magnet"}:
+        colour = DATASETS[made.task.partition("/")[0]].shape.channels == 3
+        assert (made.knobs.get("noise"), made.knobs.get("reformer")) == ((0.025, "II") if colour else (None, None))
+
+
+def test_the_noise_of_gmvae_falls_as_its_latent_dimensions_grow() -> None:
+    lengths = {}
+    for made in {cell.setting for one in tables() for cell in one.cells if cell.setting.defense == "gmvae"}:
+        dataset = made.task.partition("/")[0]
+        k: Any = SearchSpace.of(defenses.find("gmvae")).narrow(dict(made.knobs)).complete({}).train
+        latent = k["latent"] or DATASETS[dataset].shape.classes
+        lengths[dataset, latent] = latent * k["latent_variance"]
+    assert lengths.keys() == {("mnist", 10), ("svhn", 32), ("coil-100", 100)}
+    assert all(length == pytest.approx(1 / 300) for length in lengths.values())
+
+
+def test_black_box_tables_say_the_substitute_s_step_and_rounds() -> None:
+    assert (STEP, ROUNDS) == (0.1, 6)
+    for one in tables():
+        if "black-box" in one.knowledge and not one.name.startswith("puvae"):
+            assert "-0.1" in one.remark and "6" in one.remark, one.name
+            assert one.name.startswith("advae") or "+0.1" in one.remark and "5 rounds" in one.remark
+
+
 def test_a_setting_is_the_defaults_with_those_of_each_label_over_them() -> None:
     cell = table("puvae/5").cell("D", "iFGSM (0.06)", "MagNet")
     assert cell is not None
@@ -154,7 +181,9 @@ def test_a_setting_is_the_defaults_with_those_of_each_label_over_them() -> None:
         "ifgsm-targeted-cifar",
         0.06,
     )
-    assert setting.knobs == {"detector_1": 1e6, "detector_2": 1e6, "reformer": "II"}
+    assert setting.knobs == {"detector_1": 1e6, "detector_2": 1e6, "reformer": "II", "noise": 0.025}
+    few = table("gmvae/1").cell("SVHN", "Semi-supervised", "Accuracy")  # knobs of two labels
+    assert few is not None and few.setting.knobs.keys() == {"latent", "latent_variance", "labels_per_class"}
 
 
 def test_clean_images_have_one_setting_whatever_the_row_is() -> None:

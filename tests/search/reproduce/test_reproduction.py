@@ -326,7 +326,7 @@ def test_one_gradient_source_is_used_where_the_paper_had_one(storage: Path, monk
     cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
     white: dict[str, Any] = {**ATTACK, "attack": "fgsm", "defense": "class_mean", "knowledge": "white-box"}
     every = cells.run(Setting(task="digits/A", **white))
-    assert set(views) == {"bpda", "surrogate"}
+    assert {"bpda", "surrogate"} <= set(views)  # the training's quick score has a view of its own
     views.clear()
     one = Setting(task="digits/A", **white, gradient="bpda")
     assert cells.run(one).value >= every.value and set(views) == {"bpda"}
