@@ -25,6 +25,9 @@ PAPER_SVHN: dict[str, Domain] = {**PAPER, "latent": 32, "latent_variance": (1 / 
 PAPER_SEMI: dict[str, Domain] = {**PAPER, "labels_per_class": 100}
 """MNIST with 100 labels per class; for SVHN add latent=32."""
 
+PAPER_VARIABLE: dict[str, Domain] = {**PAPER, "variable_entropy": True, "latent_variance": 1 / 3000}
+"""Fig. 5: MNIST with the encoder's own variance, "keeping all other parameters same"."""
+
 WIDE: dict[str, Domain] = {
     "alpha": FloatDistribution(0.1, 1000.0, log=True),
     "latent_variance": FloatDistribution(1e-5, 0.1, log=True),

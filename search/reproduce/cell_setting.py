@@ -20,7 +20,7 @@ from spaces.domain import Scalar
 from spaces.exceptions import InputError, choose
 from spaces.space import SearchSpace
 
-Measure = Literal["attacked", "clean", "error", "rejection", "reclassified", "seconds", "ratio"]
+Measure = Literal["attacked", "clean", "error", "rejection", "reclassified", "fooled", "seconds", "ratio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,14 @@ class Setting:
         substitute: the architecture of the black-box attacker's network.
         gradient: the gradient source of a white-box attack, where the paper had one; None: the worst of all per image.
         oracle: the model that a black-box attacker queries: the defended classifier or the bare one.
+        every_target: whether a white-box attack is run once for each wrong class as its target; each run counts.
         images: number of test images of the paper's number; None: all.
         limit_s: time limit for a batch of 128, in seconds; the defense does as many gradient steps as fit into it.
         measure: accuracy under attack (`attacked`) or on `clean` images; fraction of the images (attacked if there is
             an attack) that are accepted and wrong (`error`) or rejected (`rejection`); accuracy on the images that
-            were rejected and then reclassified (`reclassified`); the `seconds` to purify `images`, or their `ratio` to
-            those of the cell whose ratio is 1.
+            were rejected and then reclassified (`reclassified`); fraction of fooling images, `images` for each class,
+            that are accepted as it (`fooled`); the `seconds` to purify `images`, or their `ratio` to those of the cell
+            whose ratio is 1.
         note: why the cell cannot be run here; empty if it can.
     """
 
@@ -61,6 +63,7 @@ class Setting:
     gradient: Gradient | None = None
     substitute: str | None = None
     oracle: Literal["defended", "bare"] = "defended"
+    every_target: bool = False
     images: int | None = None
     limit_s: float | None = None
     measure: Measure = "attacked"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from defenses.base import Defended, Defense, Metrics
 from search.classifiers.task import TASKS
 from search.data import splits
 from search.exceptions import TrialError
-from search.reproduce.attack_cell import NotRun, attacked, reclassified, threat
+from search.reproduce.attack_cell import NotRun, attacked, fooled, reclassified, threat
 from search.reproduce.cell_setting import Setting
 from search.reproduce.fraction import Fraction, counted
 from search.storage.fingerprint import code_digests, fingerprint
@@ -95,7 +96,7 @@ class Cells:
         if setting.limit_s is not None:
             params = self._within(runner, params, setting, setting.limit_s)
         about = self._about(runner, params, setting)
-        name = "accuracy" if setting.measure in ("attacked", "clean", "reclassified") else setting.measure
+        name = "accuracy" if setting.measure in ("attacked", "clean", "reclassified", "fooled") else setting.measure
         return Ours(value=about[name], images=about["images"], seconds=about["seconds"], ran=about["ran"])
 
     def missing(self, setting: Setting) -> str:
@@ -157,7 +158,7 @@ class Cells:
     def _about(self, runner: TrialRunner, params: Params, setting: Setting) -> dict[str, Any]:
         """Return the figures of a cell, from the store or computed now."""
         rounds = self.portion.root(ROUNDS) if setting.knowledge == "black-box" else 0
-        search = setting.measure == "reclassified"
+        verdicts = {"reclassified": reclassified, "fooled": fooled}
         key = fingerprint(
             source=code_digests(attacked.__module__),
             fit="" if setting.defense == "none" else runner.trainer.key(params),
@@ -166,8 +167,9 @@ class Cells:
             attack=str(setting.attack and ATTACKS[setting.attack]),
             threat=str(threat(setting)),
             attacker=[setting.substitute, setting.oracle, rounds] if rounds else [],
-            searched=search,
+            verdict=setting.measure if setting.measure in verdicts else "attacked",
             gradient=setting.gradient,
+            every_target=setting.every_target,
             images=runner.assets.resolved.eval_images,
             seed=self.seed,
         )
@@ -175,7 +177,7 @@ class Cells:
         def found() -> Content:
             begin = time.monotonic()
             target = self.target(runner, params, setting)
-            verdict = reclassified(runner, target, setting) if search else attacked(runner, target, setting, rounds)
+            verdict = verdicts.get(setting.measure, partial(attacked, rounds=rounds))(runner, target, setting)
             figures = {name: getattr(verdict, name) for name in ("accuracy", "error", "rejection")}
             asked = {"black_box_rounds": rounds} if rounds else {}
             ran = {**self._ran(runner, params, setting), **asked}

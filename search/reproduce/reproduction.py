@@ -174,9 +174,12 @@ def _not_reached(table: Table, cell: Cell) -> CellResult:
 
 def _named(setting: Setting) -> str:
     """Return the correct name of the threat model of a cell."""
+    if setting.measure == "fooled":
+        return "white-box, from noise, bounded by no eps"
     if setting.attack is None:
         return "no attack"
     asks = ", by a substitute that asks the bare classifier" if setting.oracle == "bare" else ""
+    asks += ", at each wrong class in turn" if setting.every_target else ""
     asks += f", by {GRADIENTS[setting.gradient]} alone" if setting.gradient else ""
     named = str(threat(setting)) if setting.eps is not None else f"{setting.knowledge}, least L2, bounded by no eps"
     return named + asks
