@@ -70,6 +70,11 @@ class Setting:
     note: str = ""
 
     @property
+    def attacks(self) -> bool:
+        """Whether anything is attacked, be it noise that becomes fooling images."""
+        return self.attack is not None or self.measure == "fooled"
+
+    @property
     def targeted(self) -> bool:
         """Whether the attack targets a random wrong class."""
         return self.attack is not None and ATTACKS[self.attack].targeted
@@ -110,7 +115,7 @@ def setting(given: Iterable[Mapping[str, Any]]) -> Setting:
     merged["knobs"] |= knobs_of.get(merged.get("defense"), {})
     attack = merged.get("attack")
     if attack is None:
-        merged |= {"eps": None, "knowledge": "oblivious"}
+        merged |= {"eps": None, "knowledge": "white-box" if merged.get("measure") == "fooled" else "oblivious"}
     elif ATTACKS[choose("an attack", attack, list(ATTACKS))].unbounded:
         merged["eps"] = None
     if merged.get("knowledge") != "white-box":

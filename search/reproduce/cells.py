@@ -88,7 +88,7 @@ class Cells:
         if reason := setting.obstacle(self.data_dir):
             raise NotRun(reason)
         if setting.measure in ("seconds", "ratio"):
-            begin, params = time.monotonic(), _wanted(setting)
+            begin, params = time.monotonic(), wanted(setting)
             batch_s, more = self.batch_s(setting, params), self.extrapolates(setting, params)
             spent, value = round(time.monotonic() - begin, 1), batch_s * (setting.images or BATCH) / BATCH
             return Ours(value=value, images=0, seconds=spent, ran={}, extrapolated=more)
@@ -151,7 +151,7 @@ class Cells:
 
     def params(self, setting: Setting) -> Params:
         """Return the values of all knobs, reduced to the fraction."""
-        return self.portion.params(_family(setting), _wanted(setting))
+        return self.portion.params(_family(setting), wanted(setting))
 
     # Accuracies.
 
@@ -211,7 +211,7 @@ class Cells:
     def _ran(self, runner: TrialRunner, params: Params, setting: Setting) -> dict[str, Any]:
         """Return the size of this run: training images, epochs, batch size and reduced knobs."""
         whole = splits.sizes(runner.assets.resolved.task.dataset, self.data_dir).train
-        cut = {n: v for n, v in params.inference.items() if v != _wanted(setting).inference[n]}
+        cut = {n: v for n, v in params.inference.items() if v != wanted(setting).inference[n]}
         trained = {n: params.train[n] for n in ("epochs", "batch_size") if n in params.train}
         images = {"training_images": runner.study.train_images or whole}
         return {**images, "classifier_epochs": runner.study.classifier_epochs, **trained, **cut}
@@ -254,7 +254,7 @@ class Cells:
             steps, least = 0, self._batch_seconds(runner, params)
         else:
             seconds = self._slope(runner, params, name)
-            fitting = [n for n in range(1, int(_wanted(setting).inference[name]) + 1) if seconds(n) <= limit_s]
+            fitting = [n for n in range(1, int(wanted(setting).inference[name]) + 1) if seconds(n) <= limit_s]
             steps, least = max(fitting, default=0), seconds(1)
         if least > limit_s:
             raise NotRun(f"a batch of {BATCH} takes {least:.2g} s on this device, more than {limit_s:g} s")
@@ -265,7 +265,7 @@ def _family(setting: Setting) -> type[Defense]:
     return defenses.find("identity" if setting.defense == "none" else setting.defense)
 
 
-def _wanted(setting: Setting) -> Params:
+def wanted(setting: Setting) -> Params:
     """Return the values of all knobs in the paper."""
     space = SearchSpace.of(_family(setting))
     return space.narrow({**space.defaults, **setting.knobs}).complete({})

@@ -101,7 +101,7 @@ class Table:
     @property
     def knowledge(self) -> tuple[Knowledge, ...]:
         """The true knowledge levels of its attackers."""
-        found = {cell.setting.knowledge for cell in self.cells if cell.setting.attack}
+        found = {cell.setting.knowledge for cell in self.cells if cell.setting.attacks}
         return tuple(known for known in get_args(Knowledge) if known in found)
 
     @property
@@ -127,24 +127,6 @@ def table(name: str) -> Table:
     """
     known = {table.name: table for table in tables()}
     return known[choose("a table", name, list(known))]
-
-
-def rows(data_dir: str | Path | None = None) -> list[dict[str, Any]]:
-    """Return the listing of tables, with the number of cells and of those that can be run on this machine."""
-    listed = []
-    for one in tables():
-        obstacles = [cell.setting.obstacle(data_dir) for cell in one.cells]
-        listed.append(
-            {
-                "table": one.name,
-                "title": one.title,
-                "threat": one.threat,
-                "cells": len(one.cells),
-                "runs": sum(not obstacle for obstacle in obstacles),
-                "not run": "; ".join(dict.fromkeys(filter(None, obstacles))),
-            }
-        )
-    return listed
 
 
 def read(text: str) -> Iterator[Table]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from search.classifiers.architectures import PARTNERS
 from search.data.datasets import DATASETS
 from search.reproduce import paper_tables
 from search.reproduce.cells import ROUNDS
-from search.reproduce.paper_tables import OURS, read, rows, table, tables
+from search.reproduce.paper_tables import OURS, read, table, tables
 from spaces.exceptions import InputError
 from spaces.space import SearchSpace
 
@@ -211,15 +210,6 @@ def test_a_setting_is_the_defaults_with_those_of_each_label_over_them() -> None:
 def test_clean_images_have_one_setting_whatever_the_row_is() -> None:
     clean = [cell.setting for cell in table("defense-vae/3").of({"data": "MNIST", "defense": "No Attack"})]
     assert len(clean) == 8 and len(set(clean)) == 4
-
-
-def test_a_listing_counts_what_can_be_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    listed = {row["table"]: row for row in rows(tmp_path)}
-    assert list(listed["puvae/3"]) == ["table", "title", "threat", "cells", "runs", "not run"]
-    assert listed["puvae/3"]["cells"] == listed["puvae/3"]["runs"] == 42
-    assert listed["defense-vae/7"]["runs"] == 54 and "celeba is not here" in listed["defense-vae/7"]["not run"]
-    assert listed["gmvae/1"]["not run"] == "another paper's classifier"
 
 
 def test_an_unknown_name_names_the_nearest() -> None:
