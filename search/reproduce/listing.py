@@ -10,7 +10,6 @@ import defenses
 from search.classifiers.architectures import PARTNERS
 from search.data import splits
 from search.data.datasets import DATASETS
-from search.formatting import counted
 from search.reproduce.cell_setting import Setting
 from search.reproduce.cells import UNTAUGHT, wanted
 from search.reproduce.paper_tables import tables
@@ -30,15 +29,15 @@ def rows(data_dir: str | Path | None = None) -> list[dict[str, Any]]:
                 "threat": one.threat,
                 "cells": len(one.cells),
                 "runs": len(runs),
-                "cost": cost(runs, data_dir),
+                **cost(runs, data_dir),
                 "not run": "; ".join(dict.fromkeys(filter(None, obstacles))),
             }
         )
     return listed
 
 
-def cost(settings: Iterable[Setting], data_dir: str | Path | None = None) -> str:
-    """Return the trainings of classifiers and defenses with their epochs, and the images that are attacked.
+def cost(settings: Iterable[Setting], data_dir: str | Path | None = None) -> dict[str, int]:
+    """Return how many classifiers and defenses are trained, for how many epochs, and how many images are attacked.
 
     What several cells share counts once, as it is stored. The epochs of different defenses take different times:
     `reproduce` times a step of each and says how long all take.
@@ -61,11 +60,11 @@ def cost(settings: Iterable[Setting], data_dir: str | Path | None = None) -> str
             classes = DATASETS[dataset].shape.classes
             each = classes if setting.measure == "fooled" else classes - 1 if setting.every_target else 1
             attacked[setting] = each * min(setting.images or free, free)
-    trainings, epochs = len(classifiers) + len(fits), sum(classifiers.values()) + sum(fits.values())
-    if not trainings:
-        return ""
-    images = f", {sum(attacked.values()):,} attacked images" if attacked else ""
-    return f"{counted(trainings, 'training')} ({epochs:,} epochs){images}"
+    return {
+        "trainings": len(classifiers) + len(fits),
+        "epochs": sum(classifiers.values()) + sum(fits.values()),
+        "attacked images": sum(attacked.values()),
+    }
 
 
 def _classifiers(setting: Setting) -> set[str]:
