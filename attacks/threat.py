@@ -21,7 +21,7 @@ class ThreatModel:
         eps: bound of the perturbation, in pixel units of [0, 1].
         knowledge: `oblivious` sees the bare classifier; `black-box` sees neither model, but queries the classes of the
             defended classifier and trains a substitute (attacks/black_box.py); `white-box` sees classifier and defense.
-            What PuVAE, Defense-VAE and Defense-GAN call white-box is oblivious.
+            What PuVAE and Defense-VAE call white-box is oblivious; PuVAE's "strong white-box" is white-box.
 
     Raises:
         InputError: a value is not legal.

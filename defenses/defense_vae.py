@@ -34,8 +34,10 @@ DEEPFOOL = {"steps": 50, "overshoot": 0.02}  # defaults of its authors (inferred
 ATTACKS = ("fgsm+rand+cw", "fgsm+rand", "fgsm+cw", "rand+cw", "fgsm+rand+deepfool", "fgsm+rand+cw+clean")
 """The paper's; Table 2's, with an attack left out or DeepFool for CW; and ours, with the clean image itself."""
 WITH_CW: Condition = {"attacks": tuple(named for named in ATTACKS if "cw" in named)}
-RETRAINED: Condition = {"variant": ("rec", "e2e")}
-END_TO_END: Condition = {"variant": ("e2e",)}
+RETRAINED: Condition = {"variant": ("rec", "e2e", "scratch")}
+PHASED: Condition = {"variant": ("rec", "e2e")}
+END_TO_END: Condition = {"variant": ("e2e", "scratch")}
+TUNED: Condition = {"variant": ("e2e",)}
 EDGE = 0.01  # bn_relu pixels are clamped this far from 0 and 1, where the BCE is infinite; with less it did not train
 Phase = Literal["vae", "rec", "e2e"]
 
@@ -44,8 +46,9 @@ Phase = Literal["vae", "rec", "e2e"]
 class Train(Knobs):
     variant: str = knob(
         "plain",
-        CategoricalDistribution(("plain", "rec", "e2e")),
-        "who classifies: the protected classifier, a copy retrained on reconstructions, or one tuned end to end",
+        CategoricalDistribution(("plain", "rec", "e2e", "scratch")),
+        "who classifies: the protected classifier, a copy retrained on reconstructions, one then tuned end to end, or "
+        "one trained end to end from random weights",
     )
     attacks: str = knob(
         "fgsm+rand+cw", CategoricalDistribution(ATTACKS), "whose images are mapped to clean ones, section 4.1"
@@ -64,10 +67,10 @@ class Train(Knobs):
         1.0, FloatDistribution(1e-4, 1e5, log=True), "lambda of Eq. 5 (the paper does not say)", given=END_TO_END
     )
     rec_share: float = knob(
-        0.2, FloatDistribution(0.0, 0.9), "share of the epochs that retrain the copy (not said)", given=RETRAINED
+        0.2, FloatDistribution(0.0, 0.9), "share of the epochs that retrain the copy (not said)", given=PHASED
     )
     e2e_share: float = knob(
-        0.2, FloatDistribution(0.0, 0.9), "share that then tunes end to end (not said)", given=END_TO_END
+        0.2, FloatDistribution(0.0, 0.9), "share that then tunes end to end (not said)", given=TUNED
     )
     maps: int = knob(64, IntDistribution(1, 512), "base width of the convolutions, Table 6", latency=True)
     latent: int = knob(128, IntDistribution(1, 1024), "latent dimensions, Table 6", latency=True)
@@ -142,11 +145,11 @@ class DefenseVAE(Defense):
             if isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
                 nn.init.normal_(part.weight, float(isinstance(part, nn.BatchNorm2d)), 0.02)
         rec, e2e = (max(1, round(share * k.epochs)) for share in (k.rec_share, k.e2e_share))
-        spent = {"plain": 0, "rec": rec, "e2e": rec + e2e}[k.variant]
+        spent = {"rec": rec, "e2e": rec + e2e}.get(k.variant, 0)
         if k.epochs <= spent:
             raise InputError(f"epochs must exceed the {spent} that variant {k.variant} retrains, but is {k.epochs}")
-        self.rec_from = k.epochs - spent if self.retrains else math.inf
-        self.e2e_from = k.epochs - e2e if k.variant == "e2e" else math.inf
+        self.rec_from = k.epochs - spent if k.variant in PHASED["variant"] else math.inf
+        self.e2e_from = {"e2e": k.epochs - e2e, "scratch": 0}.get(k.variant, math.inf)
 
     def adopt(self, classifier: nn.Module) -> None:
         if self.retrains:
@@ -164,8 +167,11 @@ class DefenseVAE(Defense):
         return replace(batches, x_NCHW=x_hat_VNCHW.flatten(0, 1), y_N=index_VN)
 
     def phase(self, epoch: int) -> Phase:
-        """Return what an epoch (from 0) trains: the VAE, Eq. 4; in rec and e2e then a copy; in e2e then both, Eq. 5."""
-        return "vae" if epoch < self.rec_from else "rec" if epoch < self.e2e_from else "e2e"
+        """Return what an epoch (from 0) trains: the VAE, Eq. 4; in rec and e2e then a copy; in e2e then both, Eq. 5.
+
+        From scratch each epoch trains both: the first approach of section 4.1, e2e being the second.
+        """
+        return "e2e" if epoch >= self.e2e_from else "rec" if epoch >= self.rec_from else "vae"
 
     def encode(self, x_NCHW: Tensor, together: bool = False) -> tuple[Tensor, Tensor]:
         """Return mu_NL and log sigma^2_NL of q(z | x). Source: Eq. 3; `together`: see `_through`."""
@@ -212,6 +218,9 @@ class DefenseVAE(Defense):
         pairs = self.pairs(batches, classifier)
         steps = math.ceil(k.epoch_share * len(pairs.x_NCHW) / batches.batch_size)
         for number, epoch in enumerate(pairs, start=batches.start):
+            if number == 0 and k.variant == "scratch":  # here, so that the weights follow from the epoch's seed
+                for part in self.own.modules():
+                    getattr(part, "reset_parameters", lambda: None)()
             phase = self.phase(number)
             self.train(phase != "rec")  # there the VAE is fixed, its running statistics too
             if phase == "rec":

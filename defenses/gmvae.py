@@ -38,6 +38,9 @@ ENC, DEC = FloatDistribution(0.0, 1e9), FloatDistribution(-10.0, 1e9)
 class Train(Knobs):
     alpha: float = knob(4.5, FloatDistribution(1e-3, 1e5, log=True), "weight of the prior, Eq. 7 (not said)")
     latent_variance: float = knob(1 / 3000, FloatDistribution(1e-8, 1.0, log=True), "of the training noise, section 4")
+    variable_entropy: bool = knob(
+        False, CategoricalDistribution((False, True)), "the encoder emits a factor on this variance, Fig. 5"
+    )
     latent: int = knob(0, IntDistribution(0, 1024), "latent dimensions; 0: as many as classes, section 4", latency=True)
     maps: int = knob(32, IntDistribution(1, 256), "maps of the outer convolutions; the inner have twice", latency=True)
     dense: int = knob(128, IntDistribution(4, 4096), "units of the dense layers", latency=True)
@@ -108,7 +111,8 @@ class GMVAE(Defense):
             enlarge = [nn.Upsample(self.sizes[i // 2])] if i % 2 else []
             up = [*enlarge, nn.Conv2d(inner, outer, 3, padding=1), nn.ReLU() if i else nn.Sigmoid(), *up]
         self.down, self.up = nn.Sequential(*down), nn.Sequential(*up)
-        self.to_latent = nn.Sequential(nn.Linear(features, k.dense), nn.ReLU(), nn.Linear(k.dense, latent))
+        last = nn.Linear(k.dense, (1 + k.variable_entropy) * latent)
+        self.to_latent = nn.Sequential(nn.Linear(features, k.dense), nn.ReLU(), last)
         self.from_latent = nn.Sequential(nn.Linear(latent, k.dense), nn.ReLU(), nn.Linear(k.dense, features), nn.ReLU())
         for part in self.parameters():
             # With PyTorch's default, the decoder long returns the mean image, and training on few labels fails.
@@ -121,8 +125,14 @@ class GMVAE(Defense):
 
     def encode(self, x_NCHW: Tensor) -> Tensor:
         """Return f(x), the mean of Q(z|x), NL. Source: section 3.3."""
+        return self.posterior(x_NCHW)[0]
+
+    def posterior(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the variance of Q(z|x), NL each."""
         # Channels last makes convolutions about 1.2 times as fast (CPU, training and inference).
-        return self.to_latent(self.down(x_NCHW.contiguous(memory_format=torch.channels_last)).flatten(1))
+        f_NL = self.to_latent(self.down(x_NCHW.contiguous(memory_format=torch.channels_last)).flatten(1))
+        f_NL, log_NL = f_NL.chunk(2, dim=1) if self.train_knobs.variable_entropy else (f_NL, torch.zeros_like(f_NL))
+        return f_NL, self.train_knobs.latent_variance * log_NL.exp()
 
     def decode(self, z_NL: Tensor) -> Tensor:
         """Return g(z), NCHW."""
@@ -146,16 +156,18 @@ class GMVAE(Defense):
         around mu_y of variance 1 / (2 alpha), up to a constant; so the mixture's is minus the log-sum-exp of such
         terms (inferred; the default alpha makes sigma 1/3, as in the first author's ParthaEth/DeepClustering). Images
         with and without labels are averaged separately (inferred): otherwise the many unlabelled ones collapse to one
-        mean (digits, ten labels per class: 9 instead of 84 % correct).
+        mean (digits, ten labels per class: 9 instead of 84 % correct). A variable entropy adds what a fixed one drops:
+        -H(Q(z|x)), and the cross entropy's share of the variance, alpha times its sum (inferred from Eq. 2).
         """
-        f_NL = self.encode(x_NCHW)
-        epsilon_NL = self.train_knobs.latent_variance**0.5 * torch.randn_like(f_NL)
-        terms_NK = self.train_knobs.alpha * self.distances(f_NL)
+        k, (f_NL, variance_NL) = self.train_knobs, self.posterior(x_NCHW)
+        epsilon_NL = variance_NL**0.5 * torch.randn_like(f_NL)
+        terms_NK = k.alpha * self.distances(f_NL)
         own_N = terms_NK.gather(1, y_N.clamp(min=0)[:, None])[:, 0]
         terms_2N = torch.stack((own_N, -torch.logsumexp(-terms_NK, dim=1)))
         which_2N = torch.stack((y_N >= 0, y_N < 0))
         prior_2 = (terms_2N * which_2N).sum(dim=1) / which_2N.sum(dim=1).clamp(min=1)
-        return self.errors(x_NCHW, f_NL + epsilon_NL).mean(), prior_2.sum()
+        own = (k.alpha * variance_NL - variance_NL.log() / 2).sum(dim=1).mean() if k.variable_entropy else 0.0
+        return self.errors(x_NCHW, f_NL + epsilon_NL).mean(), prior_2.sum() + own
 
     def fit(self, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
         batches = replace(batches, y_N=self.seen(batches.y_N))

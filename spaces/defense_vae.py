@@ -28,6 +28,9 @@ PAPER_E2E: dict[str, Domain] = {
 }
 """Defense-VAE-E2E in Table 1: five epochs per phase; neither these nor lambda are stated."""
 
+PAPER_SCRATCH: dict[str, Domain] = {**PAPER_E2E, "variant": "scratch"}
+"""The first approach of section 4.1, "almost equally effective": all 15 epochs (not stated) end to end from scratch."""
+
 PAPER_UNTRAINED: dict[str, Domain] = {
     **PAPER_REC,
     "attacks": ("fgsm+rand+cw", "rand+cw", "fgsm+cw", "fgsm+rand", "fgsm+rand+deepfool"),

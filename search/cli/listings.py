@@ -180,9 +180,9 @@ def _layers(dataset: str, classifier: str, data_dir: str | None) -> str:
 
 
 def _tables() -> list[Row]:
-    from search.reproduce import paper_tables
+    from search.reproduce.listing import rows
 
-    return paper_tables.rows()
+    return rows()
 
 
 def _searches(storage: str) -> list[Row]:

@@ -63,6 +63,7 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
         "fit": candidate.fit,
         "training": {
             "classifier_epochs": study.classifier_epochs,
+            "classifier_recipe": study.classifier_recipe,
             "precision": runner.assets.precision,
             "last_epoch": _last_epoch(runner, candidate),
         },

@@ -27,6 +27,7 @@ EXAM = (
     "train_images",
     "eval_images",
     "classifier_epochs",
+    "classifier_recipe",
     "precision",
     "seed",
 )

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import defenses
 from attacks.catalog import ATTACKS
+from attacks.gradient_view import Gradient
 from attacks.threat import Knowledge, Norm, ThreatModel
 from search.classifiers.architectures import ARCHITECTURES
 from search.classifiers.task import TASKS
@@ -19,7 +20,7 @@ from spaces.domain import Scalar
 from spaces.exceptions import InputError, choose
 from spaces.space import SearchSpace
 
-Measure = Literal["attacked", "clean", "error", "rejection", "reclassified", "seconds", "ratio"]
+Measure = Literal["attacked", "clean", "error", "rejection", "reclassified", "fooled", "seconds", "ratio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,36 +30,49 @@ class Setting:
     Args:
         task: the data set and the classifier that the defense is trained with.
         protect: the task whose classifier is attacked; None: that of `task`.
+        classifier_recipe, classifier_epochs: how the classifiers are trained, as the fields of a study.
         defense: `none` is the bare classifier.
         knobs: those of the defense whose values in the paper differ from the defaults.
         attack: its name in attacks/catalog.py; None: clean images.
         eps: in pixel units of [0, 1]; None for an attack without a bound.
         knowledge: the true knowledge of the attacker, whatever the paper calls it.
         substitute: the architecture of the black-box attacker's network.
+        gradient: the gradient source of a white-box attack, where the paper had one; None: the worst of all per image.
         oracle: the model that a black-box attacker queries: the defended classifier or the bare one.
+        every_target: whether a white-box attack is run once for each wrong class as its target; each run counts.
         images: number of test images of the paper's number; None: all.
         limit_s: time limit for a batch of 128, in seconds; the defense does as many gradient steps as fit into it.
         measure: accuracy under attack (`attacked`) or on `clean` images; fraction of the images (attacked if there is
             an attack) that are accepted and wrong (`error`) or rejected (`rejection`); accuracy on the images that
-            were rejected and then reclassified (`reclassified`); the `seconds` to purify `images`, or their `ratio` to
-            those of the cell whose ratio is 1.
+            were rejected and then reclassified (`reclassified`); fraction of fooling images, `images` for each class,
+            that are accepted as it (`fooled`); the `seconds` to purify `images`, or their `ratio` to those of the cell
+            whose ratio is 1.
         note: why the cell cannot be run here; empty if it can.
     """
 
     task: str
     protect: str | None = None
+    classifier_recipe: Literal["plain", "augmented"] = "plain"
+    classifier_epochs: int = 10
     defense: str = "none"
     knobs: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
     attack: str | None = None
     eps: float | None = None
     norm: Norm = "Linf"
     knowledge: Knowledge = "oblivious"
+    gradient: Gradient | None = None
     substitute: str | None = None
     oracle: Literal["defended", "bare"] = "defended"
+    every_target: bool = False
     images: int | None = None
     limit_s: float | None = None
     measure: Measure = "attacked"
     note: str = ""
+
+    @property
+    def attacks(self) -> bool:
+        """Whether anything is attacked, be it noise that becomes fooling images."""
+        return self.attack is not None or self.measure == "fooled"
 
     @property
     def targeted(self) -> bool:
@@ -88,7 +102,12 @@ def setting(given: Iterable[Mapping[str, Any]]) -> Setting:
     """
     merged: dict[str, Any] = {"knobs": {}, "knobs_of": {}}
     for fields in given:
-        merged |= {**fields, **{name: {**merged[name], **fields.get(name, {})} for name in ("knobs", "knobs_of")}}
+        own = {name: {**merged["knobs_of"].get(name, {}), **more} for name, more in fields.get("knobs_of", {}).items()}
+        merged |= {
+            **fields,
+            "knobs": {**merged["knobs"], **fields.get("knobs", {})},
+            "knobs_of": {**merged["knobs_of"], **own},
+        }
     dataset, classifier = merged.pop("dataset", None), merged.pop("classifier", None)
     if dataset:
         merged["task"] = f"{dataset}/{classifier}"
@@ -96,9 +115,11 @@ def setting(given: Iterable[Mapping[str, Any]]) -> Setting:
     merged["knobs"] |= knobs_of.get(merged.get("defense"), {})
     attack = merged.get("attack")
     if attack is None:
-        merged |= {"eps": None, "knowledge": "oblivious"}
+        merged |= {"eps": None, "knowledge": "white-box" if merged.get("measure") == "fooled" else "oblivious"}
     elif ATTACKS[choose("an attack", attack, list(ATTACKS))].unbounded:
         merged["eps"] = None
+    if merged.get("knowledge") != "white-box":
+        merged["gradient"] = None
     if merged.get("knowledge") != "black-box":
         merged |= {"substitute": None, "oracle": "defended"}
     made = Setting(**merged)
@@ -117,6 +138,8 @@ def _check(setting: Setting) -> None:
     if setting.substitute:
         choose("a substitute", setting.substitute, list(ARCHITECTURES))
     choose("a measure", setting.measure, get_args(Measure))
+    if setting.gradient:
+        choose("a gradient", setting.gradient, get_args(Gradient))
     ThreatModel(setting.norm, setting.eps or 0.0, setting.knowledge)
     if setting.defense != "none":
         _fits(setting.defense, tuple(sorted(setting.knobs.items())))

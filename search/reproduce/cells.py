@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from defenses.base import Defended, Defense, Metrics
 from search.classifiers.task import TASKS
 from search.data import splits
 from search.exceptions import TrialError
-from search.reproduce.attack_cell import NotRun, attacked, reclassified, threat
+from search.reproduce.attack_cell import NotRun, attacked, fooled, reclassified, threat
 from search.reproduce.cell_setting import Setting
 from search.reproduce.fraction import Fraction, counted
 from search.storage.fingerprint import code_digests, fingerprint
@@ -33,15 +34,15 @@ from spaces.space import Params, SearchSpace
 Report = Callable[[str, int, int, Metrics], None]
 """Called after each epoch with the name of what is trained, the epoch, the number of epochs, and the metrics."""
 
-CLASSIFIER_EPOCHS, ROUNDS = 10, 6
-"""Epochs of a classifier (Defense-VAE, section 4.1); rounds of a black-box attacker."""
+ROUNDS = 6
+"""Rounds of a black-box attacker."""
 BATCH = 128
 """Batch size for timing purification, in images."""
 TIMED = (1, 3)
 """Numbers of steps that are timed; other numbers are extrapolated from them, because all steps cost the same."""
 CHEAP = 64
 """Images for the quick score of an epoch."""
-UNTAUGHT = ("defense_gan", "magnet")
+UNTAUGHT = ("class_mean", "defense_gan", "magnet")
 """Defenses whose training does not use a classifier: one fit serves all classifiers."""
 
 
@@ -87,7 +88,7 @@ class Cells:
         if reason := setting.obstacle(self.data_dir):
             raise NotRun(reason)
         if setting.measure in ("seconds", "ratio"):
-            begin, params = time.monotonic(), _wanted(setting)
+            begin, params = time.monotonic(), wanted(setting)
             batch_s, more = self.batch_s(setting, params), self.extrapolates(setting, params)
             spent, value = round(time.monotonic() - begin, 1), batch_s * (setting.images or BATCH) / BATCH
             return Ours(value=value, images=0, seconds=spent, ran={}, extrapolated=more)
@@ -95,7 +96,7 @@ class Cells:
         if setting.limit_s is not None:
             params = self._within(runner, params, setting, setting.limit_s)
         about = self._about(runner, params, setting)
-        name = "accuracy" if setting.measure in ("attacked", "clean", "reclassified") else setting.measure
+        name = "accuracy" if setting.measure in ("attacked", "clean", "reclassified", "fooled") else setting.measure
         return Ours(value=about[name], images=about["images"], seconds=about["seconds"], ran=about["ran"])
 
     def missing(self, setting: Setting) -> str:
@@ -139,7 +140,8 @@ class Cells:
                 "train_images": None if images == sizes.train else images,
                 "eval_images": self.portion.attacked(min(setting.images or free, free)),
                 "cheap_images": CHEAP,
-                "classifier_epochs": self.portion.epochs(CLASSIFIER_EPOCHS),
+                "classifier_epochs": self.portion.epochs(setting.classifier_epochs),
+                "classifier_recipe": setting.classifier_recipe,
                 "storage": self.storage,
                 "data_dir": self.data_dir,
                 "seed": self.seed,
@@ -149,14 +151,14 @@ class Cells:
 
     def params(self, setting: Setting) -> Params:
         """Return the values of all knobs, reduced to the fraction."""
-        return self.portion.params(_family(setting), _wanted(setting))
+        return self.portion.params(_family(setting), wanted(setting))
 
     # Accuracies.
 
     def _about(self, runner: TrialRunner, params: Params, setting: Setting) -> dict[str, Any]:
         """Return the figures of a cell, from the store or computed now."""
         rounds = self.portion.root(ROUNDS) if setting.knowledge == "black-box" else 0
-        search = setting.measure == "reclassified"
+        verdicts = {"reclassified": reclassified, "fooled": fooled}
         key = fingerprint(
             source=code_digests(attacked.__module__),
             fit="" if setting.defense == "none" else runner.trainer.key(params),
@@ -165,7 +167,9 @@ class Cells:
             attack=str(setting.attack and ATTACKS[setting.attack]),
             threat=str(threat(setting)),
             attacker=[setting.substitute, setting.oracle, rounds] if rounds else [],
-            searched=search,
+            verdict=setting.measure if setting.measure in verdicts else "attacked",
+            gradient=setting.gradient,
+            every_target=setting.every_target,
             images=runner.assets.resolved.eval_images,
             seed=self.seed,
         )
@@ -173,7 +177,7 @@ class Cells:
         def found() -> Content:
             begin = time.monotonic()
             target = self.target(runner, params, setting)
-            verdict = reclassified(runner, target, setting) if search else attacked(runner, target, setting, rounds)
+            verdict = verdicts.get(setting.measure, partial(attacked, rounds=rounds))(runner, target, setting)
             figures = {name: getattr(verdict, name) for name in ("accuracy", "error", "rejection")}
             asked = {"black_box_rounds": rounds} if rounds else {}
             ran = {**self._ran(runner, params, setting), **asked}
@@ -207,7 +211,7 @@ class Cells:
     def _ran(self, runner: TrialRunner, params: Params, setting: Setting) -> dict[str, Any]:
         """Return the size of this run: training images, epochs, batch size and reduced knobs."""
         whole = splits.sizes(runner.assets.resolved.task.dataset, self.data_dir).train
-        cut = {n: v for n, v in params.inference.items() if v != _wanted(setting).inference[n]}
+        cut = {n: v for n, v in params.inference.items() if v != wanted(setting).inference[n]}
         trained = {n: params.train[n] for n in ("epochs", "batch_size") if n in params.train}
         images = {"training_images": runner.study.train_images or whole}
         return {**images, "classifier_epochs": runner.study.classifier_epochs, **trained, **cut}
@@ -250,7 +254,7 @@ class Cells:
             steps, least = 0, self._batch_seconds(runner, params)
         else:
             seconds = self._slope(runner, params, name)
-            fitting = [n for n in range(1, int(_wanted(setting).inference[name]) + 1) if seconds(n) <= limit_s]
+            fitting = [n for n in range(1, int(wanted(setting).inference[name]) + 1) if seconds(n) <= limit_s]
             steps, least = max(fitting, default=0), seconds(1)
         if least > limit_s:
             raise NotRun(f"a batch of {BATCH} takes {least:.2g} s on this device, more than {limit_s:g} s")
@@ -261,7 +265,7 @@ def _family(setting: Setting) -> type[Defense]:
     return defenses.find("identity" if setting.defense == "none" else setting.defense)
 
 
-def _wanted(setting: Setting) -> Params:
+def wanted(setting: Setting) -> Params:
     """Return the values of all knobs in the paper."""
     space = SearchSpace.of(_family(setting))
     return space.narrow({**space.defaults, **setting.knobs}).complete({})

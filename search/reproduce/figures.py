@@ -1,4 +1,4 @@
-"""Draws figures of the papers from our cells: Fig. 7 and 9 of PuVAE, Fig. 3 of GMVAE.
+"""Draws figures of the papers from our cells: Fig. 7 and 9 of PuVAE, Fig. 3 and 5 of GMVAE.
 
 Shapes: N images, K classes, C channels, H x W pixels.
 """
@@ -93,7 +93,7 @@ def over_time(found: TableResult, table: Table, cells: Cells, out: Path) -> list
 
 
 def by_eps(found: TableResult, table: Table, cells: Cells, out: Path) -> list[Path]:
-    """Draw GMVAE's Fig. 3: accuracy, error and rejection against the eps of FGSM."""
+    """Draw GMVAE's Fig. 3 or 5: accuracy, error and rejection against the eps of FGSM."""
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for cell, row in zip(table.cells, found["cells"], strict=True):
         if row["ours"] is not None and cell.setting.eps is not None:
@@ -108,7 +108,12 @@ def by_eps(found: TableResult, table: Table, cells: Cells, out: Path) -> list[Pa
     return [_charted(out / "eps.svg", drawn, "eps of FGSM (L-infinity)")] if drawn else []
 
 
-PICTURES: Mapping[str, Draw] = {"puvae/fig7": classes, "puvae/fig9": over_time, "gmvae/fig3": by_eps}
+PICTURES: Mapping[str, Draw] = {
+    "puvae/fig7": classes,
+    "puvae/fig9": over_time,
+    "gmvae/fig3": by_eps,
+    "gmvae/fig5": by_eps,
+}
 
 
 def _strips(rows: Sequence[tuple[Tensor, str]]) -> bytes:

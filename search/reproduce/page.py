@@ -11,8 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from attacks.black_box import STEP
 from search.formatting import counted, duration, points, spoken_device
-from search.reproduce.cells import TIMED
+from search.reproduce.cells import ROUNDS, TIMED
+from search.reproduce.paper_tables import OURS
 from search.reproduce.results import CellResult, SummaryResult, TableResult
 from search.templates import render
 
@@ -25,7 +27,8 @@ EXTRAPOLATED = "≈"
 STYLES = ("bold blue", "cyan", "yellow", "bold magenta")
 """Styles of the bands, distinguishable with red-green colour blindness; the difference is also printed in digits."""
 SPLIT = (
-    "Ours are of validation images, the paper's of test images: the test split is opened by launch.py final alone. "
+    "Ours are of validation images, the first ones in the data set's own order, so the same in every cell; the paper's "
+    "are of test images: the test split is opened by launch.py final alone. "
     "A network that is trained too briefly may lie as far from the paper as a wrong one."
 )
 
@@ -53,6 +56,8 @@ def said(row: CellResult, quantity: str) -> str:
     ours, paper, distance = figures(row)
     interval = " to ".join(f"{100 * edge:.1f}" for edge in row["interval"]) if row["interval"] else ""
     between = f" ({interval})" if interval else ""
+    if row["printed"] == OURS:
+        return f"ours {ours}{between}; the paper has none"
     return f"ours {ours}{between}, the paper's {paper}" + (f", {distance}" if distance else "")
 
 
@@ -66,7 +71,8 @@ def figures(row: CellResult) -> tuple[str, str, str]:
         ours = f"{about}{row['ours']:.3g} s" + (f" ({relative['ours']:.3g}×)" if relative else "")
     else:
         ours = points(row["ours"])
-    paper = "?" if unknown else row["printed"] + (" s" if row["measure"] == "seconds" else "")
+    paper = "–" if row["printed"] == OURS else row["printed"]
+    paper += " s" if row["measure"] == "seconds" and not unknown else ""
     if relative and row["measure"] == "seconds":
         paper += f" ({relative['paper']:.3g}×)"
     if row["distance"] is None:
@@ -89,7 +95,10 @@ def notes(found: TableResult) -> list[str]:
     if any(row["measure"] in ("seconds", "ratio") for row in found["cells"]):
         lines.append("Times differ by machine, so what is compared is each as a multiple of the fastest defense's (×).")
     if any(row["setting"]["knowledge"] == "black-box" for row in found["cells"]):
-        lines.append("The black-box attacker starts from the last 150 validation images, which are not attacked.")
+        lines.append(
+            "The black-box attacker starts from the last 150 validation images, which are not attacked; it moves them "
+            f"by a step of {-STEP:g} in {ROUNDS} rounds, or fewer where the run is a fraction."
+        )
     lines += [found["remark"]] if found["remark"] else []
     if far := [row for row in found["cells"] if row.get("extrapolated")]:
         here = EXTRAPOLATED if any(row["measure"] in ("seconds", "ratio") for row in far) else "In the figure"
@@ -153,6 +162,7 @@ def html(found: TableResult, out: Path) -> str:
         Path(__file__).parent / "templates" / "reproduce.html.j2",
         found=found,
         lines=list(_lines(found)),
+        alone=OURS,
         figures=figures,
         said=said,
         duration=duration,
@@ -189,8 +199,10 @@ def _cell(row: CellResult | None) -> Text:
     if row is None:
         return Text("")
     if row["not_run"]:
-        return Text(f"not run / {'?' if row['paper'] is None else row['printed']}", "dim")
+        return Text("not run" + ("" if row["printed"] == OURS else f" / {row['printed']}"), "dim")
     ours, paper, distance = figures(row)
+    if row["printed"] == OURS:
+        return Text(ours)
     style = "" if row["band"] is None else STYLES[row["band"]]
     return Text(f"{ours} / {paper}" + (f"\n({distance})" if distance else ""), style)
 

@@ -24,8 +24,9 @@ from spaces.exceptions import InputError, choose
 FOLDER = Path(__file__).parent / "tables"
 Kind = Literal["average", "largest"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-ABSENT, ILLEGIBLE = "-", "?"
-"""How a file marks a cell that is empty in the paper, and one whose number is not in the paper's text."""
+ABSENT, ILLEGIBLE, OURS = "-", "?", "ours"
+"""How a file marks a cell that is empty in the paper, one whose number is not in the paper's text, and one that the
+paper does not have and that stands beside it: ours alone."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Cell:
     Args:
         labels: one for each dimension.
         value: a fraction, or seconds; None if the paper's text does not have it.
-        printed: the number as printed in the paper.
+        printed: the number as printed in the paper; `OURS` if the paper has no such cell.
         note: a doubt about the number.
     """
 
@@ -100,7 +101,7 @@ class Table:
     @property
     def knowledge(self) -> tuple[Knowledge, ...]:
         """The true knowledge levels of its attackers."""
-        found = {cell.setting.knowledge for cell in self.cells if cell.setting.attack}
+        found = {cell.setting.knowledge for cell in self.cells if cell.setting.attacks}
         return tuple(known for known in get_args(Knowledge) if known in found)
 
     @property
@@ -126,24 +127,6 @@ def table(name: str) -> Table:
     """
     known = {table.name: table for table in tables()}
     return known[choose("a table", name, list(known))]
-
-
-def rows(data_dir: str | Path | None = None) -> list[dict[str, Any]]:
-    """Return the listing of tables, with the number of cells and of those that can be run on this machine."""
-    listed = []
-    for one in tables():
-        obstacles = [cell.setting.obstacle(data_dir) for cell in one.cells]
-        listed.append(
-            {
-                "table": one.name,
-                "title": one.title,
-                "threat": one.threat,
-                "cells": len(one.cells),
-                "runs": sum(not obstacle for obstacle in obstacles),
-                "not run": "; ".join(dict.fromkeys(filter(None, obstacles))),
-            }
-        )
-    return listed
 
 
 def read(text: str) -> Iterator[Table]:
@@ -214,6 +197,6 @@ def _of(name: str, label: str, labels: Mapping[str, Mapping[str, Any]]) -> Mappi
 
 def _value(printed: str, timed: bool) -> float | None:
     """Parse a number; percent are converted to a fraction."""
-    if printed in (ABSENT, ILLEGIBLE):
+    if printed in (ABSENT, ILLEGIBLE, OURS):
         return None
     return float(Decimal(printed) / (1 if timed else 100))

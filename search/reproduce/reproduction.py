@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from attacks.confidence import wilson
+from attacks.gradient_view import Gradient
 from defenses.base import Metrics
 from search.console import SAID, terminable
 from search.reproduce import paper_tables
@@ -38,6 +39,8 @@ BANDS = (0.02, 0.05, 0.10)
 """Upper limits of the bands 0, 1 and 2 for differences in accuracy, fractions; larger differences are in band 3."""
 FACTORS = (1.25, 1.5, 2.0)
 """The same for times, as factors; times are compared as multiples of the fastest defense's."""
+
+GRADIENTS: Mapping[Gradient, str] = {"exact": "the exact gradient", "bpda": "BPDA", "surrogate": "the surrogate"}
 
 
 def reproduce(
@@ -171,9 +174,13 @@ def _not_reached(table: Table, cell: Cell) -> CellResult:
 
 def _named(setting: Setting) -> str:
     """Return the correct name of the threat model of a cell."""
+    if setting.measure == "fooled":
+        return "white-box, from noise, bounded by no eps"
     if setting.attack is None:
         return "no attack"
     asks = ", by a substitute that asks the bare classifier" if setting.oracle == "bare" else ""
+    asks += ", at each wrong class in turn" if setting.every_target else ""
+    asks += f", by {GRADIENTS[setting.gradient]} alone" if setting.gradient else ""
     named = str(threat(setting)) if setting.eps is not None else f"{setting.knowledge}, least L2, bounded by no eps"
     return named + asks
 

@@ -14,7 +14,7 @@ class Relative(TypedDict):
 
 
 class CellResult(TypedDict):
-    """One number of a paper beside ours: fractions, or seconds.
+    """One number of a paper beside ours: fractions, or seconds. `printed` is "ours" where the paper has no such cell.
 
     `band` grades the difference: 0 smallest, 3 largest. `ran` is the size of this run: training images, epochs, knobs
     that the fraction reduced. `not_run` is the reason if there is no number of ours; otherwise it is empty.

@@ -74,6 +74,11 @@ class Fields(BaseModel):
     )
     epochs: int | None = Field(None, ge=1, description="epochs of a training; else the defense's own")
     classifier_epochs: int = Field(10, ge=1, description="epochs of the protected classifier and of its partner")
+    classifier_recipe: Literal["plain", "augmented"] = Field(
+        "plain",
+        description="how they are trained; augmented: by random crops and flips, as AdvAE's on CIFAR-10, until the "
+        "loss on held-out images no longer falls, --classifier-epochs at most",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="of trainings; else bfloat16 where the hardware computes in it natively. Attacks, verdicts and "

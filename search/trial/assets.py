@@ -17,6 +17,7 @@ from attacks.black_box import BlackBoxAttacker
 from attacks.gradient_view import View
 from attacks.threat import ThreatModel
 from defenses.base import Defense
+from search.classifiers import augmented
 from search.classifiers.training import classifier_key, train
 from search.data import splits
 from search.data.guard import closed
@@ -60,6 +61,11 @@ class Assets:
         """The precision of trainings as a part of fingerprints; float32 has none, as before there was another."""
         return {} if self.precision == "float32" else {"precision": self.precision}
 
+    @property
+    def recipe_key(self) -> dict[str, object]:
+        """The classifiers' recipe as a part of fingerprints; the plain one has none, as before there was another."""
+        return {} if self.study.classifier_recipe == "plain" else {"recipe": code_digests(augmented.__name__)}
+
     def networks(self, *modules: nn.Module) -> Networks:
         """Return networks, and those of defenses, to be trained in the study's precision."""
         return Networks(self.precision, self.device, *modules)
@@ -100,8 +106,9 @@ class Assets:
                 if (given := task.given_weights(architecture)) is not None:
                     return {"weights.safetensors": given}, {**about, "trained_by": "its owner"}
                 x_NCHW, y_N = self.training_set
+                learn = train if self.study.classifier_recipe == "plain" else augmented.train_augmented
                 with self.device_lock.working(), self.networks(network).training():
-                    accuracy = train(network, x_NCHW, y_N, self.study.classifier_epochs, self.study.seed)
+                    accuracy = learn(network, x_NCHW, y_N, self.study.classifier_epochs, self.study.seed)
                 return {"weights.safetensors": to_bytes(network)}, {**about, "training_accuracy": accuracy}
 
             entry = self.store.cached("classifiers", self.classifier_key(architecture), trained)
@@ -123,6 +130,7 @@ class Assets:
                     epochs=self.study.classifier_epochs,
                     seed=self.study.seed,
                     **({"own": own.digest} if own else {}),
+                    **self.recipe_key,
                     **self.precision_key,
                 )
         return self._keys[architecture]

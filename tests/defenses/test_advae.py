@@ -267,6 +267,7 @@ def test_the_cnn_is_the_papers_for_mnist() -> None:
 
 def test_the_unet_is_the_papers_for_cifar_10() -> None:
     defense = AdvAE({"architecture": "unet", "levels": 5}, {}, CIFAR)
+    assert {m.kernel_size for m in defense.modules() if isinstance(m, nn.Conv2d)} == {(3, 3)}  # the last one too
     widths = [32, 64, 128, 256, 512]
 
     def level(inputs: int, outputs: int) -> int:
@@ -274,7 +275,7 @@ def test_the_unet_is_the_papers_for_cifar_10() -> None:
 
     down = level(3, 32) + sum(level(widths[i], widths[i + 1]) for i in range(4))
     up = sum(level(widths[i + 1] + widths[i], widths[i]) for i in range(4))
-    assert sum(p.numel() for p in defense.parameters()) == down + up + (32 * 3 + 3)
+    assert sum(p.numel() for p in defense.parameters()) == down + up + (9 * 32 * 3 + 3)
     sizes: list[tuple[int, ...]] = []
     for convolution in (part for part in defense.modules() if isinstance(part, nn.Conv2d)):
         convolution.register_forward_hook(lambda part, inputs, output: sizes.append(tuple(output.shape[1:])))

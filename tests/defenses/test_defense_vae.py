@@ -301,7 +301,7 @@ def test_batch_statistics_are_those_of_training_and_leave_the_buffers() -> None:
 
 def test_the_attacker_of_a_retrained_classifier_has_the_exact_gradient_alone() -> None:
     assert build().gradients == ("bpda", "exact")
-    assert build(variant="rec").gradients == build(variant="e2e").gradients == ("exact",)
+    assert build(variant="rec").gradients == build(variant="scratch").gradients == ("exact",)
 
 
 # REC and E2E.
@@ -315,6 +315,8 @@ def test_the_attacker_of_a_retrained_classifier_has_the_exact_gradient_alone() -
         ("rec", 5, "vae vae vae rec rec"),
         ("e2e", 3, "vae rec e2e"),
         ("e2e", 5, "vae vae rec rec e2e"),
+        ("scratch", 1, "e2e"),
+        ("scratch", 3, "e2e e2e e2e"),
     ],
 )
 def test_the_epochs_are_spent_in_phases(variant: str, epochs: int, phases: str) -> None:
@@ -353,7 +355,29 @@ def test_each_phase_trains_what_it_should_and_never_the_protected_classifier() -
     assert not any(p.requires_grad or p.grad is not None for p in classifier.parameters())
 
 
-@pytest.mark.parametrize("variant", ["plain", "rec", "e2e"])
+def test_from_scratch_the_copy_forgets_the_protected_weights_and_each_part_is_trained_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    classifier, defense = linear(), build(variant="scratch", epochs=1)
+    defense.adopt(classifier)
+    begun = list[Tensor]()
+    losses = defense.losses
+
+    def spy(phase: Phase, *given: Tensor) -> Tensor:
+        begun.append(defense.own[2].weight.detach().clone())  # type: ignore[index]
+        assert phase == "e2e"
+        return losses(phase, *given)
+
+    monkeypatch.setattr(defense, "losses", spy)
+    before = {name: value.clone() for name, value in defense.named_parameters()}
+    for _ in defense.fit(batches(epochs=1), classifier):
+        pass
+    assert not torch.equal(begun[0], classifier[2].weight)  # type: ignore[index]
+    assert all(not torch.equal(value, before[name]) for name, value in defense.named_parameters())
+    assert defense.phase(0) == "e2e" and Train().variant == "plain"
+
+
+@pytest.mark.parametrize("variant", ["plain", "rec", "e2e", "scratch"])
 def test_who_classifies_depends_on_the_variant(variant: str) -> None:
     classifier, x = linear(), images()
     defense = fitted(build(variant=variant, epochs=3), classifier, batches()).eval()
@@ -364,7 +388,7 @@ def test_who_classifies_depends_on_the_variant(variant: str) -> None:
     assert torch.equal(defense.classify(x, classifier), classifier(defense.purify(x))) == (variant == "plain")
 
 
-@pytest.mark.parametrize("variant", ["plain", "rec", "e2e"])
+@pytest.mark.parametrize("variant", ["plain", "rec", "e2e", "scratch"])
 @pytest.mark.parametrize("epochs_before", [1, 2, 3])
 def test_a_fit_resumed_in_any_phase_ends_bit_for_bit_the_same(variant: str, epochs_before: int) -> None:
     classifier = linear()
@@ -395,7 +419,9 @@ def test_the_papers_spaces_are_as_large_as_its_tables() -> None:
     assert len({setting.train["attacks"] for setting in untrained.grid()}) == 5
 
 
-@pytest.mark.parametrize("space", ["paper", "paper_rec", "paper_e2e", "paper_untrained", "code", "smoke"])
+@pytest.mark.parametrize(
+    "space", ["paper", "paper_rec", "paper_e2e", "paper_scratch", "paper_untrained", "code", "smoke"]
+)
 def test_every_setting_of_a_finite_space_can_be_built(space: str) -> None:
     for setting in SearchSpace.of(DefenseVAE).narrow(spaces.named("defense_vae", space)).grid():
         with torch.device("meta"):

@@ -187,6 +187,37 @@ def test_the_training_noise_has_the_stated_variance(monkeypatch: pytest.MonkeyPa
     assert noise.var(dim=0).mean() == pytest.approx(1 / 3000, rel=0.03) and abs(noise.mean()) < 1e-3
 
 
+@pytest.mark.parametrize("y", [[0, 1, 2, 3, 0, 1], [-1] * 6], ids=["Eq. 7", "Eq. 3"])
+def test_a_variable_entropy_adds_what_the_fixed_one_drops(y: list[int]) -> None:
+    defense, x = build(ODD, alpha=2.5, latent=7, variable_entropy=True), images(ODD)
+    f, variance = defense.posterior(x)
+    assert f.shape == variance.shape == (6, 7) and torch.equal(f, defense.encode(x)) and bool((variance > 0).all())
+    torch.manual_seed(3)
+    found = [float(loss.detach()) for loss in defense.losses(x, torch.tensor(y))]
+    torch.manual_seed(3)
+    rc, prior = loops(defense, x, torch.tensor(y), variance.sqrt() * torch.randn(6, 7))
+    rows = variance.double().tolist()
+    more = sum(2.5 * v - math.log(v) / 2 for row in rows for v in row) / 6  # of H(Q, P), and -H(Q)
+    assert found == pytest.approx([rc, prior + more], rel=1e-4)
+
+
+def test_the_encoder_emits_its_variance_in_the_same_network_otherwise_and_starts_at_the_fixed_one() -> None:
+    fixed, variable = build(), build(variable_entropy=True, latent_variance=0.01)
+    assert GMVAE({}, {}, DIGITS).train_knobs.variable_entropy is False
+    sizes = [{name: value.numel() for name, value in one.state_dict().items()} for one in (fixed, variable)]
+    grown = {name for name in sizes[0] if sizes[0][name] != sizes[1][name]}
+    assert grown == {"to_latent.2.weight", "to_latent.2.bias"}
+    variance = variable.posterior(images(DIGITS, 50))[1].detach()
+    assert float(variance.log().mean()) == pytest.approx(math.log(0.01), abs=2) and float(variance.std()) > 0
+    assert torch.equal(fixed.posterior(images(DIGITS))[1], torch.full((6, 10), 1 / 3000))
+
+
+def test_a_variable_entropy_learns_the_digits_too(split: tuple[Digits, Digits]) -> None:
+    defense, (x, y) = trained(split[0], variable_entropy=True), split[1]
+    assert float((defense.classify(x, nn.Identity()).argmax(1) == y).float().mean()) >= 0.8
+    assert not defense.stochastic and torch.equal(defense.purify(x[:4]), defense.decode(defense.encode(x[:4])))
+
+
 def test_there_is_no_noise_at_inference() -> None:
     defense, x = build(latent_variance=1.0), images(DIGITS)
     before = torch.get_rng_state()

@@ -18,10 +18,12 @@ from PIL import Image
 from rich.console import Console
 
 import defenses
+from attacks.algorithms.mixture import MixtureAttack, fool
 from attacks.black_box import Substitute
 from attacks.catalog import FGSM_TARGETED
 from attacks.confidence import wilson
 from attacks.gradient_view import View
+from attacks.seeding import Draws
 from attacks.threat import ThreatModel
 from defenses.base import Batches, Defended, Shape
 from search.reproduce import paper_tables
@@ -30,7 +32,7 @@ from search.reproduce.cell_setting import Setting
 from search.reproduce.cells import UNTAUGHT, Cells, Ours
 from search.reproduce.fraction import Fraction
 from search.reproduce.page import _summary, figures, page
-from search.reproduce.paper_tables import Cell, Summary, Table
+from search.reproduce.paper_tables import OURS, Cell, Summary, Table
 from search.reproduce.progress import TableProgress
 from search.reproduce.reproduction import _named, _order, _summed, beside, reproduce
 from search.reproduce.results import TableResult
@@ -51,15 +53,20 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "PuVAE": {**ATTACK, "defense": "puvae", "knobs": TINY},
     "Broken": {**ATTACK, "defense": "gmvae", "knobs": {"latent": 3}},
     "GMVAE": {**WHITE, "measure": "rejection"},
+    "Class mean": {**ATTACK, "defense": "class_mean"},
     "Searched": {**WHITE, "knobs": {**GMVAE, "reclassify": True}, "measure": "reclassified"},
 }
 HALF = Fraction(0.5)
 
 
+def _number(label: str) -> tuple[float | None, str]:
+    return (None, OURS) if label == "Class mean" else (0.5, "50.0")
+
+
 def tiny(columns: dict[str, dict[str, Any]] = COLUMNS, **fields: Any) -> Table:
     """Return a table of one row."""
     cells = [
-        Cell(("A", label), 0.5, "50.0", Setting(**{"task": "digits/A", **setting}))
+        Cell(("A", label), *_number(label), Setting(**{"task": "digits/A", **setting}))
         for label, setting in columns.items()
     ]
     return replace(
@@ -174,6 +181,18 @@ def test_a_paper_s_average_is_compared_where_all_of_its_cells_ran_alone() -> Non
     assert _summed(Summary("average", {"attack": "FGSM"}, 0.4, "40.0"), rows)["distance"] == pytest.approx(0.1)
 
 
+def test_a_cell_that_the_paper_does_not_have_is_shown_as_ours_alone(
+    storage: Path, finished: tuple[TableResult, str]
+) -> None:
+    found, printed = finished
+    row = cell(found, "Class mean")
+    assert row["ours"] is not None and (row["paper"], row["distance"], row["band"]) == (None, None, None)
+    (said,) = re.findall(r"A · Class mean: (.*)", printed)
+    assert said.startswith(f"ours {100 * row['ours']:.1f}") and "; the paper has none" in said
+    assert f"| {100 * row['ours']:.1f} |" in (storage / "out" / "table.md").read_text()
+    assert "not in the paper" in (storage / "out" / "table.html").read_text()
+
+
 def test_what_was_rejected_is_searched_and_counted_alone(finished: tuple[TableResult, str]) -> None:
     rejected, searched = cell(finished[0], "GMVAE"), cell(finished[0], "Searched")
     assert searched["images"] == round(rejected["ours"] * rejected["images"]) > 0
@@ -221,8 +240,8 @@ def test_an_interrupted_run_keeps_what_it_has(
         signal.signal(signal.SIGINT, before)
     kept = json.loads((tmp_path / "out" / "table.json").read_text())
     assert kept["state"] == "interrupted"
-    assert [row["ours"] for row in kept["cells"]] == [0.47, 0.47, None, None, None, None]
-    assert [row["band"] for row in kept["cells"]] == [1, 1, None, None, None, None]
+    assert [row["ours"] for row in kept["cells"]] == [0.47, 0.47, *5 * [None]]
+    assert [row["band"] for row in kept["cells"]] == [1, 1, *5 * [None]]
     assert "the same command goes on from here" in (tmp_path / "out" / "table.md").read_text()
 
 
@@ -298,6 +317,66 @@ def test_a_black_box_attacker_asks_whom_its_oracle_is(storage: Path, monkeypatch
     assert _named(bare) == "black-box, Linf eps 0.2, by a substitute that asks the bare classifier"
 
 
+def test_one_gradient_source_is_used_where_the_paper_had_one(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    views, whole = list[str](), View.__init__
+
+    def spied(self: View, target: torch.nn.Module, gradient: Any = "exact", draws: int = 1) -> None:
+        views.append(gradient)
+        whole(self, target, gradient, draws)
+
+    monkeypatch.setattr(View, "__init__", spied)
+    cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
+    white: dict[str, Any] = {**ATTACK, "attack": "fgsm", "defense": "class_mean", "knowledge": "white-box"}
+    every = cells.run(Setting(task="digits/A", **white))
+    assert {"bpda", "surrogate"} <= set(views)  # the training's quick score has a view of its own
+    views.clear()
+    one = Setting(task="digits/A", **white, gradient="bpda")
+    assert cells.run(one).value >= every.value and set(views) == {"bpda"}
+    assert _named(one) == "white-box, Linf eps 0.2, by BPDA alone"
+
+
+def test_an_attack_on_each_wrong_class_counts_each_of_its_images(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aims, forward = list[torch.Tensor](), MixtureAttack.forward
+
+    def spied(self: MixtureAttack, x_NCHW: torch.Tensor, y_N: torch.Tensor) -> torch.Tensor:
+        self.steps = 2
+        aims.append(y_N)
+        return forward(self, x_NCHW, y_N)
+
+    monkeypatch.setattr(MixtureAttack, "forward", spied)
+    cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
+    white: dict[str, Any] = {"attack": "gmvae-eq10", "defense": "gmvae", "knobs": GMVAE, "knowledge": "white-box"}
+    setting = Setting(task="digits/A", **white, every_target=True, measure="error", images=100)
+    ours, y_N = cells.run(setting), cells.runner(setting).assets.evaluator.y_N
+    assert (ours.images, len(y_N)) == (9 * 50, 50) and 0 <= ours.value <= 1
+    assert [sorted(column) for column in torch.stack([y_N, *aims]).T.tolist()] == 50 * [list(range(10))]
+    assert _named(setting).endswith("bounded by no eps, at each wrong class in turn")
+
+
+def test_fooling_images_are_made_of_noise_for_each_class_and_count_where_they_are_accepted_as_it(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aims = list[torch.Tensor]()
+
+    def few(model: View, aim_N: torch.Tensor, shape: tuple[int, int, int], draws: Draws) -> torch.Tensor:
+        aims.append(aim_N)
+        return fool(model, aim_N, shape, draws, steps=3)
+
+    monkeypatch.setattr("search.reproduce.attack_cell.fool", few)
+    cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
+    accepted = []
+    for tau in (0.0, 1e9):
+        knobs = {**GMVAE, "tau_enc": tau, "tau_dec": tau}
+        setting = Setting(task="digits/A", defense="gmvae", knobs=knobs, measure="fooled", images=100)
+        ours = cells.run(setting)
+        assert ours.images == 500 and aims.pop().bincount().tolist() == 10 * [50]
+        accepted.append(ours.value)
+    assert accepted[0] == 0 and accepted[1] > 0
+    assert _named(setting) == "white-box, from noise, bounded by no eps"
+
+
 def test_one_fit_serves_all_classifiers_where_the_training_looks_at_none(storage: Path) -> None:
     cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
     for defense, one in (("magnet", True), ("defense_gan", True), ("puvae", False)):
@@ -314,7 +393,7 @@ def test_the_trainings_that_are_shared_never_look_at_a_classifier(defense: str) 
 
     kind = defenses.find(defense)
     space = SearchSpace.of(kind)
-    small = {"maps": 1, "epochs": 1, "batch_size": 4}
+    small = {n: v for n, v in {"maps": 1, "epochs": 1, "batch_size": 4}.items() if n in space.defaults}
     params = space.narrow({**space.defaults, **small}).complete({})
     built = kind(params.train, params.inference, Shape(1, 8, 8, 2))
     list(built.fit(Batches(torch.rand(20, 1, 8, 8), torch.arange(20) % 2, epochs=1, batch_size=4), Looked()))
@@ -348,7 +427,14 @@ def test_the_time_left_is_told_from_timed_steps_and_runs_out(storage: Path, monk
         time.sleep(0.2)
         pace.done("ours 50.0", 1.0)
     assert pace.left() == 0
-    assert "A · PuVAE: puvae, epoch 3 of 4: 0 of 1 cells, 0:00:00 so far" in pipe.getvalue()
+    assert re.search(r"A · PuVAE: puvae, epoch 3 of 4: 0 of 1 cells, 0:00:\d\d so far", pipe.getvalue())
+
+
+def test_a_cell_s_study_has_its_classifier_s_recipe(storage: Path) -> None:
+    cells = Cells(str(storage), None, HALF, 0, lambda *heard: None)
+    study = cells.study(Setting(task="digits/A", classifier_recipe="augmented", classifier_epochs=50))
+    assert (study.classifier_recipe, study.classifier_epochs) == ("augmented", HALF.epochs(50))
+    assert cells.study(Setting(task="digits/A")).classifier_recipe == "plain"
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.5, -1.0])

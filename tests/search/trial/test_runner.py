@@ -162,6 +162,7 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
         {"task": "digits/B"},
         {"protect": "digits/C"},
         {"classifier_epochs": 2},
+        {"classifier_recipe": "augmented"},
         {"over": {"sigma_eps": 1.0}},
         {"fit": "another"},
     ]
