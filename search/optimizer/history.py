@@ -40,7 +40,9 @@ trainings and refinements were asked for when nothing was left to do; the usual 
 longest training, so that `status` need not import the defense; the fields of the study that it began as."""
 FREE = {"trials", "refine", "address", "concurrent", "gpus_per_trial", "cpus_per_trial", "trial_timeout", "data_dir"}
 FREE |= {"wandb", "notes", "system_metrics", "name", "storage"}
-"""Fields of a study that may change when a search is resumed: they shape no proposal, no training and no score."""
+FREE |= {"max_latency_ms", "min_clean_accuracy", "max_clean_rejection"}
+"""Fields of a study that may change under a search's name: they shape no training and no score. Constraints among them
+decide which candidates may win, whenever they are asked about."""
 OLD_REMEASURED = "clocked "
 """Until 2026-11 each latency had its own attribute, named by this prefix and its candidate."""
 INTERRUPTED = "interrupted"

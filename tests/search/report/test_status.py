@@ -26,6 +26,7 @@ from search.report.leaderboard import WORDS, leaderboard, refusals
 from search.report.status import busy, details
 from search.study import ranking
 from search.study.candidate import Candidate, Proposal
+from search.study.catalog import open_search
 from search.study.study import Study
 from search.tracking.live_table import LiveTable
 from spaces.space import Params
@@ -207,4 +208,4 @@ def test_two_searches_at_once_share_classifiers_and_fits(tmp_path: Path) -> None
         ("one", 2, False),
         ("other", 2, False),
     ]
-    assert set(SearchHistory(digits_study(tmp_path, name="one")).remeasured()) <= {row["candidate"] for row in ours}
+    assert set(SearchHistory(open_search("one", str(tmp_path))).remeasured()) <= {row["candidate"] for row in ours}
