@@ -154,7 +154,7 @@ class Diffusion(Defense):
     def surrogate(self, x_NCHW: Tensor) -> Tensor:
         """Return purified images from few steps, with a gradient for clipped values too.
 
-        Source: the surrogate process of Lee and Kim, section 4.2; the gradient outside the range is ours.
+        Source: Lee and Kim's surrogate process; the gradient outside the range is ours.
         """
         return self._purified(x_NCHW, self.times(SURROGATE_STEPS), SLOPE)
 
@@ -216,8 +216,8 @@ class Diffusion(Defense):
     def pull(self, t: int, s: int) -> float:
         """Return the share of the way to the noised input that GDMP's guidance moves an image in a step, at most 1.
 
-        Source: Eq. 8 with half the squared distance D of an image, and s_t of the authors' code; in their CIFAR-10
-        setting, `guidance` is 19. The bound is ours: few steps would go too far.
+        Source: the authors' code, with the mean squared error as its distance: there the variance beta_t scales the
+        pull, and on CIFAR-10 `guidance` is 19. The bound is ours: with few steps it would go too far.
         """
         alpha_t, alpha_s = self.alpha_bar[t], self.alpha_bar[s]
         scale = self.inference_knobs.guidance * math.sqrt((1 - alpha_t) / alpha_t)

@@ -82,9 +82,9 @@ class TimeUNet(nn.Module):
             )
 
     def forward(self, x_NCHW: Tensor, t_N: Tensor) -> Tensor:
-        # Channels last makes a training step 1.0 times as fast (CPU, 16 maps).
+        """Return an image for each image and its time, x_NCHW."""
         time_NE = self.time(t_N, x_NCHW.dtype)
-        maps = self.first(x_NCHW.contiguous(memory_format=torch.channels_last))
+        maps = self.first(x_NCHW)
         laterals = [maps]
         for part in self.down:
             maps = part(maps) if isinstance(part, nn.Conv2d) else _through(part, maps, time_NE)
