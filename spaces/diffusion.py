@@ -64,8 +64,8 @@ SMOKE: dict[str, Domain] = {
     "learning_rate": (3e-3, 5e-3),
     "batch_size": 32,
     "epochs": 3,
-    "t_star": (0.1, 0.2),
-    "steps": (1, 3),
+    "t_star": 0.2,
+    "steps": (2, 1),
 }
 """Takes seconds on a CPU; for trials and tests."""
 
