@@ -88,7 +88,9 @@ class Diffusion(Defense):
 
     @property
     def gradients(self) -> tuple[Gradient, ...]:
-        return ("exact", "surrogate", "bpda") if self.stochastic else ("exact",)
+        steps = len(self.times()) - 1
+        shorter: tuple[Gradient, ...] = ("surrogate",) if steps > SURROGATE_STEPS else ()
+        return ("exact", *shorter, "bpda") if steps else ("exact",)
 
     @property
     def eta(self) -> float:
@@ -201,13 +203,13 @@ class Diffusion(Defense):
 
     def _denoised(self, x_NCHW: Tensor, times: list[int], slope: float, noise_NDCHW: Tensor) -> Tensor:
         """Return purified images; under a gradient each step is computed again in the backward pass, not stored."""
-        guidance, stored = self.inference_knobs.guidance, not (x_NCHW.requires_grad and torch.is_grad_enabled())
+        guidance, plain = self.inference_knobs.guidance, not (x_NCHW.requires_grad and torch.is_grad_enabled())
         draws = iter(noise_NDCHW.unbind(dim=1))
         image_NCHW = 2 * x_NCHW - 1
         x_t = self.noised(image_NCHW, times[0], next(draws))
         for t, s in pairwise(times):
             step = (x_t, t, s, next(draws) if s and self.eta else None, slope)
-            x_s = self.step(*step) if stored else checkpoint(self.step, *step, use_reentrant=False)
+            x_s = self.step(*step) if plain else checkpoint(self.step, *step, use_reentrant=False)
             if guidance:
                 x_s = x_s + self.pull(t, s) * (self.noised(image_NCHW, t, next(draws)) - x_t)
             x_t = x_s

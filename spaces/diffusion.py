@@ -48,12 +48,15 @@ DEFAULT: dict[str, Domain] = {
     "schedule": CategoricalDistribution(("linear", "cosine")),
     "maps": (12, 16),
     "learning_rate": FloatDistribution(5e-4, 2e-3, log=True),
-    "t_star": (0.1, 0.2, 0.3, 0.5),
-    "steps": (5, 2),
-    "sampler": CategoricalDistribution(("ddpm", "ddim")),
+    "epochs": 3,
+    "t_star": (0.1, 0.2, 0.3),
+    "steps": (2, 1),
     "votes": (1, 4),
 }
-"""A small U-Net and processes short enough to run an attack through; 32 candidates of each training."""
+"""A small U-Net, which draws recognisable MNIST digits after one epoch, and processes short enough to attack through.
+
+From t* = 0.3 on MNIST, 1 or 2 steps left as many clean digits right as 10; from 0.5 on, few were left.
+"""
 
 SMOKE: dict[str, Domain] = {
     "maps": 8,

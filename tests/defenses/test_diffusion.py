@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,10 @@ SMALL = {"maps": 4, "levels": 2, "attention": 4, "embedding": 8, "batch_size": 1
 SCHEDULES = ["linear", "cosine"]
 
 
-def build(shape: Shape = DIGITS, train: object = None, **inference: object) -> Diffusion:
+def build(shape: Shape = DIGITS, train: dict[str, Any] | None = None, **inference: Any) -> Diffusion:
     """Return a small defense whose network is not the zero that it begins as."""
     torch.manual_seed(0)
-    defense = Diffusion({**SMALL, **(train or {})}, inference, shape)  # type: ignore[arg-type,dict-item]
+    defense = Diffusion({**SMALL, **(train or {})}, inference, shape)
     for weight in defense.parameters():
         nn.init.normal_(weight, std=0.2)
     return defense.eval().requires_grad_(False)
@@ -50,7 +51,7 @@ class Predicting(nn.Module):
         return self.epsilon(x_NCHW, int(t_N[0]))
 
 
-def predicting(epsilon: Callable[[Tensor, int], Tensor] = lambda x, t: 0 * x, **knobs: object) -> Diffusion:
+def predicting(epsilon: Callable[[Tensor, int], Tensor] = lambda x, t: 0 * x, **knobs: Any) -> Diffusion:
     train = {"schedule": knobs.pop("schedule", "linear")}
     defense = build(train=train, **knobs).double()
     defense.network = Predicting(epsilon)  # type: ignore[assignment]
@@ -121,7 +122,7 @@ def test_ddim_without_noise_is_deterministic_and_its_step_can_be_taken_back() ->
 def test_eta_is_the_share_of_ddpms_noise() -> None:
     found, x = list[Tensor](), torch.randn(2, 1, 8, 8, dtype=torch.float64)
     for knobs in ({"sampler": "ddim", "eta": 0.25}, {"sampler": "ddpm"}, {"sampler": "ddim", "eta": 1.0}):
-        defense = predicting(**knobs)  # type: ignore[arg-type]
+        defense = predicting(**knobs)
         found.append(defense.step(x, 500, 300, torch.ones_like(x)) - defense.step(x, 500, 300))
     torch.testing.assert_close(4 * found[0], found[1])
     assert torch.equal(found[1], found[2])
@@ -177,7 +178,7 @@ def test_votes_are_the_mean_of_the_predictions_of_each_image() -> None:
 
 @pytest.mark.parametrize("knobs", [{}, {"sampler": "ddim"}, {"guidance": 5.0}, {"sampler": "ddim", "guidance": 5.0}])
 def test_an_image_is_purified_alike_in_batches_of_any_size(
-    knobs: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     defense, x, found = build(t_star=0.3, steps=3, **knobs), images(32), []
     for size in (256, 16):
@@ -215,9 +216,7 @@ def slopes(defense: Diffusion, x: Tensor, purify: Callable[[Tensor], Tensor]) ->
 
 
 @pytest.mark.parametrize("knobs", [{}, {"sampler": "ddim", "eta": 0.5, "guidance": 2.0}])
-def test_the_gradient_with_checkpoints_is_the_plain_one(
-    knobs: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_with_checkpoints_is_the_plain_one(knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     defense, x = build(t_star=0.4, steps=6, **knobs), images()
     found = slopes(defense, x, defense.purify)
     monkeypatch.setattr(diffusion, "checkpoint", lambda step, *args, use_reentrant: step(*args))
@@ -262,6 +261,7 @@ def test_the_surrogate_takes_few_steps_and_has_a_slope_where_values_are_clipped(
     defense.surrogate(x)
     assert len(network.calls) == SURROGATE_STEPS * len(x)
     assert defense.gradients == ("exact", "surrogate", "bpda")
+    assert defense.at({"t_star": 0.5, "steps": SURROGATE_STEPS}).gradients == ("exact", "bpda")
     beyond = predicting(lambda x, t: -100 + 0 * x, t_star=0.5, steps=1)
     assert float(slopes(beyond, x, beyond.purify).abs().max()) == 0
     assert bool((slopes(beyond, x, beyond.surrogate) != 0).all())
