@@ -61,7 +61,7 @@ From t* = 0.3 on MNIST, 1 or 2 steps left as many clean digits right as 10; from
 SMOKE: dict[str, Domain] = {
     "maps": 8,
     "levels": 2,
-    "attention": 4,
+    "attention": 0,
     "embedding": 16,
     "ema": 0.95,
     "learning_rate": (3e-3, 5e-3),
