@@ -440,7 +440,7 @@ def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> N
             "status",
             "--method",
             "nsga2",
-            "paper_svhn paper_semi",
+            "paper_svhn paper_semi paper_variable",
             "night",
             "fetch",
             "oblivious",
@@ -449,7 +449,8 @@ def test_a_shell_completes_commands_flags_choices_and_names(tmp_path: Path) -> N
             "night",
             "celeba",
             "abc-1 abc-2",
-            "gmvae/1 gmvae/2 gmvae/fig3",
+            "gmvae/1 gmvae/2 gmvae/fig3 gmvae/fig5 gmvae/rejected gmvae/eq10 gmvae/recovered gmvae/fooling gmvae/fid "
+            "gmvae/pictures",
             "not ours: theirs",
             "not ours: theirs",
             "not ours: ",
