@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,9 @@ from pathlib import Path
 import torch
 
 from search.data import splits
-from search.data.folders import data_folder
+from search.data.folders import roots
 from search.data.registry import data_set_names
+from search.engine.local_ray import REMEDY, ray_folder
 from search.storage.mirror import mirror_of
 from search.storage.uri import check_storage, local_folder
 from search.study.study import Study
@@ -158,15 +158,21 @@ def _storage(storage: str) -> list[Finding]:
 
 def _disks(data_dir: str | None) -> list[Finding]:
     elsewhere = "choose another --data-dir, or set $CRUCIBLE_DATA"
-    scratch = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    return [
-        _disk("data folder", data_folder(data_dir), elsewhere),
-        _disk("Ray's scratch", scratch, "free some, or set $RAY_TMPDIR to a folder on another disk"),
-    ]
+    try:
+        data, _ = roots(data_dir)
+        found = _disk("data folder", data, elsewhere)
+    except InputError as error:
+        found = Finding("data folder", False, str(error), elsewhere)
+    try:
+        with ray_folder() as folder:
+            ray = _disk("Ray's scratch", folder.resolve().parent, "free some, or set $RAY_TMPDIR to a folder on another disk")
+    except InputError as error:
+        ray = Finding("Ray's scratch", False, str(error), REMEDY)
+    return [found, ray]
 
 
 def _disk(what: str, folder: Path, remedy: str) -> Finding:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK)
     well = free > 5 * GIB and writable
     found = f"{free / GIB:.0f} GiB free in {there}{'' if writable else ', which cannot be written'}"
@@ -175,7 +181,11 @@ def _disk(what: str, folder: Path, remedy: str) -> Finding:
 
 def _data(data_dir: str | None) -> list[Finding]:
     summary = []
-    for dataset in data_set_names(data_dir):
+    try:
+        names = data_set_names(data_dir)
+    except InputError:  # said of the data folder
+        return []
+    for dataset in names:
         status = splits.check(dataset, data_dir)
         found, remedy = status.detail, "" if status.state == "ready" else f"python launch.py data fetch {dataset}"
         if status.state == "absent":
