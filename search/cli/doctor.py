@@ -146,7 +146,9 @@ def _storage(storage: str) -> list[Finding]:
     """Check the disk that a search writes to and, if the storage is a URI, whether it is writable."""
     try:
         storage = check_storage(storage)
-        mirror, disk = mirror_of(storage), _disk("storage", local_folder(storage), "choose another --storage")
+        mirror = mirror_of(storage)
+        remedy = "set $CRUCIBLE_CACHE to another folder" if mirror else "choose another --storage"
+        disk = _disk("storage", local_folder(storage), remedy)
         if mirror is not None:
             mirror.reach()
     except ValueError as error:
@@ -165,7 +167,9 @@ def _disks(data_dir: str | None) -> list[Finding]:
         found = Finding("data folder", False, str(error), elsewhere)
     try:
         with ray_folder() as folder:
-            ray = _disk("Ray's scratch", folder.resolve().parent, "free some, or set $RAY_TMPDIR to a folder on another disk")
+            ray = _disk(
+                "Ray's scratch", folder.resolve().parent, "free some, or set $RAY_TMPDIR to a folder on another disk"
+            )
     except InputError as error:
         ray = Finding("Ray's scratch", False, str(error), REMEDY)
     return [found, ray]

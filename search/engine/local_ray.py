@@ -18,6 +18,7 @@ SOCKET = 107
 """Bytes that the path of a socket may have on Linux."""
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 """Folders in which a link to a folder with a longer path may be."""
+REMEDY = f"set RAY_TMPDIR to a folder with a path of at most {SOCKET - AFTER - len('/ray')} bytes"
 
 
 def scratch() -> Path:
@@ -38,7 +39,7 @@ def ray_folder() -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"Ray needs a folder that can be written, but {folder}: {error.strerror}: {REMEDY}") from None
+        raise InputError(f"Ray needs a folder that can be written, but {folder}: {error.strerror}; {REMEDY}") from None
     if _fits(folder):
         yield folder
         return
@@ -48,9 +49,6 @@ def ray_folder() -> Iterator[Path]:
         yield link
     finally:
         shutil.rmtree(link.parent, ignore_errors=True)
-
-
-REMEDY = "set RAY_TMPDIR to another, with a path of at most 38 bytes"
 
 
 def _fits(folder: Path) -> bool:
@@ -64,8 +62,8 @@ def _short_folder(folder: Path) -> Path:
         except OSError:
             continue
     raise InputError(
-        f"sockets of Ray need a path of at most {SOCKET} bytes, too few for those in {folder}, and no link to it can be "
-        f"made in {', '.join(SHORT)}: {REMEDY}"
+        f"sockets of Ray need a path of at most {SOCKET} bytes, too few for those in {folder}, and no link to it "
+        f"can be made in {', '.join(SHORT)}; {REMEDY}"
     )
 
 

@@ -61,7 +61,10 @@ def has_key() -> bool:
     """Return whether wandb finds an API key; without one, it would prompt for it at the terminal."""
     settings = wandb_setup.singleton().settings
     told = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key
-    return bool(told or wbauth.read_netrc_auth(host=settings.base_url))
+    try:
+        return bool(told or wbauth.read_netrc_auth(host=settings.base_url))
+    except OSError:  # a .netrc that may not be read holds none for us
+        return False
 
 
 def project() -> str:
