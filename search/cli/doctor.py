@@ -65,7 +65,7 @@ def _python() -> Finding:
 
 def _packages() -> list[Finding]:
     """Compare the installed versions with the pinned versions."""
-    pinned = dict(line.split("==") for line in LOCK.read_text().splitlines() if "==" in line)
+    pinned = dict(line.split("==") for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)
     held = {name: _installed(name) for name in pinned}
     other = {name: f"{held[name]}, not {pinned[name]}" for name in pinned if not _same(held[name], pinned[name])}
     found = [Finding(name, name not in other, other.get(name, held[name])) for name in NAMED]
@@ -88,7 +88,7 @@ def _same(held: str, pinned: str) -> bool:
 def _device() -> Finding:
     """Check the GPUs of this machine, and why torch cannot use them."""
     built = f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build of torch"
-    told = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", DRIVER.read_text()) if DRIVER.exists() else None
+    told = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", DRIVER.read_text(encoding="utf-8")) if DRIVER.exists() else None
     driver = f"driver {told[0]}" if told else "no driver"
     given = len([path for path in DEVICES.glob("nvidia*") if path.name[6:].isdigit()])
     if torch.cuda.is_available():

@@ -196,7 +196,7 @@ def _decode(data: DataSet, folder: Path, new: Path, progress: Progress, about: M
             mark.update(np.load(y_path).data)
             index["checksum"] = mark.hexdigest()
             index["train"] = data.train if found.train is None else found.train
-    (new / INDEX).write_text(json.dumps(index, indent=1))
+    (new / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def _heard(blocks: Iterable[Pixels], what: str, total: int, progress: Progress) -> Iterator[Pixels]:

@@ -22,7 +22,7 @@ Look = dict[str, Any]
 def looks(folder: Path, settings: FinalSettings) -> list[Look]:
     """Return the openings for an export up to the one with these settings, which may not have happened yet."""
     path, this = folder / OPENED, {name: getattr(settings, name) for name in SAME}
-    taken: list[Look] = json.loads(path.read_text()) if path.exists() else []
+    taken: list[Look] = json.loads(path.read_bytes()) if path.exists() else []
     for place, look in enumerate(taken):
         if {name: look[name] for name in SAME} == this:
             return taken[: place + 1]

@@ -179,7 +179,7 @@ def identity(folder: Path, search: str, key: str) -> str:
         write_atomic(options / "wandb-leet.json", json.dumps(LEET).encode())
         write_atomic(path, uuid.uuid4().hex[:8].encode())
     # The key first: `wandb leet` truncates what it lists.
-    return re.sub(r"[^\w.-]+", "-", f"{key}-{search[:40]}-{path.read_text()}")
+    return re.sub(r"[^\w.-]+", "-", f"{key}-{search[:40]}-{path.read_text(encoding='utf-8')}")
 
 
 def begun(folder: Path, search: str, key: str) -> bool:
