@@ -100,7 +100,7 @@ def test_a_terminal_that_is_narrow_shows_the_leaderboard_in_parts_and_cuts_nothi
     study = digits_study(tmp_path, defense="puvae")
     knobs = {"lambda_rc": 0.001, "lambda_kl": 0.1, "conv_maps": 16, "sigma_eps": 0.25}
     best = dataclasses.replace(on("", 0.625, 1234.5, clean_accuracy=0.975), params=Params(knobs, {}))
-    for width, parts in ((80, 2), (40, 4), (300, 1)):
+    for width, parts in ((80, 2), (40, 5), (300, 1)):
         console = Console(width=width)
         with console.capture() as shown:
             console.print(leaderboard(study, list(knobs), best, [best]))
