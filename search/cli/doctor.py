@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from search.data import splits
-from search.data.folders import roots
+from search.data.folders import roots, try_lock
 from search.data.registry import data_set_names
 from search.engine.local_ray import REMEDY, ray_folder
 from search.storage.mirror import mirror_of
@@ -178,9 +178,14 @@ def _disks(data_dir: str | None) -> list[Finding]:
 def _disk(what: str, folder: Path, remedy: str) -> Finding:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK)
-    well = free > 5 * GIB and writable
-    found = f"{free / GIB:.0f} GiB free in {there}{'' if writable else ', which cannot be written'}"
-    return Finding(what, well, found, "" if well else remedy)
+    fault = "" if writable else ", which cannot be written"
+    try:
+        if writable:
+            try_lock(there)
+    except OSError as error:
+        fault = f", where files cannot be locked: {error.strerror}"
+    well = free > 5 * GIB and not fault
+    return Finding(what, well, f"{free / GIB:.0f} GiB free in {there}{fault}", "" if well else remedy)
 
 
 def _data(data_dir: str | None) -> list[Finding]:

@@ -1,10 +1,14 @@
-"""Where the data lie on this machine."""
+"""Where the data lie on this machine, and locks in their folders and others."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import tempfile
 from pathlib import Path
+
+from filelock import FileLock
 
 from spaces.exceptions import InputError
 
@@ -34,3 +38,26 @@ def roots(data_dir: str | Path | None) -> tuple[Path, Path]:
         raise InputError(f"{law}, but {root}: {error.strerror}; set $CRUCIBLE_DATA to another") from None
     mark = hashlib.sha256(str(root).encode()).hexdigest()[:12]
     return root, Path(HOME).expanduser().absolute() / "read-only" / mark
+
+
+def try_lock(folder: Path) -> None:
+    """Lock a new file in a folder, which is removed; not every file system can.
+
+    Raises:
+        OSError: the folder cannot be written, or its files cannot be locked.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+
+
+def lock(path: Path) -> FileLock:
+    """Return a lock between processes; a file that is left over holds nothing.
+
+    Raises:
+        OSError: files in its folder cannot be locked: FileLock would take a file that is there for a lock, for ever.
+    """
+    try_lock(path.parent)
+    return FileLock(path)

@@ -46,10 +46,10 @@ def runs(study: Study) -> bool:
     try:
         with open(study.store.lock("searches", study.name).path, "rb") as held:
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        pass
     except BlockingIOError:
         return True
+    except OSError:  # no file, or no locks
+        pass
     return driver(study) is not None
 
 
