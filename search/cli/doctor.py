@@ -204,11 +204,13 @@ def _data(data_dir: str | None) -> list[Finding]:
 
 
 def _wandb() -> Finding:
-    from wandb.sdk import wandb_setup  # a second to import
+    from search.tracking.wandb_run import found_mode, has_key, settings  # wandb takes a second to import
 
-    from search.tracking.wandb_run import found_mode, has_key
-
-    server, mode = wandb_setup.singleton().settings.base_url, found_mode()
+    try:
+        server = settings().base_url
+    except InputError as error:
+        return Finding("W&B", False, f"{error}; searches log offline", "set it to what wandb takes, or unset it")
+    mode = found_mode()
     if has_key():
         return Finding("W&B", True, f"a key for {server}; searches log {mode} unless told otherwise")
     return Finding("W&B", True, f"no key for {server}: searches log offline", "wandb login")
