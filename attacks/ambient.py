@@ -27,6 +27,9 @@ def default_arithmetic() -> Iterator[None]:
     dtype, strict = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     with ExitStack() as stack:
+        if (held := getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)) is not None:
+            torch.set_default_device(None)  # another one above it would slow every operation, and so the latencies
+            stack.callback(torch.set_default_device, held.device)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for device in ("cpu", "cuda"):

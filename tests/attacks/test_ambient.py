@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch._C import _len_torch_function_stack
 
 from attacks.ambient import default_arithmetic, torch_defaults
 
@@ -18,7 +19,8 @@ def hostile(*, inference: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode() if inference else torch.no_grad())
         stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-        stack.enter_context(torch.device("meta"))
+        stack.callback(torch.set_default_device, None)
+        torch.set_default_device("meta")
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         stack.callback(torch.use_deterministic_algorithms, False)
         torch.set_default_dtype(torch.float64)
@@ -43,6 +45,15 @@ def test_the_state_is_that_of_a_new_process_and_then_the_callers_again() -> None
                 torch.use_deterministic_algorithms(True)
             assert state() == before != usual
     assert state() == usual
+
+
+def test_a_default_device_costs_a_search_nothing() -> None:
+    with hostile(), torch_defaults():
+        assert _len_torch_function_stack() == 0
+    with torch.device("meta"):
+        with torch_defaults():
+            assert state() == (True, False, False, False, False, torch.float32, "cpu")
+        assert torch.empty(1).is_meta
 
 
 def test_without_gradients_the_arithmetic_is_still_the_default() -> None:
