@@ -11,7 +11,7 @@ import typer
 
 from search.cli import flags as f
 from search.cli import lookup
-from search.cli.terminal import Group, command, console, end, progress, run, show
+from search.cli.terminal import Group, command, console, end, progress, run, show, use_utf8
 from search.study.columns import EXPLAINED
 from spaces.exceptions import InputError
 
@@ -294,4 +294,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    use_utf8()
     sys.exit(main())

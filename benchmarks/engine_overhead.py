@@ -53,7 +53,7 @@ class Asked:
 def ours(storage: Path, trials: int, seconds: float, *, method: str = "tpe", debug: bool = False) -> Timed:
     """Run a search as `launch.py search` does, with a piped display, and time it."""
     study, pulse = simulated(storage, trials=trials, method=method), Pulse()
-    with (storage / "display.txt").open("w") as shown:
+    with (storage / "display.txt").open("w", encoding="utf-8") as shown:
         display = LiveTable(Console(file=shown), study, list(study.resolved.space.searched()), EPOCHS, 0)
         tracker = WandbTracker(study.wandb, study.folder, lambda line: print(line, file=shown))
         listeners = [CsvLog(study.folder / "candidates.csv", []), tracker, display, pulse]
@@ -118,7 +118,11 @@ def alone(way: str, trials: int, seconds: float) -> Timed:
 
 def _quietly(way: str, trials: int, seconds: float) -> Timed:
     with tempfile.TemporaryDirectory() as folder:
-        with (Path(folder) / "printed.txt").open("w") as printed, redirect_stdout(printed), redirect_stderr(printed):
+        with (
+            (Path(folder) / "printed.txt").open("w", encoding="utf-8") as printed,
+            redirect_stdout(printed),
+            redirect_stderr(printed),
+        ):
             return WAYS[way](Path(folder), trials, seconds)
 
 

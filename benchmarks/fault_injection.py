@@ -53,7 +53,7 @@ def below(pid: int) -> Iterator[tuple[int, str]]:
     commands: dict[int, str] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int(re.sub(r"^.*\) ", "", (entry / "stat").read_text()).split()[1])
+            parent = int(re.sub(r"^.*\) ", "", (entry / "stat").read_text(encoding="utf-8")).split()[1])
             commands[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
@@ -141,7 +141,7 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[Any], log: Pa
     until = time.monotonic() + 600
     while not what():
         if process.poll() is not None or time.monotonic() > until:
-            said = log.read_text() if log else process.stdout.read() if process.stdout else ""
+            said = log.read_text(encoding="utf-8") if log else process.stdout.read() if process.stdout else ""
             raise AssertionError(f"it did not come from {process.args!r}\n{said[-5000:]}")
         time.sleep(0.05)
 
@@ -152,7 +152,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
     They are without the latency, which a quieter measurement at the search's end may replace.
     """
     path = folder / "candidates.csv"
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
     by_name = {
         row["candidate"]: {column: value for column, value in row.items() if not column.startswith("latency_")}
@@ -180,9 +180,9 @@ def fault_injection(storage: Path, trials: int, *more: str) -> dict[str, Any]:
     named = ["--storage", str(storage)]
 
     def ended() -> int:
-        return len(re.findall(r"^t\d+ (?:finished|failed)", log.read_text(), re.MULTILINE))
+        return len(re.findall(r"^t\d+ (?:finished|failed)", log.read_text(encoding="utf-8"), re.MULTILINE))
 
-    with two_nodes() as nodes, log.open("a") as out:
+    with two_nodes() as nodes, log.open("a", encoding="utf-8") as out:
 
         def due(share: float, at: int) -> bool:
             return ended() >= share * trials and bool(workers(nodes.running[at].pid))
@@ -207,12 +207,12 @@ def fault_injection(storage: Path, trials: int, *more: str) -> dict[str, Any]:
                     kill(driver)
                 took[f"{fault} killed after"] = {"ended": ended(), "seconds": round(time.monotonic() - begin, 1)}
             driver = start("resume", "ordeal")
-            assert driver.wait(1200) == 0, log.read_text()[-3000:]
+            assert driver.wait(1200) == 0, log.read_text(encoding="utf-8")[-3000:]
         finally:
             kill(driver)
     after, again = rows(folder), fits(storage)
     status = subprocess.run(
-        [*launch, "status", "ordeal", "--json", *named], capture_output=True, text=True, check=True
+        [*launch, "status", "ordeal", "--json", *named], capture_output=True, encoding="utf-8", check=True
     ).stdout
     state = json.loads(status)
     told = {key: state[key] for key in ("finished", "pruned", "failed", "running", "interrupted")}
@@ -220,7 +220,7 @@ def fault_injection(storage: Path, trials: int, *more: str) -> dict[str, Any]:
     assert kept.items() <= after.items(), "a candidate was lost, or its figures changed"
     assert trained.items() <= again.items(), "a finished training was done again"
     assert len(again) == trials and len(after) == state["candidates"] == 2 * trials, (len(again), len(after))
-    epochs = Counter(re.findall(r"^(t\d+ epoch \d+)", log.read_text(), re.MULTILINE))
+    epochs = Counter(re.findall(r"^(t\d+ epoch \d+)", log.read_text(encoding="utf-8"), re.MULTILINE))
     assert max(epochs.values()) == 1, "an epoch that had been kept was trained again"
     return took | {"candidates": len(after), "seconds": round(time.monotonic() - begin, 1)}
 

@@ -143,12 +143,12 @@ def main() -> None:
     args = parser.parse_args()
     log = args.storage / "honest.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
-    found = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    found = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     for seed, name, size in product(args.seeds, args.defenses, args.sizes):
         done = [row["setting"][2] for row in found if row["setting"][:2] == [name, size] and row["seed"] == seed]
         for row in judged(args.storage, name, size, seed, [eps for eps in args.eps if eps not in done]):
             found.append(row)
-            with log.open("a") as lines:
+            with log.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
     print("\n".join(table(found)))

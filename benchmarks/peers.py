@@ -186,7 +186,7 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
-    lines = asked.out.read_text().splitlines() if asked.out.exists() else []
+    lines = asked.out.read_text(encoding="utf-8").splitlines() if asked.out.exists() else []
     known = {tuple(json.loads(line)[key] for key in ("table", "arm", "seed")) for line in lines}
     for seed in range(asked.seeds):
         for table in [Table(FOLDER / f"{name}.npz") for name in asked.tables]:
@@ -197,7 +197,7 @@ def main() -> None:
                 with suppress(Spent):
                     PEERS[peer](replay, seed)
                 row = {"table": table.name, "arm": peer, "seed": seed, "trail": replay.trail}
-                with asked.out.open("a") as file:
+                with asked.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row | {"cpu_s": time.process_time() - begin}) + "\n")
 
 

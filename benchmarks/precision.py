@@ -104,12 +104,12 @@ def main() -> None:
         return
     log = args.storage / "precision.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     done = {(row["defense"], row["size"], row["precision"], row["seed"]) for row in rows}
     for seed, size, defense, precision in product(args.seeds, args.sizes, args.defenses, PRECISIONS):
         if (defense, size, precision, seed) not in done:
             rows.append(accuracies(args.storage, defense, size, precision, seed))
-            with log.open("a") as lines:
+            with log.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(rows[-1]) + "\n")
             print(json.dumps(rows[-1]), flush=True)
     print("\n".join(table(rows)))

@@ -198,7 +198,7 @@ def _cell(figures: dict[str, float]) -> str:
 
 def table(args: argparse.Namespace) -> str:
     """Return the Markdown table in percent: accuracy, and also the error if images are rejected."""
-    rows = [json.loads(path.read_text()) for path in sorted((Path(args.storage) / "results").glob("*.json"))]
+    rows = [json.loads(path.read_bytes()) for path in sorted((Path(args.storage) / "results").glob("*.json"))]
     names = [key for key in rows[0] if isinstance(rows[0][key], dict) and "oblivious" in rows[0][key]]
     names.remove("images")
     heads = ["defense", "clean", *(f"{n} OBL" for n in names), *(f"{n} WB" for n in names), "rejected: clean, OBL, WB"]
@@ -234,7 +234,7 @@ def main() -> None:
         return
     torch.manual_seed(0)
     for name in args.names or defenses.names():
-        (folder / f"{name}.json").write_text(json.dumps(run(name, args), indent=1))
+        (folder / f"{name}.json").write_text(json.dumps(run(name, args), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

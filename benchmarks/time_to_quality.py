@@ -126,7 +126,7 @@ def tables(names: Sequence[str]) -> list[Table]:
 
 
 def rows_of(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def lines(rows: Sequence[Mapping[str, Any]], every: Sequence[Table]) -> Iterator[str]:
@@ -180,7 +180,7 @@ def main() -> None:
                 if (table.name, arm, seed) in done:
                     continue
                 row = {"table": table.name, "arm": arm, "seed": seed, "trail": replayed(table, arm, seed, asked.cap)}
-                with asked.out.open("a") as file:
+                with asked.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
 
 

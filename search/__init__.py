@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 # Threads that spin while waiting make parallel runs many times slower. OpenMP reads this when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+try:
+    Path.home()
+except RuntimeError:  # a uid without an entry in passwd; Ray and wandb fail where a ~ stands for nothing
+    os.environ["HOME"] = "/nonexistent"
 
 HOMES = {
     "Study": "study.study",

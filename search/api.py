@@ -9,6 +9,7 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from rich.console import Console
 
+from attacks.ambient import torch_defaults
 from search import session
 from search.optimizer.history import SearchHistory
 from search.study import ranking
@@ -20,6 +21,7 @@ from search.study.study import Study
 TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm", "latency_images")
 
 
+@torch_defaults()
 def search(study: Study, *, debug: bool = False, console: Console | None = None) -> pd.DataFrame:
     """Run a search and return its candidates; a search that exists is resumed, so a notebook cell can run again.
 

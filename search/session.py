@@ -17,6 +17,7 @@ from rich.console import Console
 
 from search.console import working
 from search.data import splits
+from search.data.folders import try_lock
 from search.engine import run
 from search.engine.dry_run import Forecast, forecast, slots_here
 from search.exceptions import StorageError
@@ -273,12 +274,15 @@ def _writable(study: Study) -> None:
     try:
         study.root.mkdir(parents=True, exist_ok=True)
         place = study.folder if study.folder.exists() else study.root
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        try_lock(place)
     except OSError as error:
-        raise InputError(
-            f"a storage must be a folder that can be written, but {place}: {os.strerror(error.errno or 0)}"
-        ) from None
+        law = "a storage must be a folder that can be written, whose files can be locked"
+        raise InputError(f"{law}, but {place}: {os.strerror(error.errno or 0)}") from None
+    try:
+        try_lock(Path(tempfile.gettempdir()))
+    except OSError as error:
+        law = "temporary files must be in a folder where they can be locked"
+        raise InputError(f"{law}, but {error.filename}: {error.strerror}; set TMPDIR to another") from None
     try:
         if study.mirror:
             study.mirror.reach()

@@ -28,9 +28,21 @@ def finite(domain: BaseDistribution) -> tuple[Scalar, ...] | None:
         return tuple(domain.choices)  # type: ignore[arg-type]  # no knob is None
     if isinstance(domain, IntDistribution) and not domain.log:
         return tuple(range(domain.low, domain.high + 1, domain.step))
+    if isinstance(domain, FloatDistribution) and domain.step is not None:
+        low, step = Fraction(str(domain.low)), Fraction(str(domain.step))  # 0.3, and not 0.1 + 0.1 + 0.1
+        return tuple(
+            float(low + number * step) for number in range(round((domain.high - domain.low) / domain.step) + 1)
+        )
     if isinstance(domain, FloatDistribution | IntDistribution) and domain.single():
         return (domain.low,)
     return None
+
+
+def on_step(domain: BaseDistribution, value: Scalar) -> Scalar:
+    """Return a float of a domain with steps as `finite` has it, without the rounding of a sampler's arithmetic."""
+    if isinstance(domain, FloatDistribution) and domain.step is not None and contains(domain, value):
+        return (finite(domain) or ())[round((float(value) - domain.low) / domain.step)]
+    return value
 
 
 def extremes(domain: BaseDistribution) -> tuple[Scalar, ...]:
@@ -80,7 +92,13 @@ def spoken(domain: BaseDistribution) -> str:
         return "one of " + ", ".join(map(written, domain.choices))
     assert isinstance(domain, FloatDistribution | IntDistribution)
     kind = "a whole number" if isinstance(domain, IntDistribution) else "a number"
-    return f"{kind} from {domain.low:g} to {domain.high:g}" + (" (log scale)" if domain.log else "")
+    steps = f" in steps of {domain.step:g}" if _has_steps(domain) else ""
+    return f"{kind} from {domain.low:g} to {domain.high:g}{steps}" + (" (log scale)" if domain.log else "")
+
+
+def _has_steps(domain: BaseDistribution) -> bool:
+    """Return whether a range leaves out values of its kind."""
+    return getattr(domain, "step", None) not in (None, 1 if isinstance(domain, IntDistribution) else None)
 
 
 def written(value: object) -> str:
@@ -121,21 +139,22 @@ def narrowed(name: str, declared: BaseDistribution, wish: Domain) -> BaseDistrib
         InputError: it is not inside the declared domain.
     """
     if isinstance(wish, FloatDistribution | IntDistribution):
-        inside = all(contains(declared, end) for end in (wish.low, wish.high))
+        values = finite(wish) if _has_steps(declared) else (wish.low, wish.high)
+        inside = values is not None and all(contains(declared, value) for value in values)
         if isinstance(declared, FloatDistribution | IntDistribution) and type(wish) is type(declared) and inside:
             return wish
         raise InputError(f"{name} must be {spoken(declared)}, but the space says {spoken(wish)}")
     if isinstance(wish, str) and ".." in wish and isinstance(declared, FloatDistribution | IntDistribution):
         return _range(name, declared, wish)
-    values: list[Any] = list(wish.choices) if isinstance(wish, CategoricalDistribution) else _listed(wish)
-    if not values:
+    choices: list[Any] = list(wish.choices) if isinstance(wish, CategoricalDistribution) else _listed(wish)
+    if not choices:
         raise InputError(f"{name} must be {spoken(declared)}, but its grid is empty")
     if isinstance(declared, FloatDistribution):
-        values = [float(value) if type(value) is int else value for value in map(as_written, values)]
-    for value in values:
+        choices = [float(value) if type(value) is int else value for value in map(as_written, choices)]
+    for value in choices:
         if not contains(declared, value):
             raise InputError(f"{name} must be {spoken(declared)}, but is {value!r}")
-    return CategoricalDistribution(tuple(dict.fromkeys(values)))
+    return CategoricalDistribution(tuple(dict.fromkeys(choices)))
 
 
 def _range(name: str, declared: FloatDistribution | IntDistribution, text: str) -> BaseDistribution:
@@ -146,7 +165,7 @@ def _range(name: str, declared: FloatDistribution | IntDistribution, text: str) 
         low, high = (int(end) if whole else float(as_written(end)) for end in ends.split(".."))
         if scale == ("log" if colon else "") and contains(declared, low) and contains(declared, high):
             kind: Any = type(declared)
-            domain: BaseDistribution = kind(low, high, log=bool(colon))
+            domain: BaseDistribution = kind(low, high, log=bool(colon), step=declared.step)
             return domain
     except ValueError:
         pass

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from spaces.domain import Domain, Scalar, contains, draw, finite, narrowed, only, spoken
+from spaces.domain import Domain, Scalar, contains, draw, finite, narrowed, on_step, only, spoken
 from spaces.exceptions import InputError, choose
 
 Condition = Mapping[str, Sequence[Scalar]]
@@ -142,7 +142,7 @@ class SearchSpace:
         """Return the setting in which each active knob has the `value` of its name and domain."""
         values = dict[str, Scalar]()
         for name, domain in self.flat().items():
-            values[name] = value(name, domain) if self.matters(name, values) else self.defaults[name]
+            values[name] = on_step(domain, value(name, domain)) if self.matters(name, values) else self.defaults[name]
         return Params({n: values[n] for n in self.train}, {n: values[n] for n in self.inference})
 
     def complete(self, chosen: Mapping[str, Any]) -> Params:

@@ -126,6 +126,27 @@ def test_only_final_opens_the_test_split() -> None:
     assert openers == {"search/data/splits.py", "search/final/final_run.py"}
 
 
+@pytest.mark.parametrize("path", [*FILES, *ROOT.glob("benchmarks/*.py")], ids=name_of)
+def test_text_is_utf_8_whatever_the_locale(path: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)]
+    unsaid = [call for call in calls if _is_text(call) and "encoding" not in {each.arg for each in call.keywords}]
+    assert [call.lineno for call in unsaid] == []
+
+
+def _is_text(call: ast.Call) -> bool:
+    """Return whether a call reads or writes text: a file, or the output of another process."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    decodes = [each.value for each in call.keywords if each.arg in ("text", "universal_newlines")]
+    if name in ("read_text", "write_text") or any(isinstance(each, ast.Constant) for each in decodes):
+        return True
+    words = [each.value for each in call.args[:2] if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    modes = [word for word in words if set(word) <= set("rwaxbt+")]
+    opens = name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile")
+    return (isinstance(call.func, ast.Name) and name == "open" and not modes) or (
+        opens and any("b" not in mode for mode in modes)
+    )
+
+
 def test_search_reads_as_a_table_of_contents() -> None:
     beside = [path for path in (ROOT / "search").iterdir() if path.is_file()]
     assert len(beside) <= 8, beside

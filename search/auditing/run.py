@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from attacks.ambient import torch_defaults
 from attacks.black_box import BlackBoxAttacker
 from attacks.threat import ThreatModel
 from defenses.base import Shape
@@ -31,6 +32,7 @@ from spaces.exceptions import InputError, choose
 NOWHERE: dict[str, str | None] = dict.fromkeys(("file", "file_sha256", "function", "weights", "weights_sha256"))
 
 
+@torch_defaults()
 def audit(
     model: nn.Module,
     x: Any,
@@ -68,6 +70,7 @@ def audit(
     return AuditReport(plan.evidence(model, x_NCHW, y_N, about, console or Console(quiet=True)))
 
 
+@torch_defaults()
 def audit_source(
     source: Source,
     data: str,

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from torch import nn
 
+from attacks.ambient import torch_defaults
 from search.classifiers.weights import load_weights
 from spaces.exceptions import InputError, choose
 
@@ -58,7 +59,8 @@ class Source:
         own = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         function = getattr(module, choose(f"the function in {self.file.name}", self.function, own))
         try:
-            model = function()
+            with torch_defaults():
+                model = function()
         except Exception as error:
             raise InputError(
                 f"{law} must return a model when called without arguments, but raises {one_line(error)}"
@@ -88,7 +90,8 @@ class Source:
         if str(self.file.parent) not in sys.path:
             sys.path.append(str(self.file.parent))
         try:
-            spec.loader.exec_module(module)
+            with torch_defaults():  # the file may set what would hold for us too
+                spec.loader.exec_module(module)
         except Exception as error:
             raise InputError(
                 f"{self.file.name} must be a file that can be imported, but raises {one_line(error)}"

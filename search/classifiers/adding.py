@@ -152,7 +152,7 @@ def _source(source: str) -> tuple[str, str]:
     if not file.endswith(".py") or not function.isidentifier():
         raise InputError(f"a classifier must be FILE.py:FUNCTION, but is {source!r}")
     try:
-        text = Path(file).expanduser().read_text()
+        text = Path(file).expanduser().read_text(encoding="utf-8")
         compile(text, file, "exec")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"

@@ -13,11 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from search.classifiers import user_code
 from search.classifiers.user_code import UserCode
-from search.data.folders import roots
+from search.data.folders import lock, roots
 from search.storage.atomic import folder_atomic
 from search.storage.fingerprint import code_digests, fingerprint
 from spaces.exceptions import InputError
@@ -107,7 +105,7 @@ def write(dataset: str, name: str, files: Files, data_dir: str | Path | None) ->
     """
     folder = home(dataset, data_dir) / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{name}.lock"):
+    with lock(folder.parent / f".{name}.lock"):
         if folder.exists():
             raise taken(dataset, name)
         with folder_atomic(folder) as temporary:
@@ -135,7 +133,7 @@ def adopt(dataset: str, data_dir: str | Path | None, packed: Mapping[str, Files]
         if find_own(dataset, name, data_dir) is None:
             folder = home(dataset, data_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f".{name}.adopted.lock"):
+            with lock(folder / f".{name}.adopted.lock"):
                 if find_own(dataset, name, data_dir) is None:
                     write(dataset, name, files, data_dir)
         there = folders(dataset, name, data_dir)[0]

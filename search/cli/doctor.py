@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,9 @@ from pathlib import Path
 import torch
 
 from search.data import splits
-from search.data.folders import data_folder
+from search.data.folders import roots, try_lock
 from search.data.registry import data_set_names
+from search.engine.local_ray import REMEDY, ray_folder
 from search.storage.mirror import mirror_of
 from search.storage.uri import check_storage, local_folder
 from search.study.study import Study
@@ -65,7 +65,7 @@ def _python() -> Finding:
 
 def _packages() -> list[Finding]:
     """Compare the installed versions with the pinned versions."""
-    pinned = dict(line.split("==") for line in LOCK.read_text().splitlines() if "==" in line)
+    pinned = dict(line.split("==") for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)
     held = {name: _installed(name) for name in pinned}
     other = {name: f"{held[name]}, not {pinned[name]}" for name in pinned if not _same(held[name], pinned[name])}
     found = [Finding(name, name not in other, other.get(name, held[name])) for name in NAMED]
@@ -88,7 +88,7 @@ def _same(held: str, pinned: str) -> bool:
 def _device() -> Finding:
     """Check the GPUs of this machine, and why torch cannot use them."""
     built = f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build of torch"
-    told = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", DRIVER.read_text()) if DRIVER.exists() else None
+    told = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", DRIVER.read_text(encoding="utf-8")) if DRIVER.exists() else None
     driver = f"driver {told[0]}" if told else "no driver"
     given = len([path for path in DEVICES.glob("nvidia*") if path.name[6:].isdigit()])
     if torch.cuda.is_available():
@@ -146,7 +146,9 @@ def _storage(storage: str) -> list[Finding]:
     """Check the disk that a search writes to and, if the storage is a URI, whether it is writable."""
     try:
         storage = check_storage(storage)
-        mirror, disk = mirror_of(storage), _disk("storage", local_folder(storage), "choose another --storage")
+        mirror = mirror_of(storage)
+        remedy = "set $CRUCIBLE_CACHE to another folder" if mirror else "choose another --storage"
+        disk = _disk("storage", local_folder(storage), remedy)
         if mirror is not None:
             mirror.reach()
     except ValueError as error:
@@ -158,24 +160,41 @@ def _storage(storage: str) -> list[Finding]:
 
 def _disks(data_dir: str | None) -> list[Finding]:
     elsewhere = "choose another --data-dir, or set $CRUCIBLE_DATA"
-    scratch = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    return [
-        _disk("data folder", data_folder(data_dir), elsewhere),
-        _disk("Ray's scratch", scratch, "free some, or set $RAY_TMPDIR to a folder on another disk"),
-    ]
+    try:
+        data, _ = roots(data_dir)
+        found = _disk("data folder", data, elsewhere)
+    except InputError as error:
+        found = Finding("data folder", False, str(error), elsewhere)
+    try:
+        with ray_folder() as folder:
+            ray = _disk(
+                "Ray's scratch", folder.resolve().parent, "free some, or set $RAY_TMPDIR to a folder on another disk"
+            )
+    except InputError as error:
+        ray = Finding("Ray's scratch", False, str(error), REMEDY)
+    return [found, ray]
 
 
 def _disk(what: str, folder: Path, remedy: str) -> Finding:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK)
-    well = free > 5 * GIB and writable
-    found = f"{free / GIB:.0f} GiB free in {there}{'' if writable else ', which cannot be written'}"
-    return Finding(what, well, found, "" if well else remedy)
+    fault = "" if writable else ", which cannot be written"
+    try:
+        if writable:
+            try_lock(there)
+    except OSError as error:
+        fault = f", where files cannot be locked: {error.strerror}"
+    well = free > 5 * GIB and not fault
+    return Finding(what, well, f"{free / GIB:.0f} GiB free in {there}{fault}", "" if well else remedy)
 
 
 def _data(data_dir: str | None) -> list[Finding]:
     summary = []
-    for dataset in data_set_names(data_dir):
+    try:
+        names = data_set_names(data_dir)
+    except InputError:  # said of the data folder
+        return []
+    for dataset in names:
         status = splits.check(dataset, data_dir)
         found, remedy = status.detail, "" if status.state == "ready" else f"python launch.py data fetch {dataset}"
         if status.state == "absent":
@@ -185,11 +204,13 @@ def _data(data_dir: str | None) -> list[Finding]:
 
 
 def _wandb() -> Finding:
-    from wandb.sdk import wandb_setup  # a second to import
+    from search.tracking.wandb_run import found_mode, has_key, settings  # wandb takes a second to import
 
-    from search.tracking.wandb_run import found_mode, has_key
-
-    server, mode = wandb_setup.singleton().settings.base_url, found_mode()
+    try:
+        server = settings().base_url
+    except InputError as error:
+        return Finding("W&B", False, f"{error}; searches log offline", "set it to what wandb takes, or unset it")
+    mode = found_mode()
     if has_key():
         return Finding("W&B", True, f"a key for {server}; searches log {mode} unless told otherwise")
     return Finding("W&B", True, f"no key for {server}: searches log offline", "wandb login")

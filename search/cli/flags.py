@@ -65,7 +65,7 @@ def completed(kind: str) -> Callable[[Context], Sequence[str]]:
             return [str(path.parent) for path in storage.glob("*/export/*/evidence.json")]
         if kind == "candidates":
             search = ctx.params.get("name") or ctx.args[0]  # Click leaves it there while a flag's value is missing
-            rows = (storage / search / "candidates.csv").read_text().splitlines()
+            rows = (storage / search / "candidates.csv").read_text(encoding="utf-8").splitlines()
             return [row.partition(",")[0] for row in rows[1:]]
         if kind == "knobs":
             import defenses  # imports torch

@@ -171,6 +171,13 @@ def _told(error: typer.TyperException) -> str:
     return told
 
 
+def use_utf8() -> None:
+    """Start the command anew where the locale is another one: names of files, too, are UTF-8 whatever it is."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"  # also for the processes that it starts
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def run(app: typer.Typer) -> int:
     """Run the command line and return its exit code: 0 for success, 1 if the work failed, 2 for invalid input (one
     line on standard error), 130 if interrupted."""

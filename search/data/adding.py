@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from defenses.base import Shape
@@ -20,7 +19,7 @@ from search.data.cache import ensure, place, silent
 from search.data.datasets import DATASETS, DataSet
 from search.data.decoders import BLOCK, PARTS, Decoded, Part, Pixels
 from search.data.downloads import Progress
-from search.data.folders import roots
+from search.data.folders import lock, roots
 from search.data.official_files import Origin
 from search.data.registry import data_set_names, decoded_folders, find_data_set
 from search.data.user_files import MOST_CLASSES, Labelled, Size, read_files
@@ -111,7 +110,7 @@ def remove(name: str, data_dir: str | Path | None = None) -> None:
         law = "a data set that is removed must be one that was added"
         raise InputError(f"{law} ({', '.join(own) or 'none is'}), but is {name!r}")
     _, home = roots(data_dir)
-    with FileLock(home / f".{name}.lock"):
+    with lock(home / f".{name}.lock"):
         for folder in decoded_folders(name, data_dir):
             shutil.rmtree(folder, ignore_errors=True)
     (home / f".{name}.lock").unlink(missing_ok=True)

@@ -80,7 +80,7 @@ def rebuild_cifar(folder: Path) -> None:
     for picture in sorted(folder.glob("*_batch*.png")):
         part, number = ("test", 1) if picture.stem == "test_batch" else ("train", int(picture.stem[-1]))
         try:
-            labels = json.loads((folder / f"{part}_lables.json").read_text())[10_000 * (number - 1) :][:10_000]
+            labels = json.loads((folder / f"{part}_lables.json").read_bytes())[10_000 * (number - 1) :][:10_000]
             with Image.open(picture) as image:
                 planes = np.asarray(image).reshape(10_000, 1024, 3).transpose(0, 2, 1)
             rows = np.hstack([np.array(labels, np.uint8)[:, None], planes.reshape(10_000, 3072)])

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from search.data.archives import digest
 from search.data.datasets import DataSet
 from search.data.decoders import PARTS, Pixels
 from search.data.downloads import FULL, Folder, Progress, ScikitLearn
-from search.data.folders import roots
+from search.data.folders import lock, roots
 from search.data.guard import refuse_while_closed, watch
 from search.data.official_files import gather
 from search.data.registry import INDEX, OWN, data_set_names, decoded_folders, describe, find_data_set, read_index
@@ -79,7 +78,7 @@ def place(data: DataSet, data_dir: str | Path | None, progress: Progress = silen
 @contextmanager
 def _locked(dataset: str, home: Path) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / f".{dataset}.lock"):
+    with lock(home / f".{dataset}.lock"):
         yield
 
 
@@ -196,7 +195,7 @@ def _decode(data: DataSet, folder: Path, new: Path, progress: Progress, about: M
             mark.update(np.load(y_path).data)
             index["checksum"] = mark.hexdigest()
             index["train"] = data.train if found.train is None else found.train
-    (new / INDEX).write_text(json.dumps(index, indent=1))
+    (new / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def _heard(blocks: Iterable[Pixels], what: str, total: int, progress: Progress) -> Iterator[Pixels]:

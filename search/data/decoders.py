@@ -150,7 +150,7 @@ def _face(path: Path) -> Pixels:
 def _attribute(path: Path, name: str) -> tuple[list[str], Pixels]:
     """Return the names of the images, and for each whether it has the attribute."""
     try:
-        _, header, *rows = path.read_text().splitlines()
+        _, header, *rows = path.read_text(encoding="utf-8").splitlines()
         column = 1 + header.split().index(name)
         cells = [row.split() for row in rows]
         return [row[0] for row in cells], np.array([int(row[column]) > 0 for row in cells], np.uint8)
@@ -166,7 +166,7 @@ def _partition(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
         tenths_N = 10 * np.arange(len(names)) // max(len(names), 1)
         return np.maximum(tenths_N - 7, 0)
     try:
-        split = dict(row.split() for row in path.read_text().splitlines())
+        split = dict(row.split() for row in path.read_text(encoding="utf-8").splitlines())
         return np.array([int(split[name]) for name in names])
     except (LookupError, ValueError) as error:
         raise AlteredFile(f"{path} must have a row NAME 0, 1 or 2 for each image, but: {line(error)}") from error

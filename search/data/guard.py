@@ -22,6 +22,7 @@ import torch
 
 from search.data.folders import roots
 from search.exceptions import TrialError
+from spaces.exceptions import InputError
 
 OPENINGS = {"open": 1, "os.remove": 1, "os.truncate": 1, "os.link": 1, "os.rename": 2}
 """Audit events of Python, and how many of their first arguments are paths."""
@@ -82,8 +83,9 @@ def refuse_while_closed(what: str) -> None:
 
 def _identify() -> None:
     global _data
-    usual = [part for root in roots(None) for name in ("decoded", "raw") for part in (root / name).glob("*")]
-    found: set[Identity] = set()
+    usual, found = list[Path](), set[Identity]()
+    with suppress(InputError):  # it may not be seen
+        usual = [part for root in roots(None) for name in ("decoded", "raw") for part in (root / name).glob("*")]
     for path in {*_folders, *usual}:
         with suppress(OSError):
             found |= _identities(path, path.stat().st_mtime_ns)

@@ -25,7 +25,7 @@ def decoded_folders(dataset: str, data_dir: str | Path | None) -> list[Path]:
 
 def read_index(decoded: Path) -> dict[str, Any]:
     """Return the index of a decoded cache: `files`, `checksum` and, where recorded, `train` (the training images)."""
-    index: dict[str, Any] = json.loads((decoded / INDEX).read_text())
+    index: dict[str, Any] = json.loads((decoded / INDEX).read_bytes())
     return index
 
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from search.classifiers import own
 from search.data import cache, splits
+from search.engine.local_ray import ensure_token, ray_folder
 from search.study.study import Study
 from spaces.exceptions import InputError
 
@@ -144,11 +145,12 @@ def _connected(study: Study, address: str | None) -> Iterator[None]:
             "a search must connect to Ray itself, but this process is connected already: call ray.shutdown() first, "
             "or run the search in a process of its own"
         )
-    try:
-        _connect(study, address)
-        yield
-    finally:
-        ray.shutdown()
+    with ray_folder() if address is None else nullcontext() as folder:
+        try:
+            _connect(study, address, folder)
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
@@ -167,13 +169,14 @@ def _apart(address: str | None) -> Iterator[None]:
             sys.argv[:1] = script
 
 
-def _connect(study: Study, address: str | None) -> None:
+def _connect(study: Study, address: str | None, folder: Path | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     # Ray hides the GPUs of a node from its workers only if it assigns some.
     environment = {"CUDA_VISIBLE_DEVICES": ""} if study.gpus_per_trial == 0 else {}
     if address is None:
         environment |= {name: os.path.abspath(os.environ[name]) for name in FOLDERS & os.environ.keys()}
-        options |= {"address": "local", "include_dashboard": False}
+        ensure_token()
+        options |= {"address": "local", "include_dashboard": False, "_temp_dir": str(folder)}
         options |= {"runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT), **environment}}}
     else:
         options |= {"address": address}

@@ -36,7 +36,7 @@ class TrialTimeout:
 
     def word(self) -> str | None:
         """Return where the trial was when an earlier worker of it ended itself; None if none did."""
-        thread, _, dump = self.path.read_text().partition("\n") if self.path.exists() else ("", "", "")
+        thread, _, dump = self.path.read_text(encoding="utf-8").partition("\n") if self.path.exists() else ("", "", "")
         return f"no end after {self.limit or 0:g} s{_stood(dump, thread)}" if dump else None
 
     @contextmanager
@@ -47,9 +47,9 @@ class TrialTimeout:
             return
         try:
             self.path.parent.mkdir(parents=self.study.mirror is not None, exist_ok=True)
-            self._file = self.path.open("w")
+            self._file = self.path.open("w", encoding="utf-8")
         except OSError:  # the limit still applies, without a dump
-            self._file = tempfile.TemporaryFile("w")
+            self._file = tempfile.TemporaryFile("w", encoding="utf-8")
         with self._file:
             self._file.write(f"0x{threading.get_ident():016x}\n")  # in faulthandler's format
             self._file.flush()

@@ -159,8 +159,8 @@ def _prepared(
     """Check the arguments of `attack` and load what it needs."""
     attacks = replace(SUITES[choose("the suite", suite, list(SUITES))], looks=DRAWS)
     exported = load(folder, changed, data_dir=data_dir)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    known = json.loads((folder / "evidence.json").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_bytes())
+    known = json.loads((folder / "evidence.json").read_bytes())
     threat = _threat(ThreatModel(**config["threat"]), knowledge, norm, eps)
     if not any((attacks.within(threat).oblivious, attacks.within(threat).white_box)):
         raise InputError(f"the suite {suite} has no attack in {threat.norm}")

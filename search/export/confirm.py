@@ -85,7 +85,7 @@ def confirmed_by(
         images = {name: versions[name].detach().cpu()[order_N].contiguous() for name in names}
         save_file(images, asked, {"how": json.dumps(how)})
         command = [sys.executable, "-m", *module, str(asked), str(answered)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
         if done.returncode != 0:
             why = (done.stderr.strip().splitlines() or ["no message"])[-1]
             law = f"a new process can load it and answer, which ended with {done.returncode}: {why}"

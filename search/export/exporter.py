@@ -258,7 +258,7 @@ def _writable(out: Path) -> None:
 def _exported(folder: Path) -> str | None:
     """Return the name of the search of an existing export; None if there is no export."""
     config = folder / "config.yaml"
-    return str(yaml.safe_load(config.read_text())["study"]["name"]) if config.exists() else None
+    return str(yaml.safe_load(config.read_bytes())["study"]["name"]) if config.exists() else None
 
 
 def _audited(found: Mapping[str, Any]) -> str:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load as from_bytes
 from torch import Tensor, nn
 
 import defenses
+from attacks.ambient import default_arithmetic, torch_defaults
 from defenses.base import Defended, Shape
 from search.classifiers import architectures, own, user_code
 from search.classifiers.architectures import ARCHITECTURES
@@ -32,6 +34,8 @@ ROUNDING = 1e-3
 class Exported(Defended):
     """An exported winner. It accepts only images of its task, float in [0, 1], and raises an error for other input.
 
+    It computes as it was judged, in inference mode too, whatever the default dtype and device, and without autocast.
+
     Attributes:
         changed: how its code differs from the code that it was judged with, one line; empty if it does not.
         code: the files of its user's own classifiers, by name; none for a built-in architecture.
@@ -46,11 +50,11 @@ class Exported(Defended):
         Raises:
             InputError: the input is not images of the task.
         """
-        return super().forward(self._checked(x_NCHW))
+        return _as_judged(super().forward, self._checked(x_NCHW))
 
     def accept(self, x_NCHW: Tensor) -> Tensor:
         """Return accept_N, bool: False for a rejected image."""
-        return super().accept(self._checked(x_NCHW))
+        return _as_judged(super().accept, self._checked(x_NCHW))
 
     def unchecked(self) -> Defended:
         """Return the same model without input checks, for attacks, which ask thousands of times and stay in [0, 1]."""
@@ -72,6 +76,16 @@ class Exported(Defended):
         return x_NCHW
 
 
+def _as_judged(function: Callable[[Tensor], Tensor], x_NCHW: Tensor) -> Tensor:
+    """Call a function of the model in the state in which it was judged."""
+    with default_arithmetic():
+        if not torch.is_inference_mode_enabled():
+            return function(x_NCHW)
+        with torch.inference_mode(False), torch.no_grad():  # a defense may need gradients, which that mode forbids
+            return function(x_NCHW.clone())
+
+
+@torch_defaults()
 def load(
     folder: str | Path, changed: bool = False, *, trust: bool = False, data_dir: str | Path | None = None
 ) -> Exported:

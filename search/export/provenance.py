@@ -50,7 +50,7 @@ def _git(*words: str) -> str:
     """Return the output of git; empty if git is not installed, or there is no repository."""
     if shutil.which("git") is None:
         return ""
-    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, encoding="utf-8").stdout.strip()
 
 
 def libraries() -> dict[str, str]:

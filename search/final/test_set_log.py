@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from search.data.folders import lock
 from search.final.results import FinalSettings
 from search.storage.atomic import write_atomic
 
@@ -22,7 +21,7 @@ Look = dict[str, Any]
 def looks(folder: Path, settings: FinalSettings) -> list[Look]:
     """Return the openings for an export up to the one with these settings, which may not have happened yet."""
     path, this = folder / OPENED, {name: getattr(settings, name) for name in SAME}
-    taken: list[Look] = json.loads(path.read_text()) if path.exists() else []
+    taken: list[Look] = json.loads(path.read_bytes()) if path.exists() else []
     for place, look in enumerate(taken):
         if {name: look[name] for name in SAME} == this:
             return taken[: place + 1]
@@ -31,7 +30,7 @@ def looks(folder: Path, settings: FinalSettings) -> list[Look]:
 
 def note_opening(folder: Path, settings: FinalSettings) -> list[Look]:
     """Log that the test split is opened for an export, unless already logged, and return the openings so far."""
-    with FileLock(f"{folder / OPENED}.lock"):  # another run may use the same export
+    with lock(folder / f"{OPENED}.lock"):  # another run may use the same export
         found = looks(folder, settings)
         if "when" not in found[-1]:
             found[-1] = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **found[-1]}

@@ -80,7 +80,7 @@ def _of_search(study: Study, source: str) -> WarmStart:
 
 def _of_export(study: Study, folder: Path) -> WarmStart:
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config = yaml.safe_load((folder / "config.yaml").read_bytes())
         defense, params = config["defense"], Params(config["train"], config["inference"])
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise InputError(f"warm_start must be an export with a whole config.yaml, but {folder}: {error}") from None

@@ -116,7 +116,7 @@ class Table:
 @cache
 def tables() -> list[Table]:
     """Return all tables, sorted by paper."""
-    return [table for path in sorted(FOLDER.glob("*.yaml")) for table in read(path.read_text())]
+    return [table for path in sorted(FOLDER.glob("*.yaml")) for table in read(path.read_text(encoding="utf-8"))]
 
 
 def table(name: str) -> Table:

@@ -153,7 +153,7 @@ class Mirror:
         for mark in sorted((self.folder / "unsent").glob("*")):
             name = mark.name.replace("-", "/", 1)
             try:
-                for file in sorted(json.loads((self.folder / name / "entry.json").read_text())["sha256"]):
+                for file in sorted(json.loads((self.folder / name / "entry.json").read_bytes())["sha256"]):
                     self.send(f"{name}/{file}")
                 self.send(f"{name}/entry.json")
             except Unreachable:
@@ -170,7 +170,7 @@ class Mirror:
             OSError, ValueError, KeyError: the entry is incomplete, or the storage does not provide it.
         """
         entry = self.fetch(f"{name}/entry.json", folder / "entry.json")
-        for file in json.loads(entry.read_text())["sha256"]:
+        for file in json.loads(entry.read_bytes())["sha256"]:
             self.fetch(f"{name}/{file}", folder / file)
 
     @cached_property

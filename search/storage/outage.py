@@ -30,7 +30,7 @@ MARKER = "here"
 MEANING = b"The store of Crucible's searches is here. While this file is missing, they wait for its return.\n"
 _SEEN: set[Path] = set()
 """Folders that this process knows to exist, from any object: if one is missing, it is unavailable, not new."""
-BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS}
+BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOLCK, errno.ENOSYS}
 
 
 def trouble(error: BaseException | None) -> str | None:

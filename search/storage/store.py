@@ -216,7 +216,7 @@ class Store(WaitedFolder):
 
 
 def _whole(folder: Path) -> bool:
-    digests = json.loads((folder / "entry.json").read_text())["sha256"]
+    digests = json.loads((folder / "entry.json").read_bytes())["sha256"]
     return all(_digest((folder / name).read_bytes()) == digest for name, digest in digests.items())
 
 

@@ -61,7 +61,7 @@ def read_study(
     """
     over = over or {}
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(f"a study must be a file that can be read, but {path}: {reason}") from None

@@ -116,6 +116,10 @@ def _refusal(error: ValidationError) -> tuple[str, str]:
             choose(name, str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
         except InputError as error:
             return name, str(error)
+    if len(first["loc"]) > 1:  # pydantic's own words are about one type of several
+        knob, is_key = first["loc"][1], first["loc"][-1] == "[key]"
+        forms = "a name" if is_key else "one value, a grid [V1, V2] or a range LOW..HIGH or LOW..HIGH:log"
+        return name, f"{name}: {knob} must be {forms}, but is {first['input']!r}"
     law = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     law = law.replace("a valid boolean, unable to interpret input", "true or false")
     given = mask_credentials(first["input"])

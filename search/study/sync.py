@@ -44,12 +44,12 @@ def driver(study: Study) -> str | None:
 def runs(study: Study) -> bool:
     """Return whether a driver runs this search now; this also works on a read-only storage."""
     try:
-        with open(study.store.lock("searches", study.name).path) as held:
+        with open(study.store.lock("searches", study.name).path, "rb") as held:
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        pass
     except BlockingIOError:
         return True
+    except OSError:  # no file, or no locks
+        pass
     return driver(study) is not None
 
 

@@ -41,7 +41,7 @@ class CsvLog(Callback):
             self._rewrite()
             return
         self._behind = True  # on a full disk, only a part of a row may be written
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(self._text(new, header=False))
         self._behind = False
 

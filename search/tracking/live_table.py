@@ -116,6 +116,8 @@ class LiveTable(Callback):
 
     def _table(self) -> RenderableType:
         table = Table("training", "knobs", "epoch", "loss", "quick score", "seconds", box=None, pad_edge=False)
+        for column in table.columns:  # no figure is cut: the knobs give way
+            column.no_wrap, column.overflow = column.header != "knobs", "fold"
         for trial, row in self._rows.items():
             loss = "" if row.loss is None else f"{row.loss:.4g}"
             doing = f"{row.epoch}/{self.epochs}" if row.epoch < self.epochs else "scoring"

@@ -132,11 +132,13 @@ def figures(study: Study, undefended: Candidate, candidate: Candidate) -> dict[s
 
 def log_export(study: Study, folder: Path, aliases: Sequence[str], run: wandb.Run) -> None:
     """Log an export as a version of the artifact of its defense and task, and the figures of its audit."""
-    evidence = json.loads((folder / "evidence.json").read_text())
+    evidence = json.loads((folder / "evidence.json").read_bytes())
     told = {name: value for name, value in evidence.items() if isinstance(value, str | int | float | bool)}
     told["verdict"] = verdict_of_audit(evidence)
     name = re.sub(r"[^\w.-]+", "-", f"{study.defense}-{study.label}")
-    artifact = wandb.Artifact(name, "model", description=(folder / "card.md").read_text(), metadata=told)
+    artifact = wandb.Artifact(
+        name, "model", description=(folder / "card.md").read_text(encoding="utf-8"), metadata=told
+    )
     for path in sorted(folder.iterdir()):
         if path.is_file():
             artifact.add_file(str(path), skip_cache=True)

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wandb
+from pydantic import ValidationError
+from wandb.errors import AuthenticationError
 from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
 from search.storage.atomic import write_atomic
+from search.storage.uri import mask_credentials
 from search.tracking.time_limit import within
+from spaces.exceptions import InputError
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -46,10 +50,25 @@ ONE_RUN: dict[str, Any] = {
 """Settings that name one run, as the shell of an agent of W&B has them in $WANDB_RUN_ID and the like; we open many."""
 
 
+def settings() -> wandb.Settings:
+    """Return what wandb resolves from variables and its files.
+
+    Raises:
+        InputError: wandb refuses one of them.
+    """
+    try:
+        return wandb_setup.singleton().settings
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        given = "" if "key" in name else f"={mask_credentials(first['input'])}"
+        raise InputError(f"wandb refuses WANDB_{name.upper()}{given}: {first['msg']}") from None
+
+
 def found_mode() -> Mode:
     """Return the mode that wandb resolves ($WANDB_MODE, `wandb offline`); online needs a key, or to be asked for."""
     with contextlib.suppress(Exception):  # a variable that wandb refuses
-        mode = wandb_setup.singleton().settings.mode
+        mode = settings().mode
         if mode == "disabled":
             return "disabled"
         if mode not in ("offline", "dryrun") and (os.environ.get("WANDB_MODE") or has_key()):
@@ -59,9 +78,12 @@ def found_mode() -> Mode:
 
 def has_key() -> bool:
     """Return whether wandb finds an API key; without one, it would prompt for it at the terminal."""
-    settings = wandb_setup.singleton().settings
-    told = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key
-    return bool(told or wbauth.read_netrc_auth(host=settings.base_url))
+    found = settings()
+    told = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or found.api_key
+    try:
+        return bool(told or wbauth.read_netrc_auth(host=found.base_url))
+    except (OSError, AuthenticationError):  # a .netrc that may not be read, or what is no key
+        return False
 
 
 def project() -> str:
@@ -176,7 +198,7 @@ def identity(folder: Path, search: str, key: str) -> str:
         write_atomic(options / "wandb-leet.json", json.dumps(LEET).encode())
         write_atomic(path, uuid.uuid4().hex[:8].encode())
     # The key first: `wandb leet` truncates what it lists.
-    return re.sub(r"[^\w.-]+", "-", f"{key}-{search[:40]}-{path.read_text()}")
+    return re.sub(r"[^\w.-]+", "-", f"{key}-{search[:40]}-{path.read_text(encoding='utf-8')}")
 
 
 def begun(folder: Path, search: str, key: str) -> bool:

@@ -46,7 +46,7 @@ def device_name(device: torch.device) -> str:
 def _processor() -> str:
     """Return the CPU's model, which `platform` does not provide on Linux."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or "CPU")
 

@@ -12,10 +12,12 @@ import pytest
 from rich.console import Console
 
 import search
+from search import session
 from search.optimizer.history import SearchHistory
 from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
+from tests.attacks.test_ambient import State, hostile, state
 from tests.conftest import digits_study
 from tests.search.conftest import Working
 from tests.support.engine import Pretence
@@ -54,6 +56,20 @@ def test_a_search_returns_the_table_that_candidates_csv_holds(study: Study, work
     kinds = {"attacked_accuracy": "float64", "black_box_accuracy": "float64", "queries": "int64", "alarms": "str"}
     kinds |= {"conv_maps": "int64", "lambda_rc": "float64", "sigma_eps": "float64", "candidate": "str"}
     assert {name: str(table.dtypes[name]) for name in kinds} == kinds
+
+
+def test_a_search_computes_as_in_a_new_process(study: Study, working: Working, monkeypatch: pytest.MonkeyPatch) -> None:
+    working(Pretence(robust))
+    usual, met, begin = state(), list[State](), session.begin
+
+    def seen(study: Study, console: Console, *, debug: bool) -> int:
+        met.append(state())
+        return begin(study, console, debug=debug)
+
+    monkeypatch.setattr(session, "begin", seen)
+    with hostile(inference=True):
+        search.search(study, debug=True, console=QUIET)
+    assert met == [usual] and state() == usual
 
 
 def test_a_search_is_read_by_its_name_too_and_its_front_is_a_part_of_it(study: Study, working: Working) -> None:

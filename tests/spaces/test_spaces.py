@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 import defenses
 import spaces
 from defenses.puvae import PuVAE
+from search.optimizer.coordinates import stepped
+from search.optimizer.samplers import asked
 from spaces.domain import Domain, as_written, contains, draw, finite, written
 from spaces.exceptions import InputError
-from spaces.space import SearchSpace
+from spaces.space import SearchSpace, knob
 
 WHOLE = SearchSpace.of(PuVAE)
 
@@ -200,3 +205,47 @@ def test_a_range_outside_the_law_is_refused_in_one_line(text: str) -> None:
 )
 def test_a_value_is_written_as_papers_write_it_and_read_back(value: float, words: str) -> None:
     assert written(value) == words and as_written(words) == pytest.approx(value, rel=1e-9)
+
+
+class Stepped:
+    """A defense that was dropped in, with knobs on steps."""
+
+    @dataclass(frozen=True)
+    class Train:
+        width: int = knob(16, IntDistribution(8, 64, step=8), "channels")
+
+    @dataclass(frozen=True)
+    class Inference:
+        share: float = knob(0.5, FloatDistribution(0, 1, step=0.1), "a share")
+
+
+def test_steps_are_kept_by_ranges_draws_grids_and_samplers() -> None:
+    space = SearchSpace.of(Stepped).narrow({"width": "8..32", "share": "0..0.5"})
+    widths, shares = (8, 16, 24, 32), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    assert space.train["width"] == IntDistribution(8, 32, step=8)
+    assert (space.size(), [*space.grid()][-1].flat()) == (24, {"width": 32, "share": 0.5})
+    rng, study = np.random.default_rng(0), optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [space.drawn(rng).flat() for _ in range(200)]
+    drawn += [asked(study.ask(), space, whole=True).flat() for _ in range(60)]
+    near = [stepped(domain, drawn[0][name], rng) for name, domain in space.flat().items() for _ in range(9)]
+    assert {each["width"] for each in drawn} == set(widths) and {each["share"] for each in drawn} == set(shares)
+    assert set(near) <= {*widths, *shares}
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        (
+            {"width": "8..30"},
+            r"width must be a whole number from 8 to 64 in steps of 8, or of these a range LOW\.\.HIGH",
+        ),
+        ({"width": [8, 12]}, r"width must be a whole number from 8 to 64 in steps of 8, but is 12$"),
+        ({"width": "8..32:log"}, r"in steps of 8, or of these a range"),
+        ({"width": IntDistribution(8, 32)}, r"in steps of 8, but the space says a whole number from 8 to 32$"),
+        ({"share": FloatDistribution(0, 0.5)}, r"a number from 0 to 1 in steps of 0\.1, but the space says a number"),
+        ({"share": 0.25}, r"share must be a number from 0 to 1 in steps of 0\.1, but is 0\.25$"),
+    ],
+)
+def test_a_wish_off_the_steps_is_refused_in_one_line(named: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        SearchSpace.of(Stepped).narrow(named)

@@ -139,4 +139,36 @@ def test_a_key_for_the_server_in_use_is_found(tmp_path: Path, monkeypatch: pytes
     there = found("W&B", tmp_path)
     assert there.remedy == "" and there.found == "a key for http://wandb.lab; searches log online unless told otherwise"
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # wandb reads its variables once
     assert "searches log offline" in found("W&B", tmp_path).found
+
+
+def test_places_that_may_not_be_used_are_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/none")
+    ray = found("Ray's scratch", tmp_path)
+    assert not ray.well and "/proc/none/ray" in ray.found and ray.remedy.startswith("set RAY_TMPDIR to a folder with")
+
+    stat = Path.stat
+
+    def refuse(path: Path, **more: Any) -> Any:
+        if path.name in ("data", "netrc"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **more)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    data, key = found("data folder", tmp_path), found("W&B", tmp_path)
+    assert not data.well and data.found.endswith("data: Permission denied; set $CRUCIBLE_DATA to another")
+    assert key.remedy == "wandb login"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("WANDB_MODE", "Offline"), ("WANDB_BASE_URL", "localhost:8080"), ("WANDB_SILENT", "maybe")]
+)
+def test_a_variable_that_wandb_refuses_is_a_finding(
+    variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    wandb.teardown()
+    finding = found("W&B", tmp_path)
+    assert not finding.well and finding.remedy == "set it to what wandb takes, or unset it"
+    assert finding.found.startswith(f"wandb refuses {variable}={value}: ") and "\n" not in finding.found

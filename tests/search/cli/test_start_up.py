@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from search.engine.run import run
 from search.engine.worker import Report
 from search.report.status import status_of
@@ -40,3 +42,13 @@ def test_status_imports_neither_torch_nor_ray_nor_wandb_and_answers_soon(tmp_pat
     before = sum(os.times()[2:4])
     assert launch(*words).returncode == 0
     assert sum(os.times()[2:4]) - before < 2
+
+
+def test_files_and_their_names_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    config = tmp_path / "é.yaml"
+    config.write_text(f"storage: {tmp_path}/é\nnotes: café\n", encoding="utf-8")
+    command = [sys.executable, "launch.py", "search", "--config", str(config), "--print-config"]
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    shown = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, check=True).stdout
+    values = yaml.safe_load(shown)
+    assert (values["storage"], values["notes"]) == (f"{tmp_path}/é", "café")

@@ -48,6 +48,7 @@ from search.study.catalog import open_search
 from search.study.study import Study
 from search.study.verdict import verdict_of_audit
 from spaces.exceptions import InputError
+from tests.attacks.test_ambient import hostile
 from tests.conftest import digits_study
 from tests.support.paths import ROOT
 
@@ -156,6 +157,17 @@ def test_an_export_is_a_plain_module_with_the_searchs_clean_accuracy(folder: Pat
     assert logits.shape == (IMAGES, 10)
     said = json.loads((folder / "evidence.json").read_text())
     assert float((logits.argmax(1) == y).double().mean()) == pytest.approx(said["clean_accuracy"], abs=0.03)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_export_answers_as_it_was_judged_whatever_the_caller_has_set(small: Path, inference: bool) -> None:
+    x_NCHW = torch.rand(4, 1, 8, 8)
+    judged = load(small)
+    with hostile(inference=inference):
+        model = load(small)
+        logits_NK, accept_N = model(x_NCHW), model.accept(x_NCHW)
+    assert torch.equal(logits_NK, judged(x_NCHW)) and torch.equal(accept_N, judged.accept(x_NCHW))
+    assert not logits_NK.is_inference()
 
 
 def test_the_evidence_says_all_that_a_number_needs(folder: Path, searched: Study) -> None:

@@ -96,6 +96,20 @@ def test_the_leaderboard_names_the_devices_where_there_are_several(study: Study)
     assert "timed on" not in shown.get()
 
 
+def test_a_terminal_that_is_narrow_shows_the_leaderboard_in_parts_and_cuts_nothing(tmp_path: Path) -> None:
+    study = digits_study(tmp_path, defense="puvae")
+    knobs = {"lambda_rc": 0.001, "lambda_kl": 0.1, "conv_maps": 16, "sigma_eps": 0.25}
+    best = dataclasses.replace(on("", 0.625, 1234.5, clean_accuracy=0.975), params=Params(knobs, {}))
+    for width, parts in ((80, 2), (40, 5), (300, 1)):
+        console = Console(width=width)
+        with console.capture() as shown:
+            console.print(leaderboard(study, list(knobs), best, [best]))
+        lines = shown.get().splitlines()
+        assert all(len(line.rstrip()) <= width for line in lines[1:]) and "…" not in shown.get()
+        assert sum(line.startswith("candidate") for line in lines) == parts == shown.get().count("\nundefended")
+        assert set(shown.get().split()) >= {"0.001", "lambda_rc", "62.5", "97.5", "1234.5", best.candidate}
+
+
 def test_time_in_which_nothing_ran_is_not_counted() -> None:
     """Two side by side for 10 s and 15 s, an hour of nothing, one for 5 s, and one that runs since 2 s."""
     begin = datetime(2026, 1, 1)

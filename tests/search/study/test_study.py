@@ -50,6 +50,9 @@ def test_a_refused_field_is_named_with_its_law_and_the_place_where_it_was_given(
     assert refused.value.field == "trials"
     with pytest.raises(RefusedField, match="^system_metrics must be true or false, but is 'maybe'$"):
         Study(system_metrics="maybe")
+    forms = r"^knobs: lambda_rc must be one value, a grid .*HIGH:log, but is \{'min': 1, 'max': 2\}$"
+    with pytest.raises(RefusedField, match=forms):
+        Study(knobs={"lambda_rc": {"min": 1, "max": 2}})
     with pytest.raises(InputError, match=r"^here, trials must be"):
         make_study({"trials": 0}, where=lambda field: "here, ")
     (tmp_path / "study.yaml").write_text("name: x\ntrials: 0\n")

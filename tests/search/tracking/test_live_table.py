@@ -1,0 +1,25 @@
+"""The table of running trainings."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+from rich.console import Console
+
+from search.study.candidate import Proposal
+from search.study.study import Study
+from search.tracking.live_table import LiveTable
+from spaces.space import Params
+
+
+def test_a_narrow_terminal_cuts_no_figure(study: Study) -> None:
+    knobs = {f"some_long_name_{number}": 0.001 for number in range(6)}
+    screen = Console(file=StringIO(), force_terminal=True, width=80)
+    table = LiveTable(screen, study, list(knobs), epochs=1000, done=0)
+    trial = Proposal("t001", Params(knobs, {}))
+    table.trial_started(trial)
+    table.epoch_ended(trial, 123, {"loss": 0.001234, "cheap": 0.625})
+    with screen.capture() as shown:
+        screen.print(table._table())
+    assert "…" not in shown.get() and shown.get().count("some_long_name_") == 6
+    assert {"t001", "123/1000", "0.001234", "62.5"} <= set(shown.get().split())
