@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from search.formatting import percent
+from attacks.threat import ThreatModel
+from search.formatting import percent, points
 
 AREAS = {
     1: "budgets",
@@ -83,3 +84,14 @@ def spoken(found: Mapping[str, Any]) -> str:
     """Return three lines: how many checks passed, on what they looked, and what was checked and what was not."""
     checked, unseen = ", ".join(found["checked"]), "; ".join(found["unseen"])
     return f"{passed(found)}\nchecked on {sizes(found)}\nchecked: {checked}; not checked: {unseen}"
+
+
+def audited(found: Mapping[str, Any]) -> str:
+    """Return the accuracies under the audit beside that of the search, and what was checked, as text."""
+    attacked, searched = points(found["attacked_accuracy"]), points(found["attacked_accuracy_of_the_search"])
+    return (
+        f"audited: {attacked} % attacked accuracy ({ThreatModel(**found['threat'])}; the search's lighter attacks left "
+        f"{searched} %), error {points(found['attacked_error'])} %, "
+        f"rejected {points(found['attacked_rejection'])} %, white-box {points(found['white_box_accuracy'])} %\n"
+        f"{spoken(checks(found['gates']))}"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -15,19 +15,19 @@ from rich.console import Console
 
 from attacks.attack import AttackError
 from attacks.audit.audit import Audit, audit
-from attacks.threat import ThreatModel
 from attacks.verdicts import Robustness
 from defenses.base import Defended, Defense
 from search.console import ProgressBars
 from search.exceptions import AlarmError, TrialError
+from search.export import provenance
 from search.export.aside import Aside, compare
 from search.export.attack_progress import AttackProgress, audit_passes, suite_passes
-from search.export.checks import checks, spoken
+from search.export.checks import audited
 from search.export.confirm import confirm
 from search.export.evidence import evidence
 from search.export.figures import with_gates
 from search.export.model_card import card
-from search.formatting import counted, points
+from search.formatting import counted
 from search.optimizer.history import SearchHistory
 from search.storage.atomic import folder_atomic, write_atomic
 from search.storage.seal import SEAL, opened, seal
@@ -35,7 +35,8 @@ from search.storage.store import Store, to_bytes
 from search.study import ranking, sync
 from search.study.candidate import Candidate
 from search.study.study import Study
-from search.study.verdict import verdict_of_audit
+from search.study.verdict import is_better, verdict_of_audit, verdict_of_search
+from search.study.winner import audits, keep
 from search.tracking.wandb_tracker import log_exports
 from search.trial.runner import TrialRunner
 from search.trial.training import silent
@@ -43,6 +44,7 @@ from spaces.exceptions import InputError
 
 TRIES = 2
 """Number of further candidates that may be audited if the audit rejects some."""
+AGAIN = "another --threat, --eps or --defense, or with more training (--epochs, --trials)"
 FIGURES = (
     *("attacked_accuracy", "attacked_accuracy_of_the_search", "attacked_error", "attacked_rejection"),
     *("oblivious_accuracy", "black_box_accuracy", "white_box_accuracy"),
@@ -87,12 +89,20 @@ def export_all(
         InputError: `out` is not writable, or contains exports of another search or an export that was changed.
     """
     _writable(out)
-    told: list[dict[str, Any]] = []
-    made: list[Path] = []
-    for candidate in candidates[: wanted + TRIES]:
+    say: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True)
+    undefended = None if despite_alarms else SearchHistory(study).undefended()
+    if worthless := _worthless(candidates[0], undefended):
+        raise InputError(
+            f"an export needs a candidate that is better than no defense, but {worthless}. Search again with {AGAIN}; "
+            "--despite-alarms exports it all the same"
+        )
+    ranked, told, made = ranking.distinct(candidates), list[dict[str, Any]](), list[Path]()
+    for nth, candidate in enumerate(ranked[: wanted + TRIES]):
         refused = sum(one["folder"] is None for one in told)
         if len(told) - refused == wanted:
             break
+        if nth and (alike := candidates.index(candidate) - candidates.index(ranked[nth - 1]) - 1):
+            say(f"skipped    {counted(alike, 'candidate')} with the training and every figure of one above")
         folder = out / candidate.candidate
         if (other := _exported(folder)) not in (None, study.name):
             raise InputError(
@@ -100,24 +110,38 @@ def export_all(
             )
         try:
             if not folder.exists():
+                if worthless := _worthless(candidate, undefended):
+                    raise AlarmError(f"{worthless}; not audited")
                 how: dict[str, Any] = {"refused": refused, "despite_alarms": despite_alarms, "console": console}
                 made.append(export(study, candidate, study.store, out, **how))
             found = json.loads(opened(folder)["evidence.json"])
             sync.deliver(study, *folder.iterdir())
             worth = verdict_of_audit(found)
-            console.print(
-                f"{_audited(found)}\nverdict    {worth}\nexported   {folder}", highlight=False, soft_wrap=True
-            )
-            audited = {name: found[name] for name in ("threat", *FIGURES, "alarms")}
-            told.append({"candidate": candidate.candidate, "folder": str(folder), "verdict": worth, "audited": audited})
+            say(f"{audited(found)}\nverdict    {worth}\nexported   {folder}")
+            figures = {name: found[name] for name in ("threat", *FIGURES, "alarms")}
+            told.append({"candidate": candidate.candidate, "folder": str(folder), "verdict": worth, "audited": figures})
         except AlarmError as error:
-            line = f"refused: {error} (--despite-alarms writes it all the same)"
-            console.print(line, highlight=False, soft_wrap=True)
+            say(f"refused: {error} (--despite-alarms writes it all the same)")
             told.append({"candidate": candidate.candidate, "folder": None, "refused": str(error)})
+    refused = sum(one["folder"] is None for one in told)
+    if len(told) - refused < wanted and (left := ranked[len(told) :]):
+        say(
+            f"stopped    after {counted(refused, 'refused candidate')}, though {len(left)} more rank below, which "
+            f"did no better in the search. Search again with {AGAIN}; or try the next: "
+            f"{provenance.export(study, left[0].candidate)}"
+        )
     with ProgressBars(console) as bars:
         bars.add_task("logging exports to W&B", total=None)
-        log_exports(study, made, partial(console.print, highlight=False, soft_wrap=True))
+        log_exports(study, made, say)
     return told
+
+
+def _worthless(candidate: Candidate, undefended: Candidate | None) -> str:
+    """Return what the search's own figures say against a candidate: it is no better than no defense; else nothing."""
+    if undefended is None or is_better(candidate, undefended):
+        return ""
+    verdict = verdict_of_search(candidate, undefended)
+    return f"by the search's own figures {candidate.candidate} is {verdict}"
 
 
 def export(
@@ -152,7 +176,15 @@ def export(
             f"have changed since; search again under another name"
         )
     _, defense = runner.trainer.fit(candidate.params, silent)
-    with _progress(runner, candidate, defense, console or Console(quiet=True)).running():
+    console = console or Console(quiet=True)
+    if known := _refused_before(study, candidate):
+        console.print(f"{candidate.candidate} was audited {known['written']} by this very code", highlight=False)
+        _refuse(known, despite_alarms)
+        with _new(folder) as temporary:
+            picture = runner.picture(candidate.params, temporary / "pictures.png").read_bytes()
+            _write(temporary, runner, defense, known | {"refused_before_it": refused}, picture)
+        return folder
+    with _progress(runner, candidate, defense, console).running():
         found, again, aside = _examined(runner, candidate, defense)
         known = with_gates(evidence(runner, candidate, found, again), [aside.gate])
         known |= {"aside": aside.figures(), "refused_before_it": refused}
@@ -162,19 +194,25 @@ def export(
             with runner.assets.device_lock.working():
                 y_N, seed = runner.assets.evaluator.y_N, runner.study.seed + 1
                 known = with_gates(known, confirm(temporary, found.versions, found.right, y_N, seed=seed))
-            _note(study, known)
-            if (alarms := known["alarms"]) and not despite_alarms:
-                failed = f"{counted(len(alarms), 'audit check')}: {'; '.join(alarms)}"
-                raise AlarmError(f"{candidate.candidate} failed {failed}; verdict: {verdict_of_audit(known)}")
+            keep(study, known)
+            _refuse(known, despite_alarms)
             _write(temporary, runner, defense, known, picture)
     return folder
 
 
-def _note(study: Study, known: Mapping[str, Any]) -> None:
-    """Keep the evidence of an audit beside the search, for the report: it may be refused, or exported elsewhere."""
-    path = study.folder / "audits" / f"{known['candidate']}.json"
-    path.parent.mkdir(exist_ok=True)
-    sync.deliver(study, write_atomic(path, json.dumps(known, indent=1).encode()))
+def _refused_before(study: Study, candidate: Candidate) -> dict[str, Any] | None:
+    """Return the evidence of an audit by this code and these libraries that refused a candidate, if there is one."""
+    known = dict(audits(study, [candidate]).get(candidate.candidate, {"refused": False}))
+    if not known.pop("refused") or known["code"]["sha256"] != provenance.code()["sha256"]:
+        return None
+    return known if provenance.libraries().items() <= known["versions"].items() else None
+
+
+def _refuse(known: Mapping[str, Any], despite_alarms: bool) -> None:
+    """Raise an AlarmError where an audit raised alarms."""
+    if (alarms := known["alarms"]) and not despite_alarms:
+        failed = f"{counted(len(alarms), 'audit check')}: {'; '.join(alarms)}"
+        raise AlarmError(f"{known['candidate']} failed {failed}; verdict: {verdict_of_audit(known)}")
 
 
 @contextmanager
@@ -259,14 +297,3 @@ def _exported(folder: Path) -> str | None:
     """Return the name of the search of an existing export; None if there is no export."""
     config = folder / "config.yaml"
     return str(yaml.safe_load(config.read_text())["study"]["name"]) if config.exists() else None
-
-
-def _audited(found: Mapping[str, Any]) -> str:
-    """Return the accuracies under the audit beside that of the search, and what was checked, as text."""
-    audited, searched = points(found["attacked_accuracy"]), points(found["attacked_accuracy_of_the_search"])
-    return (
-        f"audited: {audited} % attacked accuracy ({ThreatModel(**found['threat'])}; the search's lighter attacks left "
-        f"{searched} %), error {points(found['attacked_error'])} %, "
-        f"rejected {points(found['attacked_rejection'])} %, white-box {points(found['white_box_accuracy'])} %\n"
-        f"{spoken(checks(found['gates']))}"
-    )

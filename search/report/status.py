@@ -14,10 +14,10 @@ from search.formatting import duration
 from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report.leaderboard import refusals
 from search.report.rank_correlation import QUICK, rank_correlation
-from search.report.winner import audits, verdict_on, winner
 from search.study import ranking, sync
 from search.study.catalog import open_search, search_names
 from search.study.study import Study
+from search.study.winner import audits, verdict_on, winner
 from spaces.exceptions import InputError
 
 COUNTED = ("finished", "running", "interrupted", "pruned", "failed")

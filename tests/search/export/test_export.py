@@ -41,12 +41,12 @@ from search.export.loader import load
 from search.export.model_card import card
 from search.formatting import spoken_device
 from search.optimizer.history import SearchHistory
-from search.report.winner import audits
 from search.storage.seal import FILES, SEAL
 from search.study.candidate import Candidate
 from search.study.catalog import open_search
 from search.study.study import Study
 from search.study.verdict import verdict_of_audit
+from search.study.winner import audits
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
 from tests.support.paths import ROOT

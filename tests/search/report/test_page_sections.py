@@ -15,10 +15,10 @@ import yaml
 from search.formatting import spoken_device
 from search.report.cost import cost
 from search.report.page import render
-from search.report.winner import audits, winner
 from search.storage.seal import FILES, SEAL, seal
 from search.study.columns import COLUMNS, FURTHER
 from search.study.study import Study
+from search.study.winner import audits, winner
 from tests.support.page import Page
 from tests.support.summaries import audited, findings_of, nothing_yet, several_devices
 
