@@ -15,6 +15,7 @@ from rich.console import Console
 
 from attacks.attack import AttackError
 from attacks.audit.audit import Audit, audit
+from attacks.audit.gate import SLACK
 from attacks.verdicts import Robustness
 from defenses.base import Defended, Defense
 from search.console import ProgressBars
@@ -35,7 +36,7 @@ from search.storage.store import Store, to_bytes
 from search.study import ranking, sync
 from search.study.candidate import Candidate
 from search.study.study import Study
-from search.study.verdict import is_better, verdict_of_audit, verdict_of_search
+from search.study.verdict import verdict_of_audit, verdict_of_search
 from search.study.winner import audits, keep
 from search.tracking.wandb_tracker import log_exports
 from search.trial.runner import TrialRunner
@@ -93,8 +94,8 @@ def export_all(
     undefended = None if despite_alarms else SearchHistory(study).undefended()
     if worthless := _worthless(candidates[0], undefended):
         raise InputError(
-            f"an export needs a candidate that is better than no defense, but {worthless}. Search again with {AGAIN}; "
-            "--despite-alarms exports it all the same"
+            f"an export must err on {100 * SLACK:.0f} points fewer attacked images than no defense, but {worthless}. "
+            f"Search again with {AGAIN}; --despite-alarms exports it all the same"
         )
     ranked, told, made = ranking.distinct(candidates), list[dict[str, Any]](), list[Path]()
     for nth, candidate in enumerate(ranked[: wanted + TRIES]):
@@ -137,11 +138,10 @@ def export_all(
 
 
 def _worthless(candidate: Candidate, undefended: Candidate | None) -> str:
-    """Return what the search's own figures say against a candidate: it is no better than no defense; else nothing."""
-    if undefended is None or is_better(candidate, undefended):
+    """Return why the audit would refuse a candidate by the search's own figures: its check `baseline`; else nothing."""
+    if undefended is None or undefended.score.attacked_error - candidate.score.attacked_error >= SLACK:
         return ""
-    verdict = verdict_of_search(candidate, undefended)
-    return f"by the search's own figures {candidate.candidate} is {verdict}"
+    return f"the search found {candidate.candidate} {verdict_of_search(candidate, undefended)}"
 
 
 def export(

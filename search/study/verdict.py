@@ -79,12 +79,6 @@ def verdict_of_search(winner: Candidate, undefended: Candidate) -> str:
     return verdict(winner.score.threat, winner.score.images, found, bare)
 
 
-def is_better(candidate: Candidate, undefended: Candidate) -> bool:
-    """Return whether a candidate errs on fewer attacked images than no defense in the search, beyond chance."""
-    found, bare = candidate.score, undefended.score
-    return _compared(1 - found.attacked_error, 1 - bare.attacked_error, found.images) == "better"
-
-
 def verdict_of_audit(evidence: Mapping[str, Any]) -> str:
     """Return the verdict by the audited figures.
 
