@@ -131,9 +131,10 @@ def export_all(
             f"did no better in the search. Search again with {AGAIN}; or try the next: "
             f"{provenance.export(study, left[0].candidate)}"
         )
-    with ProgressBars(console) as bars:
-        bars.add_task("logging exports to W&B", total=None)
-        log_exports(study, made, say)
+    if made or refused:
+        with ProgressBars(console) as bars:
+            bars.add_task("logging exports to W&B", total=None)
+            log_exports(study, made, say)
     return told
 
 

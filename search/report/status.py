@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 from rich.table import Table
 
-from search.formatting import duration
+from search.formatting import duration, percent, spoken_eps
 from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report.leaderboard import refusals
 from search.report.rank_correlation import QUICK, rank_correlation
@@ -56,6 +56,7 @@ def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
     feasible, agreed = ranking.feasible(study, candidates), rank_correlation(history, candidates)
     audited, undefended = audits(study, candidates), history.undefended()
     best = winner(feasible, audited)
+    audit = audited.get(best.candidate) if best else None
     refinements = history.refinements()
     failed = {
         t.user_attrs.get("refines", t.user_attrs.get("trial")): t.user_attrs["reason"]
@@ -72,6 +73,7 @@ def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
         "candidates": len(candidates),
         "dropped": sum(len(trial.user_attrs.get("dropped", ())) for trial in trials),
         "best": best.row() if best else None,
+        "audited_accuracy": audit["attacked_accuracy"] if audit else None,
         "verdict": verdict_on(best, undefended, feasible, audited) if best and undefended else None,
         "stopping": study.stopping,
         "refinements": len(refinements),
@@ -112,7 +114,7 @@ def board(states: Sequence[Mapping[str, Any]]) -> Table:
     for column in table.columns:
         column.overflow = "fold"
     for state in states:
-        best, others = state["best"], [f"{state[key]} {key}" for key in COUNTED[1:] if state[key]]
+        others = [f"{state[key]} {key}" for key in COUNTED[1:] if state[key]]
         table.add_row(
             state["name"],
             state["task"],
@@ -120,12 +122,17 @@ def board(states: Sequence[Mapping[str, Any]]) -> Table:
             str(state["candidates"]),
             duration(state["seconds"]),
             duration(state["seconds_left"]),
-            f"{100 * best['attacked_accuracy']:.1f}\u00a0% ({best['threat']}, {best['norm']} eps\u00a0"
-            f"{best['eps']:g}), {best['candidate']}"
-            if best
-            else "–",
+            _best(state) if state["best"] else "–",
         )
     return table
+
+
+def _best(state: Mapping[str, Any]) -> str:
+    """Return the best candidate, with whose attacks left how much of it: the search's, and an audit's heavier ones."""
+    best, audited = state["best"], state["audited_accuracy"]
+    left = f"{percent(best['attacked_accuracy'])} by the search"
+    left += f", {percent(audited)} audited" if audited is not None else ""
+    return f"{left} ({best['threat']}, {best['norm']} eps\u00a0{spoken_eps(best['eps'])}), {best['candidate']}"
 
 
 def details(state: Mapping[str, Any]) -> list[str]:

@@ -104,7 +104,7 @@ def test_candidates_that_answer_alike_are_audited_once_and_after_three_refusals_
 
 
 def test_a_candidate_that_differs_in_a_figure_or_in_its_training_is_another(tmp_path: Path) -> None:
-    study = searched(tmp_path, lambda params: 0.5 + 0.01 * float(params.inference["sigma_eps"] > 1))
+    study = searched(tmp_path, lambda params: 0.5 + 0.01 * (float(params.inference["sigma_eps"]) > 1))
     every = SearchHistory(study).feasible()
     assert len(ranking.distinct(every)) == 12 and ranking.distinct(every)[0] == every[0]
 
@@ -116,7 +116,7 @@ def test_an_audit_that_refused_is_not_repeated_by_the_same_code(
     study, candidate = trained(tmp_path, defense="magnet")
     monkeypatch.setattr(evidence, "REPRODUCED", -1.0)  # a gate that cannot pass
     with pytest.raises(AlarmError, match="reproduced") as first:
-        exporter.export(study, candidate, study.store, tmp_path / "out")
+        exporter.export(study, candidate, study.store, study.folder / "export")
 
     def repeated(*given: object) -> None:
         raise AssertionError("it must not be audited again")
@@ -124,9 +124,9 @@ def test_an_audit_that_refused_is_not_repeated_by_the_same_code(
     monkeypatch.setattr(exporter, "_examined", repeated)
     console = Console(record=True, width=200)
     with pytest.raises(AlarmError) as again:
-        exporter.export(study, candidate, study.store, tmp_path / "out", console=console)
+        exporter.export(study, candidate, study.store, study.folder / "export", console=console)
     assert str(again.value) == str(first.value) and "was audited 20" in console.export_text()
-    forced = exporter.export(study, candidate, study.store, tmp_path / "out", despite_alarms=True, refused=2)
+    forced = exporter.export(study, candidate, study.store, study.folder / "export", despite_alarms=True, refused=2)
     known = json.loads((study.folder / "audits" / f"{candidate.candidate}.json").read_text())
     assert json.loads((forced / "evidence.json").read_text()) == known | {"refused_before_it": 2} and known["alarms"]
     assert load(forced)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
