@@ -56,6 +56,11 @@ def spoken_eps(eps: float | None) -> str:
     return "of the task" if eps is None else written(eps)
 
 
+def of_255(eps: float) -> str:
+    """Return the question whether an eps was meant in steps of 8-bit pixels, for the end of a message; else nothing."""
+    return f"; did you mean {eps:g}/255?" if 1 < eps <= 255 and eps == round(eps) else ""
+
+
 def brief(value: Scalar) -> str:
     """Return the value of a knob; a float has three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

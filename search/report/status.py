@@ -15,7 +15,7 @@ from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report.leaderboard import refusals
 from search.report.rank_correlation import QUICK, rank_correlation
 from search.study import ranking, sync
-from search.study.catalog import open_search, search_names
+from search.study.catalog import absent, open_search, search_names
 from search.study.study import Study
 from search.study.winner import audits, verdict_on, winner
 from spaces.exceptions import InputError
@@ -32,8 +32,10 @@ def states_of(name: str | None, storage: str, warn: Callable[[str], None]) -> li
 
     if name is not None:
         return [state(name)]
-    found = []
-    for each in search_names(storage):
+    found, names = [], search_names(storage)
+    if not names:
+        warn(absent(storage))
+    for each in names:
         try:
             found.append(state(each))
         except InputError as error:

@@ -507,7 +507,7 @@ def test_an_attack_on_other_data_is_refused(folder: Path, monkeypatch: pytest.Mo
         ({"norm": "L2"}, "eps must be given where the norm is not the export's, Linf"),
         ({"images": 0}, "images must be from 1 to"),
         ({"images": 10**6}, "images must be from 1 to"),
-        ({"eps": 2.0}, "eps must be from 0 to 1 in Linf"),
+        ({"eps": 2.0, "norm": "linf"}, r"eps must be from 0 to 1 in Linf, .* but is 2.0; did you mean 2/255\?"),
         ({"knowledge": "grey-box"}, "the threat model must be one of"),
         ({"knowledge": "black-box", "substitute": "Z"}, "must be one of A, B, C, D"),
     ],
