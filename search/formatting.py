@@ -48,7 +48,7 @@ def spoken_value(value: Scalar | None) -> str:
         return "–"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else brief(value)
 
 
 def spoken_eps(eps: float | None) -> str:
@@ -62,5 +62,8 @@ def of_255(eps: float) -> str:
 
 
 def brief(value: Scalar) -> str:
-    """Return the value of a knob; a float has three significant digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """Return the value of a knob; a float has three significant digits, or as many as tell it from a whole number."""
+    if not isinstance(value, float) or value.is_integer():
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+    texts = (f"{value:.{digits}g}" for digits in range(3, 18))
+    return next((text for text in texts if not float(text).is_integer()), str(value))

@@ -13,7 +13,7 @@ from rich.table import Table
 from search.formatting import duration, percent, spoken_eps
 from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report.leaderboard import refusals
-from search.report.rank_correlation import QUICK, rank_correlation
+from search.report.rank_correlation import rank_correlation
 from search.study import ranking, sync
 from search.study.catalog import absent, open_search, search_names
 from search.study.study import Study
@@ -139,13 +139,11 @@ def _best(state: Mapping[str, Any]) -> str:
 
 def details(state: Mapping[str, Any]) -> list[str]:
     """Return further details of one search, one per line."""
-    last = state["rank_correlation"]["ranks"][-1]
-    rho = "unknown" if last["rho"] is None else f"{last['rho']:.2f}"
     pace = state["trainings_per_minute"]
     return [
         *([f"verdict on {state['best']['candidate']}: {state['verdict']}"] if state["verdict"] else []),
         *([f"pace: {pace:.1f} trainings a minute"] if pace else []),
-        f"stopping: {state['stopping']}; {QUICK} of {last['trainings']} trainings: Spearman's rho {rho}",
+        f"stopping: {state['stopping']}; {state['rank_correlation']['line']}",
         *([state["refusals"]] if state["refusals"] else []),
         *([f"warning: {state['rank_correlation']['warning']}"] if state["rank_correlation"]["warning"] else []),
         *([f"inference settings dropped in a race: {state['dropped']}"] if state["dropped"] else []),

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from attacks.confidence import wilson
-from search.formatting import duration, spoken_eps, spoken_value
+from search.formatting import brief, duration, spoken_eps, spoken_value
 from search.report.page import interval, render, write
 from search.report.rank_correlation import RankCorrelation, ranks
 from search.study.candidate import Latency
@@ -50,10 +50,13 @@ def test_eps_is_written_as_in_papers(eps: float, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(None, "–"), (True, "True"), (16, "16"), (1000.0, "1000"), (0.12345, "0.123"), (1e-5, "1e-05")]
+    ("value", "words"),
+    [(None, "–"), (True, "True"), (16, "16"), (1000.0, "1000"), (0.12345, "0.123"), (1e-5, "1e-05")]
+    + [(0.9995, "0.9995"), (1.0, "1"), (2.00001, "2.00001"), (0.999, "0.999"), (1e6, "1e+06")],
 )
 def test_a_knob_is_written_short(value: Scalar | None, words: str) -> None:
     assert spoken_value(value) == words
+    assert not isinstance(value, float) or brief(value).replace("1e+03", "1000") == words  # in a terminal
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(None, "–"), (4.2, "4 s"), (600, "10 min"), (5400, "1 h 30 min")])

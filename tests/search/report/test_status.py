@@ -155,8 +155,8 @@ def test_status_says_pace_rule_constraints_correlation_and_faults(
     words = status()
     assert "6 of 7 finished, 1 failed" in words and " trainings a minute" in words
     assert (
-        "stopping: median; quick scores (for early stopping) against final scores of 6 trainings: Spearman's rho 1.00"
-        in words
+        "stopping: median; quick scores (for early stopping) against final scores of 6 finished trainings: "
+        "Spearman's rho 1.00, Kendall's tau 1.00" in words
     )
     assert "no candidate meets all constraints: 6 of 6 are slower than 1 ms" in words
     assert f"t002 failed: {REASON}" in words
