@@ -148,12 +148,13 @@ def export(
     """
     from search import session
     from search.export import exporter
+    from search.optimizer.history import pick
     from search.study.catalog import open_search
 
     if sum((pareto, top is not None, candidate is not None)) != 1:
         raise InputError("an export needs one of --pareto, --top and --candidate, and no second")
     study = open_search(name, storage)
-    chosen, wanted = exporter.pick(study, pareto=pareto, top=top, candidate=candidate)
+    chosen, wanted = pick(study, pareto=pareto, top=top, candidate=candidate)
     out = out or study.folder / "export"
     with progress(as_json) as screen:
         told = exporter.export_all(study, chosen, wanted, out, screen, despite_alarms=despite_alarms)

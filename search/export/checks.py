@@ -27,6 +27,14 @@ AREAS = {
 """What the checks of docs/honest-numbers.md ask about, by number."""
 SHARES = ("noise", "single-step", "transfer", "square", "estimated", "convergence", "regular")
 """Gates that compare attacks: their figure is the share of images that another attack breaks in addition."""
+FIGURES = (
+    "threat",
+    *("attacked_accuracy", "attacked_accuracy_of_the_search", "attacked_error", "attacked_rejection"),
+    *("oblivious_accuracy", "black_box_accuracy", "white_box_accuracy"),
+    *("clean_accuracy", "clean_rejection", "latency_ms_p50"),
+    "alarms",
+)
+"""The fields of the evidence that are reported for an export."""
 UNSEEN = (
     "attacks that nobody has thought of",
     "images of the test split (only `final` opens them)",

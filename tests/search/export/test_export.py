@@ -36,11 +36,11 @@ from search.engine.run import run
 from search.exceptions import AlarmError
 from search.export import evidence, exporter, provenance
 from search.export.attack import attack, page
-from search.export.exporter import export, export_all, pick
+from search.export.exporter import export, export_all
 from search.export.loader import load
 from search.export.model_card import card
 from search.formatting import spoken_device
-from search.optimizer.history import SearchHistory
+from search.optimizer.history import SearchHistory, pick
 from search.storage.seal import FILES, SEAL
 from search.study.candidate import Candidate
 from search.study.catalog import open_search
