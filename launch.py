@@ -142,9 +142,10 @@ def export(
     """Audit winners and write them as folders that load as an nn.Module.
 
     The audit attacks harder than the search did, says what the winner is
-    worth beside no defense, and refuses what fails one of its checks. An
-    export holds weights, evidence and a card, and no pickle. The report is
-    written anew, with the audited figures.
+    worth beside no defense, and refuses what fails one of its checks; what
+    the search found no better than no defense it refuses at once. An export
+    holds weights, evidence and a card, and no pickle. The report is written
+    anew, with the audited figures.
     """
     from search import session
     from search.export import exporter

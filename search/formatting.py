@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from attacks.threat import ThreatModel
 from spaces.domain import Scalar, written
 
 
@@ -54,6 +55,11 @@ def spoken_value(value: Scalar | None) -> str:
 def spoken_eps(eps: float | None) -> str:
     """Return eps as papers write it: as a decimal, such as 0.3, or a fraction, such as 8/255."""
     return "of the task" if eps is None else written(eps)
+
+
+def spoken_threat(threat: ThreatModel) -> str:
+    """Return a threat model, such as `white-box, Linf eps 8/255`."""
+    return f"{threat.knowledge}, {threat.norm} eps {spoken_eps(threat.eps)}"
 
 
 def of_255(eps: float) -> str:

@@ -21,7 +21,7 @@ from search.engine import run
 from search.engine.dry_run import Forecast, forecast, slots_here
 from search.exceptions import StorageError
 from search.export import provenance
-from search.formatting import counted, points
+from search.formatting import counted, points, spoken_threat
 from search.optimizer.history import ENDED, SearchHistory, has_begun, state_of
 from search.optimizer.warm_start import warm_start_of
 from search.report import page
@@ -225,7 +225,7 @@ def _conclude(study: Study, console: Console, tracker: WandbTracker) -> None:
         if (best := summary.best) and IFGSM in best.score.attacks:
             threat = replace(best.score.threat, knowledge="oblivious")
             console.print(
-                f"targeted iFGSM ({threat}): {best.candidate} keeps "
+                f"targeted iFGSM ({spoken_threat(threat)}): {best.candidate} keeps "
                 f"{points(best.score.attacks[IFGSM])} %, undefended {points(undefended.score.attacks[IFGSM])} %",
                 highlight=False,
             )

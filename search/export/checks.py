@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attacks.threat import ThreatModel
-from search.formatting import percent, points
+from search.formatting import percent, points, spoken_threat
 
 AREAS = {
     1: "budgets",
@@ -98,7 +98,7 @@ def audited(found: Mapping[str, Any]) -> str:
     """Return the accuracies under the audit beside that of the search, and what was checked, as text."""
     attacked, searched = points(found["attacked_accuracy"]), points(found["attacked_accuracy_of_the_search"])
     return (
-        f"audited: {attacked} % attacked accuracy ({ThreatModel(**found['threat'])}; the search's lighter attacks left "
+        f"audited: {attacked} % attacked accuracy ({spoken_threat(ThreatModel(**found['threat']))}; the search's lighter attacks left "
         f"{searched} %), error {points(found['attacked_error'])} %, "
         f"rejected {points(found['attacked_rejection'])} %, white-box {points(found['white_box_accuracy'])} %\n"
         f"{spoken(checks(found['gates']))}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from attacks.confidence import wilson
-from search.formatting import brief, points
+from search.formatting import brief, points, spoken_threat
 from search.study import ranking
 from search.study.candidate import Candidate
 from search.study.columns import HEADINGS
@@ -22,7 +22,9 @@ def leaderboard(
 ) -> Table:
     """Return a table of the best candidates and the undefended classifier, in percent, with 95 % Wilson intervals."""
     threat = ranked[0].score.threat if ranked else undefended.score.threat if undefended else None
-    title = f"{study.name}: {study.defense} on {study.label}, attacked accuracy under {threat}"
+    title = (
+        f"{study.name}: {study.defense} on {study.label}, attacked accuracy under {threat and spoken_threat(threat)}"
+    )
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("candidate", no_wrap=True, min_width=13)
     for heading in searched:

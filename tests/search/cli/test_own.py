@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from search.auditing.images import images
 from tests.search.cli.test_cli import said
 from tests.support import own
 
@@ -26,6 +27,9 @@ def test_what_is_added_is_listed_and_what_is_removed_is_not(here: Path) -> None:
     added = said("data", "add", "leaves", "pictures", "--licence", "CC0", "--eps", "4/255")
     assert added.code == 0 and "84 train, 18 validation, 18 test images of 3 classes (four, one, zero)" in added.out
     assert "split: validation and test drawn by class, 15% each, seed 0" in added.out
+    assert images("leaves", "white-box").split == (
+        "validation: validation and test drawn by class, 15% each, seed 0, never test"
+    )
     few = "warning: searches judge on 14 of the validation images (the others are kept aside), which leaves an "
     assert f"{few}accuracy of 50 % an interval of 27 to 73 %" in added.out and "left out" not in added.out
     words = ("classifier", "add", "mine", "net.py:net", "--weights", "net.pt", "--data", "leaves")
