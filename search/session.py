@@ -185,7 +185,7 @@ def _driven(study: Study, console: Console, *, debug: bool, new: bool) -> State:
             if not new:
                 say(
                     f"{sum(ended.values())} of {study.trials} trainings have ended, "
-                    f"{counted(len(known), 'candidate')} kept"
+                    f"{counted(len(known), 'candidate')} {'is' if len(known) == 1 else 'are'} kept"
                 )
             csv_log = CsvLog(study.folder / "candidates.csv", known)
             tracker = WandbTracker(study.wandb, study.folder, say, known, ended)

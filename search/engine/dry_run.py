@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from search.formatting import counted
+from search.formatting import counted, spoken_threat
 from search.optimizer.refinement import refinable
 from search.storage.store import to_bytes
 from search.study.study import Study
@@ -93,7 +93,7 @@ def forecast(study: Study, slots: int) -> Forecast:
     return Forecast(
         task=study.label,
         defense=study.defense,
-        threat=str(study.resolved.threat),
+        threat=spoken_threat(study.resolved.threat),
         suite=study.suite,
         images=study.resolved.eval_images,
         knobs={name: spoken(domain) for name, domain in space.searched().items()},

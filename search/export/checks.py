@@ -96,9 +96,10 @@ def spoken(found: Mapping[str, Any]) -> str:
 
 def audited(found: Mapping[str, Any]) -> str:
     """Return the accuracies under the audit beside that of the search, and what was checked, as text."""
+    threat = spoken_threat(ThreatModel(**found["threat"]))
     attacked, searched = points(found["attacked_accuracy"]), points(found["attacked_accuracy_of_the_search"])
     return (
-        f"audited: {attacked} % attacked accuracy ({spoken_threat(ThreatModel(**found['threat']))}; the search's lighter attacks left "
+        f"audited: {attacked} % attacked accuracy ({threat}; the search's lighter attacks left "
         f"{searched} %), error {points(found['attacked_error'])} %, "
         f"rejected {points(found['attacked_rejection'])} %, white-box {points(found['white_box_accuracy'])} %\n"
         f"{spoken(checks(found['gates']))}"
