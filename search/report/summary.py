@@ -205,8 +205,7 @@ class Summary:
 
     def named(self, knowledge: Knowledge | None = None) -> str:
         """Return a short form of the threat model: that of the study, or with other knowledge."""
-        norm = "L∞" if self.study.norm == "Linf" else "L2"
-        return f"{knowledge or self.study.threat}, {norm}\u00a0eps\u00a0{spoken_eps(self.eps)}"
+        return f"{knowledge or self.study.threat}, {self.study.norm}\u00a0eps\u00a0{spoken_eps(self.eps)}"
 
     def remark(self, candidate: Candidate) -> str:
         """Return a remark if the second latency measurement differs from the first; otherwise empty."""

@@ -73,7 +73,7 @@ def test_the_headline_names_best_undefended_threat_and_caveat() -> None:
     assert f"{100 * low:.1f} to {100 * high:.1f}" in words
     assert "the undefended classifier 0.4 %" in words
     assert "knows the classifier and the defense in full" in words
-    assert "white-box, L∞ eps 0.3" in words
+    assert "white-box, Linf eps 0.3" in words
     assert "A run of 5,000 training images and 1,000 attacked validation images shows the way" in words
 
 
@@ -100,8 +100,8 @@ def test_candidates_that_break_a_constraint_come_last() -> None:
 def test_an_oblivious_study_says_so_and_shows_the_white_box_number_beside() -> None:
     page = Page(render(findings_of(threat="oblivious")))
     assert "knows the classifier but not the defense" in page.words
-    assert page.data["threat"].split() == ["oblivious,", "L∞", "eps", "0.3"]
-    assert "White-box accuracy white-box, L∞ eps 0.3: the attacker knows it 1.5" in page.words
+    assert page.data["threat"].split() == ["oblivious,", "Linf", "eps", "0.3"]
+    assert "White-box accuracy white-box, Linf eps 0.3: the attacker knows it 1.5" in page.words
 
 
 @pytest.mark.parametrize("case", CASES)
