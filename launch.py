@@ -142,18 +142,20 @@ def export(
     """Audit winners and write them as folders that load as an nn.Module.
 
     The audit attacks harder than the search did, says what the winner is
-    worth beside no defense, and refuses what fails one of its checks. An
-    export holds weights, evidence and a card, and no pickle. The report is
-    written anew, with the audited figures.
+    worth beside no defense, and refuses what fails one of its checks; what
+    the search found no better than no defense it refuses at once. An export
+    holds weights, evidence and a card, and no pickle. The report is written
+    anew, with the audited figures.
     """
     from search import session
     from search.export import exporter
+    from search.optimizer.history import pick
     from search.study.catalog import open_search
 
     if sum((pareto, top is not None, candidate is not None)) != 1:
         raise InputError("an export needs one of --pareto, --top and --candidate, and no second")
     study = open_search(name, storage)
-    chosen, wanted = exporter.pick(study, pareto=pareto, top=top, candidate=candidate)
+    chosen, wanted = pick(study, pareto=pareto, top=top, candidate=candidate)
     out = out or study.folder / "export"
     with progress(as_json) as screen:
         told = exporter.export_all(study, chosen, wanted, out, screen, despite_alarms=despite_alarms)

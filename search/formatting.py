@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from attacks.threat import ThreatModel
 from spaces.domain import Scalar, written
 
 
@@ -48,7 +49,7 @@ def spoken_value(value: Scalar | None) -> str:
         return "–"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else brief(value)
 
 
 def spoken_eps(eps: float | None) -> str:
@@ -56,6 +57,19 @@ def spoken_eps(eps: float | None) -> str:
     return "of the task" if eps is None else written(eps)
 
 
+def spoken_threat(threat: ThreatModel) -> str:
+    """Return a threat model, such as `white-box, Linf eps 8/255`."""
+    return f"{threat.knowledge}, {threat.norm} eps {spoken_eps(threat.eps)}"
+
+
+def of_255(eps: float) -> str:
+    """Return the question whether an eps was meant in steps of 8-bit pixels, for the end of a message; else nothing."""
+    return f"; did you mean {eps:g}/255?" if 1 < eps <= 255 and eps == round(eps) else ""
+
+
 def brief(value: Scalar) -> str:
-    """Return the value of a knob; a float has three significant digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """Return the value of a knob; a float has three significant digits, or as many as tell it from a whole number."""
+    if not isinstance(value, float) or value.is_integer():
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+    texts = (f"{value:.{digits}g}" for digits in range(3, 18))
+    return next((text for text in texts if not float(text).is_integer()), str(value))

@@ -22,7 +22,7 @@ from search.engine import run
 from search.engine.dry_run import Forecast, forecast, slots_here
 from search.exceptions import StorageError
 from search.export import provenance
-from search.formatting import counted, points
+from search.formatting import counted, points, spoken_threat
 from search.optimizer.history import ENDED, SearchHistory, has_begun, state_of
 from search.optimizer.warm_start import warm_start_of
 from search.report import page
@@ -34,6 +34,7 @@ from search.study import sync
 from search.study.callbacks import State
 from search.study.candidate import Candidate
 from search.study.catalog import search_names
+from search.study.resolved import caveat
 from search.study.study import Study
 from search.tracking import wandb_run
 from search.tracking.csv_log import CsvLog
@@ -162,12 +163,8 @@ def _driven(study: Study, console: Console, *, debug: bool, new: bool) -> State:
     splits.fetch(study.resolved.task.dataset, study.data_dir)  # also checks them, before any training
     study = study.model_copy()  # resolve again: fetched data may differ in size from the official data
     resolved = study.resolved
-    if study.train_images is not None:
-        console.print(
-            f"a run of {study.train_images} training images and {resolved.eval_images} attacked validation images "
-            "shows the way and proves nothing",
-            highlight=False,
-        )
+    if small := caveat(study, resolved.eval_images):
+        console.print(small, highlight=False)
     console.print(
         f"the classifiers that {study.defense} on {study.label} needs come first; trained once, they are kept",
         highlight=False,
@@ -187,7 +184,10 @@ def _driven(study: Study, console: Console, *, debug: bool, new: bool) -> State:
                     "otherwise: they are kept, but not found, and trained anew where a search needs them"
                 )
             if not new:
-                say(f"{sum(ended.values())} of {study.trials} trainings have ended, {len(known)} candidates are kept")
+                say(
+                    f"{sum(ended.values())} of {study.trials} trainings have ended, "
+                    f"{counted(len(known), 'candidate')} {'is' if len(known) == 1 else 'are'} kept"
+                )
             csv_log = CsvLog(study.folder / "candidates.csv", known)
             tracker = WandbTracker(study.wandb, study.folder, say, known, ended)
             display = LiveTable(console, study, list(resolved.space.searched()), resolved.epochs, ended.total())
@@ -226,7 +226,7 @@ def _conclude(study: Study, console: Console, tracker: WandbTracker) -> None:
         if (best := summary.best) and IFGSM in best.score.attacks:
             threat = replace(best.score.threat, knowledge="oblivious")
             console.print(
-                f"targeted iFGSM ({threat}): {best.candidate} keeps "
+                f"targeted iFGSM ({spoken_threat(threat)}): {best.candidate} keeps "
                 f"{points(best.score.attacks[IFGSM])} %, undefended {points(undefended.score.attacks[IFGSM])} %",
                 highlight=False,
             )

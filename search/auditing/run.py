@@ -26,6 +26,7 @@ from search.auditing.protocol import methods
 from search.auditing.source import Source
 from search.classifiers.architectures import ARCHITECTURES
 from search.data.splits import HELD_OUT
+from search.study.resolved import threat_of
 from spaces.domain import as_number
 from spaces.exceptions import InputError, choose
 
@@ -99,7 +100,7 @@ def audit_source(
     """
     unused(out)
     threat: Any = {"norm": norm, "eps": as_number("eps", eps), "knowledge": knowledge}
-    plan = Examination(ThreatModel(**threat), suite, seed)
+    plan = Examination(threat_of(**threat), suite, seed)
     given = images(data, knowledge, data_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x_NCHW, y_N = (part.to(device) for part in given.first(number))

@@ -98,6 +98,10 @@ def find_task(name: str, data_dir: str | None = None) -> Task:
     """
     dataset, _, classifier = name.partition("/")
     data = find_data_set(dataset, data_dir)
+    if not classifier:
+        names = [*own.names(dataset, data_dir), *_fitting(dataset, data_dir)]
+        legal = ", ".join(f"{dataset}/{each}" for each in dict.fromkeys(names))
+        raise InputError(f"a task must be a data set and a classifier on it, one of {legal}, but is {name!r}")
     if classifier in ("puvae-A", "puvae-B", "puvae-C", "puvae-D"):
         classifier = classifier.removeprefix("puvae-")
     fitting = _fitting(dataset, data_dir)

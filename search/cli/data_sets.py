@@ -10,11 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import DownloadColumn
 
+from attacks.confidence import wilson
 from search.classifiers import own
 from search.console import ProgressBars
 from search.data import adding, splits
 from search.data.downloads import Progress
 from search.data.registry import data_set_names, find_data_set
+from search.data.user_files import left_out
+from search.formatting import counted
 from spaces.exceptions import InputError
 
 
@@ -38,9 +41,26 @@ def add(name: str, paths: Sequence[Path], wishes: adding.Wishes, data_dir: str |
     with _bar(name, console) as show:
         data = adding.add(name, paths, wishes, data_dir, show)
     _say(name, data_dir, console)
-    for line in (f"split: {data.split}", adding.repeated(name, data_dir)):
+    for line in (f"split: {data.split}", _left_out(paths), _judged(name, data_dir), adding.repeated(name, data_dir)):
         if line:
             console.print(line, highlight=False, soft_wrap=True)
+
+
+def _left_out(paths: Sequence[Path]) -> str:
+    """Return which files of a folder were left out; empty if none was."""
+    found = left_out(paths[0].expanduser().absolute()) if paths[0].expanduser().is_dir() else []
+    if not found:
+        return ""
+    some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    return f"left out: {counted(len(found), 'file')} that are no pictures, or in no class ({some})"
+
+
+def _judged(name: str, data_dir: str | None) -> str:
+    """Return on how many images searches judge, where that is few."""
+    judged = splits.sizes(name, data_dir).attackable("white-box")
+    low, high = wilson(0.5, judged)
+    few = f"warning: searches judge on {judged} of the validation images (the others are kept aside), which leaves an "
+    return f"{few}accuracy of 50 % an interval of {100 * low:.0f} to {100 * high:.0f} %" if judged < splits.FEW else ""
 
 
 def remove(name: str, data_dir: str | None, console: Console) -> None:

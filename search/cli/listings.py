@@ -143,9 +143,9 @@ def _searched(space: SearchSpace) -> Iterable[str]:
 
 
 def _tasks(data_dir: str | None) -> list[Row]:
-    from search.classifiers.task import find_task, tasks
+    from search.classifiers.task import TASKS, find_task, tasks
 
-    found = [find_task(name, data_dir) for name in tasks(data_dir)]
+    found = sorted((find_task(name, data_dir) for name in tasks(data_dir)), key=lambda task: task.name in TASKS)
     return [
         {"task": t.name, **vars(t.shape), "eps": t.eps, "classifier": _layers(t.dataset, t.classifier, data_dir)}
         for t in found

@@ -160,8 +160,10 @@ def classifier_add(
 def classifier_list(data_dir: f.DataDir = None, as_json: f.Json = False) -> None:
     """Say which classifiers were added, and how accurate they are."""
     from search.classifiers import adding
+    from search.formatting import percent
 
-    show(adding.rows(data_dir), as_json)
+    found = adding.rows(data_dir)
+    show(found if as_json else [{**row, "clean_accuracy": percent(row["clean_accuracy"])} for row in found], as_json)
 
 
 @command(classifier, "Commands", "classifier remove leaves/mine", name="remove")

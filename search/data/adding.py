@@ -23,6 +23,7 @@ from search.data.folders import lock, roots
 from search.data.official_files import Origin
 from search.data.registry import data_set_names, decoded_folders, find_data_set
 from search.data.user_files import MOST_CLASSES, Labelled, Size, read_files
+from search.formatting import of_255
 from spaces.domain import as_written
 from spaces.exceptions import InputError
 
@@ -142,7 +143,9 @@ def _new(name: str, data_dir: str | Path | None) -> None:
 def _eps(text: str | float) -> float:
     eps = as_written(text)
     if not isinstance(eps, int | float) or not 0 < eps <= 1:
-        raise InputError(f"eps must be a number or a fraction in (0, 1], in pixel units of [0, 1], but is {text!r}")
+        hint = of_255(eps) if isinstance(eps, int | float) else ""
+        law = "eps must be a number or a fraction in (0, 1], in pixel units of [0, 1]"
+        raise InputError(f"{law}, but is {text!r}{hint}")
     return float(eps)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from search.data.archives import BROKEN_PICTURE, line
 from search.data.decoders import Pixels
@@ -81,14 +81,14 @@ def read_files(paths: Sequence[Path], size: Size | None) -> UserFiles:
 # A folder: a class is a subfolder, as torchvision's ImageFolder has it; perhaps train/, validation/ and test/ above.
 
 
+def left_out(path: Path) -> list[str]:
+    """Return the files of a folder of images that are no pictures by their names, or are in no class."""
+    used = {picture for part in _parts(path).values() for each in _pictures(part).values() for picture in each}
+    return sorted(str(file.relative_to(path)) for file in _visible(path) if file not in used)
+
+
 def _folder(path: Path, size: Size | None) -> UserFiles:
-    above = {each.name: each for each in _subfolders(path)}
-    divided = "train" in above
-    if divided and (further := sorted(set(above) - set(PARTS))):
-        law = "beside train/ there must be nothing but validation/ and test/"
-        raise InputError(f"{law}, but {path} has {', '.join(further)}")
-    parts_of = {PARTS[name]: folder for name, folder in above.items()} if divided else {"train": path}
-    found = {part: _pictures(folder) for part, folder in parts_of.items()}
+    found = {part: _pictures(folder) for part, folder in _parts(path).items()}
     classes = sorted({name for pictures in found.values() for name in pictures})
     if not classes:
         raise InputError(f"a folder of images must have a subfolder for each class, but {path} has none")
@@ -103,17 +103,31 @@ def _folder(path: Path, size: Size | None) -> UserFiles:
     return UserFiles(parts, tuple(classes), channels, own)
 
 
+def _parts(path: Path) -> dict[str, Path]:
+    """Return the folder of each split that the user made; of train alone if there is no train/."""
+    above = {each.name: each for each in _subfolders(path)}
+    if "train" not in above:
+        return {"train": path}
+    if further := sorted(set(above) - set(PARTS)):
+        law = "beside train/ there must be nothing but validation/ and test/"
+        raise InputError(f"{law}, but {path} has {', '.join(further)}")
+    return {PARTS[name]: folder for name, folder in above.items()}
+
+
 def _subfolders(path: Path) -> list[Path]:
     return sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
 
 
 def _pictures(folder: Path) -> dict[str, list[Path]]:
-    """Return the picture files of each class, sorted; other files are ignored."""
-    endings = Image.registered_extensions()
+    """Return the picture files of each class, sorted; other files are ignored (`left_out`)."""
     return {
-        each.name: sorted(p for p in each.rglob("*") if p.suffix.lower() in endings and not p.name.startswith("."))
+        each.name: sorted(p for p in _visible(each) if p.suffix.lower() in Image.registered_extensions())
         for each in _subfolders(folder)
     }
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
 def _headers(files: Sequence[Path], size: Size | None) -> tuple[int, Size]:
@@ -122,10 +136,14 @@ def _headers(files: Sequence[Path], size: Size | None) -> tuple[int, Size]:
     Raises:
         InputError: a picture is broken or has 16 bits, or the sizes differ without `size`.
     """
-    channels, first = 1, None
+    channels, first, broken = 1, None, list[InputError]()
     for file in files:
-        with _open(file) as image:
-            mode, own = image.mode, (image.height, image.width)
+        try:
+            with _open(file) as image:
+                mode, own = image.mode, (image.height, image.width)
+        except InputError as error:
+            broken.append(error)
+            continue
         if mode not in (*GREY, *COLOUR):
             raise InputError(f"an image must have 8 bits for each colour, but {file} is of Pillow's mode {mode}")
         channels = 3 if mode in COLOUR else channels
@@ -133,6 +151,9 @@ def _headers(files: Sequence[Path], size: Size | None) -> tuple[int, Size]:
         if size is None and own != first:
             law = "images must have one size, or be resized by --size"
             raise InputError(f"{law}, but {files[0]} has {_spoken(first)} pixels and {file} {_spoken(own)}")
+    if broken:
+        more = f"; {len(broken) - 1} more of {len(files):,} cannot be read either" if len(broken) > 1 else ""
+        raise InputError(f"{broken[0]}{more}")
     if first is None:
         raise InputError(f"a class must have images ({', '.join(sorted(Image.registered_extensions())[:4])}, ...)")
     return channels, size or first
@@ -141,6 +162,8 @@ def _headers(files: Sequence[Path], size: Size | None) -> tuple[int, Size]:
 def _open(file: Path) -> Image.Image:
     try:
         return Image.open(file)
+    except UnidentifiedImageError:  # whose message is the path again
+        raise InputError(f"{file} must be a picture, but its content is none") from None
     except UNREADABLE as error:
         raise InputError(f"{file} must be a picture, but reading it fails: {line(error)}") from None
 

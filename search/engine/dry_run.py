@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from search.formatting import counted, spoken_threat
 from search.optimizer.refinement import refinable
 from search.storage.store import to_bytes
 from search.study.study import Study
@@ -92,7 +93,7 @@ def forecast(study: Study, slots: int) -> Forecast:
     return Forecast(
         task=study.label,
         defense=study.defense,
-        threat=str(study.resolved.threat),
+        threat=spoken_threat(study.resolved.threat),
         suite=study.suite,
         images=study.resolved.eval_images,
         knobs={name: spoken(domain) for name, domain in space.searched().items()},
@@ -138,15 +139,17 @@ def said(found: Forecast) -> str:
     known = "" if found.known is None else f", {found.known} of the space's in the store"
     first = f"train the classifiers {', '.join(found.classifiers)}" if found.classifiers else "classifiers in the store"
     gpu = "" if found.gpu_hours is None else f", {found.gpu_hours:.1f} GPU-hours"
+    refined = f", then {counted(found.refinements, 'refinement')} that train nothing" if found.refinements else ""
     rows = {
         "task": f"{found.defense} on {found.task} ({found.threat}), suite {found.suite}, {found.images} images",
         "knobs": knobs,
         "trainings": f"at most {found.trainings}{of}{known}",
-        "candidates": f"{found.candidates} a training, then {found.refinements} refinements that train nothing",
+        "candidates": f"{found.candidates} a training{refined}",
         "first": f"{first} and what all share: {_spoken(found.first_s)}",
         "a training": f"{_spoken(found.train_s)} for {found.epochs} epochs, {_spoken(found.score_s)} to score it",
         "stored": f"{found.fit_bytes / 2**20:.1f} MiB a training, in the store",
-        "in all": f"about {_spoken(found.wall_s)}, {found.slots} at once{gpu}; less where trainings are stopped early",
+        "in all": f"about {_spoken(found.wall_s)}, {found.slots} at once{gpu}; less where trainings are stopped early, "
+        "and more by the start of Ray and its workers",
         "timed on": found.device,
     }
     return "\n".join(f"{name:<11} {row}" for name, row in rows.items())

@@ -35,6 +35,8 @@ from search.export.confirm import confirm, recorded
 from search.export.loader import load
 from search.formatting import percent
 from search.storage.atomic import write_atomic
+from search.study.fields import spelt
+from search.study.resolved import threat_of
 from search.trial.device_lock import DeviceLock
 from search.trial.precision import tensor_float32
 from spaces.domain import as_number
@@ -255,12 +257,12 @@ undefended {_percent(table["undefended"]["accuracy"])}. Mean of {table["draws"]}
 
 
 def _threat(own: ThreatModel, knowledge: str | None, norm: str | None, eps: float | str | None) -> ThreatModel:
-    norm = norm if norm is None else choose("the norm", norm, get_args(Norm))
+    norm = norm if norm is None else choose("the norm", spelt(norm), get_args(Norm))
     if eps is None and norm not in (None, own.norm):
         raise InputError(f"eps must be given where the norm is not the export's, {own.norm}, but is not")
     bound = None if eps is None else as_number("eps", eps)
     given: dict[str, Any] = {"knowledge": knowledge, "norm": norm, "eps": bound}
-    return replace(own, **{name: value for name, value in given.items() if value is not None})
+    return threat_of(**{**vars(own), **{name: value for name, value in given.items() if value is not None}})
 
 
 def _fooled(prepared: _Preparation) -> float | None:

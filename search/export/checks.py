@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from search.formatting import percent
+from attacks.threat import ThreatModel
+from search.formatting import percent, points, spoken_threat
 
 AREAS = {
     1: "budgets",
@@ -26,6 +27,14 @@ AREAS = {
 """What the checks of docs/honest-numbers.md ask about, by number."""
 SHARES = ("noise", "single-step", "transfer", "square", "estimated", "convergence", "regular")
 """Gates that compare attacks: their figure is the share of images that another attack breaks in addition."""
+FIGURES = (
+    "threat",
+    *("attacked_accuracy", "attacked_accuracy_of_the_search", "attacked_error", "attacked_rejection"),
+    *("oblivious_accuracy", "black_box_accuracy", "white_box_accuracy"),
+    *("clean_accuracy", "clean_rejection", "latency_ms_p50"),
+    "alarms",
+)
+"""The fields of the evidence that are reported for an export."""
 UNSEEN = (
     "attacks that nobody has thought of",
     "images of the test split (only `final` opens them)",
@@ -83,3 +92,15 @@ def spoken(found: Mapping[str, Any]) -> str:
     """Return three lines: how many checks passed, on what they looked, and what was checked and what was not."""
     checked, unseen = ", ".join(found["checked"]), "; ".join(found["unseen"])
     return f"{passed(found)}\nchecked on {sizes(found)}\nchecked: {checked}; not checked: {unseen}"
+
+
+def audited(found: Mapping[str, Any]) -> str:
+    """Return the accuracies under the audit beside that of the search, and what was checked, as text."""
+    threat = spoken_threat(ThreatModel(**found["threat"]))
+    attacked, searched = points(found["attacked_accuracy"]), points(found["attacked_accuracy_of_the_search"])
+    return (
+        f"audited: {attacked} % attacked accuracy ({threat}; the search's lighter attacks left "
+        f"{searched} %), error {points(found['attacked_error'])} %, "
+        f"rejected {points(found['attacked_rejection'])} %, white-box {points(found['white_box_accuracy'])} %\n"
+        f"{spoken(checks(found['gates']))}"
+    )

@@ -138,9 +138,10 @@ def _confirmed(right: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Gate
     worst = max(beyond, key=lambda name: beyond[name])
     images = right[worst].shape[1]
     differ = (right[worst].double().mean(0) - fresh[worst].double().mean(0)).abs()
+    mean = ", a mean over draws of its noise" if len(right[worst]) > 1 else ""
     law = (
         "a new process that loads it, and is asked the attacked images first, in another order, gives the same verdicts"
-        f" (others on {float(differ.sum()):.3g} of {images} images, {worst})"
+        f" (others on {float(differ.sum()):.3g} of {images} images{mean}, {worst})"
     )
     return at_most(13, "confirmed", law, beyond[worst], 0.0, images)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -31,12 +32,19 @@ REPRODUCED = 0.02
 """Largest allowed difference between the search's attacked accuracy and that of its attacks run again, a fraction."""
 
 
-def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Robustness) -> dict[str, Any]:
+def evidence(
+    runner: TrialRunner,
+    candidate: Candidate,
+    found: Audit,
+    again: Robustness,
+    beside: Mapping[str, tuple[str, nn.Module]],
+) -> dict[str, Any]:
     """Return the evidence of a candidate, alarms first.
 
     Args:
         found: the result of the audit.
         again: the result of the search's attacks, run again; its verdicts count too.
+        beside: the baselines that searches trained: fit and model, by name.
     """
     score, study, model = candidate.score, runner.study, _model(runner, candidate)
     attacks = {"search": dict(score.attacks), "audit": dict(found.robustness.trail)}
@@ -55,7 +63,7 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
         "latency_ms_p95": score.latency_ms_p95,
         "latency_images": score.latency_images,
         "images": score.images,
-        "baselines": {name: figures.baseline(beside, score.images) for name, beside in found.baselines.items()},
+        "baselines": _baselines(found, beside, score.images),
         "gates": [asdict(gate) for gate in gates],
         "attacks": attacks,
         "budgets": budgets,
@@ -73,6 +81,14 @@ def evidence(runner: TrialRunner, candidate: Candidate, found: Audit, again: Rob
         "versions": {"python": sys.version.split()[0], **libraries()},
         "reproduce": command(study, candidate.params),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _baselines(found: Audit, beside: Mapping[str, tuple[str, nn.Module]], images: int) -> dict[str, Any]:
+    """Return the figures of the baselines by name, with the fit of each that a search trained."""
+    return {
+        name: figures.baseline(one, images) | ({"fit": beside[name][0]} if name in beside else {})
+        for name, one in found.baselines.items()
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -12,22 +12,24 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from torch import nn
 
 from attacks.attack import AttackError
 from attacks.audit.audit import Audit, audit
-from attacks.threat import ThreatModel
+from attacks.audit.gate import SLACK
 from attacks.verdicts import Robustness
 from defenses.base import Defended, Defense
 from search.console import ProgressBars
 from search.exceptions import AlarmError, TrialError
+from search.export import provenance
 from search.export.aside import Aside, compare
 from search.export.attack_progress import AttackProgress, audit_passes, suite_passes
-from search.export.checks import checks, spoken
+from search.export.checks import FIGURES, audited
 from search.export.confirm import confirm
 from search.export.evidence import evidence
 from search.export.figures import with_gates
 from search.export.model_card import card
-from search.formatting import counted, points
+from search.formatting import counted
 from search.optimizer.history import SearchHistory
 from search.storage.atomic import folder_atomic, write_atomic
 from search.storage.seal import SEAL, opened, seal
@@ -35,43 +37,17 @@ from search.storage.store import Store, to_bytes
 from search.study import ranking, sync
 from search.study.candidate import Candidate
 from search.study.study import Study
-from search.study.verdict import verdict_of_audit
+from search.study.verdict import verdict_of_audit, verdict_of_search
+from search.study.winner import audits, keep
 from search.tracking.wandb_tracker import log_exports
+from search.trial.baseline import ADVERSARIAL
 from search.trial.runner import TrialRunner
 from search.trial.training import silent
 from spaces.exceptions import InputError
 
 TRIES = 2
 """Number of further candidates that may be audited if the audit rejects some."""
-FIGURES = (
-    *("attacked_accuracy", "attacked_accuracy_of_the_search", "attacked_error", "attacked_rejection"),
-    *("oblivious_accuracy", "black_box_accuracy", "white_box_accuracy"),
-    *("clean_accuracy", "clean_rejection", "latency_ms_p50"),
-)
-"""The fields of the evidence that are reported for an export."""
-
-
-def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) -> tuple[list[Candidate], int]:
-    """Return the candidates to try, in order, and the number of exports wanted.
-
-    Raises:
-        InputError: there is no such candidate, or no candidate meets all constraints.
-    """
-    history = SearchHistory(study)
-    known = {found.candidate: found for found in history.candidates()}
-    if candidate is not None:
-        begun = [candidate] if candidate in known else [name for name in known if name.startswith(candidate)]
-        if len(begun) != 1:
-            raise InputError(
-                f"a candidate must be one of the {len(known)} in {study.folder / 'candidates.csv'}, or the beginning "
-                f"of one alone, but {candidate!r} begins {len(begun) or 'none'}"
-            )
-        return [known[begun[0]]], 1
-    chosen = ranking.front(study, known.values()) if pareto else history.feasible()
-    if not chosen:
-        why = ranking.refusals_in_words(study, known.values()) or "no training has left a candidate"
-        raise InputError(f"an export needs a candidate that meets all constraints, but {study.name} has none: {why}")
-    return chosen, len(chosen) if top is None else min(top, len(chosen))
+AGAIN = "another --threat, --eps or --defense, or with more training (--epochs, --trials)"
 
 
 def export_all(
@@ -87,37 +63,65 @@ def export_all(
         InputError: `out` is not writable, or contains exports of another search or an export that was changed.
     """
     _writable(out)
-    told: list[dict[str, Any]] = []
-    made: list[Path] = []
-    for candidate in candidates[: wanted + TRIES]:
+    say: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True)
+    undefended = None if despite_alarms else SearchHistory(study).undefended()
+    if worthless := _worthless(candidates[0], undefended):
+        law = f"an export must err on {100 * SLACK:.0f} points fewer attacked images than no defense"
+        raise InputError(f"{law}, but {worthless}. Search again with {AGAIN}; --despite-alarms exports it all the same")
+    ranked, told, made = ranking.distinct(candidates), list[dict[str, Any]](), list[Path]()
+    for nth, candidate in enumerate(ranked[: wanted + TRIES]):
         refused = sum(one["folder"] is None for one in told)
         if len(told) - refused == wanted:
             break
+        if nth and (alike := candidates.index(candidate) - candidates.index(ranked[nth - 1]) - 1):
+            say(f"skipped    {counted(alike, 'candidate')} with the training and every figure of one above")
         folder = out / candidate.candidate
-        if (other := _exported(folder)) not in (None, study.name):
-            raise InputError(
-                f"a folder of exports must be of one search, but {folder} is of {other}: choose another --out"
-            )
+        if (other := provenance.search_of(folder)) not in (None, study.name):
+            law = "a folder of exports must be of one search"
+            raise InputError(f"{law}, but {folder} is of {other}: choose another --out")
         try:
             if not folder.exists():
+                if worthless := _worthless(candidate, undefended):
+                    raise AlarmError(f"{worthless}; not audited")
                 how: dict[str, Any] = {"refused": refused, "despite_alarms": despite_alarms, "console": console}
                 made.append(export(study, candidate, study.store, out, **how))
-            found = json.loads(opened(folder)["evidence.json"])
             sync.deliver(study, *folder.iterdir())
-            worth = verdict_of_audit(found)
-            console.print(
-                f"{_audited(found)}\nverdict    {worth}\nexported   {folder}", highlight=False, soft_wrap=True
-            )
-            audited = {name: found[name] for name in ("threat", *FIGURES, "alarms")}
-            told.append({"candidate": candidate.candidate, "folder": str(folder), "verdict": worth, "audited": audited})
+            told.append(_said(folder, say))
         except AlarmError as error:
-            line = f"refused: {error} (--despite-alarms writes it all the same)"
-            console.print(line, highlight=False, soft_wrap=True)
+            say(f"refused: {error} (--despite-alarms writes it all the same)")
             told.append({"candidate": candidate.candidate, "folder": None, "refused": str(error)})
-    with ProgressBars(console) as bars:
-        bars.add_task("logging exports to W&B", total=None)
-        log_exports(study, made, partial(console.print, highlight=False, soft_wrap=True))
+    refused = sum(one["folder"] is None for one in told)
+    if len(told) - refused < wanted and (left := ranked[len(told) :]):
+        say(_stopped(study, refused, left))
+    if made or refused:
+        with ProgressBars(console) as bars:
+            bars.add_task("logging exports to W&B", total=None)
+            log_exports(study, made, say)
     return told
+
+
+def _said(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Say what the audit of an export found, and return it."""
+    found = json.loads(opened(folder)["evidence.json"])
+    worth, figures = verdict_of_audit(found), {name: found[name] for name in FIGURES}
+    say(f"{audited(found)}\nverdict    {worth}\nexported   {folder}")
+    return {"candidate": found["candidate"], "folder": str(folder), "verdict": worth, "audited": figures}
+
+
+def _stopped(study: Study, refused: int, left: Sequence[Candidate]) -> str:
+    """Return why no further candidate is audited, and how to go on."""
+    return (
+        f"stopped    after {counted(refused, 'refused candidate')}, though {len(left)} more rank below, which did no "
+        f"better in the search. Search again with {AGAIN}; or try the next: "
+        f"{provenance.export(study, left[0].candidate)}"
+    )
+
+
+def _worthless(candidate: Candidate, undefended: Candidate | None) -> str:
+    """Return why the audit would refuse a candidate by the search's own figures: its check `baseline`; else nothing."""
+    if undefended is None or undefended.score.attacked_error - candidate.score.attacked_error >= SLACK:
+        return ""
+    return f"the search found {candidate.candidate} {verdict_of_search(candidate, undefended)}"
 
 
 def export(
@@ -145,16 +149,20 @@ def export(
     folder = out / candidate.candidate
     if folder.exists():
         raise InputError(f"an export must be a new folder, but {folder} exists")
-    runner = TrialRunner.of(study, store)
-    if runner.trainer.key(candidate.params) != candidate.fit:
-        raise InputError(
-            f"an export needs the fit that was scored, {candidate.fit}, but the code, the data or the study's settings "
-            f"have changed since; search again under another name"
-        )
+    runner = _runner(study, candidate, store)
     _, defense = runner.trainer.fit(candidate.params, silent)
-    with _progress(runner, candidate, defense, console or Console(quiet=True)).running():
-        found, again, aside = _examined(runner, candidate, defense)
-        known = with_gates(evidence(runner, candidate, found, again), [aside.gate])
+    console = console or Console(quiet=True)
+    if known := _refused_before(study, candidate):
+        console.print(f"{candidate.candidate} was audited {known['written']} by this very code", highlight=False)
+        _refuse(known, despite_alarms)
+        with _new(folder) as temporary:
+            picture = runner.picture(candidate.params, temporary / "pictures.png").read_bytes()
+            _write(temporary, runner, defense, known | {"refused_before_it": refused}, picture)
+        return folder
+    with _progress(runner, candidate, defense, console).running():
+        beside = {} if study.defense == ADVERSARIAL else runner.trainer.adversarially_trained()
+        found, again, aside = _examined(runner, candidate, defense, beside)
+        known = with_gates(evidence(runner, candidate, found, again, beside), [aside.gate])
         known |= {"aside": aside.figures(), "refused_before_it": refused}
         with _new(folder) as temporary:
             picture = runner.picture(candidate.params, temporary / "pictures.png").read_bytes()
@@ -162,19 +170,36 @@ def export(
             with runner.assets.device_lock.working():
                 y_N, seed = runner.assets.evaluator.y_N, runner.study.seed + 1
                 known = with_gates(known, confirm(temporary, found.versions, found.right, y_N, seed=seed))
-            _note(study, known)
-            if (alarms := known["alarms"]) and not despite_alarms:
-                failed = f"{counted(len(alarms), 'audit check')}: {'; '.join(alarms)}"
-                raise AlarmError(f"{candidate.candidate} failed {failed}; verdict: {verdict_of_audit(known)}")
+            keep(study, known)
+            _refuse(known, despite_alarms)
             _write(temporary, runner, defense, known, picture)
     return folder
 
 
-def _note(study: Study, known: Mapping[str, Any]) -> None:
-    """Keep the evidence of an audit beside the search, for the report: it may be refused, or exported elsewhere."""
-    path = study.folder / "audits" / f"{known['candidate']}.json"
-    path.parent.mkdir(exist_ok=True)
-    sync.deliver(study, write_atomic(path, json.dumps(known, indent=1).encode()))
+def _runner(study: Study, candidate: Candidate, store: Store) -> TrialRunner:
+    """Return what makes the fit of a candidate; an InputError where that would be another one by now."""
+    runner = TrialRunner.of(study, store)
+    if runner.trainer.key(candidate.params) != candidate.fit:
+        raise InputError(
+            f"an export needs the fit that was scored, {candidate.fit}, but the code, the data or the study's settings "
+            f"have changed since; search again under another name"
+        )
+    return runner
+
+
+def _refused_before(study: Study, candidate: Candidate) -> dict[str, Any] | None:
+    """Return the evidence of an audit by this code and these libraries that refused a candidate, if there is one."""
+    known = dict(audits(study, [candidate]).get(candidate.candidate, {"refused": False}))
+    if not known.pop("refused") or known["code"]["sha256"] != provenance.code()["sha256"]:
+        return None
+    return known if provenance.libraries().items() <= known["versions"].items() else None
+
+
+def _refuse(known: Mapping[str, Any], despite_alarms: bool) -> None:
+    """Raise an AlarmError where an audit raised alarms."""
+    if (alarms := known["alarms"]) and not despite_alarms:
+        failed = f"{counted(len(alarms), 'audit check')}: {'; '.join(alarms)}"
+        raise AlarmError(f"{known['candidate']} failed {failed}; verdict: {verdict_of_audit(known)}")
 
 
 @contextmanager
@@ -202,10 +227,11 @@ def _progress(runner: TrialRunner, candidate: Candidate, defense: Defense, conso
     return progress
 
 
-def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tuple[Audit, Robustness, Aside]:
+def _examined(
+    runner: TrialRunner, candidate: Candidate, defense: Defense, beside: Mapping[str, tuple[str, nn.Module]]
+) -> tuple[Audit, Robustness, Aside]:
     """Return a candidate's audit, the result of the search's attacks, run again, and that on images kept aside."""
     evaluator, bare = runner.assets.evaluator, runner.assets.target
-    beside = runner.trainer.adversarially_trained()
     try:
         with runner.assets.device_lock.working():
             found = audit(
@@ -215,7 +241,7 @@ def _examined(runner: TrialRunner, candidate: Candidate, defense: Defense) -> tu
                 evaluator.threat,
                 seed=runner.study.seed + 1,
                 attacker=evaluator.attacker,
-                baselines=beside,
+                baselines={name: model for name, (_, model) in beside.items()},
             )
         aimed = Defended(defense.at(runner.scorer.aimed(candidate.params).inference), bare)
         with runner.assets.device_lock.working():
@@ -253,20 +279,3 @@ def _writable(out: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"a folder of exports must be one that can be written, but {out}: {error.strerror}") from None
-
-
-def _exported(folder: Path) -> str | None:
-    """Return the name of the search of an existing export; None if there is no export."""
-    config = folder / "config.yaml"
-    return str(yaml.safe_load(config.read_bytes())["study"]["name"]) if config.exists() else None
-
-
-def _audited(found: Mapping[str, Any]) -> str:
-    """Return the accuracies under the audit beside that of the search, and what was checked, as text."""
-    audited, searched = points(found["attacked_accuracy"]), points(found["attacked_accuracy_of_the_search"])
-    return (
-        f"audited: {audited} % attacked accuracy ({ThreatModel(**found['threat'])}; the search's lighter attacks left "
-        f"{searched} %), error {points(found['attacked_error'])} %, "
-        f"rejected {points(found['attacked_rejection'])} %, white-box {points(found['white_box_accuracy'])} %\n"
-        f"{spoken(checks(found['gates']))}"
-    )

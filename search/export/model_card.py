@@ -8,6 +8,7 @@ from typing import Any
 
 from attacks.threat import ThreatModel
 from search.export.checks import checks, passed, sizes
+from search.formatting import spoken_threat
 from search.study.verdict import verdict_of_audit
 from search.templates import render
 
@@ -32,7 +33,8 @@ def card(evidence: Mapping[str, Any]) -> str:
         e=evidence,
         m=evidence["model"],
         given=any(not own["trained"] for role, own in evidence["model"]["own"].items() if role == "classifier"),
-        threat=threat,
+        threat=spoken_threat(threat),
+        norm=threat.norm,
         checks=found,
         passed=passed(found),
         sizes=sizes(found),

@@ -11,6 +11,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from search.study.study import Study
 from spaces.domain import Scalar
 from spaces.space import Params
@@ -73,6 +75,12 @@ def export(study: Study, candidate: str) -> str:
     """Return the command that audits and exports a candidate."""
     elsewhere = "" if study.storage == Study().storage else f" --storage {shlex.quote(study.storage)}"
     return f"python launch.py export {study.name} --candidate {candidate}{elsewhere}"
+
+
+def search_of(export: Path) -> str | None:
+    """Return the name of the search of an existing export; None if there is no export."""
+    config = export / "config.yaml"
+    return str(yaml.safe_load(config.read_bytes())["study"]["name"]) if config.exists() else None
 
 
 def _written(value: Scalar) -> str:

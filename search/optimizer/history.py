@@ -158,6 +158,29 @@ class SearchHistory:
         return self.optuna.get_trials(deepcopy=False)
 
 
+def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) -> tuple[list[Candidate], int]:
+    """Return the candidates to try, in order, and the number of exports wanted.
+
+    Raises:
+        InputError: there is no such candidate, or no candidate meets all constraints.
+    """
+    history = SearchHistory(study)
+    known = {found.candidate: found for found in history.candidates()}
+    if candidate is not None:
+        begun = [candidate] if candidate in known else [name for name in known if name.startswith(candidate)]
+        if len(begun) != 1:
+            raise InputError(
+                f"a candidate must be one of the {len(known)} in {study.folder / 'candidates.csv'}, or the beginning "
+                f"of one alone, but {candidate!r} begins {len(begun) or 'none'}"
+            )
+        return [known[begun[0]]], 1
+    chosen = ranking.front(study, known.values()) if pareto else history.feasible()
+    if not chosen:
+        why = ranking.refusals_in_words(study, known.values()) or "no training has left a candidate"
+        raise InputError(f"an export needs a candidate that meets all constraints, but {study.name} has none: {why}")
+    return chosen, len(chosen) if top is None else min(top, len(chosen))
+
+
 def state_of(trial: FrozenTrial) -> str:
     """Return a trial's state as text; a trial of a dead driver is interrupted until it runs again."""
     if trial.state == TrialState.FAIL and trial.user_attrs.get(INTERRUPTED):

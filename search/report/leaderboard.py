@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from attacks.confidence import wilson
-from search.formatting import brief, points
+from search.formatting import brief, points, spoken_threat
 from search.study import ranking
 from search.study.candidate import Candidate
 from search.study.columns import HEADINGS
@@ -72,7 +72,9 @@ def leaderboard(
 ) -> Leaderboard:
     """Return a table of the best candidates and the undefended classifier, in percent, with 95 % Wilson intervals."""
     threat = ranked[0].score.threat if ranked else undefended.score.threat if undefended else None
-    title = f"{study.name}: {study.defense} on {study.label}, attacked accuracy under {threat}"
+    title = (
+        f"{study.name}: {study.defense} on {study.label}, attacked accuracy under {threat and spoken_threat(threat)}"
+    )
     rejects = any(c.score.clean_rejection or c.score.attacked_rejection for c in ranked)
     apart = ("attacked_error", "attacked_rejection", "clean_rejection") if rejects else ()
     names = (*apart, "oblivious_accuracy", "white_box_accuracy", "clean_accuracy", "latency_ms_p50")

@@ -27,6 +27,7 @@ from search.report.summary import Summary, TrialRecord
 from search.storage.atomic import write_atomic
 from search.study.candidate import Score
 from search.study.columns import COLUMNS, FURTHER
+from search.study.resolved import caveat
 from search.study.study import Study
 from search.study.verdict import UNDEFENDED
 from search.templates import render as template
@@ -62,6 +63,7 @@ def render(summary: Summary) -> str:
         study=study,
         any=ANY,
         top=summary.ranked[:TOP],
+        caveat=caveat(study, summary.images),
         front={c.candidate for c in summary.front},
         interval=interval,
         columns={**COLUMNS, **FURTHER},

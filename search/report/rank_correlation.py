@@ -116,6 +116,7 @@ class RankCorrelation:
     def to_json(self) -> dict[str, Any]:
         return {
             "final": self.setting,
+            "line": self.line,
             "ranks": [vars(rank) for rank in self.ranks],
             "warning": self.warning or None,
         }

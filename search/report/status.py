@@ -10,14 +10,14 @@ from typing import Any
 from optuna.trial import FrozenTrial
 from rich.table import Table
 
-from search.formatting import duration
+from search.formatting import duration, percent, spoken_eps
 from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report.leaderboard import refusals
-from search.report.rank_correlation import QUICK, rank_correlation
-from search.report.winner import audits, verdict_on, winner
+from search.report.rank_correlation import rank_correlation
 from search.study import ranking, sync
-from search.study.catalog import open_search, search_names
+from search.study.catalog import absent, open_search, search_names
 from search.study.study import Study
+from search.study.winner import audits, verdict_on, winner
 from spaces.exceptions import InputError
 
 COUNTED = ("finished", "running", "interrupted", "pruned", "failed")
@@ -32,8 +32,10 @@ def states_of(name: str | None, storage: str, warn: Callable[[str], None]) -> li
 
     if name is not None:
         return [state(name)]
-    found = []
-    for each in search_names(storage):
+    found, names = [], search_names(storage)
+    if not names:
+        warn(absent(storage))
+    for each in names:
         try:
             found.append(state(each))
         except InputError as error:
@@ -56,6 +58,7 @@ def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
     feasible, agreed = ranking.feasible(study, candidates), rank_correlation(history, candidates)
     audited, undefended = audits(study, candidates), history.undefended()
     best = winner(feasible, audited)
+    audit = audited.get(best.candidate) if best else None
     refinements = history.refinements()
     failed = {
         t.user_attrs.get("refines", t.user_attrs.get("trial")): t.user_attrs["reason"]
@@ -72,6 +75,7 @@ def status_of(study: Study, *, runs: bool) -> dict[str, Any]:
         "candidates": len(candidates),
         "dropped": sum(len(trial.user_attrs.get("dropped", ())) for trial in trials),
         "best": best.row() if best else None,
+        "audited_accuracy": audit["attacked_accuracy"] if audit else None,
         "verdict": verdict_on(best, undefended, feasible, audited) if best and undefended else None,
         "stopping": study.stopping,
         "refinements": len(refinements),
@@ -112,7 +116,7 @@ def board(states: Sequence[Mapping[str, Any]]) -> Table:
     for column in table.columns:
         column.overflow = "fold"
     for state in states:
-        best, others = state["best"], [f"{state[key]} {key}" for key in COUNTED[1:] if state[key]]
+        others = [f"{state[key]} {key}" for key in COUNTED[1:] if state[key]]
         table.add_row(
             state["name"],
             state["task"],
@@ -120,23 +124,26 @@ def board(states: Sequence[Mapping[str, Any]]) -> Table:
             str(state["candidates"]),
             duration(state["seconds"]),
             duration(state["seconds_left"]),
-            f"{100 * best['attacked_accuracy']:.1f}\u00a0% ({best['threat']}, {best['norm']} eps\u00a0"
-            f"{best['eps']:g}), {best['candidate']}"
-            if best
-            else "–",
+            _best(state) if state["best"] else "–",
         )
     return table
 
 
+def _best(state: Mapping[str, Any]) -> str:
+    """Return the best candidate, with whose attacks left how much of it: the search's, and an audit's heavier ones."""
+    best, audited = state["best"], state["audited_accuracy"]
+    left = f"{percent(best['attacked_accuracy'])} by the search"
+    left += f", {percent(audited)} audited" if audited is not None else ""
+    return f"{left} ({best['threat']}, {best['norm']} eps\u00a0{spoken_eps(best['eps'])}), {best['candidate']}"
+
+
 def details(state: Mapping[str, Any]) -> list[str]:
     """Return further details of one search, one per line."""
-    last = state["rank_correlation"]["ranks"][-1]
-    rho = "unknown" if last["rho"] is None else f"{last['rho']:.2f}"
     pace = state["trainings_per_minute"]
     return [
         *([f"verdict on {state['best']['candidate']}: {state['verdict']}"] if state["verdict"] else []),
         *([f"pace: {pace:.1f} trainings a minute"] if pace else []),
-        f"stopping: {state['stopping']}; {QUICK} of {last['trainings']} trainings: Spearman's rho {rho}",
+        f"stopping: {state['stopping']}; {state['rank_correlation']['line']}",
         *([state["refusals"]] if state["refusals"] else []),
         *([f"warning: {state['rank_correlation']['warning']}"] if state["rank_correlation"]["warning"] else []),
         *([f"inference settings dropped in a race: {state['dropped']}"] if state["dropped"] else []),

@@ -17,11 +17,11 @@ from search.optimizer.history import ENDED, SearchHistory, state_of
 from search.report import status
 from search.report.importance import Importances, importances
 from search.report.rank_correlation import RankCorrelation, rank_correlation
-from search.report.winner import audits, verdict_on, winner
 from search.study import ranking, sync
 from search.study.candidate import QUIET, Candidate, Latency
 from search.study.ranking import Refusal
 from search.study.study import Study
+from search.study.winner import audits, verdict_on, winner
 from spaces.space import Params
 
 
@@ -84,7 +84,7 @@ class Summary:
         first_ms: the first measurement of each candidate's latency, p50; `candidates` have the quieter.
         refinements: further inference settings that were scored for the best fits at the end.
         busy: seconds in which at least one trial ran.
-        audits: the evidence of each audit, by its candidate (`search/report/winner.py`).
+        audits: the evidence of each audit, by its candidate (`search/study/winner.py`).
     """
 
     study: Study
@@ -205,8 +205,7 @@ class Summary:
 
     def named(self, knowledge: Knowledge | None = None) -> str:
         """Return a short form of the threat model: that of the study, or with other knowledge."""
-        norm = "L∞" if self.study.norm == "Linf" else "L2"
-        return f"{knowledge or self.study.threat}, {norm}\u00a0eps\u00a0{spoken_eps(self.eps)}"
+        return f"{knowledge or self.study.threat}, {self.study.norm}\u00a0eps\u00a0{spoken_eps(self.eps)}"
 
     def remark(self, candidate: Candidate) -> str:
         """Return a remark if the second latency measurement differs from the first; otherwise empty."""

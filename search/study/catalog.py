@@ -36,6 +36,11 @@ def search_names(storage: str) -> list[str]:
         return []
 
 
+def absent(storage: str) -> str:
+    """Return the message that a storage has no search, and where it was looked for."""
+    return f"a search must exist, but there is none in {check_storage(storage)}: name its --storage, or begin one"
+
+
 def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
     """Return a search of a storage, downloaded to this machine first if the storage is a URI.
 
@@ -47,7 +52,7 @@ def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
     """
     known = search_names(storage)
     if not known:
-        raise InputError(f"a search must exist, but there is none in {storage}; begin one with `search`")
+        raise InputError(absent(storage))
     choose("the search", name, known)
     storage = check_storage(storage)
     mirror = mirror_of(storage, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -14,6 +14,11 @@ from spaces.domain import Scalar, as_written
 
 Method = Literal["forecast", "tpe", "nsga2", "gp", "random", "qmc", "grid"]
 KnobWish = Scalar | list[Scalar]
+
+
+def spelt(norm: Any) -> Any:
+    """Return a norm as it is spelt here: Linf for linf; anything else unchanged."""
+    return {known.lower(): known for known in get_args(Norm)}.get(str(norm).lower(), norm)
 
 
 class Fields(BaseModel):
@@ -126,6 +131,11 @@ class Fields(BaseModel):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
             raise ValueError("must be letters, digits, '.', '_' and '-', and no path")
         return name
+
+    @field_validator("norm", mode="before")
+    @classmethod
+    def _may_be_in_small_letters(cls, norm: object) -> object:
+        return spelt(norm)
 
     @field_validator("eps", mode="before")
     @classmethod

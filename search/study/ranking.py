@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from search.study.candidate import Candidate
 from search.study.study import Study
@@ -134,6 +134,17 @@ def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
         candidates,
         key=lambda c: (c.score.attacked_error, c.score.device, c.score.latency_ms_p50, -c.score.attacked_accuracy),
     )
+
+
+def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Return the candidates without those that have the fit and every figure of an earlier one.
+
+    Their inference-time knobs change nothing on the images: thresholds that no image lies between, say.
+    """
+    first: dict[tuple[str, str], Candidate] = {}
+    for candidate in candidates:
+        first.setdefault((candidate.fit, repr(replace(candidate.score, risk_coverage=()))), candidate)
+    return list(first.values())
 
 
 def feasible(study: Study, candidates: Iterable[Candidate]) -> list[Candidate]:

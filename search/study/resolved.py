@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import defenses
 import spaces
@@ -12,6 +13,9 @@ from defenses.base import Defense
 from search.classifiers.task import Task, find_task
 from search.data import splits
 from search.data.guard import closed
+from search.data.splits import FEW
+from search.formatting import of_255
+from search.study.fields import spelt
 from search.study.study import Study
 from spaces.domain import finite
 from spaces.exceptions import InputError, choose
@@ -77,9 +81,35 @@ def resolve(study: Study) -> ResolvedStudy:
         raise InputError(f"{law}, as {study.defense} is, but is {study.partner}")
     partner, substitute = study.partner or task.partner, study.substitute or protected.partner
     partner, substitute = (task.beside(name).classifier for name in (partner, substitute))
-    threat = ThreatModel(study.norm, _eps(study, suite, task), study.threat)
+    threat = threat_of(study.norm, _eps(study, suite, task), study.threat)
     within = suite.within(threat)
     return ResolvedStudy(task, protected.classifier, partner, substitute, defense, space, threat, within, images)
+
+
+def threat_of(norm: str, eps: float, knowledge: str) -> ThreatModel:
+    """Return a threat model, whose norm may be written in small letters.
+
+    Raises:
+        InputError: a value is not legal; 8 is answered with 8/255.
+    """
+    names: Any = {"norm": spelt(norm), "eps": eps, "knowledge": knowledge}
+    try:
+        return ThreatModel(**names)
+    except InputError as error:
+        raise InputError(f"{error}{of_255(eps) if names['norm'] == 'Linf' else ''}") from None
+
+
+def caveat(study: Study, images: int) -> str:
+    """Return that a run is too small to prove anything; empty if it is not.
+
+    Args:
+        images: how many validation images it attacks.
+    """
+    if study.train_images is None and images >= FEW:
+        return ""
+    trained = study.train_images or splits.sizes(study.resolved.task.dataset, study.data_dir).train
+    run = f"a run of {trained:,} training images and {images:,} attacked validation images"
+    return f"{run} shows the way and proves nothing"
 
 
 def _eps(study: Study, suite: Suite, task: Task) -> float:

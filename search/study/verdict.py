@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from attacks.confidence import difference
 from attacks.threat import ThreatModel
-from search.formatting import percent
+from search.formatting import percent, spoken_eps, spoken_threat
 from search.study.candidate import Candidate
 
 UNDEFENDED, TRAINED = "undefended", "adversarially trained"
@@ -94,9 +94,9 @@ def _beside_no_defense(threat: ThreatModel, images: int, winner: Figures, undefe
     found = _compared(1 - winner.error, 1 - undefended.error, images)
     doubt = f", as far as {images:,} images can tell"
     said = {"better": "better than no defense", "worse": "worse than no defense", "equal": "no better than no defense"}
-    figures, budget = _pair(winner, undefended), f"{threat.norm} eps {threat.eps:g}"
+    figures, budget = _pair(winner, undefended), f"{threat.norm} eps {spoken_eps(threat.eps)}"
     if threat.knowledge == "white-box":
-        return f"{said[found]}{doubt if found == 'equal' else ''}: {figures} ({threat})"
+        return f"{said[found]}{doubt if found == 'equal' else ''}: {figures} ({spoken_threat(threat)})"
     known = _compared(winner.white_box, undefended.white_box, images)
     where = IGNORANT[threat.knowledge]
     there = f"{percent(winner.white_box, ' %')} against {percent(undefended.white_box, ' %')}"

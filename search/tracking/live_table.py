@@ -13,7 +13,7 @@ from rich.table import Table
 
 from defenses.base import Metrics
 from search.console import ProgressBars, counting
-from search.formatting import brief, counted, points
+from search.formatting import brief, counted, points, spoken_threat
 from search.study import ranking
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate, Proposal
@@ -55,7 +55,7 @@ class LiveTable(Callback):
         score = undefended.score
         self._say(
             f"undefended {study.label}: clean {points(score.clean_accuracy)}, attacked "
-            f"{points(score.attacked_accuracy)} ({score.threat}), {score.images} validation images"
+            f"{points(score.attacked_accuracy)} ({spoken_threat(score.threat)}), {score.images} validation images"
         )
         if self.console.is_terminal:
             self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)

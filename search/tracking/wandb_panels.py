@@ -17,6 +17,7 @@ from search.study.candidate import Candidate
 from search.study.ranking import feasible, front, ranked
 from search.study.study import Study
 from search.study.verdict import verdict_of_audit, verdict_of_search
+from search.study.winner import NOT_AUDITED
 from search.tracking.wandb_run import CODE, PROJECT
 from search.trial.pictures import caption
 
@@ -126,7 +127,7 @@ def figures(study: Study, undefended: Candidate, candidate: Candidate) -> dict[s
         *(f"knob_{name}" for name in knobs),
     }
     measured = {name: value for name, value in candidate.row().items() if name not in setting}
-    verdict = verdict_of_search(candidate, undefended)
+    verdict = f"{verdict_of_search(candidate, undefended)}; {NOT_AUDITED}"
     return {**measured, "feasible": bool(feasible(study, [candidate])), "verdict": verdict}
 
 

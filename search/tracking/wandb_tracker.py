@@ -16,11 +16,12 @@ from typing import Any, get_args
 from attacks.threat import ThreatModel
 from defenses.base import Metrics
 from search.optimizer.history import SearchHistory
+from search.study import sync
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate, Proposal
 from search.study.ranking import feasible, ranked
 from search.study.study import Study
-from search.study.verdict import verdict_of_search
+from search.study.winner import audits, verdict_on, winner
 from search.tracking import wandb_panels
 from search.tracking.wandb_panels import Extreme
 from search.tracking.wandb_run import Mode
@@ -81,9 +82,7 @@ class WandbTracker(Callback):
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
         self._study, self._undefended = study, undefended
-        config = study.model_dump(exclude={"address", "storage", "data_dir", "notes"})
-        about = _about(study, "", "search", config | _threat(undefended.score.threat))
-        self._writer.open(SEARCH, about | {"notes": study.notes})
+        self._writer.open(SEARCH, _about_search(study, undefended))
         self._writer.write(SEARCH, partial(wandb_panels.announce, self._say))
         self._writer.write(SEARCH, wandb_panels.save_code)
         by_trial = {f"trial/{name}": extreme for name, extreme in BY_TRIAL.items()}
@@ -167,7 +166,6 @@ class WandbTracker(Callback):
         return point
 
     def _outcome(self, state: State, known: Sequence[Candidate]) -> dict[str, Any]:
-        best = next(iter(feasible(self._study, known)), None)
         return {
             **_threat(self._undefended.score.threat),
             "images": self._undefended.score.images,
@@ -175,8 +173,7 @@ class WandbTracker(Callback):
             "candidates": len(known),
             **{f"trials/{name}": self._states[name] for name in get_args(State)},
             **{f"undefended/{name}": value for name, value in self._undefended.row().items()},
-            **({f"best/{name}": value for name, value in best.row().items()} if best else {}),
-            **({"verdict": verdict_of_search(best, self._undefended)} if best else {}),
+            **_winner(self._study, self._undefended, known),
         }
 
 
@@ -184,25 +181,48 @@ def log_exports(study: Study, folders: Sequence[Path], say: Callable[[str], None
     """Log exports of a search, each in a run and as a version of the artifact of the defense and task.
 
     Each version has the name of its candidate as alias. The best candidate of all that are exported, including earlier
-    ones, also has the aliases `best` and the name of the search.
+    ones, also has the aliases `best` and the name of the search; one that failed a check has not. The run of the search
+    takes over what its winner is worth by now; that of a search that still runs does so at its end.
     """
-    if not folders:
-        return
     history = SearchHistory(study)
     known = {candidate.candidate: candidate for candidate in history.candidates()}
     exported = {path.name for folder in folders for path in folder.parent.iterdir()}
-    best = next((c.candidate for c in history.feasible() if c.candidate in exported), None)
+    best = winner([c for c in history.feasible() if c.candidate in exported], audits(study, known.values()))
     writer = WandbWriter(study.wandb, study.folder, say)
     for folder in folders:
-        aliases = [folder.name, *(["best", study.name] if folder.name == best else [])]
+        aliases = [folder.name, *(["best", study.name] if best and folder.name == best.candidate else [])]
         key, candidate = f"export-{folder.name}", known[folder.name]
         config = _setting(study, candidate.score.threat, candidate.params) | {"candidate": candidate.candidate}
         writer.open(key, _about(study, key, "export", config))
         writer.write(key, partial(wandb_panels.log_export, study, folder, aliases))
         writer.finish(key, 0)
+    if (undefended := history.undefended()) and not sync.runs(study):
+        writer.open(SEARCH, _about_search(study, undefended))
+        worth = _winner(study, undefended, list(known.values()))
+        writer.write(SEARCH, partial(wandb_panels.sum_up, worth))
+        writer.finish(SEARCH, EXIT["finished" if history.finished() else "interrupted"])
     writer.close()
     if writer.upload:
         say(f"logged offline; upload it with: {writer.upload}")
+
+
+def _winner(study: Study, undefended: Candidate, known: Sequence[Candidate]) -> dict[str, Any]:
+    """Return the best candidate's figures, as its search and an audit found them, and what it is worth by now."""
+    ranked, audited = feasible(study, known), audits(study, known)
+    best = winner(ranked, audited)
+    if best is None:
+        return {"verdict": "no winner: the audit refused every candidate"} if ranked else {}
+    audit = audited.get(best.candidate)
+    return {
+        **{f"best/{name}": value for name, value in best.row().items()},
+        "best/audited_accuracy": audit and audit["attacked_accuracy"],
+        "verdict": verdict_on(best, undefended, ranked, audited),
+    }
+
+
+def _about_search(study: Study, undefended: Candidate) -> dict[str, Any]:
+    config = study.model_dump(exclude={"address", "storage", "data_dir", "notes"})
+    return _about(study, "", "search", config | _threat(undefended.score.threat)) | {"notes": study.notes}
 
 
 def _about(study: Study, name: str, job_type: str, config: dict[str, Any]) -> dict[str, Any]:

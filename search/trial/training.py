@@ -113,8 +113,8 @@ class Trainer:
             **self.assets.precision_key,
         }
 
-    def adversarially_trained(self) -> dict[str, nn.Module]:
-        """Return the static baseline for a winner: an adversarially trained classifier by its name, if there is one.
+    def adversarially_trained(self) -> dict[str, tuple[str, nn.Module]]:
+        """Return the static baseline for a winner: the fit of an adversarially trained classifier by its name, if any.
 
         It is the best (`ranked`) of those that searches of this storage trained on the same images.
         """
@@ -129,7 +129,7 @@ class Trainer:
                 defense.adopt(self.assets.classifier(task.classifier))
                 defense.load_state_dict(load_file(entry / "weights.safetensors"))
                 beside = Defended(defense, self.assets.target).to(self.assets.device)
-                return {name: beside.eval().requires_grad_(False)}
+                return {name: (key, beside.eval().requires_grad_(False))}
         return {}
 
     def _adversarial_key(self, knobs: Mapping[str, Scalar]) -> str | None:

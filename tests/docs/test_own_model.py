@@ -67,7 +67,7 @@ def test_the_pages_commands_run_one_after_the_other(walk: dict[str, Said]) -> No
     assert {line: heard for line, heard in walk.items() if heard.code} == {}
     assert "of 3 classes (four, one, zero)" in walk["data"].out
     assert float(re.findall(r"clean accuracy ([\d.]+) %", walk["classifier"].out)[0]) > 80
-    assert "magnet on leaves/mine" in walk["search"].out and "exported" in walk["export"].out
+    assert "advae on leaves/mine" in walk["search"].out and "exported" in walk["export"].out
 
 
 @pytest.mark.slow

@@ -15,8 +15,7 @@ from rich.console import Console
 from search import session
 from search.engine import run
 from search.engine.worker import Work
-from search.export.exporter import pick
-from search.optimizer.history import SearchHistory
+from search.optimizer.history import SearchHistory, pick
 from search.report.summary import summarise
 from search.study.catalog import open_search
 from search.study.study import Study

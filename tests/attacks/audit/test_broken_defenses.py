@@ -23,8 +23,8 @@ from defenses.puvae import PuVAE
 from search.data import splits
 from search.engine.run import run
 from search.exceptions import AlarmError
-from search.export.exporter import export, pick
-from search.optimizer.history import SearchHistory
+from search.export.exporter import export
+from search.optimizer.history import SearchHistory, pick
 from search.study.candidate import Candidate
 from search.study.study import Study
 from spaces.exceptions import InputError

@@ -83,7 +83,10 @@ def test_bad_input_is_one_line_before_anything_is_attacked(words: str, told: str
         ("--eps 0.1", "Missing option '--norm'"),
         ("--norm Linf --eps 0", "eps must be above 0, but is 0"),
         ("--norm Linf --eps -1", "eps must be from 0 to 1 in Linf"),
-        ("--norm Linf --eps 8", "eps must be from 0 to 1 in Linf"),
+        (
+            "--norm linf --eps 8",
+            "in Linf, in pixel units of [0, 1], but is 8.0; did you mean 8/255?",
+        ),
         ("--norm Linf --eps nan", "eps must be from 0 to 1 in Linf"),
         ("--norm Linf --eps 8/0", "eps must be a number or a fraction, but is '8/0'"),
         ("--norm L1 --eps 8/255", "the norm must be one of Linf, L2, but is 'L1'"),

@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from search.auditing.images import images
 from tests.search.cli.test_cli import said
 from tests.support import own
 
@@ -25,13 +27,38 @@ def test_what_is_added_is_listed_and_what_is_removed_is_not(here: Path) -> None:
     added = said("data", "add", "leaves", "pictures", "--licence", "CC0", "--eps", "4/255")
     assert added.code == 0 and "84 train, 18 validation, 18 test images of 3 classes (four, one, zero)" in added.out
     assert "split: validation and test drawn by class, 15% each, seed 0" in added.out
+    assert images("leaves", "white-box").split == (
+        "validation: validation and test drawn by class, 15% each, seed 0, never test"
+    )
+    few = "warning: searches judge on 14 of the validation images (the others are kept aside), which leaves an "
+    assert f"{few}accuracy of 50 % an interval of 27 to 73 %" in added.out and "left out" not in added.out
     words = ("classifier", "add", "mine", "net.py:net", "--weights", "net.pt", "--data", "leaves")
     assert "clean accuracy" in said(*words).out and "leaves/mine" in said("classifier", "list").out
+    assert re.search(r"^leaves/mine  [0-9a-f]{12} +[\d.]+.% +net.py:net$", said("classifier", "list").out, re.MULTILINE)
+    assert [row["task"] for row in json.loads(said("list", "tasks", "--json").out)].index("leaves/mine") < 25
     assert re.search(r"^leaves/mine .* yours, net.py:net, with its weights$", said("list", "tasks").out, re.MULTILINE)
     states = {row["dataset"]: row["state"] for row in json.loads(said("data", "list", "--json").out)}
     assert states["leaves"] == "ready" and "mnist" in states
     assert said("classifier", "remove", "leaves/mine").code == said("data", "remove", "leaves").code == 0
     assert "leaves" not in said("list", "tasks").out + said("data", "list").out
+
+
+def test_files_that_are_no_pictures_or_in_no_class_are_named(here: Path) -> None:
+    for name in ("notes.txt", "zero/readme.md", "one/.hidden"):
+        (here / "pictures" / name).write_text("no picture")
+    Image.new("L", (8, 8)).save(here / "pictures" / "stray.png")
+    heard = said("data", "add", "leaves", "pictures")
+    line = "left out: 3 files that are no pictures, or in no class (notes.txt, stray.png, zero/readme.md)"
+    assert heard.code == 0 and line in heard.out.splitlines()
+
+
+def test_every_broken_picture_counts_and_none_is_named_twice(here: Path) -> None:
+    for nth in (3, 4, 7):
+        (here / "pictures" / "one" / f"d{nth}_0.png").write_bytes(b"no picture")
+    path = here / "pictures" / "one" / "d3_0.png"
+    assert said("data", "add", "leaves", "pictures").err == (
+        f"error: {path} must be a picture, but its content is none; 2 more of 120 cannot be read either\n"
+    )
 
 
 def test_json_alone_is_printed_of_what_was_added(here: Path) -> None:

@@ -246,7 +246,7 @@ X, Y = own.digits(40)
 @pytest.mark.parametrize(
     ("make", "law"),
     [
-        (broken, "d3_0.png must be a picture, but reading it fails"),
+        (broken, "d3_0.png must be a picture, but its content is none$"),
         (cut, "d3_0.png must be a picture, but reading it fails"),
         (unlike, r"images must have one size, or be resized by --size, but .* has 8 x 8 pixels and .*x.png 9 x 9"),
         (deep, "an image must have 8 bits for each colour, but .*x.png is of Pillow's mode I;16"),

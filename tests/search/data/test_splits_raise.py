@@ -250,7 +250,10 @@ def test_a_search_cannot_reach_the_test_split() -> None:
         (lambda: find_task("mnits/A"), "did you mean 'mnist'?"),
         (lambda: find_task("mnist/E"), "must be one of A, B, C, D, defensegan-A, "),
         (lambda: find_task("mnist/E"), "advae-D, resnet29, but is 'E'"),
-        (lambda: find_task("mnist"), "after the slash, must be one of A, B, C, D, "),
+        (
+            lambda: find_task("mnist"),
+            "a task must be a data set and a classifier on it, one of mnist/A, mnist/B, ",
+        ),
         (lambda: find_task("mnist/puvae-E"), "but is 'puvae-E'"),
         (lambda: find_task("mnist/puvae-resnet29"), "but is 'puvae-resnet29'"),
         (

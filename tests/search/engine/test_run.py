@@ -16,8 +16,7 @@ from benchmarks.fault_injection import rows
 from defenses.base import Batches, Defense, Metrics
 from search import session
 from search.engine.run import run
-from search.export.exporter import pick
-from search.optimizer.history import SearchHistory, state_of
+from search.optimizer.history import SearchHistory, pick, state_of
 from search.report.status import details
 from search.report.summary import summarise
 from search.study import ranking

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from search.export.exporter import export
+from search.study.candidate import Candidate
 from search.study.study import Study
 from search.trial.runner import run_trial
 from search.trial.training import silent
@@ -21,12 +22,18 @@ def exported(storage: Path, **fields: object) -> Path:
     """Export the usual setting of a defense, trained for seconds on digits, whatever the audit says."""
     console = fields.pop("console", None)
     assert console is None or isinstance(console, Console)
+    study, candidate = trained(storage, **fields)
+    return export(study, candidate, study.store, study.folder / "export", despite_alarms=True, console=console)
+
+
+def trained(storage: Path, **fields: object) -> tuple[Study, Candidate]:
+    """Train the usual setting of a defense for seconds on digits, and return it as a candidate."""
     small: dict[str, object] = {"train_images": 300, "eval_images": 20, "cheap_images": 10, "suite": "quick"}
     study: Study = digits_study(storage, **{**small, "eps": 0.1, **fields})
     store, space = study.store.make(), study.resolved.space
     usual = {name: space.usual_of(name, domain) for name, domain in space.train.items()}
     candidate, *_ = run_trial(study, Params(usual, space.usual()), store, silent, alone=True)
-    return export(study, candidate, store, study.folder / "export", despite_alarms=True, console=console)
+    return study, candidate
 
 
 @pytest.fixture(scope="session")

@@ -36,17 +36,17 @@ from search.engine.run import run
 from search.exceptions import AlarmError
 from search.export import evidence, exporter, provenance
 from search.export.attack import attack, page
-from search.export.exporter import export, export_all, pick
+from search.export.exporter import export, export_all
 from search.export.loader import load
 from search.export.model_card import card
 from search.formatting import spoken_device
-from search.optimizer.history import SearchHistory
-from search.report.winner import audits
+from search.optimizer.history import SearchHistory, pick
 from search.storage.seal import FILES, SEAL
 from search.study.candidate import Candidate
 from search.study.catalog import open_search
 from search.study.study import Study
 from search.study.verdict import verdict_of_audit
+from search.study.winner import audits
 from spaces.exceptions import InputError
 from tests.attacks.test_ambient import hostile
 from tests.conftest import digits_study
@@ -519,7 +519,7 @@ def test_an_attack_on_other_data_is_refused(folder: Path, monkeypatch: pytest.Mo
         ({"norm": "L2"}, "eps must be given where the norm is not the export's, Linf"),
         ({"images": 0}, "images must be from 1 to"),
         ({"images": 10**6}, "images must be from 1 to"),
-        ({"eps": 2.0}, "eps must be from 0 to 1 in Linf"),
+        ({"eps": 2.0, "norm": "linf"}, r"eps must be from 0 to 1 in Linf, .* but is 2.0; did you mean 2/255\?"),
         ({"knowledge": "grey-box"}, "the threat model must be one of"),
         ({"knowledge": "black-box", "substitute": "Z"}, "must be one of A, B, C, D"),
     ],

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from attacks.confidence import wilson
-from search.formatting import duration, spoken_eps, spoken_value
+from search.formatting import brief, duration, spoken_eps, spoken_value
 from search.report.page import interval, render, write
 from search.report.rank_correlation import RankCorrelation, ranks
 from search.study.candidate import Latency
@@ -50,10 +50,13 @@ def test_eps_is_written_as_in_papers(eps: float, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(None, "–"), (True, "True"), (16, "16"), (1000.0, "1000"), (0.12345, "0.123"), (1e-5, "1e-05")]
+    ("value", "words"),
+    [(None, "–"), (True, "True"), (16, "16"), (1000.0, "1000"), (0.12345, "0.123"), (1e-5, "1e-05")]
+    + [(0.9995, "0.9995"), (1.0, "1"), (2.00001, "2.00001"), (0.999, "0.999"), (1e6, "1e+06")],
 )
 def test_a_knob_is_written_short(value: Scalar | None, words: str) -> None:
     assert spoken_value(value) == words
+    assert not isinstance(value, float) or brief(value).replace("1e+03", "1000") == words  # in a terminal
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(None, "–"), (4.2, "4 s"), (600, "10 min"), (5400, "1 h 30 min")])
@@ -70,7 +73,7 @@ def test_the_headline_names_best_undefended_threat_and_caveat() -> None:
     assert f"{100 * low:.1f} to {100 * high:.1f}" in words
     assert "the undefended classifier 0.4 %" in words
     assert "knows the classifier and the defense in full" in words
-    assert "white-box, L∞ eps 0.3" in words
+    assert "white-box, Linf eps 0.3" in words
     assert "A run of 5,000 training images and 1,000 attacked validation images shows the way" in words
 
 
@@ -97,8 +100,8 @@ def test_candidates_that_break_a_constraint_come_last() -> None:
 def test_an_oblivious_study_says_so_and_shows_the_white_box_number_beside() -> None:
     page = Page(render(findings_of(threat="oblivious")))
     assert "knows the classifier but not the defense" in page.words
-    assert page.data["threat"].split() == ["oblivious,", "L∞", "eps", "0.3"]
-    assert "White-box accuracy white-box, L∞ eps 0.3: the attacker knows it 1.5" in page.words
+    assert page.data["threat"].split() == ["oblivious,", "Linf", "eps", "0.3"]
+    assert "White-box accuracy white-box, Linf eps 0.3: the attacker knows it 1.5" in page.words
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,10 +15,10 @@ import yaml
 from search.formatting import spoken_device
 from search.report.cost import cost
 from search.report.page import render
-from search.report.winner import audits, winner
 from search.storage.seal import FILES, SEAL, seal
 from search.study.columns import COLUMNS, FURTHER
 from search.study.study import Study
+from search.study.winner import audits, winner
 from tests.support.page import Page
 from tests.support.summaries import audited, findings_of, nothing_yet, several_devices
 
@@ -156,7 +156,7 @@ def test_after_an_audit_the_audited_figure_is_what_counts() -> None:
         f"(the search's lighter attacks had left {100 * summary.best.score.attacked_accuracy:.1f} %)." in words
     )
     assert (
-        "White-box accuracy white-box, L∞ eps 0.3: the attacker knows it 0.0 % 0.0 %" in words
+        "White-box accuracy white-box, Linf eps 0.3: the attacker knows it 0.0 % 0.0 %" in words
         and "audited: 19.8 %" in words
     )
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,18 @@ from search.engine.run import run
 from search.engine.worker import Report
 from search.optimizer.history import SearchHistory
 from search.report.leaderboard import WORDS, leaderboard, refusals
-from search.report.status import busy, details
+from search.report.status import board, busy, details
 from search.study import ranking
 from search.study.candidate import Candidate, Proposal
 from search.study.catalog import open_search
 from search.study.study import Study
+from search.study.winner import keep
 from search.tracking.live_table import LiveTable
 from spaces.space import Params
 from tests.conftest import digits_study
 from tests.search.cli.test_cli import launch
 from tests.search.optimizer.test_early_stopping import PRETENDED, execute
-from tests.support.engine import scored
+from tests.support.engine import Pretence, scored
 from tests.support.paths import ROOT
 
 PARAMS = Params({"lambda_rc": 1.0}, {"sigma_eps": 0.0})
@@ -167,8 +169,8 @@ def test_status_says_pace_rule_constraints_correlation_and_faults(
     words = status()
     assert "6 of 7 finished, 1 failed" in words and " trainings a minute" in words
     assert (
-        "stopping: median; quick scores (for early stopping) against final scores of 6 trainings: Spearman's rho 1.00"
-        in words
+        "stopping: median; quick scores (for early stopping) against final scores of 6 finished trainings: "
+        "Spearman's rho 1.00, Kendall's tau 1.00" in words
     )
     assert "no candidate meets all constraints: 6 of 6 are slower than 1 ms" in words
     assert f"t002 failed: {REASON}" in words
@@ -180,6 +182,25 @@ def test_status_and_a_searchs_end_say_what_the_best_is_worth(study: Study, capsy
     line = f"verdict on {found['best']['candidate']}: {found['verdict']}"
     assert " undefended" in found["verdict"] and found["verdict"].endswith("; not yet audited by heavier attacks")
     assert line in shown.splitlines() and WORDS in shown.splitlines() and line in details(found)
+
+
+def test_status_says_whose_attacks_left_the_best_what_it_shows(tmp_path: Path) -> None:
+    study = digits_study(tmp_path, trials=1)
+    run(study, [], debug=True, work=Pretence(lambda params: 0.75).work())
+    best = SearchHistory(study).feasible()[0]
+    console = Console(width=300)
+
+    def shown() -> str:
+        with console.capture() as printed:
+            console.print(board([session.status(study)]))
+        return " ".join(printed.get().split())
+
+    assert f"75.0 % by the search (white-box, Linf eps 0.3), {best.candidate}" in shown()
+    ours = {"search": "smoke", "candidate": best.candidate, "fit": best.fit, "threat": asdict(best.score.threat)}
+    accuracies = {"attacked_accuracy": 0.5, "white_box_accuracy": 0.5, "clean_accuracy": 0.9}
+    keep(study, {**ours, **accuracies, "images": 100, "alarms": [], "baselines": {"undefended": accuracies}})
+    assert f"75.0 % by the search, 50.0 % audited (white-box, Linf eps 0.3), {best.candidate}" in shown()
+    assert session.status(study)["audited_accuracy"] == 0.5
 
 
 def test_what_failed_is_told_in_its_own_words(study: Study) -> None:

@@ -9,6 +9,7 @@ import pytest
 from attacks.threat import Knowledge, ThreatModel
 from search.study.verdict import Figures, verdict, verdict_of_audit
 
+KNOWLEDGE: tuple[Knowledge, ...] = ("white-box", "oblivious")
 BARE = Figures.of({"attacked_accuracy": 0.606, "white_box_accuracy": 0.606, "clean_accuracy": 0.98})
 
 
@@ -16,6 +17,13 @@ def model(attacked: float, clean: float = 0.98, white_box: float | None = None, 
     return Figures(
         attacked, 1 - attacked if error is None else error, attacked if white_box is None else white_box, clean
     )
+
+
+def test_eps_is_written_as_in_papers() -> None:
+    white, blind = (ThreatModel("Linf", 8 / 255, knowledge) for knowledge in KNOWLEDGE)
+    told = verdict(white, 1000, model(0.767), BARE)
+    assert told == "better than no defense: 76.7 % against 60.6 % undefended (white-box, Linf eps 8/255)"
+    assert verdict(blind, 1000, model(0.767, white_box=0.1), BARE).endswith(" (Linf eps 8/255)")
 
 
 def said(winner: Figures, bare: Figures = BARE, knowledge: Knowledge = "white-box", images: int = 1000) -> str:

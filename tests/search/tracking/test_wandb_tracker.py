@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 import wandb
 
 from search.engine.run import run
+from search.formatting import percent
 from search.optimizer.history import SearchHistory
 from search.storage.fingerprint import fingerprint
 from search.study.verdict import verdict_of_audit, verdict_of_search
+from search.study.winner import NOT_AUDITED, keep
 from search.tracking.wandb_panels import pareto_chart, risk_chart
 from search.tracking.wandb_tracker import WandbTracker, log_exports
 from search.trial.pictures import png
@@ -106,7 +108,7 @@ def test_a_candidates_run_holds_its_setting_and_what_was_measured_at_it(searched
             "clean_accuracy": of.score.clean_accuracy,
         }
         measured |= {"latency_ms_p50": of.score.latency_ms_p50, "white-box/bpda": of.score.white_box_accuracy}
-        measured |= {"feasible": of.candidate != "wrong", "verdict": verdict_of_search(of, BARE)}
+        measured |= {"feasible": of.candidate != "wrong", "verdict": f"{verdict_of_search(of, BARE)}; {NOT_AUDITED}"}
         assert measured.items() <= summary.items()
         assert not set(summary) & {"draws", "latent", "candidate", "eps"}
         assert ("picture" in summary) == (of.candidate == "c5")
@@ -221,6 +223,9 @@ def test_the_searchs_run_sums_up_the_search(searched: Path) -> None:
     assert counts.items() <= summary.items()
     assert summary["best/candidate"] == "c5" and summary["undefended/attacked_accuracy"] == 0.01
     assert summary["verdict"].startswith("better than no defense: ")
+    assert (
+        summary["verdict"].endswith("; not yet audited by heavier attacks") and "best/audited_accuracy" not in summary
+    )
     files = folder_of(searched, "search") / "files"
     board = json.loads((files / summary["leaderboard"]["path"]).read_text())
     column = {name: [row[nth] for row in board["data"]] for nth, name in enumerate(board["columns"])}
@@ -301,7 +306,11 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
     wandb.teardown()
     study = digits_study(tmp_path, trials=4, wandb="offline")
     run(study, [], debug=True, work=Pretence(worth).work())
-    first, second = (tmp_path / "out" / c.candidate for c in SearchHistory(study).feasible()[1:3])
+    refused, best, other = SearchHistory(study).feasible()[:3]
+    for of, alarms in ((refused, ["gradient: none"]), (best, [])):
+        ours = {"search": "smoke", "candidate": of.candidate, "fit": of.fit, "threat": asdict(of.score.threat)}
+        keep(study, {**AUDITED, **ours, "alarms": alarms})
+    first, second = (tmp_path / "out" / c.candidate for c in (best, other))
     for folder in (second, first):
         folder.mkdir(parents=True)
         (folder / "evidence.json").write_text(json.dumps({**AUDITED, "gates": []}))
@@ -326,5 +335,14 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
     assert all(Path(entry["local_path"]).exists() for entry in logged[0]["manifest"]["contents"])
     plain = {name: value for name, value in AUDITED.items() if not isinstance(value, dict)}
     assert json.loads(logged[0]["metadata"]) == plain | {"verdict": verdict_of_audit(AUDITED)}
+    summary = json.loads(inspect(folder_of(study.folder, "search"), "--summary"))["summary"]
+    assert (summary["best/candidate"], summary["best/audited_accuracy"]) == (first.name, 0.5)
+    assert summary["verdict"].startswith(
+        "better than no defense: 50.0 % against 10.0 % undefended (white-box, Linf eps "
+    )
+    assert summary["verdict"].endswith(
+        f"; audited (the search's lighter attacks had left {percent(best.score.attacked_accuracy, ' %')}); "
+        "the audit refused 1 candidate ranked above it"
+    )
     folder = study.folder / "wandb"
     assert said == [f"logged offline; upload it with: wandb sync {folder} {folder}/candidates/wandb"]

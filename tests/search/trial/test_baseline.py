@@ -116,8 +116,13 @@ def test_a_baseline_of_a_storage_is_named_for_what_it_is(tmp_path: Path) -> None
         ({"eps": 0.02, "epochs": 2}, f"{ADVERSARIAL}, pgd Linf eps 0.02, 2 epochs, not converged"),
         ({"eps": 0.02, "epochs": 6}, TRAINED),
     ):
-        (found,) = trained(study, **knobs).trainer.adversarially_trained()
-        assert found == name
+        runner = trained(study, **knobs)
+        ((found, (fit, _)),) = runner.trainer.adversarially_trained().items()
+        assert (
+            found == name
+            and {**runner.assets.store.about("fits", fit)["knobs"], **knobs}
+            == (runner.assets.store.about("fits", fit)["knobs"])
+        )
     for other, name in (
         ({"eps": 0.1}, f"{ADVERSARIAL}, pgd Linf eps 0."),
         ({"eps": 0.5, "norm": "L2"}, f"{ADVERSARIAL}, pgd Linf eps 0."),

@@ -10,7 +10,9 @@ from itertools import takewhile
 from typing import Any
 
 from search.formatting import counted, percent
+from search.storage.atomic import write_atomic
 from search.storage.seal import opened
+from search.study import sync
 from search.study.candidate import Candidate
 from search.study.study import Study
 from search.study.verdict import verdict_of_audit, verdict_of_search
@@ -34,6 +36,13 @@ def audits(study: Study, candidates: Iterable[Candidate]) -> dict[str, Mapping[s
             if ours.items() <= known.items():
                 found.setdefault(c.candidate, {**known, "refused": bool(known["alarms"])})
     return found
+
+
+def keep(study: Study, known: Mapping[str, Any]) -> None:
+    """Keep the evidence of an audit beside the search, for the report: it may be refused, or exported elsewhere."""
+    path = study.folder / "audits" / f"{known['candidate']}.json"
+    path.parent.mkdir(exist_ok=True)
+    sync.deliver(study, write_atomic(path, json.dumps(known, indent=1).encode()))
 
 
 def _kept(study: Study, candidate: str) -> Iterable[dict[str, Any]]:
