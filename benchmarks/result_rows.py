@@ -1,0 +1,86 @@
+"""The raw rows behind a table of docs/results.md: searches read from a storage, and the table made of them again.
+
+    python -m benchmarks.result_rows collect --storage /tmp/runs lambda-kl class-mean > docs/results/puvae-kl.json
+    python -m benchmarks.result_rows table docs/results/puvae-kl.json
+
+A row is a candidate at one inference setting. Each oblivious attack stands alone, over all images; white-box attacks
+stand together. `nats` is the KL divergence to the prior in the last epoch, with the 1/2 that PuVAE's Eq. 16 leaves out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from search.formatting import points
+from search.optimizer.history import SearchHistory
+from search.study.candidate import Candidate
+from search.study.catalog import open_search
+from search.study.study import Study
+
+SIZE = "train_images", "epochs", "eval_images", "classifier_epochs", "seed", "precision"
+
+
+def collect(storage: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return the rows of searches of one task and one threat model, the undefended classifier's first.
+
+    Raises:
+        ValueError: the searches are not comparable.
+    """
+    studies = [open_search(name, storage) for name in names]
+    alike = {(study.label, str(study.resolved.threat), study.suite, study.eval_images) for study in studies}
+    if len(alike) != 1:
+        raise ValueError(f"searches of one table must have one task, threat, suite and size, but are of {alike}")
+    histories = [SearchHistory(study) for study in studies]
+    undefended = histories[0].undefended()
+    rows = [] if undefended is None else [_row(studies[0], undefended)]
+    rows += [_row(h.study, one) for h in histories for one in sorted(h.candidates(), key=lambda c: c.candidate)]
+    return {"task": studies[0].label, "threat": str(studies[0].resolved.threat), "rows": rows}
+
+
+def _row(study: Study, candidate: Candidate) -> dict[str, Any]:
+    score = candidate.score
+    kept = {"clean": score.clean_accuracy, **score.attacks}
+    row = {"search": study.name, "defense": candidate.defense, **candidate.params.flat(), "images": score.images}
+    row |= {name: getattr(study, name) for name in SIZE if name not in row} | {"accuracy": kept}
+    if candidate.defense == "puvae":
+        row["nats"] = study.store.about("fits", candidate.fit)["curve"][-1]["kl"] / 2
+    return row
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of the Markdown table, in percent; of the knobs those that differ between its rows."""
+    rows = found["rows"]
+    attacks = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
+    apart = {*SIZE, "search", "defense", "images", "accuracy", "nats"}
+    defended = [row for row in rows if row["defense"] == "puvae"]
+    knobs = [name for name in defended[0] if name not in apart and len({str(row[name]) for row in defended}) > 1]
+    heads = ["defense", *knobs, "KL, nats", *(name.removeprefix("oblivious/") for name in attacks)]
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{' --- |' * len(heads)}"
+    for row in rows:
+        nats = f"{row['nats']:.2f}" if "nats" in row else "–"
+        cells = [row["defense"], *(f"{row[name]:g}" if name in row else "–" for name in knobs), nats]
+        kept = (row["accuracy"].get(name) for name in attacks)
+        yield f"| {' | '.join([*cells, *('–' if one is None else points(one) for one in kept)])} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    collecting = commands.add_parser("collect")
+    collecting.add_argument("names", nargs="+")
+    collecting.add_argument("--storage", required=True)
+    commands.add_parser("table").add_argument("file", type=Path)
+    args = parser.parse_args()
+    if args.command == "collect":
+        print(json.dumps(collect(args.storage, args.names), indent=1))
+    else:
+        print("\n".join(table(json.loads(args.file.read_bytes()))))
+
+
+if __name__ == "__main__":
+    main()
