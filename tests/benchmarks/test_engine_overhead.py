@@ -26,7 +26,7 @@ def test_a_simulated_search_goes_through_the_whole_engine(tmp_path: Path) -> Non
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 8 + 1
     assert (tmp_path / "display.txt").read_text().count("finished, 6 candidates") == 8
     assert (folder / "report.html").exists()
-    history = SearchHistory(simulated(tmp_path, trials=8))
+    history = SearchHistory(simulated(tmp_path, trials=8, method="tpe"))
     assert len(history.candidates()) == 48 and len(history.remeasured()) > 1  # the front was timed again
     assert len(timed.each_ms) == len(timed.driver_mib) == 4 and timed.ideal == 0
     assert "| 8 of 0 s | ours, tpe |" in table([timed])
