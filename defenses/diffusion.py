@@ -12,11 +12,11 @@ Shapes: N images, C channels, H x W pixels, K classes, V votes, D noise draws of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import mul
-from typing import Any
+from typing import Any, cast
 
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -180,7 +180,7 @@ class Diffusion(Defense):
             slope: gradient for predicted values outside the range.
         """
         alpha_t, alpha_s = self.alpha_bar[t], self.alpha_bar[s]
-        t_N = torch.full((len(x_NCHW),), t, device=x_NCHW.device)
+        t_N = x_NCHW.new_full((len(x_NCHW),), t, dtype=torch.int64)
         raw_NCHW = (x_NCHW - math.sqrt(1 - alpha_t) * self.network(x_NCHW, t_N)) / math.sqrt(alpha_t)
         image_NCHW = clipped(raw_NCHW, slope)
         epsilon_NCHW = (x_NCHW - math.sqrt(alpha_t) * image_NCHW) / math.sqrt(1 - alpha_t)
@@ -209,7 +209,7 @@ class Diffusion(Defense):
         x_t = self.noised(image_NCHW, times[0], next(draws))
         for t, s in pairwise(times):
             step = (x_t, t, s, next(draws) if s and self.eta else None, slope)
-            x_s = self.step(*step) if plain else checkpoint(self.step, *step, use_reentrant=False)
+            x_s = self.step(*step) if plain else _again(self.step, *step)
             if guidance:
                 x_s = x_s + self.pull(t, s) * (self.noised(image_NCHW, t, next(draws)) - x_t)
             x_t = x_s
@@ -275,6 +275,11 @@ def clipped(x_NCHW: Tensor, slope: float) -> Tensor:
         return inside_NCHW
     outside_NCHW = x_NCHW - inside_NCHW
     return inside_NCHW + slope * (outside_NCHW - outside_NCHW.detach())
+
+
+def _again(step: Callable[..., Tensor], *given: Any) -> Tensor:
+    """Return the result of a step, which is computed again in the backward pass; a step draws no random numbers."""
+    return cast(Tensor, checkpoint(step, *given, use_reentrant=False, preserve_rng_state=False))
 
 
 def _noise(x_NCHW: Tensor, draws: int) -> Tensor:

@@ -104,14 +104,15 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, embedding: int) -> None:
         super().__init__()
-        self.frequencies = embedding // 2
+        frequencies = embedding // 2
+        turns = [math.exp(-math.log(LONGEST_PERIOD) * i / max(1, frequencies - 1)) for i in range(frequencies)]
+        self.turn_F = nn.Buffer(torch.tensor(turns, dtype=torch.float64), persistent=False)
         self.dense = nn.Sequential(
-            nn.Linear(2 * self.frequencies, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+            nn.Linear(2 * frequencies, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )
 
     def forward(self, t_N: Tensor, dtype: torch.dtype) -> Tensor:
-        turn_F = torch.arange(self.frequencies, device=t_N.device, dtype=dtype) / max(1, self.frequencies - 1)
-        angle_NF = t_N[:, None].to(dtype) * torch.exp(-math.log(LONGEST_PERIOD) * turn_F)
+        angle_NF = t_N[:, None].to(dtype) * self.turn_F.to(dtype)
         return self.dense(torch.cat((angle_NF.sin(), angle_NF.cos()), dim=1))
 
 

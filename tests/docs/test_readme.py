@@ -165,7 +165,7 @@ def test_the_readmes_python_loads_the_export(walk: dict[str, Said]) -> None:
     [
         "status",
         "status night",
-        "export night --top 1",
+        "export night --top 1 --despite-alarms",
         "attack runs/night/export --suite quick --images 20",
         "list searches",
     ],

@@ -2,7 +2,8 @@
 
 A tensor of the device holds an ordinary CPU tensor. An operation of one with a CPU tensor that is no scalar raises, as
 it does under CUDA, and so does a view of it as NumPy. Not covered: transforms of torch.func, random generators on the
-device. `_setup_privateuseone_for_python_backend` is experimental in the torch that requirements.lock pins.
+device, what a backward pass computes again (checkpoints), for which its thread would have to run Python.
+`_setup_privateuseone_for_python_backend` is experimental in the torch that requirements.lock pins.
 """
 
 from __future__ import annotations
