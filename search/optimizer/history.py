@@ -50,8 +50,9 @@ INTERRUPTED = "interrupted"
 
 
 def lasting(study: Study) -> dict[str, Any]:
-    """Return the fields of a study that may not change while its search goes on, as JSON."""
-    return study.model_dump(mode="json", exclude=FREE)
+    """Return the fields of a study that may not change while its search goes on, but what is left to `auto`; JSON."""
+    fields = study.model_dump(mode="json", exclude=FREE)
+    return {name: value for name, value in fields.items() if value != "auto"}
 
 
 class SearchHistory:
@@ -72,7 +73,7 @@ class SearchHistory:
                 f"has {', '.join(names or ['none'])}; search again under another name"
             )
         begun, now = self.optuna.user_attrs.get(BEGUN, {}), lasting(study)
-        if changed := [name for name in begun if name in now and begun[name] != now[name] != "auto"]:
+        if changed := [name for name in begun.keys() & now.keys() if begun[name] != now[name]]:
             raise InputError(
                 f"a search must stay the study that it began as, but {study.name!r} in {study.storage} has another "
                 f"{', '.join(sorted(changed))}: set it back, or choose another name"
