@@ -17,6 +17,7 @@ from search.study.candidate import Candidate
 from search.study.catalog import open_search, search_names
 from search.study.loading import check_study
 from search.study.study import Study
+from search.trial import given_weights
 
 TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm", "latency_images")
 
@@ -35,7 +36,7 @@ def search(study: Study, *, debug: bool = False, console: Console | None = None)
         KeyboardInterrupt: the search was interrupted; trials that had ended are kept.
     """
     console = console or _console()
-    check_study(study)
+    study = given_weights.kept(check_study(study))
     if study.name not in search_names(study.storage):
         code = session.begin(study, console, debug=debug)
     else:

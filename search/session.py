@@ -40,6 +40,7 @@ from search.tracking import wandb_run
 from search.tracking.csv_log import CsvLog
 from search.tracking.live_table import LiveTable
 from search.tracking.wandb_tracker import WandbTracker
+from search.trial import given_weights
 from spaces.exceptions import InputError
 
 IFGSM = "oblivious/ifgsm-targeted"
@@ -55,6 +56,7 @@ def begin(study: Study, console: Console, *, debug: bool) -> int:
     """
     _writable(study)
     _new(study)
+    study = given_weights.kept(study)
     if study.warm_start is not None:
         console.print(warm_start_of(study, study.warm_start).said, highlight=False, soft_wrap=True)
     return _run(study, console, debug=debug, new=True)
@@ -67,6 +69,7 @@ def rehearse(study: Study, console: Console) -> Forecast:
         InputError: the name is taken, a warm start finds no trials, or no machine has the resources for a trial.
     """
     _new(study)
+    given_weights.fitting(study)
     if study.warm_start is not None:
         console.print(warm_start_of(study, study.warm_start).said, highlight=False, soft_wrap=True)
     if study.address is None:

@@ -39,7 +39,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "Constraints": ("max_latency_ms", "min_clean_accuracy", "max_clean_rejection"),
     "Size of a run": (
         *("train_images", "eval_images", "cheap_images", "scoring"),
-        *("epochs", "classifier_epochs", "classifier_recipe", "precision"),
+        *("epochs", "classifier_epochs", "classifier_recipe", "precision", "weights"),
     ),
     "Stopping early": ("stopping", "grace", "halving", "patience", "trial_timeout"),
     "Cluster and storage": ("address", "gpus_per_trial", "cpus_per_trial", "concurrent", "storage", "data_dir"),

@@ -83,7 +83,7 @@ def forecast(study: Study, slots: int) -> Forecast:
 
     classifier_s = step.classifier()  # first, as the first optimiser of a process imports half of torch
     training, (evaluation_s, rung_s) = step.training(), step.scoring()
-    train_s = training.fit + step.epochs * (training.epoch + rung_s)
+    train_s = 0.0 if study.weights else training.fit + step.epochs * (training.epoch + rung_s)
     score_s = evaluations * evaluation_s + latencies * step.latency()
     first_s = len(missing) * classifier_s + training.shared
     at_once = max(1, min(slots, study.concurrent or slots))

@@ -73,6 +73,7 @@ def evidence(
             "classifier_epochs": study.classifier_epochs,
             "classifier_recipe": study.classifier_recipe,
             "precision": runner.assets.precision,
+            "weights": study.weights,
             "last_epoch": _last_epoch(runner, candidate),
         },
         "seeds": {"search": study.seed, "audit": study.seed + 1},

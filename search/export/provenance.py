@@ -31,6 +31,7 @@ EXAM = (
     "classifier_epochs",
     "classifier_recipe",
     "precision",
+    "weights",
     "seed",
 )
 """Fields of a study that affect a fit or its score, besides the defense, the task, eps and the knobs."""

@@ -195,6 +195,11 @@ def _case(folder: Path, moves: Mapping[str, Any], changed: bool = False) -> Expo
     target, files = loader.load(folder, changed, data_dir=moves["data_dir"]), opened(folder)
     config, known = yaml.safe_load(files["config.yaml"]), json.loads(files["evidence.json"])
     study = make_study({**EARLIER, **config["study"], **moves, "warm_start": None})
+    if study.weights is not None:
+        raise InputError(
+            f"a final run trains anew, which the weights that the defense of {folder} was given cannot be: attack the "
+            "export (launch.py attack)"
+        )
     dataset = study.resolved.task.dataset
     splits.expect(dataset, study.data_dir, known["data_sha256"])
     _same_classifiers(study.resolved.task, known["model"])

@@ -89,6 +89,11 @@ class Fields(BaseModel):
         description="of trainings; else bfloat16 where the hardware computes in it natively. Attacks, verdicts and "
         "latency are float32, always",
     )
+    weights: str | None = Field(
+        None,
+        description="a file with the defense's weights (safetensors, or a state dict), so that nothing is trained; all "
+        "knobs of its training must be fixed",
+    )
     stopping: Literal["halving", "median", "none"] = Field(
         "halving", description="the rule that stops trainings early, on their quick scores (--cheap-images)"
     )

@@ -68,6 +68,12 @@ def resolve(study: Study) -> ResolvedStudy:
     space = SearchSpace.of(defense).narrow(wishes)
     if study.method == "grid":
         next(space.grid())
+    if study.weights is not None and space.trainings() != 1:
+        several = ", ".join(name for name in space.searched() if name in space.train)
+        raise InputError(
+            f"weights of {study.defense} need every knob of its training fixed, but the space searches {several}: "
+            "--knob NAME=VALUE fixes one"
+        )
     suite = SUITES[choose("the suite", study.suite, list(SUITES))]
     free = sizes.attackable(study.threat)
     kept = f", as {sizes.validation - free} of the validation images are kept from it"

@@ -23,6 +23,7 @@ from search.storage.store import Content, to_bytes
 from search.trial.assets import Assets
 from search.trial.baseline import ADVERSARIAL, ranked
 from search.trial.evaluator import Evaluator
+from search.trial.given_weights import FILE, KIND
 from spaces.domain import Scalar
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -59,7 +60,7 @@ class Trainer:
         with self.store.lock("fits", key):
             entry = self.store.get("fits", key)
             if entry is None:
-                curve, rungs = self._train(key, defense, report)
+                curve, rungs = self._given(defense) if self.study.weights else self._train(key, defense, report)
                 about = {"defense": self.study.defense, "task": self.study.task, "knobs": dict(params.train)}
                 weights = {"weights.safetensors": to_bytes(defense)}
                 scored = {"curve": curve, "rungs": rungs, "threat": str(self.resolved.threat)}
@@ -94,13 +95,16 @@ class Trainer:
             defense = self.resolved.defense(params.train, params.inference, self.resolved.task.shape)
         return self._key(defense)
 
-    def _key(self, defense: Defense) -> str:
+    def _key(self, defense: Defense, *, trained: bool = False) -> str:
+        """Return the fingerprint of a fit; `trained`: whatever weights the study has."""
+        given = {"weights": self.study.weights} if self.study.weights and not trained else {}
         adopted = [self.resolved.task.classifier] if type(defense).adopt is not Defense.adopt else []
         return fingerprint(
             source=code_digests(type(defense).__module__),
             defense=type(defense).__qualname__,
             knobs=dict(defense.params.train),
             **self._trained_on((*adopted, *self.assets.consulted(defense))),
+            **given,
         )
 
     def _trained_on(self, architectures: tuple[str, ...]) -> dict[str, object]:
@@ -136,9 +140,18 @@ class Trainer:
         """Return the key that a fit of adversarial training has now; None for knobs of another version of it."""
         try:
             with torch.device("meta"):
-                return self._key(defenses.find(ADVERSARIAL)(knobs, {}, self.resolved.task.shape))
+                return self._key(defenses.find(ADVERSARIAL)(knobs, {}, self.resolved.task.shape), trained=True)
         except (TypeError, InputError):
             return None
+
+    def _given(self, defense: Defense) -> tuple[list[Metrics], str]:
+        """Load the weights that the study names in place of a training; return no epochs."""
+        entry = self.store.get(KIND, str(self.study.weights))
+        if entry is None:
+            raise TrialError(f"weights must lie in the store, but {self.study.weights} does not")
+        with closed("loaded"):
+            defense.load_state_dict(load_file(entry / FILE, device=str(self.assets.device)))
+        return [], self.rungs()
 
     def _train(self, key: str, defense: Defense, report: Report) -> tuple[list[Metrics], str]:
         """Train from the last saved epoch, and return the metrics of every epoch and how they were scored (`rungs`)."""
