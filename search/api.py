@@ -11,13 +11,13 @@ from rich.console import Console
 
 from attacks.ambient import torch_defaults
 from search import session
+from search.optimizer import given_weights
 from search.optimizer.history import SearchHistory
 from search.study import ranking
 from search.study.candidate import Candidate
 from search.study.catalog import open_search, search_names
 from search.study.loading import check_study
 from search.study.study import Study
-from search.trial import given_weights
 
 TEXT = ("candidate", "fit", "defense", "task", "threat", "alarms", "state", "device", "norm", "latency_images")
 

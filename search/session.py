@@ -23,6 +23,7 @@ from search.engine.dry_run import Forecast, forecast, slots_here
 from search.exceptions import StorageError
 from search.export import provenance
 from search.formatting import counted, points, spoken_threat
+from search.optimizer import given_weights
 from search.optimizer.history import ENDED, SearchHistory, has_begun, state_of
 from search.optimizer.warm_start import warm_start_of
 from search.report import page
@@ -40,7 +41,6 @@ from search.tracking import wandb_run
 from search.tracking.csv_log import CsvLog
 from search.tracking.live_table import LiveTable
 from search.tracking.wandb_tracker import WandbTracker
-from search.trial import given_weights
 from spaces.exceptions import InputError
 
 IFGSM = "oblivious/ifgsm-targeted"

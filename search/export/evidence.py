@@ -69,13 +69,7 @@ def evidence(
         "budgets": budgets,
         **_data(runner),
         "fit": candidate.fit,
-        "training": {
-            "classifier_epochs": study.classifier_epochs,
-            "classifier_recipe": study.classifier_recipe,
-            "precision": runner.assets.precision,
-            "weights": study.weights,
-            "last_epoch": _last_epoch(runner, candidate),
-        },
+        "training": _training(runner, candidate),
         "seeds": {"search": study.seed, "audit": study.seed + 1},
         "device": score.device,
         "code": code() | {"modules": ran(model)},
@@ -168,7 +162,13 @@ def _data(runner: TrialRunner) -> dict[str, Any]:
     }
 
 
-def _last_epoch(runner: TrialRunner, candidate: Candidate) -> dict[str, float]:
-    """Return the metrics of the last epoch of the fit."""
-    curve = runner.assets.store.about("fits", candidate.fit)["curve"]
-    return dict(curve[-1]) if curve else {}
+def _training(runner: TrialRunner, candidate: Candidate) -> dict[str, Any]:
+    """Return how the networks were trained, and what the last epoch of the fit reported."""
+    study, curve = runner.study, runner.assets.store.about("fits", candidate.fit)["curve"]
+    return {
+        "classifier_epochs": study.classifier_epochs,
+        "classifier_recipe": study.classifier_recipe,
+        "precision": runner.assets.precision,
+        "weights": study.weights,
+        "last_epoch": dict(curve[-1]) if curve else {},
+    }

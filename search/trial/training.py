@@ -23,7 +23,6 @@ from search.storage.store import Content, to_bytes
 from search.trial.assets import Assets
 from search.trial.baseline import ADVERSARIAL, ranked
 from search.trial.evaluator import Evaluator
-from search.trial.given_weights import FILE, KIND
 from spaces.domain import Scalar
 from spaces.exceptions import InputError
 from spaces.space import Params
@@ -146,11 +145,11 @@ class Trainer:
 
     def _given(self, defense: Defense) -> tuple[list[Metrics], str]:
         """Load the weights that the study names in place of a training; return no epochs."""
-        entry = self.store.get(KIND, str(self.study.weights))
+        entry = self.store.get("weights", str(self.study.weights))
         if entry is None:
             raise TrialError(f"weights must lie in the store, but {self.study.weights} does not")
         with closed("loaded"):
-            defense.load_state_dict(load_file(entry / FILE, device=str(self.assets.device)))
+            defense.load_state_dict(load_file(entry / "weights.safetensors", device=str(self.assets.device)))
         return [], self.rungs()
 
     def _train(self, key: str, defense: Defense, report: Report) -> tuple[list[Metrics], str]:

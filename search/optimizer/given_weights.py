@@ -15,9 +15,6 @@ from search.storage.store import to_bytes
 from search.study.study import Study
 from spaces.exceptions import InputError
 
-KIND, FILE = "weights", "weights.safetensors"
-"""The kind of such an entry of the store, whose key is the digest of its file."""
-
 
 def fitting(study: Study) -> Defense | None:
     """Return the study's defense with the weights of the file that it names; None if it names no file.
@@ -46,14 +43,14 @@ def kept(study: Study) -> Study:
     """
     defense = fitting(study)
     if defense is None:
-        if study.weights is not None and study.store.get(KIND, study.weights) is None:
+        if study.weights is not None and study.store.get("weights", study.weights) is None:
             raise InputError(f"weights must be a file, or a digest in {study.store.root}, but is {study.weights}")
         return study
     content = to_bytes(defense)
     digest = hashlib.sha256(content).hexdigest()
-    with study.store.make().lock(KIND, digest):
-        if study.store.get(KIND, digest) is None:
-            study.store.put(KIND, digest, {FILE: content}, {"defense": study.defense})
+    with study.store.make().lock("weights", digest):
+        if study.store.get("weights", digest) is None:
+            study.store.put("weights", digest, {"weights.safetensors": content}, {"defense": study.defense})
     return study.model_copy(update={"weights": digest})
 
 
