@@ -36,7 +36,8 @@ def default_arithmetic() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.callback(torch.set_default_dtype, dtype)
-        stack.callback(torch.use_deterministic_algorithms, strict, warn_only=warns)
         torch.set_default_dtype(torch.float32)
-        torch.use_deterministic_algorithms(False)
+        if strict:  # to set it imports torch's compiler, which takes seconds
+            stack.callback(torch.use_deterministic_algorithms, strict, warn_only=warns)
+            torch.use_deterministic_algorithms(False)
         yield

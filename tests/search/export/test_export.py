@@ -388,6 +388,9 @@ def test_an_alarm_refuses_the_export_and_despite_writes_it(
     searched: Study, audited: list[Audit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
+    (searched.folder / "audits" / f"{best.candidate}.json").unlink(
+        missing_ok=True
+    )  # what is refused is not audited again
     monkeypatch.setattr(evidence, "REPRODUCED", -1.0)  # a gate that cannot pass
     with pytest.raises(AlarmError, match="reproduced"):
         export(searched, best, searched.store, tmp_path)
@@ -414,6 +417,7 @@ def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
         return Path(shutil.copytree(folder, out / candidate.candidate))
 
     monkeypatch.setattr(exporter, "export", strict)
+    monkeypatch.setattr(exporter, "_worthless", lambda *_: "")  # its own tests are in test_refused.py
     console = Console(record=True, width=200)
     refused, written = exporter.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False)
     assert refused["folder"] is None and "gradient" in refused["refused"]
