@@ -391,8 +391,9 @@ def test_an_alarm_refuses_the_export_and_despite_writes_it(
     (searched.folder / "audits" / f"{best.candidate}.json").unlink(
         missing_ok=True
     )  # what is refused is not audited again
-    monkeypatch.setattr(evidence, "REPRODUCED", -1.0)  # a gate that cannot pass
-    with pytest.raises(AlarmError, match="reproduced"):
+    with monkeypatch.context() as patch, pytest.raises(AlarmError, match="reproduced"):
+        patch.setattr(evidence, "REPRODUCED", -1.0)  # a gate that cannot pass
+        patch.setattr(exporter, "_refused_before", lambda *_: None)  # its own tests are in test_refused.py
         export(searched, best, searched.store, tmp_path)
     assert list(tmp_path.iterdir()) == []
     noted = json.loads((searched.folder / "audits" / f"{best.candidate}.json").read_text())
