@@ -388,9 +388,6 @@ def test_an_alarm_refuses_the_export_and_despite_writes_it(
     searched: Study, audited: list[Audit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = pick(searched, pareto=False, top=1, candidate=None)[0][0]
-    (searched.folder / "audits" / f"{best.candidate}.json").unlink(
-        missing_ok=True
-    )  # what is refused is not audited again
     with monkeypatch.context() as patch, pytest.raises(AlarmError, match="reproduced"):
         patch.setattr(evidence, "REPRODUCED", -1.0)  # a gate that cannot pass
         patch.setattr(exporter, "_refused_before", lambda *_: None)  # its own tests are in test_refused.py
