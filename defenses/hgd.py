@@ -72,7 +72,7 @@ class HGD(Defense):
     def build(self) -> None:
         k, s = self.train_knobs, self.shape
         UNet.check(k.levels, s.height, s.width)
-        self.denoiser = UNet(s.channels, k.maps, k.levels)
+        self.denoiser = UNet(s.channels, k.maps, k.levels, last=1)
 
     def purify(self, x_NCHW: Tensor) -> Tensor:
         """Return x* - dx, clipped to [0, 1]; the authors do not clip."""
