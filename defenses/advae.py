@@ -180,7 +180,7 @@ class AutoEncoder(nn.Module):
         self.decoder = nn.ModuleList(
             nn.Sequential(nn.Conv2d(maps, maps, 3, padding=1), nn.ReLU()) for _ in range(levels)
         )
-        self.last = nn.Conv2d(maps, channels, last, padding=last // 2)
+        self.last = nn.Conv2d(maps, channels, 3, padding=1)
 
     @staticmethod
     def check(levels: int, height: int, width: int) -> None:
@@ -200,9 +200,9 @@ class AutoEncoder(nn.Module):
 class UNet(nn.Module):
     """U-Net that returns raw_NCHW, the logits of the pixels. Source: sections 3.1 and 4.1; Ronneberger et al. 2015.
 
-    All kernels are 3 x 3, the last one too (section 4.1) unless `last` is 1, as Ronneberger's and HGD's. Each level has twice the maps of the
-    one above. 2 x 2 max pooling leads down; nearest-neighbour up-sampling to the exact size of the lateral maps, which
-    are then concatenated, leads up.
+    All kernels are 3 x 3, the last one too (section 4.1) unless `last` is 1, as Ronneberger's and HGD's. Each level has
+    twice the maps of the one above. 2 x 2 max pooling leads down; nearest-neighbour up-sampling to the exact size of
+    the lateral maps, which are then concatenated, leads up.
     """
 
     def __init__(self, channels: int, maps: int, levels: int, last: int = 3) -> None:
