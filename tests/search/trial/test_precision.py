@@ -93,7 +93,7 @@ def test_a_defense_learns_in_bfloat16_what_it_does_in_float32(name: str, digits:
         networks = Networks(low, CPU, defense, bases, classifier)
         (losses[low],) = networks.epochs(defense.fit(batches, bases if len(bases) else classifier))
         assert {weight.dtype for weight in defense.parameters()} <= {torch.float32}
-        drawn[low] = torch.cat([weight.detach().flatten() for weight in defense.parameters()])
+        drawn[low] = torch.cat([torch.empty(0), *(weight.detach().flatten() for weight in defense.parameters())])
     if len(drawn["float32"]):
         assert not torch.equal(drawn["float32"], drawn["bfloat16"])
     first, second = (torch.tensor([*losses[low].values()]) for low in ("float32", "bfloat16"))
