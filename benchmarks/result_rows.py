@@ -54,18 +54,18 @@ def _row(study: Study, candidate: Candidate) -> dict[str, Any]:
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the Markdown table, in percent; of the knobs those that differ between its rows."""
     rows = found["rows"]
-    attacks = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
+    attacks = list(dict.fromkeys(name for row in rows for name in row["accuracy"] if not name.startswith("white-box")))
     apart = {*SIZE, "search", "defense", "images", "accuracy", "nats"}
     defended = [row for row in rows if row["defense"] == "puvae"]
     knobs = [name for name in defended[0] if name not in apart and len({str(row[name]) for row in defended}) > 1]
-    heads = ["defense", *knobs, "KL, nats", *(name.removeprefix("oblivious/") for name in attacks)]
+    heads = ["defense", *knobs, "KL, nats", *(name.removeprefix("oblivious/") for name in attacks), "white-box"]
     yield f"| {' | '.join(heads)} |"
     yield f"|{' --- |' * len(heads)}"
     for row in rows:
         nats = f"{row['nats']:.2f}" if "nats" in row else "–"
         cells = [row["defense"], *(f"{row[name]:g}" if name in row else "–" for name in knobs), nats]
-        kept = (row["accuracy"].get(name) for name in attacks)
-        yield f"| {' | '.join([*cells, *('–' if one is None else points(one) for one in kept)])} |"
+        knowing = min(left for name, left in row["accuracy"].items() if name.startswith("white-box"))
+        yield f"| {' | '.join([*cells, *(points(row['accuracy'][name]) for name in attacks), points(knowing)])} |"
 
 
 def main() -> None:
