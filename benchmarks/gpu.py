@@ -135,9 +135,8 @@ def main() -> None:
         for name, part in parts.items():
             found[name] = part()
             found["seconds"] = time.perf_counter() - begin
-            args.out.write_text(
-                json.dumps(found, indent=1), encoding="utf-8"
-            )  # what is measured stays, whatever fails after it
+            # What is measured stays, whatever fails after it.
+            args.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
             print(f"{name}: {json.dumps(found[name])}", flush=True)
 
 
