@@ -25,7 +25,8 @@ from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "own-model.md").read_text()
 BLOCKS = [(language, text) for _, language, text in BLOCK.findall(PAGE)]
-SHELL = [text.splitlines() for language, text in BLOCKS if language == "sh"]
+SHELL = [text.replace("\\\n", " ").splitlines() for language, text in BLOCKS if language == "sh"]
+(OF_AN_EXPORT,) = (line for lines in SHELL for line in lines if "EXPORT" in line)
 NET, TIMM, TORCHVISION, ROBUSTBENCH = (text for language, text in BLOCKS if language == "python")
 SMALL = {
     "search": "--trials 1 --epochs 1 --suite quick --eval-images 10 --cheap-images 8 --wandb disabled --debug",
@@ -94,7 +95,7 @@ def test_an_export_alone_gives_its_classifier_to_another_machine(
     (folder,) = Path("runs/first/export").iterdir()
     monkeypatch.setenv("CRUCIBLE_DATA", str(tmp_path))
     assert said("data", "add", "leaves", "photographs", "--size", "32").code == 0
-    words = shlex.split(SHELL[1][0].replace("EXPORT", str(folder)))[2:]
+    words = shlex.split(OF_AN_EXPORT.replace("EXPORT", str(folder)))[2:]
     assert said(*words).code == 0
     attacked = said("attack", str(folder), "--suite", "quick", "--images", "10")
     assert attacked.code == 0, attacked.err
