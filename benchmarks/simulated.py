@@ -34,8 +34,8 @@ def simulated(storage: Path, **fields: object) -> Study:
     return make_study({**study, "stopping": "none", "refine": 0, "wandb": "offline", **fields})
 
 
-def working(seconds: float) -> Work:
-    return Work(needed, classifier, undefended, partial(execute, seconds=seconds), remeasure)
+def working(seconds: float, epochs: int = EPOCHS) -> Work:
+    return Work(needed, classifier, undefended, partial(execute, seconds=seconds, epochs=epochs), remeasure)
 
 
 def scored(params: Params, fit: str) -> Candidate:
@@ -86,12 +86,12 @@ def sweep(params: Params) -> list[Candidate]:
     return [scored(Params(params.train, {**params.inference, "sigma_eps": value}), fit) for value in values]
 
 
-def execute(study: Study, proposal: Proposal, report: Report, seconds: float) -> dict[str, Any]:
+def execute(study: Study, proposal: Proposal, report: Report, seconds: float, epochs: int = EPOCHS) -> dict[str, Any]:
     """Sleep for `seconds`, and return made-up candidates."""
     candidates, curve = sweep(proposal.params), []
-    for epoch in range(1, EPOCHS + 1):
-        time.sleep(seconds / EPOCHS)
-        curve.append(candidates[0].score.attacked_accuracy * epoch / EPOCHS)
+    for epoch in range(1, epochs + 1):
+        time.sleep(seconds / epochs)
+        curve.append(candidates[0].score.attacked_accuracy * epoch / epochs)
         report(candidates[0].fit, epoch, {"loss": 1 / epoch, "cheap": curve[-1]})
     return {"candidates": [candidate.to_json() for candidate in candidates], "curve": curve, "picture": ""}
 

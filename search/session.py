@@ -35,6 +35,7 @@ from search.study import sync
 from search.study.callbacks import State
 from search.study.candidate import Candidate
 from search.study.catalog import search_names
+from search.study.ranking import feasible
 from search.study.resolved import caveat
 from search.study.study import Study
 from search.tracking import wandb_run
@@ -220,11 +221,11 @@ def _held(study: Study) -> tuple[list[Candidate], Counter[str]]:
 
 def _conclude(study: Study, console: Console, tracker: WandbTracker) -> None:
     """Show the leaderboard and the verdict on the best, and write the report."""
-    history = SearchHistory(study)
-    ranked, undefended = history.feasible(), history.undefended()
+    summary = summarise(study)
+    ranked, undefended = feasible(study, summary.candidates), summary.undefended
     if undefended is not None:
-        console.print(leaderboard(study, list(history.searched), undefended, ranked))
-        for line in _remarks(summary := summarise(study)):
+        console.print(leaderboard(study, list(summary.searched), undefended, ranked))
+        for line in _remarks(summary):
             console.print(line, highlight=False, soft_wrap=True)
         if (best := summary.best) and IFGSM in best.score.attacks:
             threat = replace(best.score.threat, knowledge="oblivious")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 
 # Read by Ray when it is imported.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -12,6 +14,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # its record of all trials is never read
 os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "100000")  # RaySearcher limits them
 # If a trial that was stopped early has not ended by then, its worker is never used again, and the next trial fails.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
@@ -79,9 +82,10 @@ class RaySearcher(Searcher):
         super().__init__()
         self.callbacks = callbacks
         self.resources = resources
+        self._slots, self._counted = 0, -math.inf
 
     def suggest(self, trial_id: str) -> Any:
-        if len(self.callbacks.names) >= (self.callbacks.controller.study.concurrent or slots(self.resources)):
+        if len(self.callbacks.names) >= (self.callbacks.controller.study.concurrent or self._slots_now()):
             return None
         proposal = self.callbacks.controller.next()
         if proposal is None:  # Ray asks again later, unless the search is done
@@ -90,6 +94,12 @@ class RaySearcher(Searcher):
         params = proposal.params
         setting = {"train": dict(params.train), "inference": dict(params.inference)}
         return {"name": proposal.name, "refines": proposal.refines, **setting}
+
+    def _slots_now(self) -> int:
+        """Return the slots of the cluster, at most a second old: Ray Tune asks at every event."""
+        if time.monotonic() - self._counted > 1:
+            self._slots, self._counted = slots(self.resources), time.monotonic()
+        return self._slots
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         name = self.callbacks.names.pop(trial_id)

@@ -9,12 +9,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution
 
 from search.optimizer.coordinates import coordinates, stepped, width
-from search.optimizer.surrogate import Array, Surrogate
+from search.optimizer.surrogate import ASSUMED, Array, Surrogate
 from search.study.candidate import Candidate
 from search.study.ranking import constraints, feasible
 from search.study.study import Study
@@ -28,8 +29,16 @@ BOLD = 0.5
 DRAWN, NEAR = 512, 64
 """In a space that cannot be listed a proposal is one of so many random settings and neighbours of the best."""
 SHOWN = 100
-"""Most trainings that the model learns from: the best ones and the last ones; a prediction takes 20 ms with so many."""
-TRIES = 16
+"""Most trainings that the model learns from, the best ones and the last ones, and most of those that run, the most
+promising ones: a prediction takes 20 ms with 100 results."""
+TOGETHER, AT_ONCE = 100, 16
+"""For every so many trainings that began, one more proposal is chosen at once, up to `AT_ONCE`: on a hundred machines
+a result comes every few seconds, and to learn before each proposal takes a core."""
+KEPT = 1000
+"""Trainings that are remembered of those that ended: so many of the last, and half as many of the best."""
+TRIES, OFTEN = 16, 1.1
+"""Hyperparameters tried at a time: before each proposal up to `TOGETHER` trainings, then four times as many whenever
+there are a tenth more trainings, since one try takes 50 ms."""
 LISTED = 1000
 """Most of the remaining trainings among which a proposal is chosen."""
 FINAL = -0.5
@@ -72,6 +81,11 @@ class Forecast:
     space: SearchSpace
     seed: int
     _trainings: dict[str, _Training] = field(default_factory=dict)
+    _front: list[tuple[str, float, float]] = field(default_factory=list)
+    _next: list[Params] = field(default_factory=list)
+    _drawn: list[tuple[Params, Array]] = field(default_factory=list)
+    _begun: int = 0
+    _sought: int = 0
 
     def __post_init__(self) -> None:
         self._axes = {name: d for name, d in self.space.searched().items() if name in self.space.train}
@@ -90,6 +104,7 @@ class Forecast:
     def began(self, name: str, params: Params) -> None:
         """Record that a training was proposed."""
         at, epochs = self._place(params), int(params.train.get("epochs", self.study.resolved.epochs))
+        self._begun += name not in self._trainings
         self._trainings.setdefault(name, _Training(params, at, epochs)).running = True
 
     def saw(self, name: str, epoch: int, score: float) -> None:
@@ -108,11 +123,11 @@ class Forecast:
             broken = sum(max(0.0, excess) for excess in constraints(self.study, best).values())
             training.accuracy = max(0.0, 1 - best.score.attacked_error - broken)
             training.images, training.latency = best.score.images, best.score.latency_ms_p50
-            training.device, training.feasible, training.inference = (
-                best.score.device,
-                bool(within),
-                best.params.inference,
-            )
+            training.device, training.feasible = best.score.device, bool(within)
+            training.inference = best.params.inference
+            if within:
+                self._compete(training.device, training.latency, training.accuracy)
+        self._forget()
 
     def knew(self, name: str, params: Params, error: float, latency: float) -> None:
         """Record the result of a training of an earlier search that was judged alike, from which this one begins."""
@@ -125,12 +140,22 @@ class Forecast:
 
     def rivals(self) -> tuple[tuple[str, float, float], ...]:
         """Return device, latency in ms and attacked accuracy of the best feasible results: the front of each device."""
-        found, fastest = list[tuple[str, float, float]](), dict[str, float]()
-        for training in sorted(self._results(), key=lambda training: -(training.accuracy or 0.0)):
-            if training.feasible and training.latency < fastest.get(training.device, math.inf):
-                fastest[training.device] = training.latency
-                found.append((training.device, training.latency, training.accuracy or 0.0))
-        return tuple(found)
+        return tuple(self._front)
+
+    def _compete(self, *new: Any) -> None:
+        fastest, front = dict[str, float](), list[tuple[str, float, float]]()
+        for device, latency, accuracy in sorted([*self._front, new], key=lambda one: -one[2]):
+            if latency < fastest.get(device, math.inf):
+                fastest[device] = latency
+                front.append((device, latency, accuracy))
+        self._front = front
+
+    def _forget(self) -> None:
+        """Forget, from time to time, what can no longer be among the trainings that the model learns from."""
+        if len(ended := [name for name, training in self._trainings.items() if not training.running]) >= 2 * KEPT:
+            worst = sorted(ended[:-KEPT], key=lambda name: -(self._trainings[name].accuracy or 0.0))[KEPT // 2 :]
+            for name in worst:
+                del self._trainings[name]
 
     def propose(self, unseen: Sequence[Params] | None) -> Params:
         """Return the training with the greatest upper bound, at the best known inference setting.
@@ -146,24 +171,42 @@ class Forecast:
         return Params(chosen.train, {**usual, **(best.inference if best else {})})
 
     def _chosen(self, unseen: Sequence[Params] | None) -> Params:
-        pool = self._pool(unseen)
-        if len(self._trainings) < FIRST or not self._results():
-            return pool[int(self._rng.integers(len(pool)))]
-        places = np.array([self._place(params) for params in pool])
-        self._learn()
-        mean, sd = self._surrogate.predict(places, FINAL)
-        bound = mean + BOLD * sd - self._weight() * self._scaled(self._nearest(places))
-        return pool[int(np.argmax(bound + 1e-9 * self._rng.random(len(bound))))]
+        if not self._next:
+            self._next = self._several(unseen)
+        return self._next.pop(0)
 
-    def _pool(self, unseen: Sequence[Params] | None) -> Sequence[Params]:
+    def _several(self, unseen: Sequence[Params] | None) -> list[Params]:
+        """Return the next proposals, of which each takes those before it as ended as predicted."""
+        if self._begun < FIRST or not self._results():
+            return [self.space.drawn(self._rng) if unseen is None else unseen[int(self._rng.integers(len(unseen)))]]
+        pool, placed = zip(*self._pool(unseen), strict=True)
+        places = np.array(placed)
+        self._learn()
+        prediction, scaled = self._surrogate.predict(places, FINAL), self._scaled(self._nearest(places))
+        left = np.zeros(len(pool))
+        chosen: list[int] = []
+        for _ in range(min(AT_ONCE, max(1, self._begun // TOGETHER), len(pool))):
+            if chosen:
+                prediction.assume(chosen[-1])
+            bound = prediction.mean_Q + BOLD * prediction.sd_Q - self._weight() * scaled + left
+            chosen.append(int(np.argmax(bound + 1e-9 * self._rng.random(len(bound)))))
+            left[chosen[-1]] = -math.inf
+        return [pool[i] for i in chosen]
+
+    def _pool(self, unseen: Sequence[Params] | None) -> list[tuple[Params, Array]]:
         """Return the settings among which to choose: all that remain, or random ones and neighbours of the best."""
-        if unseen is not None and len(unseen) <= LISTED:
-            return unseen
         if unseen is not None:
-            return [unseen[i] for i in self._rng.choice(len(unseen), LISTED, replace=False)]
-        drawn = [self.space.drawn(self._rng) for _ in range(DRAWN)]
+            listed = (
+                unseen if len(unseen) <= LISTED else [unseen[i] for i in self._rng.permutation(len(unseen))[:LISTED]]
+            )
+            return [(params, self._place(params)) for params in listed]
+        # Of a long search, most were in the last pool too: to draw and to place one takes a quarter of a millisecond.
+        kept = self._drawn[DRAWN // 8 :] if self._begun >= TOGETHER else []
+        new = [self.space.drawn(self._rng) for _ in range(DRAWN - len(kept))]
+        self._drawn = kept + [(params, self._place(params)) for params in new]
         best = sorted(self._results(), key=lambda training: -(training.accuracy or 0.0))[:3]
-        return drawn + [self._near(training.params) for training in best for _ in range(NEAR // len(best))]
+        near = [self._near(training.params) for training in best for _ in range(NEAR // len(best))]
+        return self._drawn + [(params, self._place(params)) for params in near]
 
     # The model.
 
@@ -182,13 +225,22 @@ class Forecast:
             if training.accuracy is not None:
                 rows.append((training.at, FINAL, training.accuracy, _noise(training.accuracy, training.images)))
         x_MD, *rest = (np.array(column) for column in zip(*rows, strict=True))
-        self._surrogate.fit(x_MD, *rest, tries=TRIES)
+        self._surrogate.fit(x_MD, *rest, tries=self._tries())
         if running := [t for t in self._trainings.values() if t.running]:  # as if they ended as predicted
             places = np.array([training.at for training in running])
-            mean, _ = self._surrogate.predict(places, FINAL)
-            more = np.full(len(running), FINAL), mean, np.full(len(running), 1e-4)
+            mean = self._surrogate.predict(places, FINAL).mean_Q
+            if len(running) > SHOWN:
+                promising = np.argsort(-mean)[:SHOWN]
+                places, mean = places[promising], mean[promising]
+            more = np.full(len(mean), FINAL), mean, np.full(len(mean), ASSUMED)
             joined = [np.concatenate([old, new]) for old, new in zip(rest, more, strict=True)]
             self._surrogate.fit(np.concatenate([x_MD, places]), *joined)
+
+    def _tries(self) -> int:
+        if TOGETHER <= self._begun < OFTEN * self._sought:
+            return 0
+        self._sought = self._begun
+        return TRIES if self._begun < TOGETHER else 4 * TRIES
 
     def _weight(self) -> float:
         """Return the weight of latency in this proposal: every other one asks for accuracy alone.
@@ -200,7 +252,7 @@ class Forecast:
     def _nearest(self, places: Array) -> Array:
         """Return for each place the latency of the nearest training that has one, in ms."""
         known = np.array([training.at for training in self._results()])
-        nearest = ((places[:, None] - known[None]) ** 2).sum(-1).argmin(1)
+        nearest = ((known**2).sum(-1) - 2 * places @ known.T).argmin(1)  # without the square of the place itself
         return np.array([training.latency for training in self._results()])[nearest]
 
     def _scaled(self, latencies: Array) -> Array:

@@ -11,10 +11,9 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from search.optimizer.journal import Journal
+from search.optimizer.journal import Journal, SearchStorage, candidate_text, logs
 from search.study import ranking
 from search.study.candidate import Candidate, Latency, quieter
 from search.study.ranking import OBJECTIVES
@@ -146,9 +145,12 @@ class SearchHistory:
 
     def as_measured(self) -> list[Candidate]:
         """Return every finished candidate, once, with the first measurement of its latency."""
-        found = (t.user_attrs.get("candidate") for t in self.all() if t.state == TrialState.COMPLETE)
-        every = [Candidate.from_json(json.loads(text)) for text in found if text]
-        return list({candidate.candidate: candidate for candidate in every}.values())
+        done = (t for t in self.all() if t.state == TrialState.COMPLETE and "candidate" in t.user_attrs)
+        return list({candidate.candidate: candidate for candidate in map(self.candidate_of, done)}.values())
+
+    def candidate_of(self, trial: FrozenTrial) -> Candidate:
+        """Return the candidate of a finished Optuna trial, as it was measured first."""
+        return Candidate.from_json(json.loads(candidate_text(journal_path(self.study), trial.user_attrs["candidate"])))
 
     def feasible(self) -> list[Candidate]:
         """Return the candidates that satisfy all constraints, the least attacked error first, then the fastest."""
@@ -197,17 +199,16 @@ def journal_path(study: Study) -> Path:
     return study.folder / "study.journal"
 
 
-def journal_storage(study: Study, *, drives: bool = False) -> JournalStorage:
+def journal_storage(study: Study, *, drives: bool = False) -> SearchStorage:
     """Return the journal of a search.
 
     Args:
         drives: for the driver, which alone may repair the journal and waits for an unavailable storage.
     """
-    return JournalStorage(Journal(journal_path(study), study.store if drives else None))
+    return SearchStorage(Journal(journal_path(study), study.store if drives else None))
 
 
 def has_begun(study: Study) -> bool:
     """Return whether a search has a study to resume; its driver may have died before creating one."""
-    return journal_path(study).exists() and any(
-        found.system_attrs.get("study:metric_names") for found in journal_storage(study).get_all_studies()
-    )
+    path = journal_path(study)
+    return path.exists() and any("study:metric_names" in log.get("system_attr", {}) for log in logs(path))

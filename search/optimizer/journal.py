@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from sys import intern
+from threading import Lock
+from typing import Any, NamedTuple, TypeVar
 
+from optuna.distributions import BaseDistribution
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._storage import JournalOperation
+from optuna.storages.journal._storage import JournalOperation, JournalStorageReplayResult
+from optuna.trial import FrozenTrial, TrialState
 
 from search.exceptions import StorageError
 from search.storage.outage import trouble
@@ -30,6 +36,13 @@ PASSING = (
     JournalOperation.SET_TRIAL_SYSTEM_ATTR,
 )
 """Operations before the end of a trial: 18 of the 25 lines of a trial, whose waits for the disk would add up."""
+
+
+class Line(NamedTuple):
+    """Where a line of the journal begins, and its length, in bytes: a driver's stand-in for a candidate's text."""
+
+    begin: int
+    length: int
 
 
 class Journal(JournalFileBackend):
@@ -49,7 +62,7 @@ class Journal(JournalFileBackend):
         super().__init__(str(path))
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        return iter(self._patiently(lambda: list(self._lines(log_number_from))))
+        return iter(self._patiently(lambda: self._lines(log_number_from)))
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write lines completely or remove them: half a line would corrupt the next one, and none may appear twice.
@@ -77,16 +90,20 @@ class Journal(JournalFileBackend):
         if os.path.getsize(self._file_path) > size:
             os.truncate(self._file_path, size)
 
-    def _lines(self, number: int) -> Iterator[dict[str, Any]]:
-        """Yield whole lines from `number` on; Optuna's own reader stops at some damaged ends and raises at others."""
+    def _lines(self, number: int) -> list[dict[str, Any]]:
+        """Return whole lines from `number` on; Optuna's own reader stops at some damaged ends and raises at others."""
+        begin, found = self._log_number_offset[number], list[dict[str, Any]]()
         with open(self._file_path, "rb") as file:
-            file.seek(self._log_number_offset[number])
+            file.seek(begin)
             for line in file:
                 if (log := _read(line)) is None:
-                    return
-                number += 1
-                self._log_number_offset[number] = self._log_number_offset[number - 1] + len(line)
-                yield log
+                    break
+                if self._store is not None:
+                    _lighten(log, Line(begin, len(line)))
+                found.append(log)
+                begin += len(line)
+        self._log_number_offset = {0: 0, number + len(found): begin}  # Optuna keeps every line's
+        return found
 
     def _patiently(self, do: Callable[[], T]) -> T:
         while True:
@@ -98,6 +115,59 @@ class Journal(JournalFileBackend):
                 if self._store is None or not self._store.away:
                     reason = trouble(error) or f"{self._file_path}: {error.strerror}"
                     raise StorageError(reason) from error
+
+
+class SearchStorage(JournalStorage):
+    """Optuna's storage in a journal, where a step of a long search costs no more than one of a short one."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._backend, self._thread_lock = journal, Lock()
+        self._worker_id_prefix = f"{uuid.uuid4()}-"
+        self._replay_result = _Replayed(self._worker_id_prefix)
+        self._sync_with_backend()
+
+
+class _Replayed(JournalStorageReplayResult):
+    """What a journal says, with an index of the trials that wait, and equal domains held once."""
+
+    def __init__(self, worker_id_prefix: str) -> None:
+        super().__init__(worker_id_prefix)
+        self._waiting: dict[int, None] = {}
+        self._domains: dict[str, BaseDistribution] = {}
+
+    def get_all_trials(self, study_id: int, states: Container[TrialState] | None) -> list[FrozenTrial]:
+        if states != (TrialState.WAITING,):
+            return super().get_all_trials(study_id, states)
+        waiting = (i for i in sorted(self._waiting) if self._trial_id_to_study_id[i] == study_id)
+        return [self._trials[i] for i in waiting]
+
+    def _apply_create_trial(self, log: dict[str, Any]) -> None:
+        number = len(self._trials)
+        super()._apply_create_trial(log)
+        if (trial := self._trials.get(number)) is None:
+            return
+        self._waits(number)
+        trial._params = {intern(name): value for name, value in trial._params.items()}
+        trial._user_attrs = {intern(name): value for name, value in trial._user_attrs.items()}
+        texts = log.get("distributions", {})
+        same = {name: self._domains.setdefault(texts[name], domain) for name, domain in trial._distributions.items()}
+        trial._distributions = {intern(name): domain for name, domain in same.items()}
+
+    def _apply_set_trial_param(self, log: dict[str, Any]) -> None:
+        super()._apply_set_trial_param(log | {"param_name": intern(log["param_name"])})
+        trial, name = self._trials[log["trial_id"]], log["param_name"]
+        if name in trial._distributions:
+            trial._distributions[name] = self._domains.setdefault(log["distribution"], trial._distributions[name])
+
+    def _apply_set_trial_state_values(self, log: dict[str, Any]) -> None:
+        super()._apply_set_trial_state_values(log)
+        self._waits(log["trial_id"])
+
+    def _waits(self, number: int) -> None:
+        if self._trials[number].state == TrialState.WAITING:
+            self._waiting[number] = None
+        else:
+            self._waiting.pop(number, None)
 
 
 def mend(path: Path) -> None:
@@ -122,6 +192,32 @@ def mend(path: Path) -> None:
         kept.flush()
         os.fsync(kept.fileno())
     os.truncate(path, end)
+
+
+def _lighten(log: dict[str, Any], line: Line) -> None:
+    """Put the place of its line in place of a candidate's text."""
+    for told in (log.get("user_attrs"), log.get("user_attr")):
+        if told and "candidate" in told:
+            told["candidate"] = line
+
+
+def candidate_text(path: Path, told: str | Line) -> str:
+    """Return the text of a candidate, of which a driver has only the place in its journal."""
+    if isinstance(told, str):
+        return told
+    with open(path, "rb") as file:
+        file.seek(told.begin)
+        log = json.loads(file.read(told.length))
+    return str((log.get("user_attrs") or log["user_attr"])["candidate"])
+
+
+def logs(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the operations of a journal up to its end, or to what is damaged."""
+    with open(path, "rb") as file:
+        for line in file:
+            if (log := _read(line)) is None:
+                return
+            yield log
 
 
 def _read(line: bytes) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ RETRIES = 20
 """How often a sampler may repeat a training before a random one is drawn, in a space that is too large to list."""
 COUNTABLE = 10_000
 """A space of at most so many trainings is listed, to find the remaining one nearest to a sampler's proposal."""
+WAITING = (TrialState.WAITING,)
 
 
 class Proposer(SearchHistory):
@@ -86,7 +87,7 @@ class Proposer(SearchHistory):
 
     def propose(self) -> Proposal | None:
         """Return the next training, or None if every training of the space was proposed."""
-        if self.study.method == "forecast" and not self.optuna.get_trials(deepcopy=False, states=_WAITING):
+        if self.study.method == "forecast" and not self.optuna.get_trials(deepcopy=False, states=WAITING):
             unseen = self._unseen() if self._countable else None
             if unseen != []:
                 self._enqueue(self.forecast.propose(unseen).flat())
@@ -211,7 +212,7 @@ class Proposer(SearchHistory):
                 self.optuna.enqueue_trial(trial.system_attrs["fixed_params"])  # it was enqueued, and was just taken
             self._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
             self.optuna.tell(trial.number, state=TrialState.FAIL)
-        waiting = self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        waiting = self.optuna.get_trials(deepcopy=False, states=WAITING)
         enqueued = {trial.user_attrs.get("trial") for trial in waiting}
         for trial in self.trials():
             name = trial.user_attrs["trial"]
@@ -283,9 +284,6 @@ class Proposer(SearchHistory):
         searched = self.searched
         known = {name: value for name, value in values.items() if name in searched and contains(searched[name], value)}
         self.optuna.enqueue_trial(known)
-
-
-_WAITING = (TrialState.WAITING,)
 
 
 def _trainings(space: SearchSpace) -> list[Params]:

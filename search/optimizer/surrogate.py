@@ -6,10 +6,12 @@ Shapes: M observations, Q queries, D coordinates of a setting in [0, 1].
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 
 Array = NDArray[np.float64]
 OFFSET, OWN = 0.3, 0.05
@@ -19,6 +21,8 @@ PRIORS = {"length": (math.log(0.35), 0.6), "deviation": (math.log(0.2), 0.6), "d
 """Mean and deviation of the log of each hyperparameter, for accuracies in [0, 1]."""
 CENTRE, STEADY = 0.3, 2.0
 """The prior mean; the distance in u over which the fidelities' means change."""
+ASSUMED = 1e-4
+"""The noise variance of an accuracy that is taken as seen though its training still runs."""
 
 
 class Surrogate:
@@ -49,15 +53,11 @@ class Surrogate:
             if (loss := self._loss(log)) < least:
                 least, self._log = loss, log
         self._root: Any = np.linalg.cholesky(self._covariance(self._log))
-        self._weights = np.linalg.solve(self._root.T, np.linalg.solve(self._root, self._y))
+        self._weights = _solved(self._root, _solved(self._root, self._y), transposed=True)
 
-    def predict(self, x_QD: Array, u: float) -> tuple[Array, Array]:
-        """Return the mean and the standard deviation of the accuracy at a fidelity."""
-        k_QM = self._kernel(self._log, x_QD, np.full(len(x_QD), u), self._x, self._u)
-        seen_MQ = np.linalg.solve(self._root, k_QM.T)
-        prior = np.exp(2 * self._log[-2]) * (1 + OWN) + 2 * OFFSET**2
-        variance_Q = np.maximum(prior - (seen_MQ**2).sum(0), 1e-9)
-        return k_QM @ self._weights + CENTRE, np.sqrt(variance_Q)
+    def predict(self, x_QD: Array, u: float) -> Prediction:
+        """Return the prediction of the accuracies at a fidelity."""
+        return Prediction(self, x_QD, u)
 
     def _kernel(self, log: Array, x_MD: Array, u_M: Array, x_QD: Array, u_Q: Array) -> Array:
         a, b = x_MD / np.exp(log[:-2]), x_QD / np.exp(log[:-2])
@@ -75,6 +75,51 @@ class Surrogate:
     def _loss(self, log: Array) -> float:
         """Return the negative log posterior of hyperparameters, up to a constant."""
         root = np.linalg.cholesky(self._covariance(log))
-        white: Any = np.linalg.solve(root, self._y)
+        white = _solved(root, self._y)
         prior = float((((log - self._mean) / self._sd) ** 2).sum())
         return 0.5 * float(white @ white) + float(np.log(np.diag(root)).sum()) + 0.5 * prior
+
+
+class Prediction:
+    """The accuracies of Q settings at one fidelity.
+
+    Args:
+        surrogate: after a fit, which may be followed by another one.
+
+    Attributes:
+        mean_Q: the expected accuracies.
+    """
+
+    def __init__(self, surrogate: Surrogate, x_QD: Array, u: float) -> None:
+        self._kernel, self._log, self._root = surrogate._kernel, surrogate._log, surrogate._root
+        self._x, self._u = x_QD, np.full(len(x_QD), u)
+        self._k_QM = self._kernel(self._log, x_QD, self._u, surrogate._x, surrogate._u)
+        self._assumed: list[Array] = []
+        self.mean_Q: Array = self._k_QM @ surrogate._weights + CENTRE
+
+    @cached_property
+    def _seen_MQ(self) -> Array:
+        return _solved(self._root, self._k_QM.T)
+
+    @cached_property
+    def _variance_Q(self) -> Array:
+        prior = np.exp(2 * self._log[-2]) * (1 + OWN) + 2 * OFFSET**2
+        return np.maximum(prior - (self._seen_MQ**2).sum(0), 1e-9)
+
+    @property
+    def sd_Q(self) -> Array:
+        """The standard deviations of the accuracies."""
+        return np.sqrt(self._variance_Q)
+
+    def assume(self, q: int) -> None:
+        """Take setting q as seen, with its expected accuracy: no mean changes, its neighbours are less uncertain."""
+        k_Q = self._kernel(self._log, self._x, self._u, self._x[q : q + 1], self._u[q : q + 1])[:, 0]
+        left_Q = k_Q - self._seen_MQ.T @ self._seen_MQ[:, q] - sum(row * row[q] for row in self._assumed)
+        self._assumed.append(left_Q / math.sqrt(self._variance_Q[q] + ASSUMED))
+        self._variance_Q = np.maximum(self._variance_Q - self._assumed[-1] ** 2, 1e-9)
+
+
+def _solved(root: Any, y: Array, *, transposed: bool = False) -> Array:
+    """Return root^-1 y, or root^-T y, of a lower triangular matrix."""
+    found: Array = solve_triangular(root, y, lower=True, trans=int(transposed), check_finite=False)
+    return found

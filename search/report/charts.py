@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
@@ -19,10 +19,15 @@ from search.study.candidate import Candidate, Score
 from spaces.domain import Scalar
 from spaces.space import Params
 
+T = TypeVar("T")
+
 ANY = "CANDIDATE"
 """Stands for the name of a candidate in the command that exports one."""
 SWEPT = 5
 """Maximum number of fits whose risk-coverage curves are drawn."""
+MOST, MOST_TRAININGS = 5000, 1000
+"""Maximum numbers of candidates and of trainings in the page, beside the front and the best: it grows no further, and a
+browser opens it as fast."""
 SETTINGS = 16
 """Maximum number of settings that get separate lines in the latency chart."""
 
@@ -35,7 +40,10 @@ def charts(summary: Summary) -> dict[str, Any]:
     front = {c.candidate for c in summary.front}
     devices = sorted({c.score.device for c in summary.candidates})
     bare, latency = summary.undefended, latencies(summary)
-    domains = summary.study.resolved.space.flat()
+    domains, shown = summary.study.resolved.space.flat(), shown_candidates(summary)
+    cut = len(shown) < len(summary.candidates)  # else the page counts
+    ranks = [{"rank": rank} if cut else {} for rank, _ in shown]
+    rows = [r | _candidate(summary, c, c.candidate in front, devices) for r, (_, c) in zip(ranks, shown, strict=True)]
     return {
         "threat": summary.named(),
         "knobs": list(summary.searched),
@@ -47,7 +55,8 @@ def charts(summary: Summary) -> dict[str, Any]:
         "rejection": _points(summary.study.max_clean_rejection),
         "best": summary.best and summary.best.candidate,
         "undefended": _points(1 - bare.score.attacked_error) if bare else None,
-        "candidates": _columns([_candidate(summary, c, c.candidate in front, devices) for c in summary.ranked]),
+        "candidates": _columns(rows),
+        "total": len(summary.candidates),
         "risk": risk_coverage(summary),
         "latency": latency,
         "lanes": len({one["lane"] for one in latency}),
@@ -60,9 +69,28 @@ def charts(summary: Summary) -> dict[str, Any]:
     }
 
 
+def shown_candidates(summary: Summary) -> list[tuple[int, Candidate]]:
+    """Return the candidates in the page, with their ranks: of very many the best, the front, evenly the others."""
+    every = list(enumerate(summary.ranked, start=1))
+    if len(every) <= MOST:
+        return every
+    front, others = {c.candidate for c in summary.front}, every[MOST // 2 :]
+    spread = {rank for rank, _ in evenly(others, MOST // 2)}
+    return every[: MOST // 2] + [(rank, c) for rank, c in others if rank in spread or c.candidate in front]
+
+
+def evenly(every: Sequence[T], most: int) -> list[T]:
+    """Return so many of them at most, evenly spaced."""
+    count = min(most, len(every))
+    return [every[i * len(every) // count] for i in range(count)]
+
+
 def _trainings(summary: Summary) -> dict[str, Any]:
     best = summary.fit(summary.best) if summary.best else None
     first = best_of_trials(summary)
+    curves = [t for t in summary.trials if t.curve]
+    shown = {t.trial for t in (*evenly(curves, MOST_TRAININGS), *([best] if best else []))}
+    points = summary.rank_correlation.points if summary.rank_correlation else ()
     return {
         "rungs": rungs(summary.study, summary.study.resolved.epochs) if summary.study.stopping == "halving" else [],
         "curves": [
@@ -75,8 +103,8 @@ def _trainings(summary: Summary) -> dict[str, Any]:
                 "knobs": _settings(summary, t.params),
                 "y": [_points(y) for y in t.curve],
             }
-            for t in summary.trials
-            if t.curve
+            for t in curves
+            if t.trial in shown
         ],
         "scatter": [
             {
@@ -85,7 +113,8 @@ def _trainings(summary: Summary) -> dict[str, Any]:
                 "final": _points(final),
                 "best": best is not None and t == best.trial,
             }
-            for t, cheap, final in (summary.rank_correlation.points if summary.rank_correlation else ())
+            for t, cheap, final in points
+            if t in shown
         ],
     }
 
@@ -167,7 +196,7 @@ def risk_coverage(summary: Summary) -> list[dict[str, Any]]:
 def latencies(summary: Summary) -> list[dict[str, Any]]:
     """Return each distinct latency, grouped by device and, if there are few settings, by setting."""
     knobs, found = _latency_knobs(summary), dict[tuple[str, str, float, float, str], list[str]]()
-    for c in summary.ranked:
+    for _, c in shown_candidates(summary):
         score = c.score
         if math.isfinite(score.latency_ms_p50) and math.isfinite(score.latency_ms_p95):
             measured = (score.latency_ms_p50, score.latency_ms_p95, score.latency_images)

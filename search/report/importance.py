@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Mapping
@@ -21,8 +20,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from search.optimizer.history import SearchHistory
 from spaces.domain import Scalar
 
-LEAST = 8
-"""Minimum number of candidates for an estimate."""
+LEAST, MOST = 8, 10_000
+"""Minimum and maximum number of candidates for an estimate; of more, so many drawn at random."""
 BEST = 0.1
 """The fraction of the candidates that counts as the best."""
 FITS = 5
@@ -60,6 +59,8 @@ def importances(history: SearchHistory) -> Importances:
     always = [name for name in history.searched if name not in history.space.given]
     own = (t for t in history.all() if t.state == TrialState.COMPLETE and "from" not in t.user_attrs)
     done = [t for t in own if set(always) <= set(t.params)]
+    if len(done) > MOST:
+        done = random.Random(history.study.seed).sample(done, MOST)
     if not always or len(done) < LEAST or len({t.values[0] for t in done}) < 2:
         return Importances()  # without variation there is no variance to explain
     study = optuna.create_study(directions=history.optuna.directions)
@@ -67,7 +68,7 @@ def importances(history: SearchHistory) -> Importances:
     study.add_trials(_with_chance(trial, values, history) for trial, values in kept)
     forest = MeanDecreaseImpurityImportanceEvaluator(seed=history.study.seed)
     last = sorted(t.values[0] for t in done)[int(BEST * len(done))]
-    fits = {json.loads(t.user_attrs["candidate"])["fit"] for t in done if t.values[0] <= last}
+    fits = {history.candidate_of(t).fit for t in done if t.values[0] <= last}
     best = _shares(study, PedAnovaImportanceEvaluator(target_quantile=BEST)) if len(fits) >= FITS else {}
     return Importances(_shares(study, forest), best, len(done))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,7 +135,7 @@ def rank_correlation(history: SearchHistory, candidates: Iterable[Candidate]) ->
     for trial in history.trials():
         curve = {int(epoch): float(score) for epoch, score in trial.user_attrs.get("curve", [])}
         if state_of(trial) == "finished" and curve:
-            scored = Candidate.from_json(json.loads(trial.user_attrs["candidate"]))
+            scored = history.candidate_of(trial)
             found.append((str(trial.user_attrs["trial"]), curve, fits[_key(scored.params.train)]))
     at_usual = [[c for c in of if c.params.inference == usual] for *_, of in found]
     everywhere = all(at_usual)

@@ -18,10 +18,11 @@ from search.report import status
 from search.report.importance import Importances, importances
 from search.report.rank_correlation import RankCorrelation, rank_correlation
 from search.study import ranking, sync
-from search.study.candidate import QUIET, Candidate, Latency
+from search.study.candidate import QUIET, Candidate, Latency, quieter
 from search.study.ranking import Refusal
 from search.study.study import Study
 from search.study.winner import audits, verdict_on, winner
+from spaces.domain import Scalar
 from spaces.space import Params
 
 
@@ -201,7 +202,7 @@ class Summary:
         if audit:
             refused = bool(audit["refused"])
             return "refused by the audit" if refused else f"audited: {percent(audit['attacked_accuracy'])}", refused
-        return "Pareto front" if candidate in self.front else "", False
+        return "Pareto front" if candidate.candidate in self._on_front else "", False
 
     def named(self, knowledge: Knowledge | None = None) -> str:
         """Return a short form of the threat model: that of the study, or with other knowledge."""
@@ -222,8 +223,15 @@ class Summary:
 
     def fit(self, candidate: Candidate) -> TrialRecord | None:
         """Return the trial that trained the fit of a candidate."""
-        train = dict(candidate.params.train)
-        return next((t for t in self.trials if dict(t.params.train) == train), None)
+        return self._by_setting.get(frozenset(candidate.params.train.items()))
+
+    @cached_property
+    def _by_setting(self) -> dict[frozenset[tuple[str, Scalar]], TrialRecord]:
+        return {frozenset(trial.params.train.items()): trial for trial in reversed(self.trials)}
+
+    @cached_property
+    def _on_front(self) -> set[str]:
+        return {candidate.candidate for candidate in self.front}
 
 
 def gathered(found: Iterable[tuple[str, str, str]]) -> list[Fault]:
@@ -242,7 +250,8 @@ def summarise(study: Study) -> Summary:
         InputError: the search has not begun.
     """
     history = SearchHistory(study)
-    candidates = history.candidates()
+    measured, again = history.as_measured(), history.remeasured()
+    candidates = quieter(measured, again)
     audited = audits(study, candidates)
     best = winner(ranking.feasible(study, candidates), audited)
     return Summary(
@@ -255,8 +264,8 @@ def summarise(study: Study) -> Summary:
         importances=importances(history),
         device=best.score.device if best else "",
         rank_correlation=rank_correlation(history, candidates),
-        again=history.remeasured(),
-        first_ms={c.candidate: c.score.latency_ms_p50 for c in history.as_measured()},
+        again=again,
+        first_ms={c.candidate: c.score.latency_ms_p50 for c in measured},
         trials=[_told(history, trial, "trial") for trial in history.trials()],
         refinements=[_told(history, trial, "refines") for trial in history.refinements()],
         busy=status.busy((t for t in history.trials() if state_of(t) in ENDED), datetime.now()),

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from defenses.base import Metrics
 from search.console import ProgressBars, counting
@@ -58,7 +59,8 @@ class LiveTable(Callback):
             f"{points(score.attacked_accuracy)} ({spoken_threat(score.threat)}), {score.images} validation images"
         )
         if self.console.is_terminal:
-            self._live = Live(self._table(), console=self.console, refresh_per_second=4, transient=True)
+            # Drawn four times a second, not at each event: a thousand workers have dozens of these.
+            self._live = Live(get_renderable=self._table, console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
     def trial_started(self, trial: Proposal) -> None:
@@ -67,13 +69,11 @@ class LiveTable(Callback):
         )
         self._rows[trial.name] = _Row(knobs)
         self._say(f"{trial.name} started: {knobs}", piped=True)
-        self._refresh()
 
     def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
         row = self._rows.setdefault(trial.name, _Row(""))
         row.epoch, row.loss, row.cheap = epoch, metrics.get("loss"), metrics.get("cheap")
         self._say(f"{trial.name} epoch {epoch}/{self.epochs}: quick score {points(row.cheap)}", piped=True)
-        self._refresh()
 
     def trial_ended(
         self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
@@ -93,7 +93,6 @@ class LiveTable(Callback):
                 f"{score.latency_ms_p50:.0f} ms"
             )
         self._progress.update(self._bar, completed=self.done)
-        self._refresh()
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         self.close()
@@ -110,17 +109,16 @@ class LiveTable(Callback):
         if not (piped and self._live):
             self._progress.say(line)
 
-    def _refresh(self) -> None:
-        if self._live is not None:
-            self._live.update(self._table())
-
     def _table(self) -> RenderableType:
         table = Table("training", "knobs", "epoch", "loss", "quick score", "seconds", box=None, pad_edge=False)
         for column in table.columns:  # no figure is cut: the knobs give way
             column.no_wrap, column.overflow = column.header != "knobs", "fold"
-        for trial, row in self._rows.items():
+        rows = list(self._rows.items())
+        shown = max(1, self.console.height - 6)
+        for trial, row in rows[:shown]:
             loss = "" if row.loss is None else f"{row.loss:.4g}"
             doing = f"{row.epoch}/{self.epochs}" if row.epoch < self.epochs else "scoring"
             seconds = f"{time.monotonic() - row.since:.0f}"
             table.add_row(trial, row.knobs, doing, loss, points(row.cheap), seconds)
-        return Group(self._progress, table)
+        more = [Text(f"and {len(rows) - shown} more trainings")] if len(rows) > shown else []
+        return Group(self._progress, table, *more)

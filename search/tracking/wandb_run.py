@@ -201,9 +201,9 @@ def identity(folder: Path, search: str, key: str) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{key}-{search[:40]}-{path.read_text(encoding='utf-8')}")
 
 
-def begun(folder: Path, search: str, key: str) -> bool:
-    """Return whether this folder already contains a part of the run."""
-    return any((folder / "wandb").glob(f"*run-*_*-{identity(folder, search, key)}"))
+def begun(folder: Path) -> set[str]:
+    """Return the ids of the runs of which this folder contains a part, but for those of candidates."""
+    return {path.name.partition("_")[2].partition("-")[2] for path in (folder / "wandb").glob("*run-*_*-*")}
 
 
 def tidy(run: wandb.Run) -> None:

@@ -31,6 +31,11 @@ from spaces.space import Params
 SEARCH = "search"
 """The key of the run of the search; the key of another run is the name of its trial, candidate or export."""
 
+RUNS = 1000
+"""So many candidates have a run each, and of later trainings the best candidate alone: a run takes 20 ms of CPU, and
+W&B's pages are not made for tens of thousands. candidates.csv has all of them."""
+ROWS = 10_000
+"""Most candidates in the table and the charts of the search's run: W&B shows no more rows of a table."""
 EXIT: dict[State, int] = {"finished": 0, "pruned": 0, "failed": 1, "interrupted": 255}
 BY_TRIAL: dict[str, Extreme] = {
     "attacked_accuracy": "max",
@@ -65,6 +70,7 @@ class WandbTracker(Callback):
         self._best = list(known)
         self._candidates = len(known)
         self._charted = set[str]()
+        self._brief = False
         self._logged = {c.candidate: ("", c.score.latency_ms_p50) for c in known}
 
     def __repr__(self) -> str:
@@ -117,6 +123,10 @@ class WandbTracker(Callback):
             self._writer.write(trial.name, partial(wandb_panels.sum_up, outcome))
             self._writer.finish(trial.name, EXIT[state])
         pictures = {best.candidate: picture} if best and picture else {}
+        if best and len(candidates) > 1 and len(self._logged) >= RUNS:
+            if not self._brief:
+                self._say(f"W&B: from here on, only the best candidate of a training has a run, after {RUNS:,} of them")
+            self._brief, candidates = True, [best]
         self._log_candidates([(trial.name, candidate) for candidate in candidates], pictures)
         if best in self._best and picture:
             self._writer.write(SEARCH, partial(wandb_panels.show_picture, picture))
@@ -128,8 +138,10 @@ class WandbTracker(Callback):
         again = [(trial, c) for trial, latency_ms, c in logged if latency_ms != c.score.latency_ms_p50]
         self._log_candidates(again, {})
         if known:
-            self._writer.write(SEARCH, partial(wandb_panels.show_table, "leaderboard", self._study, known))
-            self._writer.write(SEARCH, partial(wandb_panels.show_charts, self._study, self._undefended, known))
+            shown = known if len(known) <= ROWS else (*feasible(self._study, known), *ranked(known))
+            shown = tuple({c.candidate: c for c in shown}.values())[:ROWS]
+            self._writer.write(SEARCH, partial(wandb_panels.show_table, "leaderboard", self._study, shown))
+            self._writer.write(SEARCH, partial(wandb_panels.show_charts, self._study, self._undefended, shown))
         self._writer.write(SEARCH, partial(wandb_panels.sum_up, self._outcome(state, known)))
         self._writer.finish(SEARCH, EXIT[state])
 

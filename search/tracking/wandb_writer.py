@@ -75,6 +75,7 @@ class WandbWriter:
         self._say = say
         self._said: set[Mode] = set()
         self._pages: dict[str, Page] = {}
+        self._begun: set[str] | None = None
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._late = False
@@ -206,7 +207,9 @@ class WandbWriter:
     def _start(self, key: str, page: Page) -> None:
         replaces = page.whole is True  # after a failure: it is written again
         if page.whole is None:
-            page.whole = not wandb_run.begun(self._folder, page.about["group"], key)
+            if self._begun is None:  # once: a search has thousands of runs
+                self._begun = wandb_run.begun(self._folder)
+            page.whole = wandb_run.identity(self._folder, page.about["group"], key) not in self._begun
         page.run = wandb_run.start(self._folder, key, self._mode, page.about, replaces=replaces)
 
     def _attempt(self, page: Page, write: Write) -> None:

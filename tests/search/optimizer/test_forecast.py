@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -79,6 +80,28 @@ def test_workers_at_once_get_different_regions(tmp_path: Path) -> None:
     places = np.array([proposer.forecast._place(proposed(proposer).params) for _ in range(6)])
     apart = np.abs(places[:, None] - places[None]).max(-1) + 10 * np.eye(6)
     assert apart.min() > 0.1  # a step of the grid is 0.2
+
+
+def test_proposals_that_are_chosen_together_lie_in_different_regions_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposer, _ = searched(paper(tmp_path), 8)
+    monkeypatch.setattr("search.optimizer.forecast.TOGETHER", 1)
+    learn = Mock(side_effect=proposer.forecast._learn)
+    monkeypatch.setattr(proposer.forecast, "_learn", learn)
+    places = np.array([proposer.forecast._place(proposed(proposer).params) for _ in range(6)])
+    apart = np.abs(places[:, None] - places[None]).max(-1) + 10 * np.eye(6)
+    assert apart.min() > 0.1 and learn.call_count == 1
+
+
+def test_what_is_forgotten_was_learnt_from_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.optimizer.forecast.KEPT", 6)
+    monkeypatch.setattr("search.optimizer.forecast.SHOWN", 4)
+    forgetful, found = searched(paper(tmp_path, name="a"), 30)
+    monkeypatch.setattr("search.optimizer.forecast.KEPT", 1000)
+    whole, same = searched(paper(tmp_path, name="b"), 30)
+    assert found == same and forgetful.forecast.rivals() == whole.forecast.rivals()
+    assert len(forgetful.forecast._trainings) < 12 < len(whole.forecast._trainings) == 30
 
 
 def test_a_resumed_search_knows_what_it_knew(tmp_path: Path) -> None:

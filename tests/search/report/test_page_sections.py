@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from search.formatting import spoken_device
+from search.report.charts import charts
 from search.report.cost import cost
 from search.report.page import render
 from search.storage.seal import FILES, SEAL, seal
@@ -225,3 +226,19 @@ def test_an_export_that_was_changed_or_is_of_another_search_is_left_out(tmp_path
 def test_threads_are_in_the_right_number() -> None:
     assert spoken_device("EPYC, 1 thread(s)") == "EPYC, 1 thread"
     assert spoken_device("EPYC, 11 thread(s)") == "EPYC, 11 threads"
+
+
+def test_a_page_of_very_many_candidates_holds_the_best_the_front_and_evenly_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    summary = findings_of(20)
+    monkeypatch.setattr("search.report.charts.MOST", 20)
+    monkeypatch.setattr("search.report.charts.MOST_TRAININGS", 5)
+    found = charts(summary)
+    ranks, names = found["candidates"]["rank"], [c.candidate for c in summary.ranked]
+    assert found["candidates"]["id"] == [names[rank - 1] for rank in ranks] and found["total"] == len(names) == 120
+    assert ranks[:10] == list(range(1, 11)) and {c.candidate for c in summary.front} <= set(found["candidates"]["id"])
+    assert max(ranks) > 105 and len(ranks) <= 20 + len(summary.front)
+    assert 5 <= len(found["curves"]) <= 6 and any(curve["best"] for curve in found["curves"])
+    assert f"This page holds {len(ranks)} of them: the best, the front" in Page(render(summary)).words
+    assert "This page holds" not in Page(render(findings_of(2))).words

@@ -23,3 +23,13 @@ def test_a_narrow_terminal_cuts_no_figure(study: Study) -> None:
         screen.print(table._table())
     assert "…" not in shown.get() and shown.get().count("some_long_name_") == 6
     assert {"t001", "123/1000", "0.001234", "62.5"} <= set(shown.get().split())
+
+
+def test_a_thousand_trainings_are_no_more_rows_than_the_terminal_has(study: Study) -> None:
+    screen = Console(file=StringIO(), force_terminal=True, width=80, height=30)
+    table = LiveTable(screen, study, [], epochs=20, done=0)
+    for number in range(1000):
+        table.trial_started(Proposal(f"t{number:03d}", Params({}, {})))
+    with screen.capture() as shown:
+        screen.print(table._table())
+    assert len(shown.get().splitlines()) <= 30 and "and 976 more trainings" in shown.get()

@@ -346,3 +346,21 @@ def test_an_export_is_an_artifact_of_the_users_project_and_the_best_is_called_so
     )
     folder = study.folder / "wandb"
     assert said == [f"logged offline; upload it with: wandb sync {folder} {folder}/candidates/wandb"]
+
+
+def test_of_a_search_with_very_many_candidates_the_best_of_each_further_training_has_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.tracking.wandb_tracker.RUNS", 2)
+    said: list[str] = []
+    with machine(tmp_path):
+        tracker = WandbTracker("offline", tmp_path, said.append)
+        tracker.search_started(STUDY, BARE)
+        for name, found in (("one", SIX[:2]), ("two", SIX[2:4]), ("three", SIX[4:])):
+            tracker.trial_started(trial(name))
+            tracker.trial_ended(trial(name), "finished", found, None, "")
+        tracker.close()
+    runs = {path.name.split("-")[3] for path in (tmp_path / "wandb" / "candidates" / "wandb").iterdir()}
+    assert runs == {"c1", "c2", "c4", "c5"} and said == [
+        "W&B: from here on, only the best candidate of a training has a run, after 2 of them"
+    ]
