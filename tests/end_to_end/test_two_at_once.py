@@ -116,7 +116,7 @@ def resume(storage: Path) -> subprocess.Popen[str]:
 
 def ends(both: list[subprocess.Popen[str]], storage: Path, count: int = 0) -> list[subprocess.Popen[str]]:
     """Wait until one of two drivers was refused and the other has a candidate more; return the latter."""
-    until = time.monotonic() + 500
+    until = time.monotonic() + 900
     while all(each.poll() is None for each in both) or len(rows(storage / "twin")) <= count:
         assert time.monotonic() < until
         time.sleep(0.1)

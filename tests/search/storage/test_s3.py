@@ -79,28 +79,21 @@ def test_the_environment_is_what_the_page_says() -> None:
     assert subprocess.check_output([PYTHON, "-c", code, *names], text=True).split() == extra
 
 
-def test_a_search_on_two_nodes_is_killed_goes_on_elsewhere_and_is_read_on_a_third_machine(s3: S3) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3.environment("node").items():
-            patch.setenv(name, value)
-        with two_nodes(str(PYTHON)) as nodes:
-            asked = [*ONE_SETTING, "--trials", "3", "--epochs", "8", "--address", nodes.address]
-            driver = s3.start("one", "search", "--name", "moves", *asked, **nodes.token)
-            try:
-                wait_for(lambda: s3.has_got("moves/pictures/t001.png"), driver, s3.folder / "one" / "said")
-                at = len(s3.log())
-                wait_for(lambda: any("PUT /bucket/runs/.store/progress/" in line for line in s3.log()[at:]), driver)
-            finally:
-                kill(driver)
-            caches = [node / "cache" for node in nodes.folder.iterdir()]
-            assert len(caches) == 2 and all(list(cache.glob("storage/*/.store/fits/*/*")) for cache in caches)
-            no_secret_in(s3, nodes.folder)
+def test_a_search_that_is_killed_goes_on_elsewhere_and_is_read_on_a_third_machine(s3: S3) -> None:
+    asked = [*ONE_SETTING, "--trials", "3", "--epochs", "8", "--debug"]
+    driver = s3.start("one", "search", "--name", "moves", *asked)
+    try:
+        wait_for(lambda: s3.has_got("moves/pictures/t001.png"), driver, s3.folder / "one" / "said")
+        at = len(s3.log())
+        wait_for(lambda: any("PUT /bucket/runs/.store/progress/" in line for line in s3.log()[at:]), driver)
+    finally:
+        kill(driver)
     before = {name: size for name, size in s3.sizes().items() if name.startswith(".store/fits/")}
     assert before
     shutil.rmtree(s3.folder / "one" / "cache")
 
     s3.drop("moves/driver.json")  # the minute is over
-    code, said = s3.launch("two", "resume", "moves", *ON_S3, "--address", "local")
+    code, said = s3.launch("two", "resume", "moves", *ON_S3, "--debug")
     assert code == 0, said
     after = s3.sizes()
     assert before.items() <= after.items() and sent_twice(s3) == []
@@ -120,9 +113,31 @@ def test_a_search_on_two_nodes_is_killed_goes_on_elsewhere_and_is_read_on_a_thir
     no_secret_in(s3)
 
 
+def test_two_nodes_share_a_bucket_and_nothing_else(s3: S3) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.environment("node").items():
+            patch.setenv(name, value)
+        with two_nodes(str(PYTHON)) as nodes:
+            asked = [*ONE_SETTING, "--trials", "4", "--address", nodes.address]
+            driver = s3.start("one", "search", "--name", "pair", *asked, **nodes.token)
+            try:
+                assert driver.wait(500) == 0, (s3.folder / "one" / "said").read_text()
+            finally:
+                kill(driver)
+            caches = [node / "cache" for node in nodes.folder.iterdir()]
+            assert len(caches) == 2 and all(list(cache.glob("storage/*/.store/fits/*/*")) for cache in caches)
+            no_secret_in(s3, nodes.folder)
+    whole = {"finished": 4, "pruned": 0, "failed": 0, "running": 0, "interrupted": 0, "candidates": 4}
+    assert status(s3, "three", "pair") == whole and sent_twice(s3) == []
+
+
 @pytest.mark.parametrize(
     ("trouble", "reason"),
-    [("refuses", "Access Denied"), ("fails", "an internal error"), ("full", "Storage backend is full")],
+    [
+        ("refuses", "Access Denied"),
+        ("fails", "an internal error. Please try again"),
+        ("full", "Storage backend is full"),
+    ],
 )
 def test_a_search_goes_on_while_its_s3_takes_nothing_and_sends_the_rest_later(
     s3: S3, trouble: Trouble, reason: str
