@@ -135,7 +135,7 @@ def test_two_nodes_share_a_bucket_and_nothing_else(s3: S3) -> None:
     ("trouble", "reason"),
     [
         ("refuses", "Access Denied"),
-        ("fails", "an internal error. Please try again"),
+        ("fails", "Please try again"),
         ("full", "Storage backend is full"),
     ],
 )
