@@ -26,10 +26,11 @@ setup: .venv/.ready  ## a .venv with everything pinned, and MNIST in the data ca
 s3: .venv-s3/.ready  ## an environment with s3fs and an S3 server, for the tests of a real S3
 
 .venv-s3/.ready: .venv/.ready pyproject.toml requirements.lock
-	$(BIN)/python -m venv .venv-s3
+	$(BIN)/python -m venv --clear .venv-s3
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$(.venv-s3/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/product.pth
-	.venv-s3/bin/pip install --quiet --constraint requirements.lock '.[s3,s3-server]'
+	mkdir .venv-s3/extras && cp pyproject.toml .venv-s3/extras  # pip builds in the folder that it installs
+	.venv-s3/bin/pip install --quiet --constraint requirements.lock '.venv-s3/extras[s3,s3-server]'
 	@touch $@
 
 search: setup  ## the default search on real MNIST, embedded: local Ray, a journal file, W&B offline
