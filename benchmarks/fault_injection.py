@@ -86,10 +86,12 @@ class Nodes:
 
     Args:
         folder: for the files of Ray; its path must be short, because it contains sockets.
+        python: the interpreter of their environment.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: str = sys.executable) -> None:
         self.folder = folder
+        self.python = python
         self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "OMP_NUM_THREADS": "1"}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -107,13 +109,13 @@ class Nodes:
         number = len(list(self.folder.iterdir()))
         temp = self.folder / str(number)
         temp.mkdir()
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
+        command = [self.python, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
         command += ["--disable-usage-stats", "--object-store-memory=100000000", f"--temp-dir={temp}"]
         with (temp / "log").open("wb") as log:
             return subprocess.Popen(
                 [*command, *arguments],
                 cwd=temp,
-                env=os.environ | self.token,
+                env=os.environ | self.token | {"CRUCIBLE_CACHE": str(temp / "cache")},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -125,10 +127,10 @@ class Nodes:
 
 
 @contextmanager
-def two_nodes() -> Iterator[Nodes]:
+def two_nodes(python: str = sys.executable) -> Iterator[Nodes]:
     """Start a cluster of two nodes, and stop it at the end."""
     with tempfile.TemporaryDirectory(prefix="crucible-ray-") as folder:
-        nodes = Nodes(Path(folder))
+        nodes = Nodes(Path(folder), python)
         try:
             yield nodes
         finally:

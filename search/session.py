@@ -162,8 +162,7 @@ def _run(study: Study, console: Console, *, debug: bool, new: bool) -> int:
 def _driven(study: Study, console: Console, *, debug: bool, new: bool) -> State:
     """Run the remaining trials of a search under a lock, because two drivers would corrupt one study."""
     _writable(study)
-    if other := sync.driver(study):
-        raise InputError(f"a search must run once at a time, but {study.name!r} runs on {other}, or did a minute ago")
+    sync.check_alone(study)
     splits.fetch(study.resolved.task.dataset, study.data_dir)  # also checks them, before any training
     study = study.model_copy()  # resolve again: fetched data may differ in size from the official data
     resolved = study.resolved
@@ -178,7 +177,7 @@ def _driven(study: Study, console: Console, *, debug: bool, new: bool) -> State:
         console.print(line, highlight=False, soft_wrap=True)
 
     try:
-        with study.store.lock("searches", study.name).acquire(timeout=0), sync.syncing(study, say) as syncs:
+        with sync.driving(study), sync.syncing(study, say) as syncs:
             if new:
                 _new(study)  # another driver may have run this search in the meantime
             known, ended = _held(study)

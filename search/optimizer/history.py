@@ -205,7 +205,9 @@ def journal_storage(study: Study, *, drives: bool = False) -> SearchStorage:
     Args:
         drives: for the driver, which alone may repair the journal and waits for an unavailable storage.
     """
-    return SearchStorage(Journal(journal_path(study), study.store if drives else None))
+    if not drives:
+        return SearchStorage(Journal(journal_path(study), None))
+    return SearchStorage(Journal(journal_path(study), study.store, study.store.lock("searches", study.name).path))
 
 
 def has_begun(study: Study) -> bool:

@@ -24,7 +24,7 @@ from optuna.storages.journal._storage import JournalOperation, JournalStorageRep
 from optuna.trial import FrozenTrial, TrialState
 
 from search.exceptions import StorageError
-from search.storage.outage import trouble
+from search.storage.outage import confirm, trouble
 from search.storage.store import Store
 from spaces.exceptions import InputError
 
@@ -50,13 +50,15 @@ class Journal(JournalFileBackend):
 
     Args:
         store: the store on the same storage, for the driver, which writes; None for a reader.
+        lock: the file of the driver's lock, which is checked before each write.
 
     Raises:
         InputError: the journal is opened by the driver, and a line before its end is damaged.
     """
 
-    def __init__(self, path: Path, store: Store | None) -> None:
+    def __init__(self, path: Path, store: Store | None, lock: Path | None = None) -> None:
         self._store = store
+        self._lock_file = lock
         if store is not None:
             mend(path)
         super().__init__(str(path))
@@ -68,7 +70,8 @@ class Journal(JournalFileBackend):
         """Write lines completely or remove them: half a line would corrupt the next one, and none may appear twice.
 
         Optuna's lock is a file beside the journal. It remains for half a minute after its driver was killed, and cannot
-        be released while the storage is unavailable. It is not needed: the driver holds the search's own lock.
+        be released while the storage is unavailable. It is not needed: the driver holds the search's own lock. A driver
+        that has lost that one to another writes nothing more.
         """
         size = self._patiently(lambda: os.path.getsize(self._file_path))
         try:
@@ -79,6 +82,8 @@ class Journal(JournalFileBackend):
             raise
 
     def _append(self, size: int, logs: list[dict[str, Any]]) -> None:
+        if self._lock_file is not None:
+            confirm(self._lock_file)
         self._cut(size)  # the rest of an attempt during which the storage became unavailable
         with open(self._file_path, "ab") as file:
             file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())

@@ -55,7 +55,7 @@ class Mirror:
         Raises:
             Unreachable: it cannot be written.
         """
-        with self._reaching():
+        with self._reaching(warns=False):
             trace = f"{self._base}/.reached-{uuid.uuid4().hex}"
             if self._has_folders:
                 self._fs.makedirs(self._base, exist_ok=True)
@@ -79,6 +79,7 @@ class Mirror:
         with self._reaching():
             if not self._has_folders:  # uploads to an object store are atomic
                 self._fs.put_file(str(path), self._at(name))
+                self._said = False
                 return
             if not self._fs.isdir(self._base):
                 raise OSError("it is gone")  # do not create it on a bare mount point
@@ -87,6 +88,7 @@ class Mirror:
             try:
                 self._fs.put_file(str(path), part)
                 self._fs.mv(part, self._at(name))
+                self._said = False  # also where it can be read, but not written, the user is told once
             except BaseException:
                 with suppress(Exception):
                     self._fs.rm_file(part)
@@ -126,7 +128,7 @@ class Mirror:
         Raises:
             Unreachable: the storage does not respond.
         """
-        with self._reaching():
+        with self._reaching(warns=False):
             self._fs.invalidate_cache()
             found = self._fs.find(self._at(""), detail=True)
         sizes = {path[len(self._at("")) + 1 :]: int(about["size"]) for path, about in found.items()}
@@ -134,7 +136,7 @@ class Mirror:
 
     def holding(self, pattern: str) -> list[str]:
         """Return the folders with a file that matches `pattern`, as `*/study.yaml`; raises the errors of `sizes`."""
-        with self._reaching():
+        with self._reaching(warns=False):
             self._fs.invalidate_cache()
             found = self._fs.glob(self._at(pattern))
         return sorted(str(path).split("/")[-2] for path in found)
@@ -194,11 +196,12 @@ class Mirror:
         return "/".join(part for part in (self._base, self.part, name) if part)
 
     @contextmanager
-    def _reaching(self, *, may_miss: bool = False) -> Iterator[None]:
+    def _reaching(self, *, may_miss: bool = False, warns: bool = True) -> Iterator[None]:
         """Convert any error of a file system to Unreachable, and pause further requests after it.
 
         Args:
             may_miss: raise FileNotFoundError for a missing file, unless the whole storage is missing.
+            warns: log the first failure, since callers go on without the storage.
         """
         if time.monotonic() < self._rests:
             raise Unreachable(f"{self.storage} did not answer a moment ago")
@@ -211,12 +214,11 @@ class Mirror:
                 raise
             ended = time.monotonic()
             self._rests = ended + REST * (ended - began)
-            reason = "it is gone" if missing else (str(error) or type(error).__name__).splitlines()[0]
-            if not self._said:
+            reason = "it is gone" if missing else (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            if warns and not self._said:
                 logging.getLogger(__name__).warning("%s: %s; work goes on, and is sent later", self.storage, reason)
-            self._said = True
+            self._said |= warns
             raise Unreachable(f"{self.storage}: {reason}") from None
-        self._said = False
 
 
 @lru_cache(maxsize=8)

@@ -12,7 +12,9 @@ import fcntl
 import math
 import os
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, Self, TypeVar
@@ -119,12 +121,34 @@ class HeldError(Exception):
     """Another process holds a lock. No OSError, as a storage's own time-outs are."""
 
 
+_SIGNED: dict[Path, WaitingLock] = {}
+"""Locks whose files name this process."""
+
+
+def confirm(path: Path) -> None:
+    """Check that a lock which this process has signed is still its own; a network file system can lose locks, or files.
+
+    Raises:
+        StorageError: another process has taken it.
+    """
+    if (lock := _SIGNED.get(path)) is not None:
+        lock.confirm()
+
+
+def give_up(path: Path, reason: str) -> None:
+    """Let `confirm` fail from now on for a lock which this process has signed."""
+    if (lock := _SIGNED.get(path)) is not None:
+        lock.lost = reason
+
+
 class WaitingLock:
     """A lock between processes, which ends with its process; no attempt makes the path of a storage that has gone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lost = ""
         self._file: int | None = None
+        self._mark = uuid.uuid4().hex.encode()
 
     def acquire(self, timeout: float = math.inf) -> Self:
         """Wait for the lock, at most `timeout` seconds.
@@ -156,8 +180,37 @@ class WaitingLock:
         self._file = file
         return True
 
+    def sign(self) -> Self:
+        """Write into the file that this object holds the lock, for `confirm`."""
+        assert self._file is not None
+        os.truncate(self._file, 0)
+        os.pwrite(self._file, self._mark, 0)
+        _SIGNED[self.path] = self
+        return self
+
+    def confirm(self) -> None:
+        """Check that this object still has the lock that it signed; a file that was removed is made and locked again.
+
+        Raises:
+            StorageError: another process has taken it.
+        """
+        with suppress(FileNotFoundError):
+            if not self.lost and self.path.read_bytes() != self._mark:
+                self.lost = f"another process has taken {self.path}"
+            if self.lost:
+                raise StorageError(self.lost)
+            return
+        self.release()
+        try:
+            self.acquire(timeout=1.0).sign()
+        except HeldError:
+            _SIGNED[self.path], self.lost = self, f"another process has taken {self.path}"
+            raise StorageError(self.lost) from None
+
     def release(self) -> None:
         """Release the lock if this object holds it."""
+        if _SIGNED.get(self.path) is self:
+            del _SIGNED[self.path]
         if self._file is not None:
             os.close(self._file)
             self._file = None

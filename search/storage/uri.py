@@ -11,6 +11,8 @@ from fsspec.core import split_protocol
 from fsspec.registry import get_filesystem_class, known_implementations
 
 HOME = "~/.cache/crucible"
+INSTALL = "pip install --constraint requirements.lock"
+"""How a file system's package is installed: its version must be that of fsspec."""
 
 
 def is_uri(storage: str) -> bool:
@@ -35,7 +37,7 @@ def check_storage(storage: str) -> str:
     except ImportError:
         package = known_implementations[protocol]["class"].partition(".")[0]
         remedy = "its packages" if package == "fsspec" else package
-        raise ValueError(f"must be a folder or a URI of an installed file system: pip install {remedy}") from None
+        raise ValueError(f"must be a folder or a URI of an installed file system: {INSTALL} {remedy}") from None
     except ValueError:
         raise ValueError("must be a folder or a URI that fsspec knows, as s3://, gs://, abfs:// or file://") from None
     if getattr(kind, "local_file", False):

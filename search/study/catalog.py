@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
 from search.exceptions import Unreachable
-from search.storage.mirror import mirror_of
+from search.storage.mirror import Mirror, mirror_of
 from search.storage.outage import HeldError
 from search.storage.store import Store
 from search.storage.uri import check_storage, local_folder, mask_credentials
 from search.study.loading import read_study
 from search.study.study import Study
-from search.study.sync import bring
+from search.study.sync import DRIVER, JOURNAL
 from spaces.exceptions import InputError, choose
 
 
@@ -58,8 +59,8 @@ def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
     mirror = mirror_of(storage, name)
     if mirror is not None:
         try:
-            lock = Store(local_folder(storage) / ".store").lock("searches", name)
-            with suppress(HeldError), lock.acquire(timeout=0):
+            store = Store(local_folder(storage) / ".store")
+            with store.lock("downloads", name), suppress(HeldError), store.lock("searches", name).acquire(timeout=0):
                 bring(mirror, whole=whole)  # if a driver holds the lock, all is here
         except OSError as error:
             raise InputError(f"a storage must answer, but {error}") from None
@@ -68,3 +69,40 @@ def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
     if study.name != name:  # else another search would be read or resumed
         raise InputError(f"a search must lie in a folder of its name, but {path} is of {study.name!r}")
     return study
+
+
+def bring(mirror: Mirror, *, whole: bool) -> None:
+    """Download the files of a search that this machine lacks.
+
+    The journal only grows, so the longer one is newer; so do files in subfolders, but not those beside the journal. If
+    another machine resumed from an earlier upload, all its files are taken: it repeated the work that it did not have.
+
+    Raises:
+        OSError: the storage does not respond.
+    """
+    there, journal = mirror.sizes(), _length(mirror.folder / JOURNAL)
+    if journal > there.get(JOURNAL, 0):
+        if _continues(mirror):
+            return  # the local journal is ahead: its end is not uploaded yet
+        os.replace(mirror.folder / JOURNAL, mirror.folder / f".{JOURNAL}.left")
+        journal = -1
+    ahead = there.get(JOURNAL, 0) > journal
+    # The journal comes last, so that an interrupted download is repeated.
+    for name in sorted(there.keys() - {DRIVER}, key=lambda name: name == JOURNAL):
+        here = _length(mirror.folder / name)
+        if here < there[name] if "/" in name else ahead or here < 0:
+            if whole or "/" not in name:
+                mirror.fetch(name)
+
+
+def _continues(mirror: Mirror) -> bool:
+    """Return whether the local journal begins with the remote one, ignoring an incomplete line at its end."""
+    try:
+        sent = mirror.read(JOURNAL)
+    except FileNotFoundError:
+        return True
+    return (mirror.folder / JOURNAL).read_bytes().startswith(sent[: sent.rfind(b"\n") + 1])
+
+
+def _length(path: Path) -> int:
+    return os.stat(path).st_size if path.exists() else -1

@@ -1,10 +1,9 @@
-"""Synchronise searches with a storage at a URI: upload what a driver writes, download what other machines need."""
+"""Upload what the driver of a search writes to a storage at a URI, and keep it the only driver."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import platform
 import threading
 import time
@@ -14,9 +13,11 @@ from pathlib import Path
 
 from search.storage.atomic import write_atomic
 from search.storage.mirror import Mirror
+from search.storage.outage import give_up
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate, Proposal
 from search.study.study import Study
+from spaces.exceptions import InputError
 
 JOURNAL = "study.journal"
 DRIVER = "driver.json"
@@ -27,18 +28,52 @@ PAUSE_S = 2.0
 """Minimum seconds between two uploads of a search's folder."""
 TICK_S = 20.0
 """Maximum seconds between them; a driver without an upload for three ticks counts as dead."""
+CLAIM_S = 3.0
+"""Seconds after which a driver that begins looks whether another one has begun too."""
 
 
 def driver(study: Study) -> str | None:
     """Return the other machine on which the search runs now; None if there is none or the storage is a folder."""
+    on, said_at = _named(study)
+    return on if time.time() - said_at < 3 * TICK_S else None
+
+
+def _named(study: Study) -> tuple[str | None, float]:
+    """Return the other machine that says that it runs the search, dead or alive, and when it said so."""
     if study.mirror is None:
-        return None
+        return None, 0.0
     try:
         said = json.loads(study.mirror.read(DRIVER))
-        alive = time.time() - said["time"] < 3 * TICK_S
+        on, said_at = str(said["on"]), float(said["time"])
     except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return str(said["on"]) if alive and said["on"] != _here(study) else None
+        return None, 0.0
+    return (on, said_at) if on != _here(study) else (None, 0.0)
+
+
+def _claim(study: Study, mirror: Mirror) -> bool:
+    """Say that this machine runs the search from now on, and return whether the storage took it.
+
+    An object store has no locks, so a machine says so, waits, and looks: of several that begin together the last to say
+    so goes on. That fails only where a machine takes longer from its last look to its word than another one waits.
+
+    Raises:
+        InputError: another machine runs it.
+    """
+    began = time.monotonic()
+    check_alone(study)
+    try:
+        _say_so(study, mirror)
+    except OSError:
+        return False
+    time.sleep(max(CLAIM_S, time.monotonic() - began))
+    _refuse(study, _named(study)[0])
+    return True
+
+
+def _say_so(study: Study, mirror: Mirror) -> None:
+    study.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(study.folder / DRIVER, json.dumps({"on": _here(study), "time": time.time()}).encode())
+    mirror.send(DRIVER)
 
 
 def runs(study: Study) -> bool:
@@ -53,6 +88,30 @@ def runs(study: Study) -> bool:
     return driver(study) is not None
 
 
+@contextmanager
+def driving(study: Study) -> Iterator[None]:
+    """Hold the lock of the search's driver.
+
+    Raises:
+        HeldError: another process of this machine, or of one that shares the storage's folder, holds it.
+    """
+    with study.store.lock("downloads", study.name):  # a reader that downloads the search holds the other one meanwhile
+        lock = study.store.lock("searches", study.name).acquire(timeout=1.0)  # `runs` may hold it for an instant
+    with lock.sign():
+        yield
+
+
+def check_alone(study: Study) -> None:
+    """Raise InputError if the search runs on another machine."""
+    _refuse(study, driver(study))
+
+
+def _refuse(study: Study, other: str | None) -> None:
+    if other is not None:
+        law = "a search must run once at a time"
+        raise InputError(f"{law}, but {study.name!r} runs on {other}, or did a minute ago")
+
+
 def deliver(study: Study, *paths: Path) -> None:
     """Upload files of a search that were written after it ended; files outside its folder are ignored."""
     if (mirror := study.mirror) is None:
@@ -65,7 +124,11 @@ def deliver(study: Study, *paths: Path) -> None:
 
 @contextmanager
 def syncing(study: Study, say: Callable[[str], None]) -> Iterator[list[Callback]]:
-    """Yield the callback that uploads the search while it runs and at the end; an empty list if storage is a folder."""
+    """Yield the callback that uploads the search while it runs and at the end; an empty list if storage is a folder.
+
+    Raises:
+        InputError: another machine runs the search.
+    """
     storage_sync = StorageSync(study, study.mirror, say) if study.mirror else None
     try:
         yield [storage_sync] if storage_sync else []
@@ -98,6 +161,7 @@ class StorageSync(Callback):
         self.study = study
         self.mirror = mirror
         self._say = say
+        self._claimed = _claim(study, mirror)
         self._sent: dict[str, tuple[int, int]] | None = None
         self._wake = threading.Event()
         self._wake.set()  # other machines must soon see that this one is the driver
@@ -118,9 +182,14 @@ class StorageSync(Callback):
         self._closing.set()
         self._wake.set()
         self._thread.join()
-        if not (self.study.folder / "study.yaml").exists():
-            return  # the search did not begin
+        superseded = self._superseded()
         (self.study.folder / DRIVER).unlink(missing_ok=True)
+        if not superseded:
+            if (self.study.folder / "study.yaml").exists():  # else the search did not begin
+                self._send_rest()
+            self.mirror.drop(DRIVER)
+
+    def _send_rest(self) -> None:
         for each in filter(None, (self.mirror, self.study.store.mirror)):
             each.retry()
         if not self._send():
@@ -128,17 +197,32 @@ class StorageSync(Callback):
                 f"{self.study.storage} does not answer: what it lacks is kept in {self.study.root}, and sent when the "
                 "search is resumed on this machine"
             )
-        self.mirror.drop(DRIVER)
 
     def _work(self) -> None:
         while not self._closing.wait(PAUSE_S):
             self._wake.wait(TICK_S)
             self._wake.clear()
-            if not self._closing.is_set() and (self.study.folder / "study.yaml").exists():
-                said = {"on": _here(self.study), "time": time.time()}
-                with suppress(OSError):
-                    write_atomic(self.study.folder / DRIVER, json.dumps(said).encode())
+            if self._closing.is_set() or self._superseded():
+                continue
+            with suppress(OSError):
+                _say_so(self.study, self.mirror)
+            if (self.study.folder / "study.yaml").exists():
                 self._send()
+
+    def _superseded(self) -> bool:
+        """Return whether another machine runs the search now, which took this one for dead; then nothing is sent.
+
+        The study is told, so that this search ends.
+        """
+        if not self._claimed:
+            with suppress(OSError):
+                _say_so(self.study, self.mirror)
+                self._claimed = True
+            return False
+        other, _ = _named(self.study)
+        if other is not None:
+            give_up(self.study.store.lock("searches", self.study.name).path, f"{other} runs this search now")
+        return other is not None
 
     def _send(self) -> bool:
         """Upload changed files, and return whether none is left."""
@@ -167,7 +251,11 @@ def _carried(folder: Path) -> Iterator[Path]:
     """Yield the files of a search that other machines need, the most important first."""
     found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     for path in sorted(found, key=lambda path: (len(path.parts), path)):
-        if path.suffix != ".lock" and not any(part[0] == "." or part in ASIDE for part in path.parts):
+        if (
+            path.suffix != ".lock"
+            and path.name != DRIVER
+            and not any(part[0] == "." or part in ASIDE for part in path.parts)
+        ):
             yield folder / path
 
 
@@ -178,40 +266,3 @@ def _mark(path: Path) -> tuple[int, int]:
 
 def _here(study: Study) -> str:
     return f"{platform.node()}:{study.folder}"
-
-
-def bring(mirror: Mirror, *, whole: bool) -> None:
-    """Download the files of a search that this machine lacks.
-
-    The journal only grows, so the longer one is newer; so do files in subfolders, but not those beside the journal. If
-    another machine resumed from an earlier upload, all its files are taken: it repeated the work that it did not have.
-
-    Raises:
-        OSError: the storage does not respond.
-    """
-    there, journal = mirror.sizes(), _length(mirror.folder / JOURNAL)
-    if journal > there.get(JOURNAL, 0):
-        if _continues(mirror):
-            return  # the local journal is ahead: its end is not uploaded yet
-        os.replace(mirror.folder / JOURNAL, mirror.folder / f".{JOURNAL}.left")
-        journal = -1
-    ahead = there.get(JOURNAL, 0) > journal
-    # The journal comes last, so that an interrupted download is repeated.
-    for name in sorted(there.keys() - {DRIVER}, key=lambda name: name == JOURNAL):
-        here = _length(mirror.folder / name)
-        if here < there[name] if "/" in name else ahead or here < 0:
-            if whole or "/" not in name:
-                mirror.fetch(name)
-
-
-def _continues(mirror: Mirror) -> bool:
-    """Return whether the local journal begins with the remote one, ignoring an incomplete line at its end."""
-    try:
-        sent = mirror.read(JOURNAL)
-    except FileNotFoundError:
-        return True
-    return (mirror.folder / JOURNAL).read_bytes().startswith(sent[: sent.rfind(b"\n") + 1])
-
-
-def _length(path: Path) -> int:
-    return os.stat(path).st_size if path.exists() else -1

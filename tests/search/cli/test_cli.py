@@ -120,8 +120,8 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["search", "--name", "../up"], "name must be letters, digits, '.', '_' and '-', and no path, but is '../up'"),
     (["search", "--name", ".hidden"], "and no path, but is '.hidden'"),
     (
-        ["search", "--storage", "s3://bucket/runs"],
-        "storage must be a folder or a URI of an installed file system: pip install s3fs",
+        ["search", "--storage", "gs://bucket/runs"],
+        "a folder or a URI of an installed file system: pip install --constraint requirements.lock gcsfs",
     ),
     (["search", "--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
     (["search", "--gpu", "1"], "No such option: --gpu"),

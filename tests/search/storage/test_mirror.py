@@ -58,6 +58,7 @@ CPU = torch.device("cpu")
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_module, "REST", 0.0)
     monkeypatch.setattr(sync, "PAUSE_S", 0.01)
+    monkeypatch.setattr(sync, "CLAIM_S", 0.0)
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -334,7 +335,7 @@ def test_a_search_runs_on_one_machine_at_a_time(tmp_path: Path, monkeypatch: pyt
     with sync.syncing(study, print) as syncs:
         syncs[0].trial_ended(Proposal("t001", Params({}, {})), "pruned", [], None, "")
         until = time.monotonic() + 20
-        while not (tmp_path / "far" / "smoke" / "driver.json").exists():
+        while not (tmp_path / "far" / "smoke" / "study.yaml").exists():
             assert time.monotonic() < until
             time.sleep(0.01)
         assert sync.driver(study) is None  # it is its own
@@ -375,8 +376,8 @@ def test_what_another_machine_went_on_with_counts_and_not_what_was_never_sent(
 @pytest.mark.parametrize(
     ("storage", "words"),
     [
-        ("s3://bucket/runs", "pip install s3fs"),
-        ("sftp://host/runs", "pip install"),
+        ("gs://bucket/runs", "pip install --constraint requirements.lock gcsfs"),
+        ("sftp://host/runs", "pip install --constraint requirements.lock"),
         ("nothing://runs", "a URI that fsspec knows"),
         ("://runs", "a URI that fsspec knows"),
         ("ftp://me:secret@host/runs", "without a password"),
