@@ -126,7 +126,7 @@ def furnish(folder: Path) -> None:
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
     """Return every file below a folder with its size and time, and every folder."""
-    found = {}
+    found = dict[str, tuple[int, int]]()
     for path, names, files in os.walk(folder):
         found |= {f"{path}/{name}": (0, 0) for name in names}
         for name in files:
@@ -142,7 +142,7 @@ def heard(arguments: Sequence[str]) -> tuple[int, str]:
         patch.setattr(sys, "argv", ["launch.py", *arguments])
         code = main()
     screens[1].flush()
-    return code, screens[1].buffer.getvalue().decode()  # type: ignore[attr-defined]
+    return code, screens[1].buffer.getvalue().decode()
 
 
 class Late(BaseException):
