@@ -11,7 +11,7 @@ import typer
 
 from search.cli import flags as f
 from search.cli import lookup
-from search.cli.terminal import Group, command, console, end, progress, run, show, use_utf8
+from search.cli.terminal import Group, command, console, end, progress, run, show, use_utf8, warn
 from search.study.columns import EXPLAINED
 from spaces.exceptions import InputError
 
@@ -86,7 +86,7 @@ def status(name: f.MaybeName = None, storage: f.Storage = "runs", as_json: f.Jso
     """
     from search.report.status import board, details, states_of
 
-    states = states_of(name, storage, warn=lambda line: typer.echo(line, err=True))
+    states = states_of(name, storage, warn)
     show(states[0] if name and as_json else states, as_json, board)
     for line in details(states[0]) if name and not as_json else ():
         console.print(line, highlight=False, soft_wrap=True)

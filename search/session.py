@@ -106,8 +106,8 @@ def proceed(study: Study, console: Console, *, debug: bool, trials: int | None =
     for candidate in history.candidates():
         if candidate.score.threat != threat:
             raise InputError(
-                f"a search must go on under its own threat model, {candidate.score.threat}, but its study says "
-                f"{threat} by now: name the former's eps in {study.folder / 'study.yaml'}"
+                f"a search must go on under its own threat model, {spoken_threat(candidate.score.threat)}, but its "
+                f"study says {spoken_threat(threat)} by now: name the former's eps in {study.folder / 'study.yaml'}"
             )
     return _run(study, console, debug=debug, new=False)
 

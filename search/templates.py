@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from search.formatting import duration, milliseconds, percent, spoken_device, spoken_value
+from search.formatting import duration, milliseconds, percent, spoken_device, spoken_eps, spoken_value
 
 
 def render(template: Path, **values: Any) -> str:
@@ -33,5 +33,7 @@ def _environment(folder: Path) -> jinja2.Environment:
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
     environment.filters.update(percent=percent, ms=milliseconds, duration=duration, value=spoken_value)
-    environment.filters.update(device=spoken_device, range=lambda ends: " to ".join(percent(e, unit="") for e in ends))
+    environment.filters.update(
+        device=spoken_device, eps=spoken_eps, range=lambda ends: " to ".join(percent(e, unit="") for e in ends)
+    )
     return environment

@@ -28,6 +28,7 @@ from search.auditing.protocol import Classifier, adapted
 from search.exceptions import TrialError
 from search.export.attack_progress import AttackProgress, audit_passes, standing, suite_passes
 from search.export.confirm import confirmed_by
+from search.formatting import spoken_threat
 from search.study.candidate import Latency
 from search.trial.device_lock import DeviceLock
 from search.trial.latency import measure
@@ -88,7 +89,7 @@ class Examination:
         check(target, x_NCHW, y_N)
         if self.threat.knowledge == "black-box" and self.attacker is None:
             raise InputError("the black-box threat model needs an attacker (attacks.black_box.BlackBoxAttacker)")
-        doing = f"auditing {about['model']['name']} on {len(y_N)} images, {self.threat}"
+        doing = f"auditing {about['model']['name']} on {len(y_N)} images, {spoken_threat(self.threat)}"
         progress = AttackProgress(console, doing, Classifier)
         try:
             with evaluating(model), progress.running():

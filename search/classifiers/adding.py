@@ -22,9 +22,10 @@ from search.classifiers.judging import check, clean_accuracy
 from search.classifiers.user_code import UserCode
 from search.classifiers.weights import load_weights
 from search.data import splits
+from search.data.folders import full
 from search.data.registry import find_data_set
 from search.storage.store import to_bytes
-from spaces.exceptions import InputError
+from spaces.exceptions import InputError, meant
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def remove(task: str, data_dir: str | None = None) -> None:
     there = {f"{dataset}/{name}": (dataset, name) for dataset, name in own.everywhere(data_dir)}
     if task not in there:
         law = "a classifier that is removed must be one that was added"
-        raise InputError(f"{law} ({', '.join(there) or 'none is'}), but is {task!r}")
+        raise InputError(f"{law} ({', '.join(there) or 'none is'}), but is {task!r}{meant(task, there)}")
     for folder in own.folders(*there[task], data_dir):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -152,7 +153,7 @@ def _source(source: str) -> tuple[str, str]:
     if not file.endswith(".py") or not function.isidentifier():
         raise InputError(f"a classifier must be FILE.py:FUNCTION, but is {source!r}")
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
+        text = full(file).read_text(encoding="utf-8")
         compile(text, file, "exec")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from search.classifiers.user_code import Normalised
+from search.data.folders import full
 from spaces.exceptions import InputError
 
 NESTED = ("state_dict", "model_state_dict", "model")
@@ -48,7 +49,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def _read(path: Path) -> Any:
-    path = path.expanduser()
+    path = full(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

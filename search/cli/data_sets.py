@@ -15,6 +15,7 @@ from search.classifiers import own
 from search.console import ProgressBars
 from search.data import adding, splits
 from search.data.downloads import Progress
+from search.data.folders import full
 from search.data.registry import data_set_names, find_data_set
 from search.data.user_files import left_out
 from search.formatting import counted
@@ -48,7 +49,7 @@ def add(name: str, paths: Sequence[Path], wishes: adding.Wishes, data_dir: str |
 
 def _left_out(paths: Sequence[Path]) -> str:
     """Return which files of a folder were left out; empty if none was."""
-    found = left_out(paths[0].expanduser().absolute()) if paths[0].expanduser().is_dir() else []
+    found = left_out(full(paths[0])) if full(paths[0]).is_dir() else []
     if not found:
         return ""
     some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -95,6 +96,10 @@ def _interrupted(stop: KeyboardInterrupt) -> int:
     return 130
 
 
+LONGEST = 2000
+"""Characters of an error message that are printed; of a longer one, its beginning and its end."""
+NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR)
+"""Errors of the system that are of the path that was given, not of its disk."""
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False}  # error texts are printed as they are, also "[/x]"
 console = Screen(width=None if sys.stdout and sys.stdout.isatty() else 1000, **PLAIN)  # piped lines are not truncated
 
@@ -171,6 +176,19 @@ def _told(error: typer.TyperException) -> str:
     return told
 
 
+def warn(text: str) -> None:
+    """Print one line on standard error that a person can read, whatever was given."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    print("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text), file=sys.stderr)
+
+
+def _failed(reason: str, code: int = 2) -> int:
+    """Print why a command failed, and return the exit code."""
+    warn(f"error: {reason}")
+    return code
+
+
 def use_utf8() -> None:
     """Start the command anew where the locale is another one: names of files, too, are UTF-8 whatever it is."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
@@ -189,20 +207,19 @@ def run(app: typer.Typer) -> int:
     except typer.TyperException as error:
         if not (reason := _told(error)):
             return 0  # no command was given, so the help was shown
-        print(f"error: {reason}", file=sys.stderr)
-        return 2
+        return _failed(reason)
     except InputError as error:
         # An error of a worker comes from Ray with the traceback in its text.
-        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
-        return 2
+        return _failed(str(getattr(error, "cause", error)))
     except OSError as error:
         from search.storage.outage import trouble
 
+        if error.errno in NO_PATH:
+            return _failed(f"a path must be one that a file can have, but {error.filename}: {error.strerror}")
         denied = f"{error.filename}: {error.strerror}" if isinstance(error, PermissionError) else None
         if (failure := trouble(error) or denied) is None:
             raise
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
+        return _failed(failure, code=1)
     except KeyboardInterrupt as stop:
         return _interrupted(stop)
     return int(result or 0)

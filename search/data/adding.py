@@ -19,13 +19,13 @@ from search.data.cache import ensure, place, silent
 from search.data.datasets import DATASETS, DataSet
 from search.data.decoders import BLOCK, PARTS, Decoded, Part, Pixels
 from search.data.downloads import Progress
-from search.data.folders import lock, roots
+from search.data.folders import full, lock, roots
 from search.data.official_files import Origin
 from search.data.registry import data_set_names, decoded_folders, find_data_set
 from search.data.user_files import MOST_CLASSES, Labelled, Size, read_files
 from search.formatting import of_255
 from spaces.domain import as_written
-from spaces.exceptions import InputError
+from spaces.exceptions import InputError, meant
 
 SHARE = 0.15
 """The fraction of the images that goes to each of validation and test where the user has not made that split."""
@@ -73,7 +73,7 @@ def add(
     """
     _new(name, data_dir)
     eps, size, pattern = _eps(wishes.eps), _size(wishes.size), _pattern(wishes.group)
-    paths = [path.expanduser().absolute() for path in paths]
+    paths = [full(path) for path in paths]
     files = read_files(paths, size)
     if not 2 <= len(files.classes) <= MOST_CLASSES:
         raise InputError(f"there must be from 2 to {MOST_CLASSES} classes, but there are {len(files.classes)}")
@@ -109,7 +109,7 @@ def remove(name: str, data_dir: str | Path | None = None) -> None:
     own = [known for known in data_set_names(data_dir) if known not in DATASETS]
     if name not in own:
         law = "a data set that is removed must be one that was added"
-        raise InputError(f"{law} ({', '.join(own) or 'none is'}), but is {name!r}")
+        raise InputError(f"{law} ({', '.join(own) or 'none is'}), but is {name!r}{meant(name, own)}")
     _, home = roots(data_dir)
     with lock(home / f".{name}.lock"):
         for folder in decoded_folders(name, data_dir):

@@ -15,9 +15,21 @@ from spaces.exceptions import InputError
 HOME = "~/.cache/crucible"
 
 
+def full(path: str | Path) -> Path:
+    """Return a path as absolute, with ~ as the home that it stands for.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise InputError(f"a path must begin with the home of a user that there is, but is {str(path)!r}") from None
+
+
 def data_folder(data_dir: str | Path | None = None) -> Path:
     """Return `data_dir`, else $CRUCIBLE_DATA, else ~/.cache/crucible."""
-    return Path(data_dir or os.environ.get("CRUCIBLE_DATA") or HOME).expanduser().absolute()
+    return full(data_dir or os.environ.get("CRUCIBLE_DATA") or HOME)
 
 
 def roots(data_dir: str | Path | None) -> tuple[Path, Path]:
@@ -37,7 +49,7 @@ def roots(data_dir: str | Path | None) -> tuple[Path, Path]:
         law = "a data folder must be one that may be read"
         raise InputError(f"{law}, but {root}: {error.strerror}; set $CRUCIBLE_DATA to another") from None
     mark = hashlib.sha256(str(root).encode()).hexdigest()[:12]
-    return root, Path(HOME).expanduser().absolute() / "read-only" / mark
+    return root, full(HOME) / "read-only" / mark
 
 
 def try_lock(folder: Path) -> None:

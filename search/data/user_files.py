@@ -5,7 +5,8 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from spaces.exceptions import InputError
 
 PARTS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
 """The split that a subfolder, or the end of an array's name, stands for."""
+FEW = 3  # broken pictures that are named besides the first
 UNREADABLE = (*BROKEN_PICTURE, Image.DecompressionBombError)
 GREY, COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
 """Pillow's modes with 8 bits or fewer; transparency is dropped."""
@@ -99,7 +101,7 @@ def _folder(path: Path, size: Size | None) -> UserFiles:
         files = [file for each in pictures.values() for file in each]
         y_N = np.array([classes.index(name) for name, each in pictures.items() for _ in each], np.int64)
         names = [str(file.relative_to(path)) for file in files]
-        parts[part] = Labelled(y_N, names, partial(_picture, files, channels, size))
+        parts[part] = Labelled(y_N, names, partial(_picture, files, every, channels, size))
     return UserFiles(parts, tuple(classes), channels, own)
 
 
@@ -136,13 +138,13 @@ def _headers(files: Sequence[Path], size: Size | None) -> tuple[int, Size]:
     Raises:
         InputError: a picture is broken or has 16 bits, or the sizes differ without `size`.
     """
-    channels, first, broken = 1, None, list[InputError]()
+    channels, first, broken = 1, None, dict[Path, InputError]()
     for file in files:
         try:
-            with _open(file) as image:
+            with _opened_picture(file) as image:
                 mode, own = image.mode, (image.height, image.width)
         except InputError as error:
-            broken.append(error)
+            broken[file] = error
             continue
         if mode not in (*GREY, *COLOUR):
             raise InputError(f"an image must have 8 bits for each colour, but {file} is of Pillow's mode {mode}")
@@ -152,30 +154,49 @@ def _headers(files: Sequence[Path], size: Size | None) -> tuple[int, Size]:
             law = "images must have one size, or be resized by --size"
             raise InputError(f"{law}, but {files[0]} has {_spoken(first)} pixels and {file} {_spoken(own)}")
     if broken:
-        more = f"; {len(broken) - 1} more of {len(files):,} cannot be read either" if len(broken) > 1 else ""
-        raise InputError(f"{broken[0]}{more}")
+        raise _unreadable(broken, len(files))
     if first is None:
         raise InputError(f"a class must have images ({', '.join(sorted(Image.registered_extensions())[:4])}, ...)")
     return channels, size or first
 
 
-def _open(file: Path) -> Image.Image:
+@contextmanager
+def _opened_picture(file: Path) -> Iterator[Image.Image]:
+    """Yield a picture, whose pixels are read when they are asked for; an InputError says why they cannot be."""
     try:
-        return Image.open(file)
+        with Image.open(file) as image:
+            yield image
     except UnidentifiedImageError:  # whose message is the path again
         raise InputError(f"{file} must be a picture, but its content is none") from None
     except UNREADABLE as error:
         raise InputError(f"{file} must be a picture, but reading it fails: {line(error)}") from None
 
 
-def _picture(files: Sequence[Path], channels: int, size: Size | None, i: int) -> Pixels:
+def _unreadable(broken: Mapping[Path, InputError], of: int) -> InputError:
+    """Return the error of the first broken picture, with how many others there are and the first few of them."""
+    first, *others = broken
+    if not others:
+        return broken[first]
+    named = ", ".join(f"{file.parent.name}/{file.name}" for file in others[:FEW]) + ", ..." * (len(others) > FEW)
+    return InputError(f"{broken[first]}; {len(others)} more of {of:,} cannot be read either: {named}")
+
+
+def _picture(files: Sequence[Path], every: Sequence[Path], channels: int, size: Size | None, i: int) -> Pixels:
+    """Return a picture as C x H x W; if it is broken, look `every` over, so that all are named at once."""
     try:
-        with _open(files[i]) as image:
+        with _opened_picture(files[i]) as image:
             return _planes(image.convert("RGB" if channels == 3 else "L"), size)
-    except UNREADABLE as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{files[i]} must be a picture, but reading it fails: {line(error)}") from None
+    except InputError as error:
+        raise _unreadable({files[i]: error, **dict(_broken(every))}, len(every)) from None
+
+
+def _broken(files: Sequence[Path]) -> Iterator[tuple[Path, InputError]]:
+    for file in files:
+        try:
+            with _opened_picture(file) as image:
+                image.load()
+        except InputError as error:
+            yield file, error
 
 
 def _planes(image: Image.Image, size: Size | None) -> Pixels:

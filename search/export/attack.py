@@ -33,7 +33,7 @@ from search.data import splits
 from search.export.attack_progress import UNDEFENDED, AttackProgress, suite_passes
 from search.export.confirm import confirm, recorded
 from search.export.loader import load
-from search.formatting import percent
+from search.formatting import percent, spoken_threat
 from search.storage.atomic import write_atomic
 from search.study.fields import spelt
 from search.study.resolved import threat_of
@@ -82,7 +82,9 @@ def attack(
     (folder / "attacks").mkdir(exist_ok=True)  # fail here, not after hours of work
     said = f"attacking {prepared.known['candidate']}, then the bare classifier: suite {suite}, {prepared.images} images"
     start, device_lock = time.monotonic(), DeviceLock(prepared.x_NCHW.device)  # a search may measure here
-    progress = AttackProgress(console or Console(quiet=True), f"{said}, {prepared.threat}", bare(prepared.target))
+    progress = AttackProgress(
+        console or Console(quiet=True), f"{said}, {spoken_threat(prepared.threat)}", bare(prepared.target)
+    )
     stand = float(prepared.known["white_box_accuracy"])
     progress.expected = prepared.images * suite_passes(suite, prepared.target, stand) * (1 + UNDEFENDED)
     with progress.running(), device_lock.working():
@@ -243,9 +245,10 @@ def page(table: Mapping[str, Any]) -> str:
     fooling = "" if accepted is None else f"{_percent(accepted)} of {FOOLING} fooling images (Eq. 11) are accepted.\n\n"
     return f"""# {table["export"]} under the suite {table["suite"]}
 
-{warning}{threat}: **{_percent(attacked["accuracy"])}** of {table["images"]} validation images withstand all \
-(95 % interval {_percent(low)} to {_percent(high)}{worst}); error {_percent(attacked["error"])}, rejected \
-{_percent(attacked["rejection"])}; clean {_percent(clean["accuracy"])}, rejected {_percent(clean["rejection"])}; \
+{warning}{spoken_threat(threat)}: **{_percent(attacked["accuracy"])}** of {table["images"]} validation images \
+withstand all (95 % interval {_percent(low)} to {_percent(high)}{worst}); error {_percent(attacked["error"])}, \
+rejected {_percent(attacked["rejection"])}; clean {_percent(clean["accuracy"])}, \
+rejected {_percent(clean["rejection"])}; \
 undefended {_percent(table["undefended"]["accuracy"])}. Mean of {table["draws"]} draw(s).{asked}
 
 | after | accuracy left | undefended |

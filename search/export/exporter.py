@@ -68,7 +68,7 @@ def export_all(
     if worthless := _worthless(candidates[0], undefended):
         law = f"an export must err on {100 * SLACK:.0f} points fewer attacked images than no defense"
         raise InputError(f"{law}, but {worthless}. Search again with {AGAIN}; --despite-alarms exports it all the same")
-    ranked, told, made = ranking.distinct(candidates), list[dict[str, Any]](), list[Path]()
+    ranked, told, made = ranking.distinct(candidates, _alike(study)), list[dict[str, Any]](), list[Path]()
     for nth, candidate in enumerate(ranked[: wanted + TRIES]):
         refused = sum(one["folder"] is None for one in told)
         if len(told) - refused == wanted:
@@ -98,6 +98,19 @@ def export_all(
             bars.add_task("logging exports to W&B", total=None)
             log_exports(study, made, say)
     return told
+
+
+def _alike(study: Study) -> Callable[[Candidate, Candidate], bool]:
+    """Return what says whether two settings of a fit have the same verdict on each image, as far as the store knows."""
+    known = dict[str, bytes | None]()
+
+    def verdicts(candidate: Candidate) -> bytes | None:
+        if candidate.candidate not in known:
+            found = TrialRunner.of(study, study.store).verdicts(candidate.fit, candidate.params)
+            known[candidate.candidate] = found
+        return known[candidate.candidate]
+
+    return lambda one, other: None in (verdicts(one), verdicts(other)) or verdicts(one) == verdicts(other)
 
 
 def _said(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from attacks.confidence import wilson
 from attacks.suites import SUITES, Suite
 from attacks.threat import ThreatModel
 from attacks.verdicts import Robustness, Verdict, worse
+from search.formatting import spoken_threat
 
 
 def accuracies(audited: Robustness, again: Robustness, images: int) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any]
     """
     known = {one["attack"] for suite in budgets.values() for one in (*suite["oblivious"], *suite["white_box"])}
     ran = {re.split(r" \(|, ", name.partition("/")[2])[0] for trail in attacks.values() for name in trail}
-    return at_most(1, "named", f"every attack has a name and a budget ({threat})", len(ran - known), 0.0)
+    return at_most(1, "named", f"every attack has a name and a budget ({spoken_threat(threat)})", len(ran - known), 0.0)
 
 
 def with_gates(known: Mapping[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ from search.study.loading import EARLIER, make_study
 from spaces.exceptions import InputError
 from spaces.space import Params
 
+MOST_SEEDS = 1000
+
 
 def final(
     exports: Sequence[Path],
@@ -73,8 +75,8 @@ def final(
     Raises:
         InputError: an argument or an export is invalid, or every training diverged.
     """
-    if seeds < 1:
-        raise InputError(f"seeds must be at least 1, but is {seeds}")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise InputError(f"seeds must be from 1 to {MOST_SEEDS}, but is {seeds}")
     if concurrent is not None and concurrent < 1:
         raise InputError(f"concurrent must be at least 1, but is {concurrent}")
     if not exports:

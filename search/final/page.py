@@ -13,7 +13,7 @@ from attacks.threat import ThreatModel
 from search.export.checks import spoken
 from search.final.evaluation import AUTOATTACK, FULL
 from search.final.table import COLUMNS, INTERVAL
-from search.formatting import counted, points, spoken_device
+from search.formatting import counted, points, spoken_device, spoken_threat
 from search.storage.atomic import write_atomic
 from search.study.verdict import TRAINED, UNDEFENDED, Figures, verdict
 
@@ -86,7 +86,7 @@ def page(table: Mapping[str, Any]) -> str:
     for (export, model), rows in _models(table).items():
         name = f"**{model} {export}**" if export else model
         lines.append(f"| {name} | " + " | ".join(_cells(rows, "±", "–")) + " |")
-    threats = {str(ThreatModel(**one["threat"])): None for one in table["exports"]}
+    threats = {spoken_threat(ThreatModel(**one["threat"])): None for one in table["exports"]}
     several = len(table["exports"]) > 1
     parts = [
         f"# Final run on the test split of {table['dataset']}",
@@ -171,7 +171,7 @@ def _rejections(table: Mapping[str, Any]) -> list[str]:
 
 
 def _spoken_optimism(one: Mapping[str, Any]) -> str:
-    lines = [f"{one['export']}, attacked accuracy under {ThreatModel(**one['threat'])}:"]
+    lines = [f"{one['export']}, attacked accuracy under {spoken_threat(ThreatModel(**one['threat']))}:"]
     for each in one["optimism"]:
         again, way = each["retrained"], "optimistic" if each["optimistic"] >= 0 else "pessimistic"
         deviation = "" if again["deviation"] is None else f" ± {points(again['deviation'])}"

@@ -22,6 +22,7 @@ from defenses.base import Defended, Metrics
 from search.data import splits
 from search.engine.jobs import Tell
 from search.export.loader import Exported
+from search.formatting import spoken_eps
 from search.storage.fingerprint import fingerprint
 from search.study.resolved import ResolvedStudy
 from search.study.study import Study
@@ -179,7 +180,7 @@ def evaluated_models(cases: Sequence[ExportedWinner], seed: int) -> list[Evaluat
             runner = case.runner(study, seed)
             key, defense = runner.trainer.fit(params, silent)
             protected, threat = runner.assets.resolved.protected, replace(case.threat, knowledge="white-box")
-            where, own = f"{protected}, {threat.norm} eps {threat.eps:g}", name == case.name
+            where, own = f"{protected}, {threat.norm} eps {spoken_eps(threat.eps)}", name == case.name
             spoken = case.study.defense if own else _baseline(runner, key)
             made = EvaluatedModel(
                 export=name if own else "",

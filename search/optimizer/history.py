@@ -19,7 +19,7 @@ from search.study.candidate import Candidate, Latency, quieter
 from search.study.ranking import OBJECTIVES
 from search.study.study import Study
 from spaces.domain import Scalar
-from spaces.exceptions import InputError
+from spaces.exceptions import InputError, meant
 from spaces.space import Params, SearchSpace
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -174,7 +174,7 @@ def pick(study: Study, *, pareto: bool, top: int | None, candidate: str | None) 
         if len(begun) != 1:
             raise InputError(
                 f"a candidate must be one of the {len(known)} in {study.folder / 'candidates.csv'}, or the beginning "
-                f"of one alone, but {candidate!r} begins {len(begun) or 'none'}"
+                f"of one alone, but {candidate!r} begins {len(begun) or 'none'}{meant(candidate, known)}"
             )
         return [known[begun[0]]], 1
     chosen = ranking.front(study, known.values()) if pareto else history.feasible()

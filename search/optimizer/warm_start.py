@@ -12,6 +12,7 @@ from search.formatting import brief
 from search.optimizer.history import SearchHistory
 from search.study.candidate import Candidate
 from search.study.catalog import open_search, search_names
+from search.study.loading import FROM_YAML
 from search.study.ranking import feasible, refusals_in_words
 from search.study.study import Study
 from spaces.domain import contains, only, spoken, written
@@ -82,7 +83,7 @@ def _of_export(study: Study, folder: Path) -> WarmStart:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_bytes())
         defense, params = config["defense"], Params(config["train"], config["inference"])
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, yaml.YAMLError, *FROM_YAML) as error:
         raise InputError(f"warm_start must be an export with a whole config.yaml, but {folder}: {error}") from None
     why = _reasons(study, [(defense, params)])
     taken = f"0 of 1 settings lie in this space, so nothing of it is used: {why}" if why else ""

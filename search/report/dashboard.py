@@ -29,6 +29,7 @@ from rich.console import Console
 
 from search.console import terminable
 from search.exceptions import StorageError
+from search.formatting import spoken_threat
 from search.optimizer.history import REMEASURED, UNDEFENDED, SearchHistory, journal_path
 from search.optimizer.journal import Journal
 from search.study.candidate import Candidate, Latency, quieter
@@ -150,11 +151,11 @@ class Shown(JournalStorage):
         self._quieter: dict[int, Candidate] = {}
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        threat = self.study.resolved.threat
+        threat = spoken_threat(self.study.resolved.threat)
         found: list[FrozenStudy] = super().get_all_studies()
         for each in found:
             bare = each.user_attrs.get(UNDEFENDED)
-            each.user_attrs = {"defense": self.study.defense, "task": self.study.label, "threat": str(threat)}
+            each.user_attrs = {"defense": self.study.defense, "task": self.study.label, "threat": threat}
             if bare:
                 each.user_attrs["attacked_error of no defense"] = bare["score"]["attacked_error"]
             each.system_attrs["study:metric_names"] = [f"attacked error ({threat})", "latency, p50 in ms"]

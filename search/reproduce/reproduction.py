@@ -19,6 +19,7 @@ from attacks.confidence import wilson
 from attacks.gradient_view import Gradient
 from defenses.base import Metrics
 from search.console import SAID, terminable
+from search.formatting import spoken_threat
 from search.reproduce import paper_tables
 from search.reproduce.attack_cell import NotRun, threat
 from search.reproduce.cell_setting import Setting
@@ -181,8 +182,9 @@ def _named(setting: Setting) -> str:
     asks = ", by a substitute that asks the bare classifier" if setting.oracle == "bare" else ""
     asks += ", at each wrong class in turn" if setting.every_target else ""
     asks += f", by {GRADIENTS[setting.gradient]} alone" if setting.gradient else ""
-    named = str(threat(setting)) if setting.eps is not None else f"{setting.knowledge}, least L2, bounded by no eps"
-    return named + asks
+    if setting.eps is None:
+        return f"{setting.knowledge}, least L2, bounded by no eps{asks}"
+    return spoken_threat(threat(setting)) + asks
 
 
 def _order(table: Table) -> list[int]:

@@ -28,7 +28,7 @@ def check_storage(storage: str) -> str:
     if not storage:
         raise ValueError("must be a folder or a URI")  # an empty variable in a script must not mean this folder
     if not is_uri(storage):
-        return str(Path(storage).expanduser().resolve())
+        return str(_resolved(storage))
     protocol, path = split_protocol(storage)
     if re.match(r"[^/@]*:[^/@]*@", path):
         raise ValueError("must be a folder or a URI without a password, which would stand in study.yaml")
@@ -41,8 +41,15 @@ def check_storage(storage: str) -> str:
     except ValueError:
         raise ValueError("must be a folder or a URI that fsspec knows, as s3://, gs://, abfs:// or file://") from None
     if getattr(kind, "local_file", False):
-        return f"file://{Path(path).expanduser().resolve()}"
+        return f"file://{_resolved(path)}"
     return storage.rstrip("/")
+
+
+def _resolved(path: str) -> Path:
+    try:
+        return Path(os.path.realpath(Path(path).expanduser()))  # a loop of links is found where it is used
+    except RuntimeError:
+        raise ValueError("must be a folder or a URI, not in the home of a user that there is not") from None
 
 
 def mask_credentials(given: object) -> object:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from attacks.threat import Knowledge, Norm
+from search.data.folders import full
 from search.storage.uri import check_storage
 from spaces.domain import Scalar, as_written
 
@@ -150,7 +151,7 @@ class Fields(BaseModel):
     @field_validator("data_dir")
     @classmethod
     def _is_absolute(cls, data_dir: str | None) -> str | None:
-        return None if data_dir is None else str(Path(data_dir).expanduser().resolve())
+        return None if data_dir is None else os.path.realpath(full(data_dir))
 
     @field_validator("storage")
     @classmethod

@@ -16,6 +16,9 @@ from spaces.exceptions import InputError
 EARLIER: Mapping[str, Any] = {"precision": "float32", "scoring": "all"}
 """What the fields were that stored studies of an earlier version lack."""
 
+FROM_YAML = (RecursionError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
+"""What PyYAML raises, besides its own errors, for a value that is not of the type its tag says, or too deep."""
+
 
 def make_study(
     values: Mapping[str, Any], where: Callable[[str], str] = lambda field: "", *, checked: bool = True
@@ -68,10 +71,10 @@ def read_study(
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *FROM_YAML) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path}{line}: a study must be YAML, but {reason}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: a study must be fields with values, but is {type(values).__name__}")

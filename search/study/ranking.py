@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from search.study.candidate import Candidate
@@ -136,15 +136,24 @@ def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
     )
 
 
-def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Return the candidates without those that have the fit and every figure of an earlier one.
+def distinct(
+    candidates: Iterable[Candidate], alike: Callable[[Candidate, Candidate], bool] = lambda one, other: True
+) -> list[Candidate]:
+    """Return the candidates without those that are an earlier one again, in all but its name.
 
     Their inference-time knobs change nothing on the images: thresholds that no image lies between, say.
+
+    Args:
+        alike: whether two candidates with one fit and the same figures are the same; on few images figures may agree
+            by chance.
     """
-    first: dict[tuple[str, str], Candidate] = {}
+    found, groups = list[Candidate](), dict[tuple[str, str], list[Candidate]]()
     for candidate in candidates:
-        first.setdefault((candidate.fit, repr(replace(candidate.score, risk_coverage=()))), candidate)
-    return list(first.values())
+        group = groups.setdefault((candidate.fit, repr(replace(candidate.score, risk_coverage=()))), [])
+        if not any(alike(candidate, other) for other in group):
+            group.append(candidate)
+            found.append(candidate)
+    return found
 
 
 def feasible(study: Study, candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import plotly.graph_objects as go
 import wandb
 
+from search.formatting import spoken_threat
 from search.study.candidate import Candidate
 from search.study.ranking import feasible, front, ranked
 from search.study.study import Study
@@ -49,7 +50,7 @@ def risk_chart(study: Study, undefended: Candidate, candidates: Sequence[Candida
 
 
 def _chart(study: Study, undefended: Candidate, x: str, y: str) -> go.Figure:
-    under = f"{undefended.score.threat}, {undefended.score.images} images"
+    under = f"{spoken_threat(undefended.score.threat)}, {undefended.score.images} images"
     title = f"{study.name}: {study.defense} on {study.label}, {under}"
     return go.Figure(layout={"title": title, "xaxis": {"title": x}, "yaxis": {"title": y, "range": [0, 1]}})
 

@@ -9,6 +9,7 @@ from urllib.request import urlopen
 import wandb
 from wandb.sdk import wandb_setup
 
+from search.formatting import spoken_threat
 from search.study.resolved import ResolvedStudy
 from search.study.study import Study
 from search.tracking import wandb_run
@@ -89,13 +90,15 @@ def _candidates(study: Study, resolved: ResolvedStudy) -> list[wr.PanelTypes]:
     figures = [axis(metric=latency, display_name="ms"), axis(metric=attacked, display_name="attacked accuracy")]
     return [
         wr.ScatterPlot(
-            title=f"Attacked accuracy ({resolved.threat}) against latency, p50 in ms",
+            title=f"Attacked accuracy ({spoken_threat(resolved.threat)}) against latency, p50 in ms",
             x=latency,
             y=attacked,
             layout=wr.Layout(w=12, h=10),
         ),
         wr.ParameterImportancePlot(with_respect_to="attacked_accuracy", layout=wr.Layout(w=12, h=10)),
-        wr.ParallelCoordinatesPlot(title=f"Knobs ({resolved.threat})", columns=[*knobs, *figures], layout=WIDE),
+        wr.ParallelCoordinatesPlot(
+            title=f"Knobs ({spoken_threat(resolved.threat)})", columns=[*knobs, *figures], layout=WIDE
+        ),
         wr.MediaBrowser(title="Pareto front, all candidates", media_keys=["pareto", "risk_coverage"], layout=WIDE),
         wr.WeavePanelSummaryTable(table_name="leaderboard", layout=WIDE),
     ]
@@ -104,13 +107,15 @@ def _candidates(study: Study, resolved: ResolvedStudy) -> list[wr.PanelTypes]:
 def _curves(resolved: ResolvedStudy) -> list[wr.PanelTypes]:
     return [
         wr.LinePlot(
-            title=f"Quick attacked accuracy ({resolved.threat}) by epoch",
+            title=f"Quick attacked accuracy ({spoken_threat(resolved.threat)}) by epoch",
             x="epoch",
             y=["cheap"],
             max_runs_to_show=CURVES,
         ),
         wr.LinePlot(
-            title=f"Best attacked accuracy ({resolved.threat}) by trial", x="trial", y=["best/attacked_accuracy"]
+            title=f"Best attacked accuracy ({spoken_threat(resolved.threat)}) by trial",
+            x="trial",
+            y=["best/attacked_accuracy"],
         ),
     ]
 

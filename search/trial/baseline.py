@@ -9,7 +9,7 @@ from typing import Any
 
 from attacks.threat import ThreatModel
 from defenses.base import Metrics
-from search.formatting import counted
+from search.formatting import counted, spoken_eps
 from search.study.verdict import TRAINED
 from spaces.domain import Scalar
 
@@ -37,7 +37,7 @@ def name_of(about: Mapping[str, Any], threat: ThreatModel, classes: int) -> str:
         return TRAINED
     steps = f" by {knobs['pgd_steps']} steps of {knobs['pgd_step_size']:g}" if _short(knobs) else ""
     doubt = "" if arrived else ", not converged" if known else ", convergence not known"
-    budget = f"{knobs['attack']} {knobs['norm']} eps {knobs['eps']:g}{steps}"
+    budget = f"{knobs['attack']} {knobs['norm']} eps {spoken_eps(knobs['eps'])}{steps}"
     return f"{ADVERSARIAL}, {budget}, {counted(len(curve), 'epoch')}{doubt}"
 
 

@@ -88,6 +88,12 @@ class TrialRunner:
             _LAST = TrialRunner(study, store)
         return _LAST
 
+    def verdicts(self, fit: str, params: Params) -> bytes | None:
+        """Return the search's verdicts on each image at a setting, as `Scorer.verdicts`; None if it is not stored."""
+        if self.trainer.key(params) != fit or self.assets.store.get("fits", fit) is None:
+            return None
+        return self.scorer.verdicts(fit, self.trainer.fit(params, silent)[1], params)
+
     def remeasured(self, params: Params) -> Latency:
         """Re-measure the latency of a stored fit at one setting; the stored latency stays."""
         _, defense = self.trainer.fit(params, silent)

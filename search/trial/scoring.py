@@ -146,6 +146,15 @@ class Scorer:
         entry = self.store.cached("scores", key, attacked)
         return Evaluation.of(load_file(entry / "said.safetensors"), self.store.about("scores", key))
 
+    def verdicts(self, fit: str, defense: Defense, params: Params) -> bytes | None:
+        """Return the verdicts on each image at a setting, clean and attacked; None if the store has no such outputs."""
+        attacked = defense.at(self.aimed(params).inference)
+        if self.store.get("scores", self.scores_key(fit, attacked)) is None:
+            return None
+        found = self.evaluation(fit, attacked).found.judge(defense.at(params.inference).limits())
+        kinds = [each for each in (found.clean, found.oblivious, found.black_box, found.white_box) if each]
+        return b"".join(part.numpy().tobytes() for each in kinds for part in (each.right, each.wrong))
+
     def scores_key(self, fit: str, defense: Defense | None) -> str:
         """Return the fingerprint of one evaluation, which covers everything that shapes its outputs."""
         threat = self.resolved.threat

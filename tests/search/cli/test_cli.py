@@ -84,6 +84,11 @@ LEAVES = list(leaves(typer.main.get_command(command_line.app)))
 BAD: list[tuple[Sequence[str], str]] = [
     (["search", "--defense", "puvea"], ", puvae, but is 'puvea'; did you mean 'puvae'?"),
     (["search", "--task", "minst/A"], "did you mean 'mnist'?"),
+    (["search", "--task", "MNIST/A"], "did you mean 'mnist'?"),
+    (["search", "--defense", "Defense-GAN"], "did you mean 'defense_gan'?"),
+    (["search", "--knob", "maps=8"], "did you mean 'conv_maps'?"),
+    (["search", "--defense", "banana"], ", but is 'banana'\n"),
+    (["data", "remove", "mnits"], "a data set that is removed must be one that was added (none is), but is 'mnits'"),
     (["search", "--task", "mnist/Q"], "must be one of A, B, C, D, defensegan-A, "),
     (["search", "--space", "papers"], "the space of puvae must be one of paper, wide, default, smoke"),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,27 @@ def test_files_that_are_no_pictures_or_in_no_class_are_named(here: Path) -> None
     assert heard.code == 0 and line in heard.out.splitlines()
 
 
-def test_every_broken_picture_counts_and_none_is_named_twice(here: Path) -> None:
-    for nth in (3, 4, 7):
-        (here / "pictures" / "one" / f"d{nth}_0.png").write_bytes(b"no picture")
-    path = here / "pictures" / "one" / "d3_0.png"
-    assert said("data", "add", "leaves", "pictures").err == (
-        f"error: {path} must be a picture, but its content is none; 2 more of 120 cannot be read either\n"
-    )
+@pytest.mark.parametrize(
+    ("left", "reason"), [(0, "its content is none"), (90, "reading it fails: image file is truncated")]
+)
+@pytest.mark.parametrize(
+    ("broken", "more"),
+    [
+        ([3], ""),
+        ([3, 4, 7], "; 2 more of 120 cannot be read either: one/d4_0.png, one/d7_0.png"),
+        (range(3, 9), "; 5 more of 120 cannot be read either: one/d4_0.png, one/d5_0.png, one/d6_0.png, ..."),
+    ],
+)
+def test_every_broken_picture_counts_and_the_first_are_named(
+    left: int, reason: str, broken: Sequence[int], more: str, here: Path
+) -> None:
+    files = [here / "pictures" / "one" / f"d{nth}_0.png" for nth in broken]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:left])
+    heard = said("data", "add", "leaves", "pictures").err
+    first = next(file for file in files if str(file) in heard)
+    assert heard.startswith(f"error: {first} must be a picture, but {reason}") and heard.endswith(f"{more}\n")
+    assert heard.count("\n") == 1 and not (here / "data" / "decoded" / "leaves").exists()
 
 
 def test_json_alone_is_printed_of_what_was_added(here: Path) -> None:

@@ -26,6 +26,13 @@ def exported(storage: Path, **fields: object) -> Path:
     return export(study, candidate, study.store, study.folder / "export", despite_alarms=True, console=console)
 
 
+def unaudited(patch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes long in the audit of an export, where the audit is not what is tested."""
+    patch.setattr("attacks.audit.audit._attack_gates", lambda *_: ())
+    patch.setattr("attacks.audit.audit._heavier", lambda target, x, y, threat, found, seed: (found, 0.0))
+    patch.setattr("search.export.exporter.confirm", lambda *_, **__: ())
+
+
 def trained(storage: Path, **fields: object) -> tuple[Study, Candidate]:
     """Train the usual setting of a defense for seconds on digits, and return it as a candidate."""
     small: dict[str, object] = {"train_images": 300, "eval_images": 20, "cheap_images": 10, "suite": "quick"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from search.optimizer.history import SearchHistory
 from search.study import ranking
 from search.study.candidate import Candidate
 from search.study.study import Study
+from search.trial.runner import TrialRunner
+from search.trial.training import silent
 from spaces.space import Params
 from tests.conftest import digits_study
 from tests.search.cli.test_cli import said
@@ -107,6 +110,21 @@ def test_a_candidate_that_differs_in_a_figure_or_in_its_training_is_another(tmp_
     study = searched(tmp_path, lambda params: 0.5 + 0.01 * (float(params.inference["sigma_eps"]) > 1))
     every = SearchHistory(study).feasible()
     assert len(ranking.distinct(every)) == 12 and ranking.distinct(every)[0] == every[0]
+
+
+@pytest.mark.slow
+def test_settings_whose_figures_agree_by_chance_are_audited_each(tmp_path: Path, audits: list[str]) -> None:
+    """Only where the search's verdicts on each image are the same are two settings one."""
+    study, one = trained(tmp_path, defense="magnet", knobs={"detector_1": [0.5, 9e5, 1e6], "detector_2": 1e6})
+    runner = TrialRunner.of(study, study.store)
+    defense = runner.trainer.fit(one.params, silent)[1]
+    settings = [Params(one.params.train, {**one.params.inference, "detector_1": each}) for each in (0.5, 9e5, 1e6)]
+    found = runner.scorer.candidates(one.fit, defense, settings)[:3]
+    verdicts = [runner.verdicts(each.fit, each.params) for each in found]
+    assert verdicts[0] != verdicts[1] == verdicts[2] is not None
+    chance = [replace(each, score=found[0].score) for each in found]
+    exporter.export_all(study, chance, 3, tmp_path / "out", Console(quiet=True), despite_alarms=True)
+    assert audits == [found[0].candidate, found[1].candidate]
 
 
 @pytest.mark.slow

@@ -495,7 +495,7 @@ def test_a_seed_that_diverges_costs_the_others_nothing(
 @pytest.mark.parametrize(
     ("asked", "law"),
     [
-        ({"seeds": 0}, "seeds must be at least 1, but is 0"),
+        ({"seeds": 0}, "seeds must be from 1 to 1000, but is 0"),
         ({"concurrent": 0}, "concurrent must be at least 1, but is 0"),
         ({"images": 0}, "images must be from 1 to 360 of digits's test split, but is 0"),
         ({"images": 361}, "images must be from 1 to 360 of digits's test split, but is 361"),

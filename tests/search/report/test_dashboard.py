@@ -83,7 +83,14 @@ def scored_at(params: Params, attacked: float, ms: float, clean: float, device: 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A real, very small search on real digits."""
-    fields: dict[str, Any] = {"trials": 1, "threat": "oblivious", "suite": "puvae", "refine": 0, "epochs": 2}
+    fields: dict[str, Any] = {
+        "trials": 1,
+        "threat": "oblivious",
+        "suite": "puvae",
+        "refine": 0,
+        "epochs": 2,
+        "eps": 8 / 255,
+    }
     few = {"train_images": 200, "eval_images": 20, "cheap_images": 10, "classifier_epochs": 1}
     study = digits_study(tmp_path_factory.mktemp("runs"), **fields, **few)
     assert run(study, [], debug=True) == "finished"
@@ -99,9 +106,9 @@ def test_a_search_is_served_in_its_own_words(searched: Study, tmp_path: Path) ->
         with urlopen(f"{site}/csv/0") as answer:
             table = answer.read().decode().splitlines()
     assert found["name"] == "smoke"
-    assert found["objective_names"] == ["attacked error (oblivious, Linf eps 0.3)", "latency, p50 in ms"]
+    assert found["objective_names"] == ["attacked error (oblivious, Linf eps 8/255)", "latency, p50 in ms"]
     told = {each["key"]: each["value"] for each in found["user_attrs"]}
-    assert told["threat"] == "oblivious, Linf eps 0.3" and told["task"] == "digits/A"
+    assert told["threat"] == "oblivious, Linf eps 8/255" and told["task"] == "digits/A"
     assert len(found["trials"]) == len(history.optuna.trials) == len(table) - 1 == 6
     values = {attributes(t)["candidate"]: t["values"] for t in found["trials"]}
     assert values == {c.candidate: [c.score.attacked_error, c.score.latency_ms_p50] for c in history.candidates()}
@@ -246,7 +253,7 @@ def test_a_browser_draws_it_without_a_word_or_a_request_elsewhere(searched: Stud
         ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert [line for line in ran.stderr.splitlines() if "CONSOLE" in line] == []
     assert "Pareto Front" in ran.stdout and ran.stdout.count("main-svg") > 4
-    assert "attacked error (oblivious, Linf eps 0.3)" in ran.stdout
+    assert "attacked error (oblivious, Linf eps 8/255)" in ran.stdout
     events = [event.get("params") or {} for event in json.loads(log.read_text())["events"]]
     # What the browser asks for on its own behalf has no origin.
     asked_for = {e["url"] for e in events if "url" in e and e.get("initiator", "not an origin") != "not an origin"}

@@ -13,6 +13,7 @@ import pytest
 import torch
 import wandb
 
+from attacks.threat import ThreatModel
 from search.engine.run import run
 from search.formatting import percent
 from search.optimizer.history import SearchHistory
@@ -252,6 +253,8 @@ def test_the_chart_names_the_threat_and_draws_the_feasible_front() -> None:
     assert list(front.text) == FRONT
     assert "white-box, Linf eps 0.3, 100 images" in chart.layout.title.text
     assert risk_chart(STUDY, BARE, SIX) is None  # none can reject
+    bare = replace(BARE, score=replace(BARE.score, threat=ThreatModel("Linf", 8 / 255, "white-box")))
+    assert "white-box, Linf eps 8/255, 100 images" in pareto_chart(STUDY, bare, SIX).layout.title.text
 
 
 @pytest.mark.slow
