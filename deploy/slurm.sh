@@ -79,6 +79,7 @@ ended=0
 trap 'ended=1; kill -TERM $search' TERM  # the time limit is near: save
 wait $search && code=0 || code=$?
 if ((ended)); then
+  trap '' TERM  # putting the job back ends it
   wait $search && code=0 || code=$?
   # Whoever cancels a job wants it to end: Slurm would put that one back into the queue too.
   state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")

@@ -114,6 +114,7 @@ def slurm() -> Iterator[Slurm]:
     environment = {
         **os.environ,
         "SLURM_CONF": str(folder / "slurm.conf"),
+        "TMPDIR": str(folder),
         "CRUCIBLE_RAY": str(tools / "ray"),
         "CRUCIBLE_PYTHON": str(tools / "python"),
     }
