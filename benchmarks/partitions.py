@@ -157,15 +157,15 @@ def cut_20s(search: Search) -> None:
 
 
 def handed_over(search: Search) -> None:
-    """Cut a machine off until its trial has started a second time elsewhere; then it is back."""
+    """Cut a machine off until its trial has started elsewhere; then it is back."""
     cut_for_good(search)
     search.at.machines.set_link("one", WHOLE)
 
 
 def cut_for_good(search: Search) -> None:
-    """Cut a machine off, and wait until its trial has started a second time elsewhere."""
+    """Cut a machine off, and wait until Ray gives it up and its trial has started elsewhere."""
     search.at.machines.set_link("one", CUT)
-    search.wait_for(lambda: max(search.starts().values()) > 1)
+    search.wait_for(lambda: " started" in search.said().partition("has been marked dead")[2])
 
 
 def head_paused(search: Search) -> None:
