@@ -1,7 +1,7 @@
-"""Searches on three machines whose network, head or clock fails while they train: what is lost, doubled or done again.
+"""Searches on three machines whose network or head fails while they train: what is lost, doubled or done again.
 
     python -m benchmarks.partitions                      every fault, one search each
-    python -m benchmarks.partitions cut-20s clock        some of them
+    python -m benchmarks.partitions cut-20s head-paused  some of them
 
 The machines are network namespaces with a real Ray cluster across them (`benchmarks/machines.py`; root alone may make
 them): the driver and Ray's head on the first, one CPU for trainings on each other, one folder for results. If anything
@@ -31,12 +31,7 @@ from benchmarks.fault_injection import ROOT, SEARCH, below, fits, rows, wait_for
 from benchmarks.machines import CUT, WHOLE, Link, Machines, lacking, machines
 
 PORT = 6379
-AGENTS = [
-    f"--{name}={6380 + place}" for place, name in enumerate(("dashboard-agent-grpc-port", "runtime-env-agent-port"))
-]
-"""Where a node's agents listen: a node that has to ask them would give up before they start on a busy machine."""
 WORKERS = ("one", "two")
-CLOCK = ("libfaketime.so.1", "libfaketimeMT.so.1")
 
 
 class Cluster:
@@ -56,27 +51,22 @@ class Cluster:
         for name in WORKERS:
             self._start(name, f"--address={self.address}", "--num-cpus=1")
 
-    def mend(self, ahead: str = "") -> None:
-        """Make both workers' machines whole; one whose node has ended, or whose clock must change, gets a new node.
-
-        Args:
-            ahead: the machine whose clock is an hour ahead from now on.
-        """
+    def mend(self) -> None:
+        """Make both workers' machines whole; one whose node has ended gets a new one."""
         for name in WORKERS:
             self.machines.set_link(name, WHOLE)
-            if name == ahead or self.nodes[name].poll() is not None:
+            if self.nodes[name].poll() is not None:
                 self.machines.kill(name)
-                clock = an_hour_ahead() if name == ahead else {}
-                self._start(name, f"--address={self.address}", "--num-cpus=1", **clock)
+                self._start(name, f"--address={self.address}", "--num-cpus=1")
 
-    def _start(self, name: str, *arguments: str, **environment: str) -> None:
+    def _start(self, name: str, *arguments: str) -> None:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
         command += ["--object-store-memory=100000000", f"--node-ip-address={self.machines.address(name)}"]
-        command += [*AGENTS, "--dashboard-agent-listen-port=6382", "--metrics-export-port=6383", *arguments]
+        command += arguments
         for _ in range(5):  # on a busy machine a node may take longer than the half minute that Ray gives it
             temp = self.folder / str(len(list(self.folder.iterdir())))
             temp.mkdir()
-            own = {"TMPDIR": str(temp), **environment}  # a device lock of its own, as on a machine of its own
+            own = {"TMPDIR": str(temp)}  # a device lock of its own, as on a machine of its own
             with (temp / "log").open("wb") as log:
                 self.nodes[name] = node = self.machines.popen(
                     name, [*command, f"--temp-dir={temp}"], self.environment | own, stdout=log, stderr=log
@@ -139,17 +129,6 @@ class Search:
         wait_for(what, self.driver, self.log)
 
 
-def an_hour_ahead() -> dict[str, str]:
-    """Return the environment in which a process sees the clock an hour ahead (Debian's faketime).
-
-    Files have the times that the kernel gives them, and durations are right: only the time of day is wrong.
-    """
-    found = [path for name in CLOCK for path in sorted(Path("/usr/lib").glob(f"*/faketime/{name}"))]
-    assert found, "it needs libfaketime (Debian: faketime)"
-    quiet = {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
-    return {"LD_PRELOAD": str(found[-1]), "FAKETIME": "+3600s", **quiet}
-
-
 def cut_20s(search: Search) -> None:
     search.at.machines.set_link("one", CUT)
     time.sleep(20)
@@ -190,10 +169,6 @@ def slow_line(search: Search) -> None:
     search.at.machines.set_link("one", Link(delay_s=0.1, loss=0.05))
 
 
-def clock(search: Search) -> None:
-    """Do nothing: the clock of machine `one` is an hour ahead from the start."""
-
-
 FAULTS: Mapping[str, Callable[[Search], None]] = {
     "cut-20s": cut_20s,
     "slow-line": slow_line,
@@ -201,7 +176,6 @@ FAULTS: Mapping[str, Callable[[Search], None]] = {
     "ray-paused": ray_paused,
     "handed-over": handed_over,
     "cut-for-good": cut_for_good,
-    "clock": clock,
 }
 
 
@@ -211,7 +185,7 @@ def ordeal(at: Cluster, storage: Path, fault: str, trials: int) -> dict[str, Any
     Raises:
         AssertionError: something was lost, doubled or trained again, or still runs.
     """
-    at.mend(ahead="one" if fault == "clock" else "")
+    at.mend()
     begin, search = time.monotonic(), Search(at, storage, trials)
     search.wait_for(lambda: search.ended() and at.workers("one"))
     kept, trained = rows(storage / "ordeal"), fits(storage)
