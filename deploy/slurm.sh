@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A search as a job of Slurm, which goes on by itself after each time limit:
 #   sbatch deploy/slurm.sh NAME STORAGE [FLAGS OF launch.py search]
+#   sbatch --array=1-3 deploy/slurm.sh seed-%a STORAGE --seed %a        several, %a being the number in the array
 # STORAGE is a folder that all nodes reach, or a URI. Run from the repository's folder. See docs/cluster.md.
 #SBATCH --job-name=crucible
 #SBATCH --nodes=2
@@ -14,6 +15,13 @@
 set -euo pipefail
 set -m  # or what runs in the background ignores the interrupt by which a search saves itself
 
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  if [[ $1 != *%a* ]]; then
+    echo "error: the name of a search in an array must hold %a, the number in the array, but is $1" >&2
+    exit 2
+  fi
+  set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"
+fi
 name=$1 storage=$2
 shift 2
 ray=${CRUCIBLE_RAY:-.venv/bin/ray} python=${CRUCIBLE_PYTHON:-.venv/bin/python}
@@ -33,7 +41,9 @@ running=($!)
 if ((nodes > 1)); then
   srun --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --exclude="$head" --overlap \
     bash -c "until (: < /dev/tcp/$head/$port) 2> /dev/null; do sleep 1; done
-      exec $ray start --address=$RAY_ADDRESS --temp-dir=$temp-worker $more" &
+      for try in 1 2 3; do  # Ray gives a node half a minute to start
+        $ray start --address=$RAY_ADDRESS --temp-dir=$temp-worker $more && exit || sleep 5
+      done" &
   running+=($!)
 fi
 stop() {
@@ -69,7 +79,12 @@ ended=0
 trap 'ended=1; kill -TERM $search' TERM  # the time limit is near: save
 wait $search && code=0 || code=$?
 if ((ended)); then
+  trap '' TERM  # putting the job back ends it
   wait $search && code=0 || code=$?
-  ((code == 130 || code == 143)) && scontrol requeue "$SLURM_JOB_ID"
+  # Whoever cancels a job wants it to end: Slurm would put that one back into the queue too.
+  state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")
+  if [[ $state == RUNNING ]] && ((code == 130 || code == 143)); then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
 fi
 exit $code

@@ -34,6 +34,8 @@ FOLDERS = {"CRUCIBLE_DATA", "CRUCIBLE_CACHE"}
 """Variables that name a folder, perhaps relative to the driver's working directory."""
 ASK_S = 300.0
 """Seconds within which a node must receive the code and the data, and check the storage."""
+PATIENT = {"RAY_grpc_keepalive_timeout_ms": "120000"}
+"""By default a worker closes a silent connection after 20 s, which its driver may notice only after five minutes."""
 CONTEXTS = 0.1
 """The fraction of a GPU left to CUDA contexts, which the cap on a process's memory does not count."""
 
@@ -171,16 +173,15 @@ def _apart(address: str | None) -> Iterator[None]:
 
 def _connect(study: Study, address: str | None, folder: Path | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    # Ray hides the GPUs of a node from its workers only if it assigns some.
-    environment = {"CUDA_VISIBLE_DEVICES": ""} if study.gpus_per_trial == 0 else {}
+    environment = {"CUDA_VISIBLE_DEVICES": ""} if study.gpus_per_trial == 0 else {}  # Ray hides GPUs if it assigns some
     if address is None:
         environment |= {name: os.path.abspath(os.environ[name]) for name in FOLDERS & os.environ.keys()}
         ensure_token()
         options |= {"address": "local", "include_dashboard": False, "_temp_dir": str(folder)}
         options |= {"runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT), **environment}}}
     else:
-        options |= {"address": address}
-        options |= {"runtime_env": {"py_modules": CODE, "excludes": ALL_BUT_PYTHON, "env_vars": environment}}
+        sent = {"py_modules": CODE, "excludes": ALL_BUT_PYTHON, "env_vars": environment | PATIENT}
+        options |= {"address": address, "runtime_env": sent}
     _reachable(address)
     try:
         with _apart(address):

@@ -5,7 +5,7 @@
 | a defense raises, has a NaN loss, asks for too much memory | that trial failed, with the reason; exit 0 | nothing |
 | a defense hangs, `--trial-timeout` | that trial failed, with the line where it stood; exit 0 | nothing |
 | a worker dies (killed, out of memory) | nothing; failed, where it dies three times over | at most an epoch |
-| a node dies | nothing; its trials go on elsewhere | at most an epoch of each |
+| a node dies, or is cut off for good | lines of Ray's; its trials go on elsewhere | at most an epoch of each |
 | the driver is killed, -9 | `resume NAME` goes on | at most an epoch of each trial under way |
 | Ctrl-C, SIGTERM | `interrupted; go on with: ...`, exit 130 | at most an epoch of each trial under way |
 | standard output is closed | nothing any more; the search goes on | nothing |
