@@ -42,11 +42,13 @@ def raced_trial(
         The candidates, the proposed setting first, and the settings that were dropped.
 
     Raises:
-        TrialError: the training diverged.
+        TrialError: the training diverged, or an attack would not fit into the memory.
     """
     runner = TrialRunner.of(study, store)
+    settings = [params] if alone else runner.scorer.settings(params)
+    runner.scorer.check_memory(runner.trainer.build(params), settings)
     key, defense = runner.trainer.fit(params, report)
-    return runner.scorer.raced(key, defense, [params] if alone else runner.scorer.settings(params), rivals)
+    return runner.scorer.raced(key, defense, settings, rivals)
 
 
 def baseline(study: Study, store: Store) -> Candidate:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import attacks.suites
+from attacks.attack import ROWS
+from attacks.gradient_view import BATCH
 from attacks.risk_coverage import Point, pick, risk_coverage
 from attacks.verdicts import Observation
 from defenses.base import Defended, Defense
 from search.data.splits import HELD_OUT
+from search.exceptions import TrialError
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Content
 from search.study.candidate import Candidate, Images, Latency
@@ -53,6 +57,23 @@ class Scorer:
             # The same for all fits, so that they are comparable.
             others = [space.drawn(rng) for _ in range(SAMPLE)]
         return [params, *(other for other in others if other != params)]
+
+    def check_memory(self, defense: Defense, settings: Sequence[Params]) -> None:
+        """Raise a TrialError if an attack on the defense at one of the settings does not fit into the memory."""
+        suite, device = self.resolved.suite, self.assets.device
+        for params in settings:
+            defense.at(params.inference)
+            images = self.resolved.eval_images
+            several = min(images, max(1, ROWS // (suite.draws * defense.candidates_each)), BATCH) * suite.draws
+            images = max(several, min(images, BATCH) if suite.known else 0)
+            parts = defense.memory(images)
+            if parts and (free := free_bytes(device)) is not None and sum(parts.values()) > free:
+                flat = params.flat()
+                less = " or ".join(f"{knob} (now {flat[knob]}: {_gib(size)})" for knob, size in parts.items())
+                raise TrialError(
+                    f"an attack must fit into the memory of {device_name(device)}, of which {_gib(free)} are free, but "
+                    f"the gradient of {images} images takes {_gib(sum(parts.values()))}: lower {less}"
+                )
 
     def raced(
         self, key: str, defense: Defense, settings: Sequence[Params], rivals: Rivals = ()
@@ -210,6 +231,26 @@ class Scorer:
             "attacked": torch.cat(list(evaluator.oblivious.values())),
         }
         return measure(Defended(defense, bare.requires_grad_(False)), kinds, self.assets.device_lock)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that this process can still take on a device; None if nobody says."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        most = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return min(free + held, most) - used
+    try:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
+        free = next(1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:")
+        limit, taken = (Path(f"/sys/fs/cgroup/memory.{name}").read_text("utf-8").strip() for name in ("max", "current"))
+    except (OSError, StopIteration):
+        return None
+    return free if limit == "max" else min(free, int(limit) - int(taken))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2g} GiB"
 
 
 def _latency_knobs(knobs: Any) -> dict[str, Scalar]:
