@@ -241,9 +241,9 @@ def free_bytes(device: torch.device) -> int | None:
         held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         return min(free + held, most) - used
     try:
-        lines = (line.split() for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
+        lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         free = next(1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:")
-        limit, taken = (Path(f"/sys/fs/cgroup/memory.{name}").read_text("utf-8").strip() for name in ("max", "current"))
+        limit, taken = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8").strip() for name in ("max", "current"))
     except (OSError, StopIteration):
         return None
     return free if limit == "max" else min(free, int(limit) - int(taken))
