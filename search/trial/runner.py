@@ -12,7 +12,7 @@ import torch
 
 from attacks.catalog import IFGSM_TARGETED
 from attacks.seeding import reproducible
-from defenses.base import Defended
+from defenses.base import Defended, Defense
 from search.storage.atomic import write_atomic
 from search.storage.store import Store
 from search.study.candidate import Candidate, Latency
@@ -46,7 +46,8 @@ def raced_trial(
     """
     runner = TrialRunner.of(study, store)
     settings = [params] if alone else runner.scorer.settings(params)
-    runner.scorer.check_memory(runner.trainer.build(params), settings)
+    if study.resolved.defense.memory is not Defense.memory:
+        runner.scorer.check_memory(runner.trainer.build(params), settings)
     key, defense = runner.trainer.fit(params, report)
     return runner.scorer.raced(key, defense, settings, rivals)
 

@@ -5,7 +5,9 @@ Shapes: S columns of suspicion.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -240,13 +242,16 @@ def free_bytes(device: torch.device) -> int | None:
         most = int(torch.cuda.get_per_process_memory_fraction(device) * total)
         held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         return min(free + held, most) - used
-    try:
-        lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-        free = next(1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:")
-        limit, taken = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8").strip() for name in ("max", "current"))
-    except (OSError, StopIteration):
-        return None
-    return free if limit == "max" else min(free, int(limit) - int(taken))
+    left = []
+    with suppress(OSError):
+        (line,) = re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
+        left.append(1024 * int(line))
+    with suppress(OSError, ValueError):  # the limit of a control group, "max" where there is none
+        group = Path("/sys/fs/cgroup")
+        limit, taken, stat = (group.joinpath(f"memory.{name}").read_bytes() for name in ("max", "current", "stat"))
+        (cached,) = re.findall(rb"^inactive_file (\d+)$", stat, re.MULTILINE)  # given back where it is needed
+        left.append(int(limit) - int(taken) + int(cached))
+    return min(left, default=None)
 
 
 def _gib(size: int) -> str:
