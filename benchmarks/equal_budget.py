@@ -1,9 +1,10 @@
 """Which gradient source breaks most of a stochastic defense, at an equal number of gradients: steps times noise draws.
 
-    python -m benchmarks.equal_budget NAME CANDIDATE --storage runs --images 32 --gradients 20
+    python -m benchmarks.equal_budget NAME --storage runs --images 32 --gradients 20 --knobs steps=10
 
-The candidate is one of a search; PGD runs on the same images through each source, alone. An image's figure is the share
-of 10 fresh draws in which it stays right. `known` is the exact gradient where the attacker knows the draw.
+The defense is that of a search with one training, at its usual inference setting but for --knobs. PGD runs on the same
+images through each source, alone. An image's figure is the share of 10 fresh draws in which it stays right. `known`:
+the attacker knows the draw, and no other counts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from attacks.evaluation import look, under_known_noise
 from attacks.gradient_view import View, gradients
 from attacks.verdicts import share
 from defenses.base import Defended
-from search.optimizer.history import SearchHistory
 from search.study.catalog import open_search
 from search.trial.runner import TrialRunner
 from search.trial.training import silent
@@ -38,10 +38,12 @@ def attack(steps: int) -> Attack:
 def rows(args: argparse.Namespace) -> Iterator[str]:
     """Yield the lines of a Markdown table: accuracy in percent, CPU seconds."""
     study = open_search(args.name, args.storage)
-    (one,) = (c for c in SearchHistory(study).candidates() if c.candidate == args.candidate)
-    knobs = {name: value for name, _, value in (wish.partition("=") for wish in args.knobs)}
-    own = dict(one.params.inference)
-    params = replace(one.params, inference={**own, **{name: type(own[name])(value) for name, value in knobs.items()}})
+    space = study.resolved.space
+    params = space.setting(space.usual_of)
+    own = dict(params.inference)
+    for name, _, value in (wish.partition("=") for wish in args.knobs):
+        own[name] = type(own[name])(value)
+    params = replace(params, inference=own)
     runner = TrialRunner(study, study.store)
     _, defense = runner.trainer.fit(params, silent)
     target, evaluator = Defended(defense, runner.assets.target), runner.assets.evaluator
@@ -66,13 +68,12 @@ def rows(args: argparse.Namespace) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
-    parser.add_argument("candidate")
     parser.add_argument("--storage", default="runs")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--gradients", type=int, default=20)
     parser.add_argument("--draws", type=int, nargs="*", default=DRAWS)
     parser.add_argument("--sources", nargs="*", default=[])
-    parser.add_argument("--knobs", nargs="*", default=[], help="inference knobs that differ from the candidate's")
+    parser.add_argument("--knobs", nargs="*", default=[], help="inference knobs that differ from the usual: steps=10")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for row in rows(args):
