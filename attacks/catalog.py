@@ -40,6 +40,7 @@ RAND_FGSM_CIFAR = replace(
 )
 PGD_5 = Attack(name="pgd-5", family=PGD, source=MADRY, steps=5, pace=0.5, norms=BOTH)
 PGD_10 = Attack(name="pgd-10", family=PGD, source=MADRY, steps=10, pace=0.25, norms=BOTH)
+PGD_20 = replace(PGD_10, name="pgd-20", steps=20, pace=0.1)
 PGD_40 = Attack(name="pgd-40", family=PGD, source=MADRY, steps=40, pace=0.1, norms=BOTH)
 PGD_80 = replace(PGD_40, name="pgd-80", steps=80, pace=0.05)
 PGD_40_ADVAE = replace(PGD_40, name="pgd-40-advae", source="AdvAE, section 4.1: 0.01 at eps 0.3", pace=1 / 30)

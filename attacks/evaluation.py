@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attacks.attack import Attack
 from attacks.black_box import BlackBoxAttacker
 from attacks.gradient_view import BATCH, Gradient, Guarded, View, bare, gradients, limits, openings, stochastic
-from attacks.seeding import reproducible
+from attacks.seeding import KnownNoise, reproducible, seeded
 from attacks.suites import Suite, craft_oblivious
 from attacks.threat import ThreatModel
 from attacks.verdicts import Observation, Robustness, Seen, share
@@ -93,18 +93,22 @@ def observe(
     clean = look(target, x_NCHW, y_N, seed, looks) if begun is None else begun.clean
     blind = begun.oblivious if begun is not None else fed(oblivious or {})
     dark = begun.black_box if begun is not None else None if black_box is None else fed(black_box)
-    white = None
+    white, known = None, None
     if threat.knowledge == "white-box" or white_box:
         earlier = [clean, *blind.values(), *(dark or {}).values()]
         white = _white_box(suite, target, x_NCHW, y_N, threat, earlier, seed, start, standing_N, kept)
         if begun is not None and begun.white_box is not None and standing_N is not None:
             white = {name: seen.where(standing_N, begun.white_box[name]) for name, seen in white.items()}
+        if suite.known is not None:
+            noisy = stochastic(target)
+            known = under_known_noise(suite.known, target, x_NCHW, y_N, threat, seed) if noisy else {}
     return Observation(
         threat=threat,
         clean=clean,
         oblivious=blind,
         black_box=dark,
         white_box=white,
+        known=known,
         limits_S=limits(target),
         queries=queries,
     )
@@ -158,14 +162,46 @@ def strikes(suite: Suite, target: nn.Module) -> list[tuple[Attack, Gradient]]:
 @torch.no_grad()
 def look(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int, looks: int = 1, *, bounded: bool = True) -> Seen:
     """Return the model's outputs on the images, for `looks` successive draws of noise that start from `seed`."""
-    rights, held = [], []
     with reproducible(target, seed):
-        for _ in range(looks):
-            for x, y in zip(x_NCHW.split(BATCH), y_N.split(BATCH), strict=True):
-                rights.append(target(x).argmax(1) == y)
-                rejects = hasattr(target, "defense")
-                held.append(cast(Guarded, target).defense.suspicion(x) if rejects else x.new_zeros((len(x), 0)))
-    return Seen(torch.cat(rights).unflatten(0, (looks, -1)), torch.cat(held).unflatten(0, (looks, -1)), bounded)
+        outputs = [
+            _answered(target, x, y)
+            for _ in range(looks)
+            for x, y in zip(x_NCHW.split(BATCH), y_N.split(BATCH), strict=True)
+        ]
+    right, suspicion = (torch.cat(parts).unflatten(0, (looks, -1)) for parts in zip(*outputs, strict=True))
+    return Seen(right, suspicion, bounded)
+
+
+def _answered(target: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether the classes are right, bool_N, and the detector scores, NS."""
+    right_N = target(x_NCHW).argmax(1) == y_N
+    guarded = cast(Guarded, target) if hasattr(target, "defense") else None
+    return right_N, guarded.defense.suspicion(x_NCHW) if guarded else x_NCHW.new_zeros((len(x_NCHW), 0))
+
+
+@torch.no_grad()
+def under_known_noise(
+    attack: Attack, target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int
+) -> dict[str, Seen]:
+    """Return the outputs in the first draw of `look` where the attacker knows this noise, by attack and gradient.
+
+    All images are attacked, in the batches of `look`: an image's noise depends on the others of its batch.
+
+    Source: Liu et al. 2024 and 2025 report diffusion purification so; Athalye et al. 2018 for randomised defenses.
+    """
+    outputs = dict[str, list[tuple[Tensor, Tensor]]]()
+    with reproducible(target, seed):
+        for ids_N in torch.arange(len(y_N), device=y_N.device).split(BATCH):
+            x, y = x_NCHW[ids_N], y_N[ids_N]
+            for source in gradients(target):
+                made_NCHW = attack.craft(KnownNoise(View(target, source)), x, y, threat, seed, ids_N=ids_N)
+                with seeded():
+                    outputs.setdefault(f"{attack.name} ({source})", []).append(_answered(target, made_NCHW, y))
+            _answered(target, x, y)  # the next batch's noise comes after this one's
+    joined = {
+        name: [torch.cat(parts)[None] for parts in zip(*batches, strict=True)] for name, batches in outputs.items()
+    }
+    return {name: Seen(right_DN, suspicion_DNS) for name, (right_DN, suspicion_DNS) in joined.items()}
 
 
 @torch.no_grad()

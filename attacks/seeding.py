@@ -45,6 +45,24 @@ def reproducible(model: nn.Module, seed: int) -> Iterator[None]:
         yield
 
 
+class KnownNoise(nn.Module):
+    """A model that meets the same noise at every call: what torch's generators would give next when this was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.states = [torch.get_rng_state()]
+        if torch.cuda.is_initialized():
+            self.states.append(torch.cuda.get_rng_state())
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        with seeded():
+            torch.set_rng_state(self.states[0])
+            for state in self.states[1:]:
+                torch.cuda.set_rng_state(state)
+            return self.model(x_NCHW)
+
+
 class Draws:
     """Random numbers of each image, determined only by the image's id and the seed.
 

@@ -33,6 +33,7 @@ from attacks.catalog import (
     PGD_5,
     PGD_10,
     PGD_10_ADVAE,
+    PGD_20,
     PGD_40,
     PGD_40_ADVAE,
     RAND_FGSM,
@@ -44,6 +45,9 @@ from attacks.catalog import (
 )
 from attacks.gradient_view import View
 from attacks.threat import ThreatModel
+
+LOOKS = 5
+"""Least draws of the noise over which verdicts are taken where its worst draw is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class Suite:
             transfer, would dominate the cost; empty: `oblivious`.
         draws: noise draws averaged in each gradient, for a stochastic defense.
         looks: noise draws over which each verdict is taken, for a stochastic defense.
+        known: white-box attack of a stochastic defense whose attacker also knows the noise that the first look draws;
+            None: the noise stays unknown.
         eps: perturbation budget of the suite's paper; None: the task's.
     """
 
@@ -66,12 +72,17 @@ class Suite:
     white_box: tuple[Attack, ...]
     draws: int
     looks: int = 1
+    known: Attack | None = None
     eps: float | None = None
     transfer: tuple[Attack, ...] = ()
 
     def with_rungs(self) -> Suite:
         """Return the suite with the oblivious attacks that give the intermediate scores for early stopping added."""
         return replace(self, oblivious=tuple(dict.fromkeys((*self.oblivious, *SUITES["quick"].oblivious))))
+
+    def with_known_noise(self) -> Suite:
+        """Return the suite with an attacker who knows the noise of a draw, and with verdicts over at least `LOOKS`."""
+        return replace(self, known=self.known or PGD_20, looks=max(self.looks, LOOKS))
 
     def within(self, threat: ThreatModel) -> Suite:
         """Return the suite as it is run under a threat model: only attacks that can be bounded in its norm."""
@@ -96,6 +107,7 @@ SUITES: Mapping[str, Suite] = {
             white_box=(PGD_40, APGD_DLR_50, *TAILORED_40, replace(MIXTURE, name="gmvae-eq10-200", steps=200)),
             draws=4,
             looks=10,
+            known=PGD_40,
         ),
         Suite(name="standard", oblivious=AUTO, white_box=AUTO, draws=20, looks=20, transfer=(APGD_CE,)),
         Suite(

@@ -82,6 +82,8 @@ class Robustness:
         oblivious: verdict with all examples crafted on the bare classifier.
         black_box: verdict with all examples crafted on the attacker's substitute; None where they were not crafted.
         white_box: verdict with all of these and the white-box examples; None where they were not crafted.
+        known: verdict of all of these in the first draw, bool_1N, with the examples of who knows its noise; that of
+            `white_box` where there is no noise; None where they were not crafted.
         trail: accuracy after each attack, by `knowledge/attack`; white-box ones cumulative, the others each alone.
         queries: number of images whose class the black-box attacker queried.
     """
@@ -92,6 +94,7 @@ class Robustness:
     black_box: Verdict | None
     white_box: Verdict | None
     trail: Mapping[str, float]
+    known: Verdict | None = None
     queries: int = 0
 
     @property
@@ -124,7 +127,8 @@ class Observation:
     """All outputs of a model under attack; verdicts at other thresholds need no further forward pass.
 
     Args:
-        black_box, white_box: None where these attacks were not run.
+        black_box, white_box, known: None where these attacks were not run.
+        known: outputs in the first draw, whose noise the attacker knew; empty where there is no noise.
         queries: number of images whose class the black-box attacker queried.
         limits_S: the model's own thresholds.
     """
@@ -135,6 +139,7 @@ class Observation:
     black_box: Mapping[str, Seen] | None
     white_box: Mapping[str, Seen] | None
     limits_S: Tensor
+    known: Mapping[str, Seen] | None = None
     queries: int = 0
 
     def judge(self, limits_S: Tensor | None = None) -> Robustness:
@@ -156,12 +161,17 @@ class Observation:
         if self.white_box is not None:
             start = oblivious if black_box is None else oblivious & black_box
             white_box = worst("white-box", self.white_box, start, cumulative=True)
+        known = None
+        if self.known is not None and white_box is not None:
+            first = Verdict(white_box.right[:1], white_box.wrong[:1])
+            known = worst("known-noise", self.known, first, cumulative=True)
         return Robustness(
             threat=self.threat,
             clean=clean,
             oblivious=oblivious,
             black_box=black_box,
             white_box=white_box,
+            known=known,
             trail=trail,
             queries=self.queries,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from search.study.candidate import Candidate
 from search.study.catalog import open_search
 from search.study.study import Study
 
+FURTHER = {"nats": "KL, nats", "worst draw": "worst draw", "known noise": "known noise", "ms": "ms / 128"}
+"""Figures that some rows have, and their headings."""
+KNOWING = "white-box", "known-noise"
+"""Attacks of those who know the defense: they stand together."""
 SIZE = "train_images", "epochs", "eval_images", "classifier_epochs", "seed", "precision"
 
 
@@ -44,28 +49,47 @@ def collect(storage: str, names: Sequence[str]) -> dict[str, Any]:
 def _row(study: Study, candidate: Candidate) -> dict[str, Any]:
     score = candidate.score
     kept = {"clean": score.clean_accuracy, **score.attacks}
-    row = {"search": study.name, "defense": candidate.defense, **candidate.params.flat(), "images": score.images}
+    row: dict[str, Any] = {
+        "search": study.name,
+        "defense": candidate.defense,
+        **candidate.params.flat(),
+        "images": score.images,
+    }
     row |= {name: getattr(study, name) for name in SIZE if name not in row} | {"accuracy": kept}
     if candidate.defense == "puvae":
         row["nats"] = study.store.about("fits", candidate.fit)["curve"][-1]["kl"] / 2
+    if score.known_noise_accuracy is not None:
+        row |= {"worst draw": score.worst_draw_accuracy, "known noise": score.known_noise_accuracy}
+        row["ms"] = score.latency_ms_p50
     return row
 
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the Markdown table, in percent; of the knobs those that differ between its rows."""
     rows = found["rows"]
-    attacks = list(dict.fromkeys(name for row in rows for name in row["accuracy"] if not name.startswith("white-box")))
-    apart = {*SIZE, "search", "defense", "images", "accuracy", "nats"}
-    defended = [row for row in rows if row["defense"] == "puvae"]
+    attacks = list(dict.fromkeys(name for row in rows for name in row["accuracy"] if not name.startswith(KNOWING)))
+    further = [name for name in FURTHER if any(name in row for row in rows)]
+    apart = {*SIZE, "search", "defense", "images", "accuracy", *FURTHER}
+    (most, _), *_ = Counter(row["defense"] for row in rows).most_common(1)
+    defended = [row for row in rows if row["defense"] == most]
     knobs = [name for name in defended[0] if name not in apart and len({str(row[name]) for row in defended}) > 1]
-    heads = ["defense", *knobs, "KL, nats", *(name.removeprefix("oblivious/") for name in attacks), "white-box"]
+    before = [FURTHER[name] for name in further if name == "nats"]
+    after = [FURTHER[name] for name in further if name != "nats"]
+    heads = ["defense", *knobs, *before, *(name.removeprefix("oblivious/") for name in attacks), "white-box", *after]
     yield f"| {' | '.join(heads)} |"
     yield f"|{' --- |' * len(heads)}"
     for row in rows:
-        nats = f"{row['nats']:.2f}" if "nats" in row else "–"
-        cells = [row["defense"], *(f"{row[name]:g}" if name in row else "–" for name in knobs), nats]
+        cells = [row["defense"], *(_knob(row[name]) if name in row else "–" for name in knobs)]
+        cells += [f"{row['nats']:.2f}" if "nats" in row else "–" for _ in before]
         knowing = min(left for name, left in row["accuracy"].items() if name.startswith("white-box"))
-        yield f"| {' | '.join([*cells, *(points(row['accuracy'][name]) for name in attacks), points(knowing)])} |"
+        cells += [points(left) for left in (*(row["accuracy"][name] for name in attacks), knowing)]
+        cells += [points(row.get(name)) for name in further if name not in ("nats", "ms")]
+        cells += [f"{row['ms']:.0f}" if "ms" in row else "–" for name in further if name == "ms"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _knob(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
 def main() -> None:

@@ -33,6 +33,8 @@ T = 1000
 """Number of noise levels."""
 MOST_NOISE = 2**27
 """Most values of noise drawn at once, 512 MB of float32."""
+IMAGES_KEPT = 4
+"""Images that a gradient keeps of each step of an image, its input and noise among them; measured."""
 SURROGATE_STEPS = 5
 """Most steps of the surrogate, as in the code of Lee and Kim."""
 SLOPE = 0.1
@@ -89,8 +91,7 @@ class Diffusion(Defense):
     @property
     def gradients(self) -> tuple[Gradient, ...]:
         steps = len(self.times()) - 1
-        shorter: tuple[Gradient, ...] = ("surrogate",) if steps > SURROGATE_STEPS else ()
-        return ("exact", *shorter, "bpda") if steps else ("exact",)
+        return ("exact", *(("surrogate",) if steps > SURROGATE_STEPS else ()), "bpda") if steps else ("exact",)
 
     @property
     def eta(self) -> float:
@@ -111,6 +112,13 @@ class Diffusion(Defense):
             dropout=k.dropout,
         )
         self.alpha_bar = alpha_bars(k.schedule)
+
+    def memory(self, images: int) -> Mapping[str, int]:
+        """Return what is kept of all steps, and what the network takes in the one that is computed again."""
+        s, rows, steps = self.shape, images * self.candidates_each, len(self.times()) - 1
+        x_NCHW = next(self.parameters()).new_zeros((1, s.channels, s.height, s.width))
+        kept = rows * steps * IMAGES_KEPT * x_NCHW.nbytes
+        return {"steps": kept, "maps": min(rows, BATCH) * self.network.graph_bytes(x_NCHW)} if steps else {}
 
     # Training: Algorithm 1 of Ho et al.
 
@@ -141,6 +149,12 @@ class Diffusion(Defense):
             average.exchange()
             yield {"loss": float(total / images)}
 
+    def remarks(self, x_NCHW: Tensor, y_N: Tensor) -> tuple[str, ...]:
+        """Return what memory the gradient of an attack takes."""
+        parts = self.memory(BATCH)
+        words = f"{BATCH} images x {self.candidates_each} votes through {len(self.times()) - 1} steps"
+        return (f"an attack's gradient takes {sum(parts.values()) / 2**20:,.0f} MiB ({words})",) if parts else ()
+
     # Inference.
 
     def times(self, most: int = T) -> list[int]:
@@ -162,8 +176,7 @@ class Diffusion(Defense):
 
     def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
         """Return logits_NK: with several votes the logarithm of the mean of their probabilities."""
-        votes = self.candidates_each
-        if votes == 1:
+        if (votes := self.candidates_each) == 1:
             return classifier(self.purify(x_NCHW))
         logits = classifier(self.purify(x_NCHW.repeat_interleave(votes, dim=0)))
         log_p_NVK = F.log_softmax(logits, dim=1).unflatten(0, (-1, votes))

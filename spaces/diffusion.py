@@ -60,7 +60,7 @@ From t* = 0.3 on MNIST, 1 or 2 steps left as many clean digits right as 10; from
 
 SMOKE: dict[str, Domain] = {
     "maps": 8,
-    "levels": 2,
+    "levels": 1,
     "attention": 0,
     "embedding": 16,
     "ema": 0.95,

@@ -20,7 +20,7 @@ from attacks.audit.quick_gates import noise_gate, noisy, quick_gates
 from attacks.black_box import BlackBoxAttacker
 from attacks.catalog import APGD_DLR_50, PGD_40, PGD_80
 from attacks.evaluation import check, evaluate, observe
-from attacks.gradient_view import bare, gradients, limits, openings
+from attacks.gradient_view import bare, gradients, limits, openings, stochastic
 from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import ThreatModel
 from attacks.verdicts import Robustness, Seen, Verdict, disagreement
@@ -34,6 +34,8 @@ TWICE = Suite(
 )
 KEPT = PGD_40.name, APGD_DLR_50.name
 """Attacks whose images are kept, to be asked about again."""
+GAP = 0.15
+"""Largest accuracy gain of fresh noise over noise that the attacker knows."""
 DISAGREE = 0.1
 """Largest rate at which two draws of a defense's noise may disagree on a clean image."""
 
@@ -137,7 +139,7 @@ def _attack_gates(
         *probe.budget(),
         _sources(target, found),
         _draws(heavier),
-        probe.randomness(heavier),
+        _randomness(target, heavier),
         probe.planted(),
     )
 
@@ -170,6 +172,14 @@ def _draws(found: Robustness) -> Gate:
     """Check 8: two draws of the noise agree on a clean image."""
     law, differ = "two draws of the noise seldom disagree on a clean image", disagreement(found.clean.right)
     return at_most(8, "draws", law, differ, DISAGREE, found.clean.right.shape[1])
+
+
+def _randomness(target: nn.Module, heavier: Robustness) -> Gate:
+    """Check 8: noise unknown to the attacker gives little more accuracy than known noise."""
+    if not stochastic(target) or heavier.known is None:
+        return at_most(8, "randomness", "the defense draws no noise", 0.0, GAP)
+    saved, images = heavier.strongest.accuracy - heavier.known.accuracy, heavier.known.right.shape[1]
+    return at_most(8, "randomness", "noise that the attacker does not know saves few", saved, GAP, images)
 
 
 def _baseline(found: Robustness, undefended: Robustness) -> Gate:

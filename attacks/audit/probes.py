@@ -17,15 +17,14 @@ from attacks.algorithms.pgd import PGD
 from attacks.algorithms.selective_pgd import SelectivePGD
 from attacks.attack import Attack
 from attacks.audit.gate import SLACK, Gate, at_most, broken
-from attacks.catalog import FGSM, NES_30, PGD_10, PGD_40, PGD_80, SQUARE
+from attacks.catalog import FGSM, NES_30, PGD_10, PGD_20, PGD_40, PGD_80, SQUARE
 from attacks.evaluation import observe
 from attacks.gradient_view import View, gradients, openings, stochastic
-from attacks.seeding import Draws, evaluating, reproducible, seeded
+from attacks.seeding import Draws, KnownNoise, evaluating, reproducible, seeded
 from attacks.suites import SUITES, Suite
 from attacks.threat import ThreatModel
 from attacks.verdicts import Observation, Robustness
 
-PGD_20 = replace(PGD_10, name="pgd-20", steps=20, pace=0.1)
 PROBES = 32
 """Number of images attacked by these checks; doubled where a check must detect a few broken images."""
 DRAWS, LOOKS = SUITES["audit"].draws, 5
@@ -36,8 +35,6 @@ MOVING = 0.05
 """Largest relative increase of the loss in the last quarter of the steps."""
 LONGEST = 320
 """Most steps of an attack that goes on until the loss stops rising."""
-GAP = 0.15
-"""Largest accuracy gain of fresh noise over noise that the attacker knows."""
 QUERIES = 1000
 """Queries of Square for each image."""
 PLANT = 0.9
@@ -169,21 +166,6 @@ class Probe:
         found = seen.judge(None if limited else torch.full_like(seen.limits_S, torch.inf))
         return self._share(found.survivors)
 
-    def randomness(self, heavier: Robustness) -> Gate:
-        """Check 8: noise unknown to the attacker gives little more accuracy than known noise."""
-        law = "noise that the attacker does not know saves few"
-        if not stochastic(self.target):
-            return at_most(8, "randomness", "the defense draws no noise", 0.0, GAP)
-        x_NCHW, y_N = self.x_NCHW[self.few_N], self.y_N[self.few_N]
-        right_N = torch.ones_like(y_N, dtype=torch.bool)
-        known = _Known(self.target, self.seed)
-        for gradient in gradients(self.target):
-            attack = PGD(_Known(View(self.target, gradient), self.seed), **PGD_20.options(self.threat))
-            with torch.no_grad():
-                right_N &= known(attack(x_NCHW, y_N)).argmax(1) == y_N
-        saved = self._share(heavier.strongest.right) - float(right_N.double().mean())
-        return at_most(8, "randomness", law, saved, GAP)
-
     def planted(self) -> Gate:
         """Check 9: the attack finds an adversarial neighbour that is known to exist.
 
@@ -196,32 +178,22 @@ class Probe:
         places_N = torch.arange(len(x_NCHW), device=x_NCHW.device)
         sign_NCHW = Draws(self.seed, places_N).sign(*x_NCHW.shape[1:])
         corner_NCHW = x_NCHW + self.threat.eps * steepest(sign_NCHW, self.threat.norm)
-        known = _Known(self.target, self.seed)
+        with seeded(self.seed):
+            known = KnownNoise(self.target)
+            views = [KnownNoise(View(self.target, gradient)) for gradient in gradients(self.target)]
         with torch.no_grad(), evaluating(self.target):
             z_NK = known(x_NCHW)
             w_NK = known(project(corner_NCHW, x_NCHW, self.threat.eps, self.threat.norm)) - z_NK
         found_N = torch.zeros_like(places_N, dtype=torch.bool)
-        for gradient in gradients(self.target):
-            planted = _Planted(_Known(View(self.target, gradient), self.seed), z_NK, w_NK)
-            adversarial_NCHW = PGD(planted, **PGD_20.options(self.threat))(x_NCHW, torch.zeros_like(places_N))
+        for view in views:
+            adversarial_NCHW = PGD(_Planted(view, z_NK, w_NK), **PGD_20.options(self.threat))(
+                x_NCHW, torch.zeros_like(places_N)
+            )
             with torch.no_grad(), evaluating(self.target):
                 found_N |= _Planted(known, z_NK, w_NK)(adversarial_NCHW).argmax(1) == 1
         there_N = w_NK.norm(dim=1) > 1e-4
         missed = float((there_N & ~found_N).sum() / there_N.sum().clamp(min=1))
         return at_most(9, "planted", law, missed, SLACK)
-
-
-class _Known(nn.Module):
-    """A model that draws the same noise at every call."""
-
-    def __init__(self, model: nn.Module, seed: int) -> None:
-        super().__init__()
-        self.model = model
-        self.seed = seed
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        with seeded(self.seed):
-            return self.model(x_NCHW)
 
 
 class _Planted(nn.Module):

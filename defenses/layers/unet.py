@@ -81,6 +81,23 @@ class TimeUNet(nn.Module):
                 "fewer levels (knob levels)"
             )
 
+    def graph_bytes(self, x_NCHW: Tensor) -> int:
+        """Return the bytes that are kept for the gradient of these images, measured; weights are not counted."""
+        weights = {part.untyped_storage().data_ptr() for part in self.parameters()}
+        kept = dict[int, int]()
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            x_NCHW = x_NCHW.detach().requires_grad_()
+            graph = self(x_NCHW, torch.ones(len(x_NCHW), dtype=torch.int64, device=x_NCHW.device))
+        del graph  # until here it holds what is counted
+        return sum(kept.values())
+
     def forward(self, x_NCHW: Tensor, t_N: Tensor) -> Tensor:
         """Return an image for each image and its time, x_NCHW."""
         time_NE = self.time(t_N, x_NCHW.dtype)

@@ -35,7 +35,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "warm_start",
         "seed",
     ),
-    "The threat": ("threat", "norm", "eps", "suite", "substitute", "protect"),
+    "The threat": ("threat", "norm", "eps", "suite", "noise", "substitute", "protect"),
     "Constraints": ("max_latency_ms", "min_clean_accuracy", "max_clean_rejection"),
     "Size of a run": (
         *("train_images", "eval_images", "cheap_images", "scoring"),

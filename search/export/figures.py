@@ -35,6 +35,7 @@ def accuracies(audited: Robustness, again: Robustness, images: int) -> dict[str,
         **accuracy("attacked", attacked, images),
         "draws": len(attacked.right),
         "attacked_accuracy_worst_draw": attacked.worst,
+        "known_noise_accuracy": audited.known.accuracy if audited.known and len(attacked.right) > 1 else None,
         "attacked_error": attacked.error,
         "attacked_rejection": attacked.rejection,
         **accuracy("oblivious", oblivious, images),
@@ -76,6 +77,7 @@ def budgets(further: Mapping[str, Suite], threat: ThreatModel) -> dict[str, Any]
             "looks": suite.looks,
             "oblivious": [attack.budget(threat) for attack in suite.oblivious],
             "white_box": [attack.budget(threat) for attack in suite.white_box],
+            "known_noise": [suite.known.budget(threat)] if suite.known else [],
         }
         for name, suite in suites.items()
     }
@@ -86,7 +88,8 @@ def named(attacks: Mapping[str, Mapping[str, float]], budgets: Mapping[str, Any]
 
     In a trail an attack's name is followed by ` (gradient source)`, and by `, kept` where its images were snapped.
     """
-    known = {one["attack"] for suite in budgets.values() for one in (*suite["oblivious"], *suite["white_box"])}
+    groups = "oblivious", "white_box", "known_noise"
+    known = {one["attack"] for suite in budgets.values() for group in groups for one in suite[group]}
     ran = {re.split(r" \(|, ", name.partition("/")[2])[0] for trail in attacks.values() for name in trail}
     return at_most(1, "named", f"every attack has a name and a budget ({spoken_threat(threat)})", len(ran - known), 0.0)
 

@@ -26,6 +26,7 @@ EXAM = (
     "norm",
     "substitute",
     "suite",
+    "noise",
     "train_images",
     "eval_images",
     "classifier_epochs",

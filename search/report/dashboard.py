@@ -52,6 +52,8 @@ FIGURES = (
     "oblivious_accuracy",
     "black_box_accuracy",
     "white_box_accuracy",
+    "worst_draw_accuracy",
+    "known_noise_accuracy",
     "clean_accuracy",
     "clean_rejection",
     "latency_ms_p95",

@@ -77,9 +77,9 @@ def leaderboard(
     )
     rejects = any(c.score.clean_rejection or c.score.attacked_rejection for c in ranked)
     apart = ("attacked_error", "attacked_rejection", "clean_rejection") if rejects else ()
-    names = (*apart, "oblivious_accuracy", "white_box_accuracy", "clean_accuracy", "latency_ms_p50")
+    names = (*apart, *_noise(ranked), "oblivious_accuracy", "white_box_accuracy", "clean_accuracy", "latency_ms_p50")
     best, last = ranked[:top], [] if undefended is None else [undefended]
-    figures = list(zip(*(_figures(candidate, rejects) for candidate in (*best, *last)), strict=True))
+    figures = list(zip(*(_figures(candidate, rejects, _noise(ranked)) for candidate in (*best, *last)), strict=True))
     figures = figures or [()] * (len(names) + 3)
     headings = [HEADINGS["attacked_accuracy"], "95 %", *(HEADINGS[name] for name in names)]
     columns = [Column("candidate", [*(c.candidate for c in best), *("undefended" for _ in last)], "left", 13)]
@@ -102,7 +102,13 @@ def refusals(study: Study, candidates: Sequence[Candidate]) -> str:
     return f"constraints: {within} of {len(candidates)} candidates meet all" + (f"; {refused}" if refused else "")
 
 
-def _figures(candidate: Candidate, rejects: bool) -> list[str]:
+def _noise(ranked: Sequence[Candidate]) -> tuple[str, ...]:
+    """Return the columns of a search that scored noise that the attacker knows apart."""
+    asked = any(c.score.known_noise_accuracy is not None for c in ranked)
+    return ("worst_draw_accuracy", "known_noise_accuracy") if asked else ()
+
+
+def _figures(candidate: Candidate, rejects: bool, noise: Sequence[str]) -> list[str]:
     score = candidate.score
     apart = (score.attacked_error, score.attacked_rejection, score.clean_rejection) if rejects else ()
     low, high = wilson(score.attacked_accuracy, score.images)
@@ -110,6 +116,7 @@ def _figures(candidate: Candidate, rejects: bool) -> list[str]:
         points(score.attacked_accuracy),
         f"{100 * low:.0f}-{100 * high:.0f}",
         *map(points, apart),
+        *(points(getattr(score, name)) for name in noise),
         points(score.oblivious_accuracy),
         points(score.white_box_accuracy),
         points(score.clean_accuracy),

@@ -103,6 +103,7 @@ def figures(summary: Summary) -> tuple[Mapping[str, Any] | None, Mapping[str, An
     bare = audit["baselines"][UNDEFENDED]
     black_box = bare["attacked_accuracy"] if summary.study.threat == "black-box" else None
     bare = {**bare, "attacked_error": 1 - bare["attacked_accuracy"], "black_box_accuracy": black_box}
+    audit = {**audit, "worst_draw_accuracy": audit.get("attacked_accuracy_worst_draw")}
     return {**winner, **audit}, {**undefended, **bare}
 
 
@@ -129,6 +130,10 @@ def measures(summary: Summary) -> Iterator[tuple[str, str, list[str], str]]:
         ("Clean images rejected", "no attack", "clean_rejection", percent),
     ]
     asked = [("Black-box accuracy", summary.named("black-box"), "black_box_accuracy", percent)]
+    noise = [
+        ("In the worst draw of the noise", summary.named(), "worst_draw_accuracy", percent),
+        ("Where the attacker knows the noise", summary.named("white-box"), "known_noise_accuracy", percent),
+    ]
     rows: list[tuple[str, str, str, Callable[[Any], str]]] = [
         *(rejection if summary.rejects else []),
         (
@@ -139,6 +144,7 @@ def measures(summary: Summary) -> Iterator[tuple[str, str, list[str], str]]:
         ),
         *(asked if summary.study.threat == "black-box" else []),
         ("White-box accuracy", f"{summary.named('white-box')}: the attacker knows it", "white_box_accuracy", percent),
+        *(noise if summary.study.noise == "known" else []),
         ("Clean accuracy", "no attack", "clean_accuracy", percent),
         ("Purification latency", batch, "latency_ms_p50", milliseconds),
     ]

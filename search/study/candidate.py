@@ -69,6 +69,8 @@ class Score:
         attacked_rejection: the remaining images.
         attacks: accuracy after each attack, by `knowledge/attack`; each oblivious one over all images, white-box ones
             cumulative (each runs on the images that the earlier ones left).
+        known_noise_accuracy: white-box, where the attacker also knows the noise of one draw; None: not asked for.
+        worst_draw_accuracy: the attacked one in the worst draw of a defense's noise; None: not asked for.
         queries: number of queries of the black-box attacker; 0 if it was not run.
         images: number of validation images that were attacked.
         device: where the latency was measured.
@@ -90,6 +92,8 @@ class Score:
     latency_ms_p95: float
     images: int
     black_box_accuracy: float | None = None
+    known_noise_accuracy: float | None = None
+    worst_draw_accuracy: float | None = None
     queries: int = 0
     device: str = ""
     latency_images: Images = ""
@@ -141,6 +145,8 @@ class Candidate:
             "queries": s.queries,
             "norm": s.threat.norm,
             "latency_images": s.latency_images,
+            "worst_draw_accuracy": s.worst_draw_accuracy,
+            "known_noise_accuracy": s.known_noise_accuracy,
             **s.attacks,
         }
 

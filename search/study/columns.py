@@ -23,6 +23,8 @@ COLUMNS: Mapping[str, str] = {
     "oblivious_accuracy": "accuracy under attack where the attacker does not know the defense",
     "black_box_accuracy": "accuracy under attack where the attacker sees only the model's answers",
     "white_box_accuracy": "accuracy under attack where the attacker knows all of the defense",
+    "worst_draw_accuracy": "attacked accuracy in the worst draw of a defense's noise (--noise known)",
+    "known_noise_accuracy": "white-box accuracy where the attacker also knows the noise of one draw (--noise known)",
     "clean_accuracy": "accuracy without an attack",
     "clean_rejection": "share of the images without an attack that are rejected",
     "latency_ms_p50": "purification latency: the median time for a batch of 128 minus the bare classifier's, "
@@ -42,6 +44,8 @@ HEADINGS: Mapping[str, str] = {
     "clean_rejection": "clean rejected %",
     "oblivious_accuracy": "oblivious %",
     "white_box_accuracy": "white-box %",
+    "worst_draw_accuracy": "worst draw %",
+    "known_noise_accuracy": "known noise %",
     "clean_accuracy": "clean %",
     "latency_ms_p50": "p50 ms",
     "latency_images": "ms on",

@@ -51,6 +51,11 @@ class Fields(BaseModel):
         description="the black-box attacker's architecture (list tasks); else the protected one's partner",
     )
     suite: str = Field("search", description="the attacks that score a candidate (list attacks)")
+    noise: Literal["unknown", "known"] = Field(
+        "unknown",
+        description="of a defense that draws some, to the attacker; known: scored both ways, over at least 5 draws "
+        "(columns worst_draw_accuracy, known_noise_accuracy)",
+    )
     max_latency_ms: float | None = Field(
         None, gt=0, description="constraint: p50 of the purification latency of a batch of 128, in milliseconds"
     )

@@ -88,7 +88,7 @@ def resolve(study: Study) -> ResolvedStudy:
     partner, substitute = study.partner or task.partner, study.substitute or protected.partner
     partner, substitute = (task.beside(name).classifier for name in (partner, substitute))
     threat = threat_of(study.norm, _eps(study, suite, task), study.threat)
-    within = suite.within(threat)
+    within = (suite.with_known_noise() if study.noise == "known" else suite).within(threat)
     return ResolvedStudy(task, protected.classifier, partner, substitute, defense, space, threat, within, images)
 
 

@@ -49,13 +49,20 @@ class Evaluation:
             "threat": asdict(self.found.threat),
             "queries": self.found.queries,
             "gates": [asdict(gate) for gate in self.gates],
+            "known": self.found.known is not None,
             "bounded": [(name, seen.bounded) for name, seen in self._seen().items()],
         }
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Evaluation:
         """Return the evaluation from its `tensors` and `about`."""
-        groups: dict[str, dict[str, Seen]] = {"": {}, "oblivious": {}, "black-box": {}, "white-box": {}}
+        groups: dict[str, dict[str, Seen]] = {
+            "": {},
+            "oblivious": {},
+            "black-box": {},
+            "white-box": {},
+            "known-noise": {},
+        }
         for name, bounded in about["bounded"]:
             knowledge, _, attack = name.rpartition("/")
             groups[knowledge][attack] = Seen(tensors[f"right {name}"], tensors[f"suspicion {name}"], bounded)
@@ -66,6 +73,7 @@ class Evaluation:
             oblivious=groups["oblivious"],
             black_box=groups["black-box"] if threat.knowledge == "black-box" else None,
             white_box=groups["white-box"],
+            known=groups["known-noise"] if about["known"] else None,
             limits_S=tensors["limits"],
             queries=about["queries"],
         )
@@ -79,6 +87,7 @@ class Evaluation:
             **{f"oblivious/{name}": seen for name, seen in found.oblivious.items()},
             **{f"black-box/{name}": seen for name, seen in (found.black_box or {}).items()},
             **{f"white-box/{name}": seen for name, seen in (found.white_box or {}).items()},
+            **{f"known-noise/{name}": seen for name, seen in (found.known or {}).items()},
         }
 
 
@@ -119,7 +128,7 @@ class Evaluator:
 
     def begin(self, target: nn.Module) -> Observation:
         """Look at all images, and attack the first ones: what a race of inference settings needs."""
-        return self._observe(target, None, self.first_N)
+        return replace(self, suite=replace(self.suite, known=None))._observe(target, None, self.first_N)
 
     def observe(self, target: nn.Module, begun: Observation | None = None) -> Observation:
         """Attack under the oblivious and the white-box threat models in any case, and under the study's own.
@@ -167,6 +176,8 @@ class Evaluator:
             black_box_accuracy=None if verdict.black_box is None else verdict.black_box.accuracy,
             queries=verdict.queries,
             white_box_accuracy=verdict.strongest.accuracy,
+            known_noise_accuracy=None if verdict.known is None else verdict.known.accuracy,
+            worst_draw_accuracy=None if verdict.known is None else attacked.worst,
             clean_accuracy=verdict.clean.accuracy,
             clean_rejection=verdict.clean.rejection,
             latency_ms_p50=latency.ms_p50 if latency else 0.0,

@@ -12,7 +12,7 @@ import torch
 
 from attacks.catalog import IFGSM_TARGETED
 from attacks.seeding import reproducible
-from defenses.base import Defended
+from defenses.base import Defended, Defense
 from search.storage.atomic import write_atomic
 from search.storage.store import Store
 from search.study.candidate import Candidate, Latency
@@ -42,11 +42,14 @@ def raced_trial(
         The candidates, the proposed setting first, and the settings that were dropped.
 
     Raises:
-        TrialError: the training diverged.
+        TrialError: the training diverged, or an attack would not fit into the memory.
     """
     runner = TrialRunner.of(study, store)
+    settings = [params] if alone else runner.scorer.settings(params)
+    if study.resolved.defense.memory is not Defense.memory:
+        runner.scorer.check_memory(runner.trainer.build(params), settings)
     key, defense = runner.trainer.fit(params, report)
-    return runner.scorer.raced(key, defense, [params] if alone else runner.scorer.settings(params), rivals)
+    return runner.scorer.raced(key, defense, settings, rivals)
 
 
 def baseline(study: Study, store: Store) -> Candidate:

@@ -5,8 +5,11 @@ Shapes: S columns of suspicion.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import attacks.suites
+from attacks.attack import ROWS
+from attacks.gradient_view import BATCH
 from attacks.risk_coverage import Point, pick, risk_coverage
 from attacks.verdicts import Observation
 from defenses.base import Defended, Defense
 from search.data.splits import HELD_OUT
+from search.exceptions import TrialError
 from search.storage.fingerprint import code_digests, fingerprint
 from search.storage.store import Content
 from search.study.candidate import Candidate, Images, Latency
@@ -53,6 +59,23 @@ class Scorer:
             # The same for all fits, so that they are comparable.
             others = [space.drawn(rng) for _ in range(SAMPLE)]
         return [params, *(other for other in others if other != params)]
+
+    def check_memory(self, defense: Defense, settings: Sequence[Params]) -> None:
+        """Raise a TrialError if an attack on the defense at one of the settings does not fit into the memory."""
+        suite, device = self.resolved.suite, self.assets.device
+        for params in settings:
+            defense.at(params.inference)
+            images = self.resolved.eval_images
+            several = min(images, max(1, ROWS // (suite.draws * defense.candidates_each)), BATCH) * suite.draws
+            images = max(several, min(images, BATCH) if suite.known else 0)
+            parts = defense.memory(images)
+            if parts and (free := free_bytes(device)) is not None and sum(parts.values()) > free:
+                flat = params.flat()
+                less = " or ".join(f"{knob} (now {flat[knob]}: {_gib(size)})" for knob, size in parts.items())
+                raise TrialError(
+                    f"an attack must fit into the memory of {device_name(device)}, of which {_gib(free)} are free, but "
+                    f"the gradient of {images} images takes {_gib(sum(parts.values()))}: lower {less}"
+                )
 
     def raced(
         self, key: str, defense: Defense, settings: Sequence[Params], rivals: Rivals = ()
@@ -219,6 +242,29 @@ class Scorer:
             "attacked": torch.cat(list(evaluator.oblivious.values())),
         }
         return measure(Defended(defense, bare.requires_grad_(False)), kinds, self.assets.device_lock)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that this process can still take on a device; None if nobody says."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        most = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return min(free + held, most) - used
+    left = []
+    with suppress(OSError):
+        (line,) = re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
+        left.append(1024 * int(line))
+    with suppress(OSError, ValueError):  # the limit of a control group, "max" where there is none
+        group = Path("/sys/fs/cgroup")
+        limit, taken, stat = (group.joinpath(f"memory.{name}").read_bytes() for name in ("max", "current", "stat"))
+        (cached,) = re.findall(rb"^inactive_file (\d+)$", stat, re.MULTILINE)  # given back where it is needed
+        left.append(int(limit) - int(taken) + int(cached))
+    return min(left, default=None)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2g} GiB"
 
 
 def _latency_knobs(knobs: Any) -> dict[str, Scalar]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import spaces
-from attacks.gradient_view import View
+from attacks.gradient_view import BATCH, View
 from defenses import diffusion
 from defenses.base import Batches, Defended, Shape
 from defenses.diffusion import SURROGATE_STEPS, Average, Diffusion, T, alpha_bars
@@ -253,6 +253,29 @@ def test_memory_of_the_gradient_does_not_grow_by_the_networks_maps() -> None:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             defense.purify(x)
     assert kept[1] - kept[0] <= 10 * 3 * x.numel()
+
+
+def test_the_memory_that_an_attack_takes_is_what_the_gradient_keeps() -> None:
+    """Against tensors counted: what is kept between steps of all rows, and the network's of one step and batch."""
+    few, many = build(t_star=0.4, steps=10, votes=3), build(t_star=0.4, steps=20, votes=3)
+    kept, x = list[int](), images(8).requires_grad_()
+    for defense in (few, many):
+        kept.append(0)
+
+        def count(tensor: Tensor) -> Tensor:
+            kept[-1] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            defense.classify(x, nn.Flatten())
+    one, other = few.memory(8), many.memory(8)
+    assert other["maps"] == one["maps"] > 20 * x.nbytes and other["steps"] == 2 * one["steps"]
+    assert 0.5 * one["steps"] <= kept[1] - kept[0] <= 1.5 * one["steps"]
+    assert few.memory(300)["maps"] == few.memory(BATCH)["maps"] == BATCH / 24 * one["maps"]
+    (said,) = many.remarks(x, torch.zeros(8))
+    assert "MiB (256 images x 3 votes through 20 steps)" in said
+    nothing = build(t_star=0.0)
+    assert nothing.memory(8) == {} and nothing.remarks(x, torch.zeros(8)) == ()
 
 
 def test_the_surrogate_takes_few_steps_and_has_a_slope_where_values_are_clipped() -> None:

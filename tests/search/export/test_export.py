@@ -177,6 +177,8 @@ def test_the_evidence_says_all_that_a_number_needs(folder: Path, searched: Study
     assert said["candidate"] == best.candidate == folder.name
     assert best.score.attacked_accuracy == said["attacked_accuracy_of_the_search"]
     assert said["attacked_accuracy_worst_draw"] <= said["attacked_accuracy"]
+    assert said["draws"] > 1 and 0 <= said["known_noise_accuracy"] <= said["white_box_accuracy"] + 0.05
+    assert [attack["attack"] for attack in said["budgets"]["audit"]["known_noise"]] == ["pgd-40"]
     assert said["attacked_accuracy"] <= best.score.attacked_accuracy + 1 / IMAGES  # other draws of the noise
     low, high = said["attacked_accuracy_interval"]
     assert low < said["attacked_accuracy"] < high

@@ -13,7 +13,7 @@ from torch import nn
 import attacks.suites
 from attacks.suites import SUITES
 from attacks.verdicts import Observation
-from defenses.base import Batches, Metrics
+from defenses.base import Batches, Defended, Metrics
 from defenses.puvae import PuVAE
 from search.exceptions import TrialError
 from search.storage.fingerprint import code_digests
@@ -58,6 +58,29 @@ def test_a_fit_is_scored_at_all_six_sigma_eps_the_proposed_one_first(study: Stud
         assert score.latency_images == candidate.row()["latency_images"] != ""
         assert Candidate.from_json(candidate.to_json()) == candidate
     assert len({c.score.latency_ms_p50 for c in candidates}) == 1  # sigma_eps cannot change it
+
+
+def test_noise_that_the_attacker_knows_is_scored_beside_the_rest_where_it_is_asked_for(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All inference settings race on the first images, where the known noise is not yet asked about."""
+    asked = study.model_copy(update={"noise": "known", "knobs": {**study.knobs, "sigma_eps": [1.0, 0]}})
+    plain = run_trial(study, setting(study, sigma_eps=1.0), study.store, silent)
+    assert plain[0].row()["known_noise_accuracy"] is None and plain[0].row()["worst_draw_accuracy"] is None
+    noisy, still = run_trial(asked, setting(asked, sigma_eps=1.0), asked.store, silent)
+    for candidate in (noisy, still):
+        row, score = candidate.row(), candidate.score
+        assert Candidate.from_json(candidate.to_json()) == candidate
+        assert row["worst_draw_accuracy"] <= score.attacked_accuracy  # type: ignore[operator]
+        assert score.known_noise_accuracy == row["known_noise_accuracy"]
+    assert any(name.startswith("known-noise/pgd-20 (") for name in noisy.row())
+    assert still.score.known_noise_accuracy == still.score.white_box_accuracy
+    assert not any(name.startswith("known-noise") for name in still.row())
+    begun = TrialRunner(asked, asked.store).assets.evaluator.begin
+    monkeypatch.setattr("attacks.evaluation.under_known_noise", None)
+    runner = TrialRunner(asked, asked.store)
+    _, defense = runner.trainer.fit(setting(asked, sigma_eps=1.0), silent)
+    assert begun(Defended(defense, runner.assets.target)).known is None
 
 
 def test_the_second_time_nothing_is_trained_and_the_scores_are_the_same(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+import torch
 from torch import Tensor, nn
 
 from defenses.identity import Identity
-from search.trial.runner import TrialRunner
+from search.exceptions import TrialError
+from search.trial import scoring
+from search.trial.runner import TrialRunner, run_trial
 from tests.conftest import digits_study
 
 SLEEP_S = 0.02
@@ -46,3 +50,20 @@ def test_a_training_that_slowed_the_classifier_it_was_given_hides_no_work(tmp_pa
     runner.assets.target.register_forward_pre_hook(lambda *_: time.sleep(SLEEP_S))
     defense = WorksWhileItClassifies({}, {}, runner.assets.resolved.task.shape)
     assert runner.scorer.measured(defense).ms_p50 / 1e3 > 0.5 * SLEEP_S
+
+
+def test_an_attack_that_does_not_fit_into_memory_ends_the_trial_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = digits_study(tmp_path, defense="diffusion", knobs={"steps": [2, 20]}, epochs=1, eval_images=40)
+    params = study.resolved.space.setting(study.resolved.space.usual_of)
+    monkeypatch.setattr(scoring, "free_bytes", lambda device: 3 * 2**20)
+    law = r"must fit into the memory of .*, of which 0.0029 GiB are free, but the gradient of 80 images takes 0.\d+ GiB"
+    with pytest.raises(TrialError, match=law + r": lower steps \(now \d+: 0.\d+ GiB\) or maps \(now 8: 0.\d+ GiB\)"):
+        run_trial(study, params, study.store, lambda epoch, metrics: None)
+    assert not study.store.keys("fits")
+
+
+def test_the_free_memory_is_some_of_what_the_machine_has() -> None:
+    free = scoring.free_bytes(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
