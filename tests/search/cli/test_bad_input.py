@@ -69,6 +69,7 @@ STARTS = (
 )
 """Where work begins that takes long: there a run is interrupted, as by Ctrl-C."""
 PATIENCE_S = 20
+"""CPU seconds after which a command is interrupted."""
 CODES = {"doctor": (0, 1)}
 RIGHT = (0, 130)
 NAMED = [(" ".join(path), leaf) for path, leaf in LEAVES]
@@ -146,11 +147,11 @@ def heard(arguments: Sequence[str]) -> tuple[int, str]:
 
 
 class Late(BaseException):
-    """A command took too long; no command handles this."""
+    """A command computed too long; no command handles this."""
 
 
 def late(*_: object) -> None:
-    raise Late(f"no answer in {PATIENCE_S} s")
+    raise Late
 
 
 def check(folder: Path, command: str, arguments: Sequence[str]) -> None:
@@ -158,12 +159,14 @@ def check(folder: Path, command: str, arguments: Sequence[str]) -> None:
     base = folder.parents[1]
     before = contents(base)
     outage._SEEN.clear()  # the storage of the last try was removed, which a process waits for otherwise
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(PATIENCE_S)
+    signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE_S)
     try:
         code, told = heard(arguments)
+    except Late:
+        code, told = -1, f"no answer after {PATIENCE_S} s of computing"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         after = contents(base)
         if changed := sorted(name for name in {**before, **after} if before.get(name) != after.get(name)):
             shutil.rmtree(base)
