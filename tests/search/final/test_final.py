@@ -35,6 +35,7 @@ import attacks.black_box
 from attacks.black_box import Substitute, train_substitute
 from attacks.catalog import APGD_CE, FGSM, PGD_5, SELECTIVE_10
 from attacks.evaluation import evaluate
+from attacks.gradient_view import SPREAD
 from attacks.suites import SUITES, Suite
 from attacks.threat import ThreatModel
 from attacks.verdicts import Verdict
@@ -226,7 +227,10 @@ def test_the_figures_come_back_by_hand_on_the_test_split(judged: Found, exported
     for seed in SEEDS:
         target = cast(Defended, evaluated_models(cases_of(exported), seed)[0].target)
         x = x_NCHW.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(F.cross_entropy(target.classifier(x), y_N, reduction="sum"), x)
+        logits_NK = target.classifier(x)
+        spread_N1 = logits_NK.detach().std(dim=1, correction=0, keepdim=True)
+        scaled_NK = logits_NK * spread_N1.clamp(*SPREAD) / spread_N1  # as every attack sees them
+        (slope,) = torch.autograd.grad(F.cross_entropy(scaled_NK, y_N, reduction="sum"), x)
         attacked = (x_NCHW + 0.1 * slope.sign()).clamp(0, 1)
         kept = [(target(x).argmax(1) == y_N) & target.accept(x) for x in (x_NCHW, attacked)]
         clean.append(float(kept[0].float().mean()))
