@@ -173,7 +173,7 @@ def _apart(address: str | None) -> Iterator[None]:
 
 def _connect(study: Study, address: str | None, folder: Path | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    environment = {"CUDA_VISIBLE_DEVICES": ""} if study.gpus_per_trial == 0 else {}  # Ray hides GPUs if it assigns some
+    environment = {"CUDA_VISIBLE_DEVICES": ""} if study.gpus_per_trial == 0 else {}  # Ray would show all GPUs
     if address is None:
         environment |= {name: os.path.abspath(os.environ[name]) for name in FOLDERS & os.environ.keys()}
         ensure_token()
