@@ -1,7 +1,8 @@
 """Keeps the data from a defense's own code: while that runs, no file of them can be opened in this process.
 
 A file is known by its device and inode, so a symbolic link, a hard link or /proc/self/fd is no way around; a copy
-cannot be made, as its original cannot be read. What still gets past: native code that opens files without telling
+cannot be made, as its original cannot be read. A file system gives the inode of a deleted file to a new one, which is
+told from it by its size and its time. What still gets past: native code that opens files without telling
 Python, programs that an installed package starts, other copies of a data set on the machine, and code that changes this
 module's own state, or takes the judged images from this process's memory.
 """
@@ -24,7 +25,7 @@ from search.data.folders import roots
 from search.exceptions import TrialError
 from spaces.exceptions import InputError
 
-OPENINGS = {"open": 1, "os.remove": 1, "os.truncate": 1, "os.link": 1, "os.rename": 2}
+OPENINGS = {"open": 1, "os.remove": 1, "os.truncate": 1, "os.utime": 1, "os.link": 1, "os.rename": 2}
 """Audit events of Python, and how many of their first arguments are paths."""
 PROGRAMS = frozenset({"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn"})
 """Audit events that start another program, which could read the files for this one."""
@@ -34,11 +35,13 @@ PACKAGES, LIBRARY = (
 DATA, SEARCH = (str(folder) for folder in Path(__file__).parents[:2])
 Identity = tuple[int, int]
 """The device and the inode of a file."""
+Seen = tuple[Path, int, int]
+"""Where a file lay when it was identified, its size in bytes and when it was last changed, in ns."""
 
 _folders: set[Path] = set()
 _doing: list[str] = []
 _refusals: list[str] = []
-_data: frozenset[Identity] = frozenset()
+_data: dict[Identity, Seen] = {}
 
 
 def watch(*paths: Path) -> None:
@@ -83,20 +86,20 @@ def refuse_while_closed(what: str) -> None:
 
 def _identify() -> None:
     global _data
-    usual, found = list[Path](), set[Identity]()
+    usual, found = list[Path](), dict[Identity, Seen]()
     with suppress(InputError):  # it may not be seen
         usual = [part for root in roots(None) for name in ("decoded", "raw") for part in (root / name).glob("*")]
     for path in {*_folders, *usual}:
         with suppress(OSError):
             found |= _identities(path, path.stat().st_mtime_ns)
-    _data = frozenset(found)
+    _data = found
 
 
 @cache
-def _identities(path: Path, changed: int) -> frozenset[Identity]:
-    """Return the identity of a file, or those of a folder and all that is in it; `changed` is when it last changed."""
-    found = (each.stat() for each in (path, *path.rglob("*")))
-    return frozenset((one.st_dev, one.st_ino) for one in found)
+def _identities(path: Path, changed: int) -> dict[Identity, Seen]:
+    """Return what identifies a file, or a folder and all that is in it; `changed` is when it last changed."""
+    found = {each: each.stat() for each in (path, *path.rglob("*"))}
+    return {(one.st_dev, one.st_ino): (each, one.st_size, one.st_mtime_ns) for each, one in found.items()}
 
 
 @cache
@@ -136,15 +139,22 @@ def _is_data(path: Any) -> bool:
     if isinstance(path, str | bytes) and not os.path.isabs(path):  # it may be meant relative to an open folder
         with suppress(OSError):
             folders += map(int, os.listdir("/proc/self/fd"))
-    return any(_identity(path, folder) in _data for folder in folders)
+    return any(_is_ours(path, folder) for folder in folders)
 
 
-def _identity(path: Any, folder: int | None) -> Identity | None:
+def _is_ours(path: Any, folder: int | None) -> bool:
     try:
         found = os.stat(path, dir_fd=folder)
-    except (OSError, ValueError, TypeError):
-        return None
-    return found.st_dev, found.st_ino
+        identity = found.st_dev, found.st_ino
+        where, *before = _data[identity]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    if before == [found.st_size, found.st_mtime_ns]:
+        return True
+    with suppress(OSError):  # it changed, or it is another file, which has its inode by now
+        there = os.stat(where)
+        return identity == (there.st_dev, there.st_ino)
+    return False
 
 
 def _trusted() -> bool:

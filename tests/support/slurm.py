@@ -40,7 +40,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 GresTypes=gpu
 ReturnToService=2
-KillWait=30
+KillWait=180
 {nodes}
 PartitionName=all Nodes=ALL Default=YES
 """

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from search.data import splits
 from search.data.cache import ensure
 from search.data.folders import data_folder
-from search.data.guard import closed
+from search.data.guard import closed, watch
 from search.exceptions import TrialError
 
 
@@ -69,6 +69,7 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "another program": lambda images: subprocess.run(["cat", images]),
     "a shell": lambda images: os.system(f"cat {images}"),
     "another Python": in_a_new_python,
+    "another time for it": lambda images: os.utime(images, (0, 0)),
     "another name for it": lambda images: os.rename(images, images.with_suffix(".moved")),
 }
 
@@ -90,6 +91,28 @@ def test_a_link_elsewhere_is_no_way_around(
     with pytest.raises(TrialError, match="it opens .*innocent.npy"), closed("tried"):
         np.load(other)
     assert len(np.load(other)) == 1437
+
+
+def test_a_folder_under_another_name_is_no_way_around(tmp_path: Path) -> None:
+    splits.load("digits", "train", tmp_path / "data")
+    with pytest.raises(TrialError), closed("tried"):
+        (tmp_path / "data").rename(tmp_path / "moved")
+        np.load(tmp_path / "moved" / "decoded" / "digits" / "y_train.npy")
+
+
+def test_a_new_file_with_the_inode_of_a_deleted_one_is_not_the_data(tmp_path: Path) -> None:
+    old = tmp_path / "images" / "0" / "old.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"data")
+    watch(tmp_path / "images")
+    with closed("tried"):
+        inode = old.stat().st_ino
+    old.unlink()
+    (tmp_path / "0.png").write_bytes(b"another")
+    if (tmp_path / "0.png").stat().st_ino != inode:
+        pytest.skip("this file system does not use an inode again at once")
+    with closed("tried"):
+        assert (tmp_path / "0.png").read_bytes() == b"another"
 
 
 def test_data_in_a_folder_of_the_study_are_kept_too(tmp_path: Path) -> None:
