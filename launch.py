@@ -263,10 +263,11 @@ def final(
     show(found, as_json, page)
 
 
-@proving("list tables", "reproduce puvae/3 --fraction 0.05")
+@proving("list tables", "reproduce puvae/3 --fraction 0.05 --only A")
 def reproduce(
     table: f.TableName,
     fraction: f.Fraction = 1.0,
+    only: f.Labels = None,
     storage: f.Storage = "runs",
     data_dir: f.DataDir = None,
     out: f.Pages = None,
@@ -275,15 +276,14 @@ def reproduce(
 ) -> None:
     """Show a paper's table beside ours, cell by cell.
 
-    Each threat model stands under its true name; what cannot be run says
-    why. What is trained is kept in the storage, and not repeated.
+    Threat models stand under their true names. Trainings are not repeated.
     """
     from search.reproduce.page import page
     from search.reproduce.reproduction import reproduce as run_table
 
     where: dict[str, Any] = {"storage": storage, "data_dir": data_dir, "out": out}
     with progress(as_json) as screen:
-        found = run_table(table, fraction=fraction, seed=seed, console=screen, **where)
+        found = run_table(table, fraction=fraction, only=only or (), seed=seed, console=screen, **where)
     show(found, as_json, page)
 
 

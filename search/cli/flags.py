@@ -198,6 +198,7 @@ Concurrent = Annotated[int | None, _value("INTEGER", "trainings at once; else wh
 Gpus = Annotated[float | None, _value("FLOAT", "of each training; else the search's", min=0)]
 Cpus = Annotated[float | None, _value("FLOAT", "of each training; else the search's", min=0)]
 Fraction = Annotated[float, _value("FLOAT", "of the paper's size; a smaller run says so beside its numbers")]
+Labels = Annotated[list[str] | None, _value("LABEL", "cells with this label alone, such as a classifier; repeatable")]
 Pages = Annotated[Path | None, _value("PATH", "the folder of the pages; else in the storage")]
 
 

@@ -8,10 +8,11 @@ labels in the order of the dimensions. PuVAE and Defense-VAE call oblivious atta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cache
+from operator import contains
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -97,6 +98,23 @@ class Table:
         """Return the cells that have these labels."""
         places = {self.dimensions.index(name): label for name, label in labels.items()}
         return [cell for cell in self.cells if all(cell.labels[i] == label for i, label in places.items())]
+
+    def only(self, labels: Sequence[str]) -> Table:
+        """Return the part with these labels: of a dimension that has some of them, no others; without labels, all.
+
+        Raises:
+            InputError: there is no such label, or no cell has one of each dimension.
+        """
+        for label in labels:
+            choose(f"a label of {self.name}", label, [one for legal in self.labels.values() for one in legal])
+        kept = {name: tuple(one for one in legal if one in labels) or legal for name, legal in self.labels.items()}
+        cells = tuple(cell for cell in self.cells if all(map(contains, kept.values(), cell.labels)))
+        if not cells:
+            raise InputError(f"{self.name} must have a cell for the labels to keep, but has none for {list(labels)}")
+        title = ", ".join((self.title, *labels)) + " alone" if labels else self.title
+        part = replace(self, title=title, labels=kept, cells=cells)
+        whole = (one for one in self.summaries if len(part.of(one.labels)) == len(self.of(one.labels)))
+        return replace(part, summaries=tuple(whole))
 
     @property
     def knowledge(self) -> tuple[Knowledge, ...]:

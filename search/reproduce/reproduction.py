@@ -7,6 +7,7 @@ split.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -48,6 +49,7 @@ def reproduce(
     name: str,
     *,
     fraction: float = 1.0,
+    only: Sequence[str] = (),
     storage: str = "runs",
     data_dir: str | Path | None = None,
     out: Path | None = None,
@@ -59,6 +61,7 @@ def reproduce(
     Args:
         name: the name of the table, such as puvae/3.
         fraction: the fraction of the work to do (search/reproduce/fraction.py); 1 is all.
+        only: labels of the cells to run, such as a data set or a classifier; none: all.
         storage: a storage; its store is shared with searches.
         out: the output folder; default: a folder in STORAGE/tables.
 
@@ -66,11 +69,12 @@ def reproduce(
         The table, as JSON.
 
     Raises:
-        InputError: there is no such table, the fraction is not in (0, 1], the seed is invalid, or the storage or `out`
-            is not writable.
+        InputError: there is no such table or label, the fraction is not in (0, 1], the seed is invalid, or the storage
+            or `out` is not writable.
     """
-    table, portion = paper_tables.table(name), Fraction(fraction)
+    table, portion = paper_tables.table(name).only(only), Fraction(fraction)
     part, other = "" if portion.whole else f"-fraction-{fraction:g}", f"-seed-{seed}" if seed else ""
+    part += "".join("-" + re.sub(r"\W+", "-", label) for label in only)
     study = make_study({"storage": storage, "seed": seed})
     out = out or study.root / "tables" / f"{name.replace('/', '-')}{part}{other}"
     return beside(table, portion, storage=storage, data_dir=data_dir, out=out, seed=seed, console=console)

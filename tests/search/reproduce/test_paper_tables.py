@@ -212,6 +212,23 @@ def test_clean_images_have_one_setting_whatever_the_row_is() -> None:
     assert len(clean) == 8 and len(set(clean)) == 4
 
 
+def test_a_part_has_the_cells_with_its_labels_and_the_summaries_of_no_others() -> None:
+    whole = paper_tables.table("gmvae/fig3")
+    part = whole.only(["Supervised", "Error", "Rejection"])
+    assert len(part.cells) == 2 * len({cell.labels[1] for cell in whole.cells}) == len(part.of({"model": "Supervised"}))
+    assert part.labels["figure"] == ("Error", "Rejection") and part.labels["eps"] == whole.labels["eps"]
+    assert [one.printed for one in part.summaries] == ["3.89"] and part.title.endswith(", Rejection alone")
+    assert not whole.only(["0.30"]).summaries and whole.only([]) == whole
+
+
+def test_a_part_without_cells_and_an_unknown_label_are_refused() -> None:
+    table = paper_tables.table("gmvae/1")
+    with pytest.raises(InputError, match="but is 'mnist'; did you mean 'MNIST'"):
+        table.only(["mnist"])
+    with pytest.raises(InputError, match=r"must have a cell .* but has none for \['COIL-100', 'Semi-supervised'\]"):
+        table.only(["COIL-100", "Semi-supervised"])
+
+
 def test_an_unknown_name_names_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'puvae/3'"):
         table("puvae/33")

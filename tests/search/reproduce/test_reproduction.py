@@ -153,6 +153,14 @@ def test_a_second_run_trains_and_attacks_nothing(
     assert "(kept; it took " in printed and "(kept" not in finished[1]
 
 
+def test_a_part_of_a_table_is_run_alone_and_lies_beside_the_whole(tmp_path: Path) -> None:
+    found = reproduce(
+        "gmvae/1", only=["COIL-100", "SOTA"], storage=str(tmp_path), console=Console(file=io.StringIO(), width=99)
+    )
+    assert found["folder"].endswith("gmvae-1-COIL-100-SOTA") and found["labels"]["figure"] == ["SOTA"]
+    assert [row["not_run"] for row in found["cells"]] == ["another paper's classifier"]
+
+
 def test_a_cell_that_fails_says_why_and_ends_nothing(finished: tuple[TableResult, str]) -> None:
     found, printed = finished
     assert found["state"] == "finished"
