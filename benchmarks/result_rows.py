@@ -5,6 +5,7 @@
 
 A row is a candidate at one inference setting. Each oblivious attack stands alone, over all images; white-box attacks
 stand together. `nats` is the KL divergence to the prior in the last epoch, with the 1/2 that PuVAE's Eq. 16 leaves out.
+`table` takes the table.json of `launch.py reproduce` too.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from search.formatting import points
 from search.optimizer.history import SearchHistory
+from search.reproduce.page import cells_only
+from search.reproduce.results import TableResult
 from search.study.candidate import Candidate
 from search.study.catalog import open_search
 from search.study.study import Study
@@ -66,6 +69,9 @@ def _row(study: Study, candidate: Candidate) -> dict[str, Any]:
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the Markdown table, in percent; of the knobs those that differ between its rows."""
+    if "cells" in found:
+        yield from cells_only(cast(TableResult, found))
+        return
     rows = found["rows"]
     attacks = list(dict.fromkeys(name for row in rows for name in row["accuracy"] if not name.startswith(KNOWING)))
     further = [name for name in FURTHER if any(name in row for row in rows)]

@@ -146,13 +146,18 @@ def missing(found: TableResult) -> dict[str, int]:
 
 def markdown(found: TableResult) -> str:
     """Return the table in markdown: our figure / the paper's (difference)."""
-    *leading, columns = found["dimensions"]
-    heads = [*leading, *found["labels"][columns]]
-    lines = [f"# {found['name']}: {found['title']}", "", _row(heads), _row(["---"] * len(heads))]
-    for labels, cells in _lines(found, blank=False):
-        lines.append(_row([*labels, *(_cell(cell).plain.replace("\n", " ") for cell in cells)]))
+    lines = [f"# {found['name']}: {found['title']}", "", *cells_only(found)]
     pictures = [f"\n![{found['title']}]({name})" for name in found["pictures"]]
     return "\n".join([*lines, *pictures, "", *(f"- {line}" for line in notes(found))]) + "\n"
+
+
+def cells_only(found: TableResult) -> Iterator[str]:
+    """Yield the lines of the table in markdown, without its title and notes."""
+    *leading, columns = found["dimensions"]
+    heads = [*leading, *found["labels"][columns]]
+    yield from (_row(heads), _row(["---"] * len(heads)))
+    for labels, cells in _lines(found, blank=False):
+        yield _row([*labels, *(_cell(cell).plain.replace("\n", " ") for cell in cells)])
 
 
 def html(found: TableResult, out: Path) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from benchmarks.result_rows import collect, table
 from search import session
 from search.optimizer.history import SearchHistory
+from search.reproduce.reproduction import reproduce
 from tests.conftest import digits_study
 from tests.support.paths import ROOT
 
@@ -18,6 +19,18 @@ from tests.support.paths import ROOT
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "results").glob("*.json")), ids=lambda file: file.stem)
 def test_a_table_of_the_page_is_that_of_its_rows(file: Path) -> None:
     assert "\n".join(table(json.loads(file.read_bytes()))) in (ROOT / "docs" / "results.md").read_text("utf-8")
+
+
+def test_a_small_table_of_the_page_comes_out_again_within_its_intervals(tmp_path: Path) -> None:
+    kept = json.loads((ROOT / "docs" / "results" / "puvae-3-small.json").read_bytes())
+    only = ["A", *kept["labels"]["defense"]]
+    found = reproduce(
+        kept["name"], fraction=kept["fraction"], only=only, storage=str(tmp_path), console=Console(quiet=True)
+    )
+    assert len(found["cells"]) == len(kept["cells"]) == 12
+    for row, committed in zip(found["cells"], kept["cells"], strict=True):
+        (low, high), (lowest, highest) = row["interval"] or (1, 0), committed["interval"]
+        assert row["setting"] == committed["setting"] and low <= highest and lowest <= high, row["labels"]
 
 
 def test_rows_are_those_of_the_searches(tmp_path: Path) -> None:
