@@ -240,8 +240,8 @@ class VirtualActors:
         again = proposal.name in self._known
         if not again:
             made: list[dict[str, Any]] = []
-            report: Report = lambda fit, epoch, metrics: made.append(  # noqa: E731
-                {"fit": fit, "epoch": epoch, "metrics": [*metrics.items()]}
+            report = Report(
+                lambda fit, epoch, metrics: made.append({"fit": fit, "epoch": epoch, "metrics": [*metrics.items()]})
             )
             last = self.work.execute(self.study, proposal, report)
             step = self.seconds * self._rng.uniform(0.8, 1.2) / (len(made) + 1)

@@ -145,6 +145,10 @@ class Controller:
             running.stopped = fit
         return stops
 
+    def scored(self, name: str, done: int, settings: int, images: int) -> None:
+        """Tell how far the scoring of a trial's inference settings is."""
+        self._hear(lambda listener: listener.setting_scored(self._running[name].proposal, done, settings, images))
+
     def finished(
         self,
         name: str,

@@ -6,7 +6,7 @@ from typing import Any
 
 from defenses.base import Metrics
 from search.engine.controller import Controller, remeasure_front, settle
-from search.engine.worker import Work
+from search.engine.worker import Report, Work
 from search.study.callbacks import State
 
 
@@ -26,8 +26,11 @@ def run(controller: Controller, work: Work) -> State:
                 if controller.epoch(name, fit, epoch, metrics):
                     raise Stopped
 
+            def scored(done: int, settings: int, images: int, name: str = name) -> None:
+                controller.scored(name, done, settings, images)
+
             try:
-                last: dict[str, Any] | None = work.execute(study, proposal, report)
+                last: dict[str, Any] | None = work.execute(study, proposal, Report(report, scored))
             except Stopped:
                 last = None
             settle(controller, name, last)

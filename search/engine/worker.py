@@ -18,10 +18,25 @@ from search.study.candidate import Candidate, Latency, Proposal
 from search.study.ranking import feasible, ranked
 from search.study.study import Study
 from search.trial.runner import TrialRunner, baseline, raced_trial
+from search.trial.scoring import Scored, unheard
 from spaces.space import Params
 
-Report = Callable[[str, int, Metrics], None]
-"""Called with the fit's fingerprint, the epoch and its metrics; it may raise BaseException to stop the trial."""
+
+@dataclass(frozen=True)
+class Report:
+    """What hears of a running trial.
+
+    Args:
+        epoch: called with the fit's fingerprint, the epoch and its metrics; it may raise BaseException to stop the
+            trial.
+        scored: called after each inference setting.
+    """
+
+    epoch: Callable[[str, int, Metrics], None]
+    scored: Scored = unheard
+
+    def __call__(self, fit: str, epoch: int, metrics: Metrics) -> None:
+        self.epoch(fit, epoch, metrics)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ def _execute(study: Study, proposal: Proposal, report: Report, store: Store) -> 
         lambda epoch, metrics: report(fit, epoch, metrics),
         alone=proposal.refines,
         rivals=proposal.rivals,
+        heard=report.scored,
     )
     best = (*feasible(study, candidates), *ranked(candidates))[0]
     path = study.folder / "pictures" / f"{proposal.name}.png"

@@ -27,6 +27,12 @@ class Callback:
     def epoch_ended(self, trial: Proposal, epoch: int, metrics: dict[str, float]) -> None:
         """Called after each epoch, counted from 1; the metrics include `cheap`, the quick score in [0, 1]."""
 
+    def setting_scored(self, trial: Proposal, done: int, settings: int, images: int) -> None:
+        """Called now and then while a training is scored: `done` of `settings` were attacked, on `images` each.
+
+        In a race all settings are attacked on the first images; then the contenders, on all of them.
+        """
+
     def trial_ended(
         self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:

@@ -27,6 +27,7 @@ class _Row:
     epoch: int = 0
     loss: float | None = None
     cheap: float | None = None
+    doing: str = "scoring"
     since: float = field(default_factory=time.monotonic)
 
 
@@ -75,6 +76,12 @@ class LiveTable(Callback):
         row.epoch, row.loss, row.cheap = epoch, metrics.get("loss"), metrics.get("cheap")
         self._say(f"{trial.name} epoch {epoch}/{self.epochs}: quick score {points(row.cheap)}", piped=True)
 
+    def setting_scored(self, trial: Proposal, done: int, settings: int, images: int) -> None:
+        self._rows.setdefault(trial.name, _Row("")).doing = f"scored {done}/{settings}"
+        self._say(
+            f"{trial.name} scoring: {done} of {counted(settings, 'setting')} on {counted(images, 'image')}", piped=True
+        )
+
     def trial_ended(
         self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
@@ -117,7 +124,7 @@ class LiveTable(Callback):
         shown = max(1, self.console.height - 6)
         for trial, row in rows[:shown]:
             loss = "" if row.loss is None else f"{row.loss:.4g}"
-            doing = f"{row.epoch}/{self.epochs}" if row.epoch < self.epochs else "scoring"
+            doing = f"{row.epoch}/{self.epochs}" if row.epoch < self.epochs else row.doing
             seconds = f"{time.monotonic() - row.since:.0f}"
             table.add_row(trial, row.knobs, doing, loss, points(row.cheap), seconds)
         more = [Text(f"and {len(rows) - shown} more trainings")] if len(rows) > shown else []

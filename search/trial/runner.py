@@ -20,7 +20,7 @@ from search.study.study import Study
 from search.trial.assets import Assets
 from search.trial.pictures import drawn
 from search.trial.race import Dropped, Rivals
-from search.trial.scoring import Scorer
+from search.trial.scoring import Scored, Scorer, unheard
 from search.trial.training import Report, Trainer, silent
 from spaces.space import Params
 
@@ -31,12 +31,20 @@ def run_trial(study: Study, params: Params, store: Store, report: Report, *, alo
 
 
 def raced_trial(
-    study: Study, params: Params, store: Store, report: Report, *, alone: bool = False, rivals: Rivals = ()
+    study: Study,
+    params: Params,
+    store: Store,
+    report: Report,
+    *,
+    alone: bool = False,
+    rivals: Rivals = (),
+    heard: Scored = unheard,
 ) -> tuple[list[Candidate], list[Dropped]]:
     """Train or load the fit of `params`, and score it at every inference setting that does not lose the race.
 
     Args:
         alone: score it only at the proposed setting.
+        heard: called after each setting that was attacked.
 
     Returns:
         The candidates, the proposed setting first, and the settings that were dropped.
@@ -49,7 +57,7 @@ def raced_trial(
     if study.resolved.defense.memory is not Defense.memory:
         runner.scorer.check_memory(runner.trainer.build(params), settings)
     key, defense = runner.trainer.fit(params, report)
-    return runner.scorer.raced(key, defense, settings, rivals)
+    return runner.scorer.raced(key, defense, settings, rivals, heard)
 
 
 def baseline(study: Study, store: Store) -> Candidate:

@@ -6,7 +6,7 @@ Shapes: S columns of suspicion.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -40,13 +40,20 @@ SAMPLE = 5
 """Further inference settings at which a fit is scored if the inference space is not finite and small."""
 
 
+Scored = Callable[[int, int, int], None]
+"""Called after each inference setting: how many were attacked in this round, of how many, and on how many images."""
+
+
+def unheard(done: int, settings: int, images: int) -> None:
+    """Ignore the progress of a scoring."""
+
+
 class Scorer:
     """Scores the fits of a study."""
 
     def __init__(self, assets: Assets) -> None:
         self.assets = assets
         self.study, self.resolved, self.store = assets.study, assets.resolved, assets.store
-        self._begun: dict[str, Observation] = {}
 
     def settings(self, params: Params) -> list[Params]:
         """Return the inference settings at which a fit is scored, the proposed one first."""
@@ -78,22 +85,24 @@ class Scorer:
                 )
 
     def raced(
-        self, key: str, defense: Defense, settings: Sequence[Params], rivals: Rivals = ()
+        self, key: str, defense: Defense, settings: Sequence[Params], rivals: Rivals = (), heard: Scored = unheard
     ) -> tuple[list[Candidate], list[Dropped]]:
         """Return the candidates of one fit, the first setting's first, and the settings that lost the race.
 
         Dropped settings are attacked on all images too, the best first, until some candidate satisfies the constraints.
         """
         if not self._races(defense, settings):
-            return self.candidates(key, defense, settings), []
-        entrants = [self._entrant(key, defense.at(params.inference)) for params in settings]
+            return self.candidates(key, defense, settings, heard), []
+        entrants = list[Entrant]()
+        for params in settings:
+            entrants.append(self._entrant(key, defense.at(params.inference)))
+            heard(len(entrants), len(settings), len(entrants[-1].verdicts_N))
         device = device_name(self.assets.device)
         kept = sorted({0, *contenders(entrants, [(ms, accuracy) for name, ms, accuracy in rivals if name == device])})
         lost = sorted(set(range(len(settings))) - set(kept), key=lambda i: -entrants[i].accuracy)
-        found = self.candidates(key, defense, [settings[i] for i in kept])
+        found = self.candidates(key, defense, [settings[i] for i in kept], heard)
         while lost and not feasible(self.study, found):
             found += self.candidates(key, defense, [settings[lost.pop(0)]])
-        self._begun.clear()
         return found, [Dropped.of(settings[i], entrants[i]) for i in lost]
 
     def _races(self, defense: Defense, settings: Sequence[Params]) -> bool:
@@ -104,18 +113,31 @@ class Scorer:
         return self.study.scoring == "race" and enough and not alone
 
     def _entrant(self, key: str, defense: Defense) -> Entrant:
-        """Attack a setting on the images that decide a race, and keep what its evaluation goes on from."""
+        """Return a setting as attacked on the images that decide a race."""
         evaluator, scored = self.assets.evaluator, self.scores_key(key, defense)
-        if self.store.get("scores", scored) is not None:
-            found = self.evaluation(key, defense).found
-        else:
-            with self.assets.device_lock.working():
-                found = self._begun[scored] = evaluator.begin(Defended(defense, self.assets.target))
+        whole = self.store.get("scores", scored) is not None
+        found = self.evaluation(key, defense).found if whole else self._begin(scored, defense)
         clean, latency_ms = found.judge().clean, self.latency(defense).ms_p50
         exceeded = unattacked_constraints(self.study, clean.accuracy, clean.rejection, latency_ms)
         return Entrant(evaluator.verdicts(found), latency_ms, max(exceeded.values()) <= 0)
 
-    def candidates(self, key: str, defense: Defense, settings: Sequence[Params]) -> list[Candidate]:
+    def _begin(self, key: str, defense: Defense) -> Observation:
+        """Return a setting's outputs under attack on the images that decide a race, computed once as `evaluation`."""
+
+        def attacked() -> Content:
+            with self.assets.device_lock.working():
+                found = self.assets.evaluator.begin(Defended(defense, self.assets.target))
+            said = Evaluation(found, (), found.clean)  # the gates and the noise are for those who win
+            return {"said.safetensors": said.tensors()}, said.about()
+
+        entry = self.store.cached("races", key, attacked)
+        tensors = load_file(entry / "said.safetensors").items()
+        on_device = {name: tensor.to(self.assets.device) for name, tensor in tensors}
+        return Evaluation.of(on_device, self.store.about("races", key)).found
+
+    def candidates(
+        self, key: str, defense: Defense, settings: Sequence[Params], heard: Scored = unheard
+    ) -> list[Candidate]:
         """Return the candidates of one fit; settings that differ only in thresholds share one evaluation.
 
         If thresholds are searched, each such group gets one more setting, picked from the group's risk-coverage curve:
@@ -123,7 +145,7 @@ class Scorer:
         """
         evaluator, scored = self.assets.evaluator, dict[str, Candidate]()
         groups: dict[str, Evaluation] = {}
-        for params in settings:
+        for done, params in enumerate(settings, start=1):
             thresholds, aimed = defense.thresholds(), self.aimed(params)
             rest = fingerprint(**aimed.inference)
             latency, wanted = self.latency(defense.at(params.inference)), [params]
@@ -147,6 +169,7 @@ class Scorer:
                     params=one,
                     score=score,
                 )
+            heard(done, len(settings), len(evaluator.y_N))
         return list(scored.values())
 
     def evaluation(self, fit: str, defense: Defense | None) -> Evaluation:
@@ -158,10 +181,10 @@ class Scorer:
         """
 
         key = self.scores_key(fit, defense)
-        begun = self._begun.pop(key, None)
 
         def attacked() -> Content:
             evaluator, bare = self.assets.evaluator, self.assets.target
+            begun = self._begin(key, defense) if defense and self.store.get("races", key) else None
             with self.assets.device_lock.working():
                 said = evaluator.probe(bare if defense is None else Defended(defense, bare), begun)
             return {"said.safetensors": said.tensors()}, said.about()

@@ -9,9 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import attacks.evaluation
-from search.engine.worker import execute
+from attacks.verdicts import Observation
+from search.engine.worker import Report, execute
 from search.study.candidate import Candidate, Proposal
 from search.study.ranking import feasible
 from search.study.study import Study
@@ -19,6 +21,7 @@ from search.trial import evaluator, scoring
 from search.trial.latency import device_name
 from search.trial.race import LEAST, Dropped, Entrant, Rivals, contenders, first_images
 from search.trial.runner import raced_trial, run_trial
+from search.trial.scoring import Scored, unheard
 from spaces.domain import Scalar
 from tests.conftest import digits_study
 from tests.search.trial.test_runner import setting, silent
@@ -93,11 +96,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, dict[str, Ca
     return study, {c.candidate: c for c in run_trial(study, setting(study), study.store, silent)}
 
 
-def raced(study: Study, *, proposed: Scalar = 0.1, rivals: Rivals = ()) -> tuple[list[Candidate], list[Dropped]]:
+def raced(
+    study: Study, *, proposed: Scalar = 0.1, rivals: Rivals = (), heard: Scored = unheard
+) -> tuple[list[Candidate], list[Dropped]]:
     """Race on a stored fit whose scores were thrown away."""
     again = study.model_copy(update={"scoring": "race"})
     shutil.rmtree(study.store.root / "scores")
-    return raced_trial(again, setting(again, sigma_eps=proposed), again.store, silent, rivals=rivals)
+    shutil.rmtree(study.store.root / "races", ignore_errors=True)
+    return raced_trial(again, setting(again, sigma_eps=proposed), again.store, silent, rivals=rivals, heard=heard)
 
 
 def test_a_race_changes_no_figure_and_finds_the_same_winner(whole: tuple[Study, dict[str, Candidate]]) -> None:
@@ -161,6 +167,34 @@ def test_losers_are_attacked_on_the_first_images_alone(
     assert sorted(attacked) == [LEAST] * 6 + [120 - LEAST] * len(found)
 
 
+def test_a_race_says_how_far_it_is_and_goes_on_where_it_was_ended(
+    whole: tuple[Study, dict[str, Candidate]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, every = whole
+    begun, told = list[int](), list[tuple[int, int, int]]()
+    begin = evaluator.Evaluator.begin
+
+    def counted(self: evaluator.Evaluator, target: nn.Module) -> Observation:
+        begun.append(1)
+        return begin(self, target)
+
+    def ends(*progress: int) -> None:
+        if progress[0] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluator.Evaluator, "begin", counted)
+    with pytest.raises(KeyboardInterrupt):
+        raced(study, heard=ends)
+    assert len(begun) == 4
+    again = study.model_copy(update={"scoring": "race"})
+    found, _ = raced_trial(
+        again, setting(again, sigma_eps=0.1), again.store, silent, heard=lambda *progress: told.append(progress)
+    )
+    assert len(begun) == 6  # the contenders go on from what the race found
+    assert told == [(i, 6, LEAST) for i in range(1, 7)] + [(i, len(found), 120) for i in range(1, len(found) + 1)]
+    assert all(every[c.candidate].score == c.score for c in found)
+
+
 def test_where_no_contender_is_feasible_the_dropped_are_scored_too(
     whole: tuple[Study, dict[str, Candidate]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +217,6 @@ def test_the_record_of_a_trial_has_what_was_dropped(whole: tuple[Study, dict[str
     study = whole[0].model_copy(update={"scoring": "race"})
     shutil.rmtree(study.store.root / "scores")
     study.folder.mkdir(exist_ok=True)
-    last = execute(study, Proposal("t001", setting(study, sigma_eps=0.1)), lambda fit, epoch, metrics: None)
+    last = execute(study, Proposal("t001", setting(study, sigma_eps=0.1)), Report(lambda fit, epoch, metrics: None))
     assert len(last["candidates"]) + len(last["dropped"]) == 6
     assert set(last["dropped"][0]) == {"inference", "images", "accuracy"}
