@@ -6,7 +6,7 @@ from typing import Any
 
 from defenses.base import Metrics
 from search.engine.controller import Controller, remeasure_front, settle
-from search.engine.worker import Report, Work
+from search.engine.worker import Report, Work, seldom
 from search.study.callbacks import State
 
 
@@ -30,7 +30,7 @@ def run(controller: Controller, work: Work) -> State:
                 controller.scored(name, done, settings, images)
 
             try:
-                last: dict[str, Any] | None = work.execute(study, proposal, Report(report, scored))
+                last: dict[str, Any] | None = work.execute(study, proposal, Report(report, seldom(scored)))
             except Stopped:
                 last = None
             settle(controller, name, last)

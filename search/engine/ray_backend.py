@@ -34,7 +34,7 @@ from search.engine import worker
 from search.engine.cluster import WorkerResources, at_work, ready, slots
 from search.engine.controller import RESTARTS, Controller, remeasure_front, settle
 from search.engine.timeout import TrialTimeout
-from search.engine.worker import Report, Work
+from search.engine.worker import Report, Work, seldom
 from search.study.callbacks import State
 from search.study.candidate import Proposal
 from search.study.study import Study
@@ -42,9 +42,6 @@ from spaces.exceptions import InputError
 from spaces.space import Params
 
 logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # a dead worker is no error: its trial restarts
-
-OFTEN_S = 10.0
-"""How often a training that is being scored says how far it is, at most, in seconds."""
 
 
 class RayCallbacks(Callback):
@@ -209,20 +206,15 @@ def _trainable(config: dict[str, Any], study: Study, resources: WorkerResources,
         with watch.paused():
             tune.report({"fit": fit, "epoch": epoch, "metrics": [*metrics.items()]})  # Tune flattens a dict
 
-    told = time.monotonic()
-
     def scored(*progress: int) -> None:
-        nonlocal told
-        if time.monotonic() - told > OFTEN_S:  # the driver has many trainings to hear
-            told = time.monotonic()
-            with watch.paused():
-                tune.report({"scored": progress})
+        with watch.paused():
+            tune.report({"scored": progress})
 
     if word := watch.word():
         last: dict[str, Any] = {"failed": word}
     else:
         with watch.running():
-            last = work.execute(study, proposal, Report(report, scored))
+            last = work.execute(study, proposal, Report(report, seldom(scored)))
     tune.report(last)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -37,6 +38,19 @@ class Report:
 
     def __call__(self, fit: str, epoch: int, metrics: Metrics) -> None:
         self.epoch(fit, epoch, metrics)
+
+
+def seldom(heard: Scored, seconds: float = 10.0) -> Scored:
+    """Return what passes on a call at most every so many seconds: a driver hears thousands of trainings."""
+    last = time.monotonic()
+
+    def scored(done: int, settings: int, images: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            heard(done, settings, images)
+
+    return scored
 
 
 @dataclass(frozen=True)

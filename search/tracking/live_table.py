@@ -78,9 +78,9 @@ class LiveTable(Callback):
 
     def setting_scored(self, trial: Proposal, done: int, settings: int, images: int) -> None:
         self._rows.setdefault(trial.name, _Row("")).doing = f"scored {done}/{settings}"
-        self._say(
-            f"{trial.name} scoring: {done} of {counted(settings, 'setting')} on {counted(images, 'image')}", piped=True
-        )
+        if not self.console.is_terminal:  # in the next line about the progress
+            scored = f"{trial.name} scored {done} of {counted(settings, 'setting')} on {counted(images, 'image')}"
+            self._progress.update(self._bar, description=f"{self.study.name} ({scored})")
 
     def trial_ended(
         self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
@@ -99,7 +99,7 @@ class LiveTable(Callback):
                 f"{points(score.clean_accuracy)}, "
                 f"{score.latency_ms_p50:.0f} ms"
             )
-        self._progress.update(self._bar, completed=self.done)
+        self._progress.update(self._bar, description=self.study.name, completed=self.done)
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         self.close()

@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from ray.tune.experiment import Trial
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -15,7 +20,10 @@ import defenses.puvae
 from benchmarks.fault_injection import rows
 from defenses.base import Batches, Defense, Metrics
 from search import session
+from search.engine import local_backend, ray_backend
+from search.engine.controller import Controller
 from search.engine.run import run
+from search.engine.worker import Report, seldom
 from search.optimizer.history import SearchHistory, pick, state_of
 from search.report.status import details
 from search.report.summary import summarise
@@ -25,6 +33,7 @@ from search.study.candidate import Proposal
 from search.study.study import Study
 from spaces.exceptions import InputError
 from tests.conftest import digits_study
+from tests.search.optimizer.test_early_stopping import PRETENDED
 from tests.support.page import Page
 
 
@@ -46,6 +55,30 @@ def test_the_in_process_twin_tells_the_same_story(tmp_path: Path) -> None:
     diary = Diary()
     assert run(digits_study(tmp_path, trials=2), [diary], debug=True) == "finished"
     assert diary.heard == [f"{t} {what}" for t in ("t001", "t002") for what in ("started", "1", "2", "finished")]
+
+
+def test_how_far_a_scoring_is_is_told_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scores(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
+        for done in (1, 2):
+            report.scored(done, 6, 50)
+        return PRETENDED.execute(study, proposal, report)
+
+    told = list[tuple[object, ...]]()
+    diary, study = Diary(), digits_study(tmp_path, trials=1, refine=0)
+    monkeypatch.setattr(diary, "setting_scored", lambda trial, *progress: told.append((trial.name, *progress)))
+    monkeypatch.setattr(local_backend, "seldom", partial(seldom, seconds=0.0))
+    assert run(study, [diary], debug=True, work=replace(PRETENDED, execute=scores)) == "finished"
+    assert told == [("t001", 1, 6, 50), ("t001", 2, 6, 50)]
+    seldom(lambda *progress: told.append(progress), seconds=60.0)(1, 6, 50)
+    assert len(told) == 2
+
+    controller = SimpleNamespace(scored=lambda *progress: told.append(progress))
+    callbacks = ray_backend.RayCallbacks(cast(Controller, controller))
+    callbacks.names["of Ray"] = "t001"
+    trial = SimpleNamespace(trial_id="of Ray")
+    scheduler = ray_backend.RayScheduler(callbacks)
+    assert scheduler.on_trial_result(None, cast(Trial, trial), {"scored": [1, 6, 50]}) == scheduler.CONTINUE
+    assert told[2:] == [("t001", 1, 6, 50)]
 
 
 def test_a_posterior_that_collapsed_is_named_in_the_report(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
+from search import console
 from search.study.candidate import Proposal
 from search.study.study import Study
 from search.tracking.live_table import LiveTable
@@ -23,6 +26,27 @@ def test_a_narrow_terminal_cuts_no_figure(study: Study) -> None:
         screen.print(table._table())
     assert "…" not in shown.get() and shown.get().count("some_long_name_") == 6
     assert {"t001", "123/1000", "0.001234", "62.5"} <= set(shown.get().split())
+
+
+def test_a_training_that_is_scored_says_how_many_settings_are_done(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = Proposal("t001", Params({}, {}))
+    screen = Console(file=StringIO(), force_terminal=True, width=80)
+    table = LiveTable(screen, study, [], epochs=2, done=0)
+    table.epoch_ended(trial, 2, {"loss": 0.1, "cheap": 0.625})
+    table.setting_scored(trial, 5, 24, 50)
+    with screen.capture() as shown:
+        screen.print(table._table())
+    assert "scored 5/24" in shown.get()
+    monkeypatch.setattr(console, "EVERY_S", 0.05)
+    pipe = StringIO()
+    lines = LiveTable(Console(file=pipe, width=80), study, [], epochs=2, done=0)
+    lines.setting_scored(trial, 5, 24, 50)
+    time.sleep(0.3)
+    lines.close()
+    told = f"{study.name} (t001 scored 5 of 24 settings on 50 images): 0 of {study.trials} trainings, 0:00:00 so far\n"
+    assert told in pipe.getvalue()
 
 
 def test_a_thousand_trainings_are_no_more_rows_than_the_terminal_has(study: Study) -> None:
