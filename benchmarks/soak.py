@@ -43,6 +43,8 @@ from search.study.study import Study
 
 FAULTS = {"worker": 4, "node": 3, "driver": 1}
 """What is killed, and how often of eight times."""
+FIELDS = {"threat": "oblivious", "eps": 0.1, "precision": "float32", "cpus_per_trial": 1}
+"""Of each study: the threat model of the made-up scores, and a node's only CPU for a training."""
 Process = tuple[float, str, int, float, int]
 """The hours since the start, the role, the process's number, its memory in MiB and its open files."""
 
@@ -74,9 +76,7 @@ def drive(storage: Path, address: str, trials: int, seconds: float) -> None:
             return
         name = f"soak-{number:03}"
         if not (storage / name / "report.html").exists():
-            study = simulated(
-                storage, name=name, seed=number, trials=trials, address=address, cpus_per_trial=1, precision="float32"
-            )
+            study = simulated(storage, name=name, seed=number, trials=trials, address=address, **FIELDS)
             with (storage / f"{name}.log").open("a", encoding="utf-8") as log:
                 api.search(study, console=Console(file=log, width=1000, markup=False, emoji=False))
 

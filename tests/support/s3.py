@@ -27,7 +27,7 @@ SECRETS = {
 }
 SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 """moto deletes nothing for who does not sign, but looks at no signature."""
-Trouble = Literal["", "refuses", "slow", "fails", "full"]
+Trouble = Literal["", "refuses", "slow", "fails", "full", "silent"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,11 @@ class S3:
         server = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}", "AWS_DEFAULT_REGION": "us-east-1"}
         return {**os.environ, **SECRETS, **server, "CRUCIBLE_CACHE": str(where / "cache")}
 
-    def start(self, machine: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, machine: str, *arguments: str, script: Path = ROOT / "launch.py", **environment: str
+    ) -> subprocess.Popen[str]:
         """Start a command of ours on a machine; its output goes to the file `said` there."""
-        command = [str(PYTHON), str(ROOT / "launch.py"), *arguments]
+        command = [str(PYTHON), str(script), *arguments]
         environment = self.environment(machine) | environment
         with (self.folder / machine / "said").open("a") as said:
             said.write(f"$ {' '.join(arguments)}\n")
@@ -95,9 +97,9 @@ class S3:
                 command, cwd=self.folder / machine, env=environment, text=True, stdout=said, stderr=said
             )
 
-    def launch(self, machine: str, *arguments: str) -> tuple[int, str]:
+    def launch(self, machine: str, *arguments: str, script: Path = ROOT / "launch.py") -> tuple[int, str]:
         """Run a command of ours on a machine; return its exit code and its output."""
-        code = self.start(machine, *arguments).wait(500)
+        code = self.start(machine, *arguments, script=script).wait(500)
         return code, (self.folder / machine / "said").read_text().rpartition("$ ")[2].partition("\n")[2]
 
     def _ask(self, method: str, path: str) -> bytes:
