@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 from tests.support.paths import ROOT
 
+LAUNCH = ROOT / "launch.py"
 SERVER = Path(__file__).with_name("s3_server.py")
 PYTHON = ROOT / ".venv-s3" / "bin" / "python"
 """The environment of `make s3`: the product's own, with the extra `s3` of pyproject.toml and moto."""
@@ -85,11 +86,14 @@ class S3:
         return {**os.environ, **SECRETS, **server, "CRUCIBLE_CACHE": str(where / "cache")}
 
     def start(
-        self, machine: str, *arguments: str, script: Path = ROOT / "launch.py", **environment: str
+        self, machine: str, *arguments: str, also: dict[str, str] | None = None, script: Path = LAUNCH
     ) -> subprocess.Popen[str]:
-        """Start a command of ours on a machine; its output goes to the file `said` there."""
-        command = [str(PYTHON), str(script), *arguments]
-        environment = self.environment(machine) | environment
+        """Start a command of ours on a machine; its output goes to the file `said` there.
+
+        Args:
+            also: variables of the environment.
+        """
+        command, environment = [str(PYTHON), str(script), *arguments], self.environment(machine) | (also or {})
         with (self.folder / machine / "said").open("a") as said:
             said.write(f"$ {' '.join(arguments)}\n")
             said.flush()
@@ -97,7 +101,7 @@ class S3:
                 command, cwd=self.folder / machine, env=environment, text=True, stdout=said, stderr=said
             )
 
-    def launch(self, machine: str, *arguments: str, script: Path = ROOT / "launch.py") -> tuple[int, str]:
+    def launch(self, machine: str, *arguments: str, script: Path = LAUNCH) -> tuple[int, str]:
         """Run a command of ours on a machine; return its exit code and its output."""
         code = self.start(machine, *arguments, script=script).wait(500)
         return code, (self.folder / machine / "said").read_text().rpartition("$ ")[2].partition("\n")[2]

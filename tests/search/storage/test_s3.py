@@ -122,7 +122,7 @@ def test_two_nodes_share_a_bucket_and_nothing_else(s3: S3) -> None:
             patch.setenv(name, value)
         with two_nodes(str(PYTHON)) as nodes:
             asked = [*ONE_SETTING, "--trials", "4", "--address", nodes.address]
-            driver = s3.start("one", "search", "--name", "pair", *asked, **nodes.token)
+            driver = s3.start("one", "search", "--name", "pair", *asked, also=nodes.token)
             try:
                 assert driver.wait(500) == 0, (s3.folder / "one" / "said").read_text()
             finally:
@@ -187,5 +187,5 @@ def test_a_bucket_or_credentials_that_are_missing_are_named_in_one_line(s3: S3) 
     code, said = s3.launch("one", *asked[:-2], "s3://elsewhere/runs", "--debug")
     assert code == 2 and "but s3://elsewhere/runs: The specified bucket does not exist" in said, said
     without = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_SESSION_TOKEN": ""}
-    assert s3.start("one", *asked, HOME=str(s3.folder / "home"), **without).wait(300) == 2
+    assert s3.start("one", *asked, also={"HOME": str(s3.folder / "home")} | without).wait(300) == 2
     assert "but s3://bucket/runs: Unable to locate credentials" in (s3.folder / "one" / "said").read_text()
