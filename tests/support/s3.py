@@ -28,7 +28,7 @@ SECRETS = {
 }
 SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 """moto deletes nothing for who does not sign, but looks at no signature."""
-Trouble = Literal["", "refuses", "slow", "fails", "full", "silent"]
+Trouble = Literal["", "refuses", "slow", "fails", "full"]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ FULL = (
 
 
 class Troubled:
-    """moto's S3, which refuses everything, is slow or silent, fails in the middle of an upload or has no room for one.
+    """moto's S3, which refuses everything, is slow, fails in the middle of an upload or has no room for one.
 
     Args:
         folder: has the files `trouble` and `log`.
@@ -42,8 +42,6 @@ class Troubled:
         trouble, upload = (self.folder / "trouble").read_text(), environ["REQUEST_METHOD"] in ("PUT", "POST")
         with (self.folder / "log").open("a") as log:
             log.write(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']} {trouble}\n")
-        while trouble == "silent" == (self.folder / "trouble").read_text():
-            time.sleep(0.5)
         if trouble == "slow":
             time.sleep(SLOW_S)
         size = int(environ.get("CONTENT_LENGTH") or 0)

@@ -140,7 +140,6 @@ def test_two_nodes_share_a_bucket_and_nothing_else(s3: S3) -> None:
         ("refuses", "Access Denied"),
         ("fails", "Please try again"),
         ("full", "Storage backend is full"),
-        ("silent", "Read timeout on endpoint URL"),
     ],
 )
 def test_a_search_goes_on_while_its_s3_takes_nothing_and_sends_the_rest_later(
@@ -180,6 +179,16 @@ def test_a_search_waits_for_an_s3_that_takes_ten_seconds_for_each_answer(s3: S3)
     assert "does not answer" not in said and "is sent later" not in said, said
     whole = {"finished": 2, "pruned": 0, "failed": 0, "running": 0, "interrupted": 0, "candidates": 2}
     assert status(s3, "three", "slow") == whole and sent_twice(s3) == []
+
+
+def test_a_server_that_falls_silent_in_mid_request_is_given_up_after_its_time_outs(tmp_path: Path) -> None:
+    code = "import pathlib, search.storage.mirror as m; m.Mirror('s3://bucket/runs', '', pathlib.Path('none')).reach()"
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        server = S3(silent.getsockname()[1], tmp_path)
+        hurried = {"FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 1}})}  # s3fs has 15 s
+        command, environment = [str(PYTHON), "-c", code], server.environment("one") | hurried
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and 's3://bucket/runs: Read timeout on endpoint URL: "http://127' in done.stderr
 
 
 def test_a_bucket_or_credentials_that_are_missing_are_named_in_one_line(s3: S3) -> None:
