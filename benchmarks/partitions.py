@@ -47,17 +47,30 @@ class Cluster:
         self.environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         self.address = f"{made.address('head')}:{PORT}"
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self.clocks: dict[str, dict[str, str]] = {}
         self._start("head", "--head", f"--port={PORT}", "--include-dashboard=false", "--no-monitor", "--num-cpus=0")
         for name in WORKERS:
-            self._start(name, f"--address={self.address}", "--num-cpus=1")
+            self.join(name)
 
     def mend(self) -> None:
-        """Make both workers' machines whole; one whose node has ended gets a new one."""
+        """Make both workers' machines whole; one whose node has ended, or whose clock is wrong, gets a new one."""
         for name in WORKERS:
             self.machines.set_link(name, WHOLE)
-            if self.nodes[name].poll() is not None:
-                self.machines.kill(name)
-                self._start(name, f"--address={self.address}", "--num-cpus=1")
+            if self.clocks.pop(name, None) or self.nodes[name].poll() is not None:
+                self.join(name)
+
+    def join(self, name: str) -> None:
+        """Start a worker's machine anew."""
+        self.machines.kill(name)
+        self._start(name, f"--address={self.address}", "--num-cpus=1")
+
+    def set_clock(self, name: str, ahead_s: int) -> None:
+        """Start a worker's machine anew with a clock that is ahead."""
+        library = self.folder / "clock.so"
+        source = Path(__file__).with_name("clock.c")
+        subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+        self.clocks[name] = {"LD_PRELOAD": str(library), "CLOCK_AHEAD_S": str(ahead_s)}
+        self.join(name)
 
     def _start(self, name: str, *arguments: str) -> None:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
@@ -66,7 +79,9 @@ class Cluster:
         for _ in range(5):  # on a busy machine a node may take longer than the half minute that Ray gives it
             temp = self.folder / str(len(list(self.folder.iterdir())))
             temp.mkdir()
-            own = {"TMPDIR": str(temp)}  # a device lock of its own, as on a machine of its own
+            own = {"TMPDIR": str(temp)} | self.clocks.get(
+                name, {}
+            )  # a device lock of its own, as on a machine of its own
             with (temp / "log").open("wb") as log:
                 self.nodes[name] = node = self.machines.popen(
                     name, [*command, f"--temp-dir={temp}"], self.environment | own, stdout=log, stderr=log
@@ -98,6 +113,13 @@ def command_of(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return ""
+
+
+def trains(pid: int) -> bool:
+    """Return whether a process holds the lock of a fit."""
+    with suppress(OSError):
+        return any("/locks/fits-" in os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 class Search:
@@ -142,7 +164,8 @@ def handed_over(search: Search) -> None:
 
 
 def cut_for_good(search: Search) -> None:
-    """Cut a machine off, and wait until Ray gives it up and its trial has started elsewhere."""
+    """Cut a machine off while it trains, and wait until Ray gives it up and its trial has started elsewhere."""
+    search.wait_for(lambda: any(map(trains, search.at.workers("one"))))
     search.at.machines.set_link("one", CUT)
     search.wait_for(lambda: " started" in search.said().partition("has been marked dead")[2])
 
@@ -169,6 +192,12 @@ def slow_line(search: Search) -> None:
     search.at.machines.set_link("one", Link(delay_s=0.1, loss=0.05))
 
 
+def clock_ahead(search: Search) -> None:
+    """Replace a machine by one whose clock is an hour ahead, and wait until it trains."""
+    search.at.set_clock("one", 3600)
+    search.wait_for(lambda: any(map(trains, search.at.workers("one"))))
+
+
 FAULTS: Mapping[str, Callable[[Search], None]] = {
     "cut-20s": cut_20s,
     "slow-line": slow_line,
@@ -176,6 +205,7 @@ FAULTS: Mapping[str, Callable[[Search], None]] = {
     "ray-paused": ray_paused,
     "handed-over": handed_over,
     "cut-for-good": cut_for_good,
+    "clock-ahead": clock_ahead,
 }
 
 

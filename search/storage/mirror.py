@@ -177,7 +177,10 @@ class Mirror:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        return url_to_fs(self.storage, use_listings_cache=False)
+        files, base = url_to_fs(self.storage, use_listings_cache=False)
+        if "s3" in files.protocol:
+            _ends_in_time(files)
+        return files, base
 
     @property
     def _fs(self) -> Any:
@@ -219,6 +222,17 @@ class Mirror:
                 logging.getLogger(__name__).warning("%s: %s; work goes on, and is sent later", self.storage, reason)
             self._said |= warns
             raise Unreachable(f"{self.storage}: {reason}") from None
+
+
+def _ends_in_time(files: Any) -> None:
+    """Let a request to an S3 that is silent fail after its time-outs; s3fs would wait for minutes, or for ever."""
+    from botocore import handlers  # type: ignore[import-not-found]  # of the extra s3
+
+    files.retries = 1  # botocore tries five times itself
+    # Before it uploads, a client may ask whether it may (100-continue); for that answer aiohttp has no time-out.
+    handlers.BUILTIN_HANDLERS[:] = [
+        each for each in handlers.BUILTIN_HANDLERS if handlers.add_expect_header not in each
+    ]
 
 
 @lru_cache(maxsize=8)

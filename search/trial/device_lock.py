@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import finalize
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -42,6 +43,8 @@ class DeviceLock:
             os.open(folder / f"crucible-{os.getuid()}-{_identity(device)}-{part}", os.O_RDWR | os.O_CREAT)
             for part in ("gate", "lock")
         )
+        for file in (self._gate, self._lock):
+            finalize(self, os.close, file)
 
     @contextmanager
     def working(self) -> Iterator[None]:

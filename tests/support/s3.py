@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 from tests.support.paths import ROOT
 
+LAUNCH = ROOT / "launch.py"
 SERVER = Path(__file__).with_name("s3_server.py")
 PYTHON = ROOT / ".venv-s3" / "bin" / "python"
 """The environment of `make s3`: the product's own, with the extra `s3` of pyproject.toml and moto."""
@@ -84,10 +85,15 @@ class S3:
         server = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}", "AWS_DEFAULT_REGION": "us-east-1"}
         return {**os.environ, **SECRETS, **server, "CRUCIBLE_CACHE": str(where / "cache")}
 
-    def start(self, machine: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """Start a command of ours on a machine; its output goes to the file `said` there."""
-        command = [str(PYTHON), str(ROOT / "launch.py"), *arguments]
-        environment = self.environment(machine) | environment
+    def start(
+        self, machine: str, *arguments: str, also: dict[str, str] | None = None, script: Path = LAUNCH
+    ) -> subprocess.Popen[str]:
+        """Start a command of ours on a machine; its output goes to the file `said` there.
+
+        Args:
+            also: variables of the environment.
+        """
+        command, environment = [str(PYTHON), str(script), *arguments], self.environment(machine) | (also or {})
         with (self.folder / machine / "said").open("a") as said:
             said.write(f"$ {' '.join(arguments)}\n")
             said.flush()
@@ -95,9 +101,9 @@ class S3:
                 command, cwd=self.folder / machine, env=environment, text=True, stdout=said, stderr=said
             )
 
-    def launch(self, machine: str, *arguments: str) -> tuple[int, str]:
+    def launch(self, machine: str, *arguments: str, script: Path = LAUNCH) -> tuple[int, str]:
         """Run a command of ours on a machine; return its exit code and its output."""
-        code = self.start(machine, *arguments).wait(500)
+        code = self.start(machine, *arguments, script=script).wait(500)
         return code, (self.folder / machine / "said").read_text().rpartition("$ ")[2].partition("\n")[2]
 
     def _ask(self, method: str, path: str) -> bytes:

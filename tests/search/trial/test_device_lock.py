@@ -162,3 +162,10 @@ def test_each_device_has_a_lane_of_its_own(own_lane: None, monkeypatch: pytest.M
         held = os.open(f"/proc/self/fd/{again._gate}", os.O_RDWR)
         with pytest.raises(BlockingIOError):
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_a_lock_that_is_dropped_keeps_no_file_open(own_lane: None) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with DeviceLock(torch.device("cpu")).working():
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert len(os.listdir("/proc/self/fd")) == before
