@@ -25,6 +25,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune import Callback
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -41,6 +42,8 @@ from search.study.study import Study
 from spaces.exceptions import InputError
 from spaces.space import Params
 
+# Ray writes a worker's variables in clear into a log of its node; nodes have their own credentials, if they need any.
+class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
 logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # a dead worker is no error: its trial restarts
 
 

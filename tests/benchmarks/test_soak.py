@@ -11,6 +11,7 @@ import pytest
 from benchmarks.simulated import EPOCHS, simulated
 from benchmarks.soak import Process, Soak, execute, growth
 from defenses.base import Metrics
+from search.engine.worker import Report
 from search.study.candidate import Candidate, Proposal
 from spaces.space import Params
 
@@ -24,7 +25,7 @@ def trained(storage: Path, report: Callable[[str, int, Metrics], None] = lambda 
     """Run one simulated trial of a search as its driver does, and return the search's candidates.csv."""
     study = simulated(storage, name="soak-000", trials=1)
     study.store.make()
-    last = execute(study, Proposal("t001", PARAMS), report, 0.0)
+    last = execute(study, Proposal("t001", PARAMS), Report(report), 0.0)
     study.folder.mkdir(parents=True, exist_ok=True)
     path, log = study.folder / "candidates.csv", study.folder.with_suffix(".log")
     with path.open("w", encoding="utf-8") as file:

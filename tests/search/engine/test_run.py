@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from rich.console import Console
 from torch import Tensor, nn
@@ -79,6 +80,10 @@ def test_how_far_a_scoring_is_is_told_now_and_then(tmp_path: Path, monkeypatch: 
     scheduler = ray_backend.RayScheduler(callbacks)
     assert scheduler.on_trial_result(None, cast(Trial, trial), {"scored": [1, 6, 50]}) == scheduler.CONTINUE
     assert told[2:] == [("t001", 1, 6, 50)]
+
+
+def test_ray_tune_hands_no_credentials_to_workers_since_ray_would_log_them() -> None:
+    assert not [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
 
 
 def test_a_posterior_that_collapsed_is_named_in_the_report(tmp_path: Path) -> None:
