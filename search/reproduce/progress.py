@@ -89,7 +89,8 @@ class TableProgress:
         return self._slower * (sum(self._fits.values()) - here) + each * sum(map(bool, self._left))
 
     def _show(self) -> None:
-        self._bar.update(self._task, left=duration(self.left()))
+        left = self.left()
+        self._bar.update(self._task, left=duration(left) if left >= 1 else "–")  # no attack was timed yet
 
 
 def _forecast(cells: Cells, setting: Setting) -> float:

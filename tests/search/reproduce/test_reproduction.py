@@ -433,9 +433,12 @@ def test_the_time_left_is_told_from_timed_steps_and_runs_out(storage: Path, monk
         pace.cell("A · PuVAE")
         pace.epoch("puvae", 3, 4)
         time.sleep(0.2)
+        pace.epoch("puvae", 4, 4)
+        time.sleep(0.2)  # the attack takes no time that anybody knows
         pace.done("ours 50.0", 1.0)
     assert pace.left() == 0
     assert re.search(r"A · PuVAE: puvae, epoch 3 of 4: 0 of 1 cells, 0:00:\d\d so far", pipe.getvalue())
+    assert re.search(r"A · PuVAE: puvae, epoch 4 of 4: 0 of 1 cells, 0:00:\d\d so far\n", pipe.getvalue())
 
 
 def test_a_cell_s_study_has_its_classifier_s_recipe(storage: Path) -> None:
