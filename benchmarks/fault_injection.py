@@ -129,7 +129,7 @@ class Nodes:
 @contextmanager
 def two_nodes(python: str = sys.executable) -> Iterator[Nodes]:
     """Start a cluster of two nodes, and stop it at the end."""
-    with tempfile.TemporaryDirectory(prefix="crucible-ray-") as folder:
+    with tempfile.TemporaryDirectory(prefix="r") as folder:
         nodes = Nodes(Path(folder), python)
         try:
             yield nodes

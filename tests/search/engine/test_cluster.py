@@ -68,7 +68,7 @@ class Nodes:
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Two nodes of one CPU; the second has an empty data folder and, where we may mount, a disk of its own."""
     folder = tmp_path_factory.mktemp("cluster")
-    temp = Path(tempfile.mkdtemp(prefix="crucible-ray-"))  # sockets lie in it, and their paths must be short
+    temp = Path(tempfile.mkdtemp(prefix="r"))  # sockets lie in it, and their paths must be short
     shared, private, data, empty = (folder / name for name in ("shared", "private", "data", "empty"))
     shared.mkdir()
     private.mkdir()
