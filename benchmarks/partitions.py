@@ -79,9 +79,8 @@ class Cluster:
         for _ in range(5):  # on a busy machine a node may take longer than the half minute that Ray gives it
             temp = self.folder / str(len(list(self.folder.iterdir())))
             temp.mkdir()
-            own = {"TMPDIR": str(temp)} | self.clocks.get(
-                name, {}
-            )  # a device lock of its own, as on a machine of its own
+            # A device lock of its own, as on a machine of its own.
+            own = {"TMPDIR": str(temp)} | self.clocks.get(name, {})
             with (temp / "log").open("wb") as log:
                 self.nodes[name] = node = self.machines.popen(
                     name, [*command, f"--temp-dir={temp}"], self.environment | own, stdout=log, stderr=log
