@@ -184,7 +184,7 @@ class Scorer:
 
         def attacked() -> Content:
             evaluator, bare = self.assets.evaluator, self.assets.target
-            begun = self._begin(key, defense) if defense and self.store.get("races", key) else None
+            begun = self._begin(key, defense) if defense is not None and self.store.get("races", key) else None
             with self.assets.device_lock.working():
                 said = evaluator.probe(bare if defense is None else Defended(defense, bare), begun)
             return {"said.safetensors": said.tensors()}, said.about()
