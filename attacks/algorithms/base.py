@@ -61,15 +61,19 @@ class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torc
         """Return the random numbers of the images."""
         return self.draws or Draws(0, torch.arange(len(x_NCHW), device=x_NCHW.device))
 
-    def _rank(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
-        """Return how good adversarial images are, above 0 where they succeed, N; without a gradient. See `Rank`."""
+    def _rank(self, x_NCHW: Tensor, y_N: Tensor, floor_N: Tensor | None = None) -> Tensor:
+        """Return how good adversarial images are, above 0 where they succeed, N; without a gradient. See `Rank`.
+
+        Args:
+            floor_N: ranks from which on they matter: detectors are not asked about images whose margin is no higher.
+        """
         logits_NK = self.get_logits(x_NCHW)
-        if self.rank == "lead":
-            return lead(logits_NK, y_N)
-        if self.rank == "margin":
-            return margin(logits_NK, y_N)
-        over_N = excess(self.model.suspicion(x_NCHW), limits(self.model.target)).to(logits_NK)
-        return torch.minimum(margin(logits_NK, y_N), -over_N)
+        rank_N = lead(logits_NK, y_N) if self.rank == "lead" else margin(logits_NK, y_N)
+        wanted_N = torch.full_like(rank_N, self.rank == "evading", dtype=torch.bool)
+        if len(asked := (wanted_N if floor_N is None else wanted_N & (rank_N > floor_N)).nonzero().flatten()):
+            over_N = excess(self.model.suspicion(x_NCHW[asked]), limits(self.model.target)).to(rank_N)
+            rank_N[asked] = torch.minimum(rank_N[asked], -over_N)
+        return rank_N
 
     def _gain(self, x_NCHW: Tensor, aim_N: Tensor, logits_NK: Tensor) -> Tensor:
         """Return the objective that the attack maximises, N: the cross-entropy of `aim_N`, negated if targeted."""

@@ -74,7 +74,7 @@ class Square(CorrectedAttack, torchattacks.Square):  # type: ignore[misc]  # tor
                 break
             u_NU = draws.uniform(5 + channels)[going]
             moved_NCHW = self._jump(i, x_NCHW[going], best.x_NCHW[going], u_NU) if i else start_NCHW
-            best.offer(going, moved_NCHW, self._rank(moved_NCHW, y_N[going]))
+            best.offer(going, moved_NCHW, self._rank(moved_NCHW, y_N[going], best.rank_N[going]))
             self.queries_N[going] += 1
         return best.x_NCHW
 

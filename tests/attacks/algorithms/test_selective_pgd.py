@@ -103,6 +103,24 @@ def test_a_search_without_gradients_evades_a_detector_if_it_is_told_to(
     assert errors(guarded, ours, y) > errors(guarded, plain, y) + 0.2
 
 
+def test_square_asks_a_detector_only_where_it_decides_and_finds_the_same(held_out: Digits, guarded: Watched) -> None:
+    asked = [0]
+
+    def counted(images: Tensor) -> Tensor:
+        asked[-1] += len(images)
+        return guarded.defense.suspicion(images)
+
+    class Always(Square):
+        def _rank(self, x_NCHW: Tensor, y_N: Tensor, floor_N: Tensor | None = None) -> Tensor:
+            return super()._rank(x_NCHW, y_N)
+
+    target = Watched(guarded.classifier, counted, guarded.defense.values)
+    every = Always(View(target), eps=0.25, rank="evading", queries=200)(*held_out)
+    asked.append(0)
+    few = Square(View(target), eps=0.25, rank="evading", queries=200)(*held_out)
+    assert torch.equal(every, few) and asked[0] == 200 * 64 and asked[1] < asked[0] / 2
+
+
 def planes(seed: int, shape: tuple[int, int, int] = (1, 4, 4)) -> tuple[Tensor, Tensor]:
     """Two normals of length 1 that mostly point against each other."""
     w, v = torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
