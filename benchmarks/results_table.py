@@ -55,6 +55,7 @@ KNOBS: dict[str, dict[str, Any]] = {
                     "steps": 25, "restarts": 2, "rate": 30.0},
     "magnet": {"batch_size": 64, "epochs": 60},
     "hgd": {"attack": "pgd", "pgd_steps": 10, "strengths": 4, "maps": 16, "levels": 3, "epochs": 4},
+    "diffusion": {"maps": 12, "learning_rate": 2e-3, "epochs": 8, "t_star": 0.1, "steps": 3},
     "adversarial_training": {"start": "pretrained", "pgd_steps": 4, "pgd_step_size": 0.15, "epochs": 6},
 }  # fmt: skip
 """Knobs of each defense for training, where they differ from its defaults, the paper's, to fit on two cores."""
