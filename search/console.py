@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 SAID = "what it interrupted was said"
 """The note of a KeyboardInterrupt about which a line was printed."""
@@ -45,9 +46,15 @@ def _as_ctrl_c(*_: object) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def counting(things: str) -> ProgressColumn:
-    """Return the column for an amount of countable things, such as 3 of 8 trainings."""
-    return TextColumn(f"{{task.completed:.0f}} of {{task.total:.0f}} {things}")
+class Counting(ProgressColumn):
+    """The column for an amount of countable things, such as 3 of 8 trainings; one that is half done is not counted."""
+
+    def __init__(self, things: str) -> None:
+        super().__init__()
+        self.things = things
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{int(task.completed)} of {int(task.total or 0)} {self.things}")
 
 
 class ProgressBars(Progress):

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import TextColumn
 
-from search.console import ProgressBars, counting
+from search.console import Counting, ProgressBars
 from search.formatting import duration
 from search.reproduce.cell_setting import Setting
 from search.reproduce.cells import Cells
@@ -30,7 +30,7 @@ class TableProgress:
         self._now, self._begun, self._trained, self._part = "", 0.0, 0.0, 0.0
         self._attacks: list[float] = []
         self._slower = 1.0
-        self._bar = ProgressBars(console, counting("cells"), TextColumn("{task.fields[left]}"))
+        self._bar = ProgressBars(console, Counting("cells"), TextColumn("{task.fields[left]}"))
         self._task = self._bar.add_task("", total=cells, left="–")
 
     @contextmanager

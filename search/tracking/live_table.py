@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,12 +10,13 @@ from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from defenses.base import Metrics
-from search.console import ProgressBars, counting
-from search.formatting import brief, counted, points, spoken_threat
+from search.console import Counting, ProgressBars
+from search.formatting import brief, counted, duration, points, spoken_threat
 from search.study import ranking
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate, Proposal
@@ -28,7 +30,12 @@ class _Row:
     loss: float | None = None
     cheap: float | None = None
     doing: str = "scoring"
+    scored: float = 0.0
     since: float = field(default_factory=time.monotonic)
+
+    def share(self, epochs: int) -> float:
+        """Return how much of the training is done, about: its scoring counts like one of its epochs."""
+        return (self.epoch + self.scored) / (epochs + 1)
 
 
 class LiveTable(Callback):
@@ -48,13 +55,14 @@ class LiveTable(Callback):
         self.done = done
         self._rows: dict[str, _Row] = {}
         self._live: Live | None = None
-        self._progress = ProgressBars(console, counting("trainings"))
-        self._bar = self._progress.add_task(study.name, total=study.trials, completed=done)
+        self._began_with, self._began = float(done), math.nan
+        self._progress = ProgressBars(console, Counting("trainings"), TextColumn("{task.fields[left]}"))
+        self._bar = self._progress.add_task(study.name, total=study.trials, completed=done, left="–")
         if not console.is_terminal:  # on one, the live table shows it
             self._progress.start()
 
     def search_started(self, study: Study, undefended: Candidate) -> None:
-        score = undefended.score
+        score, self._began = undefended.score, time.monotonic()
         self._say(
             f"undefended {study.label}: clean {points(score.clean_accuracy)}, attacked "
             f"{points(score.attacked_accuracy)} ({spoken_threat(score.threat)}), {score.images} validation images"
@@ -73,11 +81,16 @@ class LiveTable(Callback):
 
     def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
         row = self._rows.setdefault(trial.name, _Row(""))
+        if not row.epoch:  # the epochs before it are of an earlier run
+            self._began_with += (epoch - 1) / (self.epochs + 1)
         row.epoch, row.loss, row.cheap = epoch, metrics.get("loss"), metrics.get("cheap")
+        self._advance()
         self._say(f"{trial.name} epoch {epoch}/{self.epochs}: quick score {points(row.cheap)}", piped=True)
 
     def setting_scored(self, trial: Proposal, done: int, settings: int, images: int) -> None:
-        self._rows.setdefault(trial.name, _Row("")).doing = f"scored {done}/{settings}"
+        row = self._rows.setdefault(trial.name, _Row(""))
+        row.doing, row.scored = f"scored {done}/{settings}", max(row.scored, done / settings)
+        self._advance()
         if not self.console.is_terminal:  # in the next line about the progress
             scored = f"{trial.name} scored {done} of {counted(settings, 'setting')} on {counted(images, 'image')}"
             self._progress.update(self._bar, description=f"{self.study.name} ({scored})")
@@ -99,7 +112,15 @@ class LiveTable(Callback):
                 f"{points(score.clean_accuracy)}, "
                 f"{score.latency_ms_p50:.0f} ms"
             )
-        self._progress.update(self._bar, description=self.study.name, completed=self.done)
+        self._progress.update(self._bar, description=self.study.name)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Show how much is done, and the time left if the rest goes on as fast as what was done since the start."""
+        done = min(self.study.trials, self.done + sum(row.share(self.epochs) for row in self._rows.values()))
+        new, rest = done - self._began_with, self.study.trials - done
+        left = (time.monotonic() - self._began) * rest / new if new > 0 and rest else math.nan
+        self._progress.update(self._bar, completed=done, left=duration(left))
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         self.close()

@@ -9,7 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
-from search.console import EVERY_S, ProgressBars, counting, working
+from search.console import EVERY_S, Counting, ProgressBars, working
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_no_silence_is_longer_than_30_seconds() -> None:
 
 
 def test_silence_is_broken_by_what_is_done_of_how_much(hasty: None) -> None:
-    with ProgressBars(Console(file=(pipe := io.StringIO())), counting("trainings")) as bars:
+    with ProgressBars(Console(file=(pipe := io.StringIO())), Counting("trainings")) as bars:
         whole = bars.add_task("night", total=8)
         bars.add_task("hidden", total=1, visible=False)
         bars.update(whole, completed=3)
@@ -42,7 +42,7 @@ def test_who_speaks_anyway_is_not_interrupted(hasty: None) -> None:
 
 
 def test_what_follows_the_last_of_them_is_not_silent_either_and_nothing_costs_nothing(hasty: None) -> None:
-    with ProgressBars(Console(file=(pipe := io.StringIO())), counting("trainings")) as bars:
+    with ProgressBars(Console(file=(pipe := io.StringIO())), Counting("trainings")) as bars:
         begin = time.process_time()
         time.sleep(0.5)
         assert time.process_time() - begin < 0.25 and pipe.getvalue() == ""

@@ -13,6 +13,7 @@ from search.study.candidate import Proposal
 from search.study.study import Study
 from search.tracking.live_table import LiveTable
 from spaces.space import Params
+from tests.support.summaries import undefended_of
 
 
 def test_a_narrow_terminal_cuts_no_figure(study: Study) -> None:
@@ -47,6 +48,25 @@ def test_a_training_that_is_scored_says_how_many_settings_are_done(
     lines.close()
     told = f"{study.name} (t001 scored 5 of 24 settings on 50 images): 0 of {study.trials} trainings, 0:00:00 so far\n"
     assert told in pipe.getvalue()
+
+
+@pytest.mark.parametrize(("first", "left"), [(1, "5 min"), (3, "4 min")])
+def test_the_time_left_is_told_from_the_first_epoch_on(
+    first: int, left: str, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "EVERY_S", 0.05)
+    study, pipe = study.model_copy(update={"trials": 4}), StringIO()
+    table = LiveTable(Console(file=pipe, width=200), study, [], epochs=3, done=2)
+    table.search_started(study, undefended_of())
+    time.sleep(0.2)
+    assert "left" not in pipe.getvalue()
+    table._began -= 43.0
+    table.epoch_ended(Proposal("t003", Params({}, {})), first, {"cheap": 0.5})
+    time.sleep(0.2)
+    table.close()
+    assert f"2 of {study.trials} trainings" in pipe.getvalue() and f"{left} left" in pipe.getvalue().replace(
+        "\xa0", " "
+    )
 
 
 def test_a_thousand_trainings_are_no_more_rows_than_the_terminal_has(study: Study) -> None:
