@@ -18,6 +18,9 @@ from search.study.loading import make_study
 from search.study.study import Study
 from search.trial import assets, latency
 
+os.environ.setdefault("RAY_worker_niceness", "0")
+"""Ray's default, 15, would let its workers starve beside other tests of the same machine, which wait for nobody."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that hold slow tests, so that no worker is left alone with one at the end."""
