@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from search.classifiers.training import train
 from search.study.loading import make_study
 from search.study.study import Study
-from search.trial import latency
+from search.trial import assets, latency
+
+os.environ.setdefault("RAY_worker_niceness", "0")
+"""Ray's default, 15, would let its workers starve beside other tests of the same machine, which wait for nobody."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +40,30 @@ def _lane_of_its_own() -> Iterator[None]:
             patch.setenv("TMPDIR", folder)
             patch.setattr(tempfile, "tempdir", None)
             yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _classifiers_trained_once() -> Iterator[None]:
+    """Train a classifier of the same layers on the same images by the same seed once, and copy it after that."""
+    trained: dict[object, tuple[dict[str, Tensor], float, Tensor]] = {}
+
+    def learn(network: nn.Module, x_NCHW: Tensor, y_N: Tensor, epochs: int, seed: int) -> float:
+        if not all(type(part).__module__.startswith("torch.nn.") for part in network.modules()):
+            return train(network, x_NCHW, y_N, epochs, seed)  # its layers do not say all that it does
+        images = hashlib.sha256(x_NCHW.cpu().numpy().tobytes() + y_N.cpu().numpy().tobytes()).digest()
+        key = (str(network), images, tuple(x_NCHW.shape), epochs, seed, "forward" in vars(network), x_NCHW.device)
+        if key not in trained:
+            accuracy = train(network, x_NCHW, y_N, epochs, seed)
+            weights = {name: weight.clone() for name, weight in network.state_dict().items()}
+            trained[key] = weights, accuracy, torch.get_rng_state()
+        weights, accuracy, state = trained[key]
+        network.load_state_dict(weights)
+        torch.set_rng_state(state)
+        return accuracy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assets, "train", learn)
+        yield
 
 
 @pytest.fixture
@@ -105,3 +133,9 @@ def digits_study(storage: Path, **fields: object) -> Study:
         "storage": str(storage),
     }
     return make_study(smoke | fields)
+
+
+def brief_study(storage: Path, **fields: object) -> Study:
+    """Return a study of whose figures nothing is asked."""
+    few = {"suite": "quick", "train_images": 256, "eval_images": 30, "epochs": 1, "classifier_epochs": 1}
+    return digits_study(storage, **few | fields)

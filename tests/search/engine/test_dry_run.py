@@ -15,8 +15,8 @@ from search.trial.runner import run_trial
 from search.trial.timing import Step
 from search.trial.training import silent
 from spaces.exceptions import InputError
-from tests.conftest import digits_study
-from tests.search.trial.test_runner import brief, setting
+from tests.conftest import brief_study, digits_study
+from tests.search.trial.test_runner import setting
 
 FLAGS = ["--task", "digits/A", "--space", "smoke", "--suite", "quick", "--eval-images", "20", "--epochs", "1"]
 
@@ -39,7 +39,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
 
 
 def test_a_dry_run_knows_what_the_store_holds(tmp_path: Path) -> None:
-    study = brief(tmp_path)
+    study = brief_study(tmp_path, knobs={"sigma_eps": 0})
     before = forecast(study, 4)
     run_trial(study, setting(study), study.store, silent)
     after = forecast(study, 4)
@@ -74,7 +74,7 @@ def test_a_training_is_scaled_from_its_batches_to_all_its_images(
 
     ticks = iter(range(10_000))
     monkeypatch.setattr(Step, "_now", lambda self: float(next(ticks)))
-    study = brief(tmp_path, train_images=1200)
+    study = brief_study(tmp_path, train_images=1200)
     found = Step(TrialRunner(study, study.store))
     size = found.defense.train_knobs.batch_size
     training = found.training()

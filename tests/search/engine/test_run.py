@@ -33,9 +33,12 @@ from search.study.callbacks import Callback
 from search.study.candidate import Proposal
 from search.study.study import Study
 from spaces.exceptions import InputError
-from tests.conftest import digits_study
+from tests.conftest import brief_study, digits_study
 from tests.search.optimizer.test_early_stopping import PRETENDED
 from tests.support.page import Page
+
+TWO_SETTINGS = {"sigma_eps": [0, 1]}
+"""Inference settings of each training, of which the second draws noise."""
 
 
 class Diary(Callback):
@@ -54,7 +57,7 @@ class Diary(Callback):
 
 def test_the_in_process_twin_tells_the_same_story(tmp_path: Path) -> None:
     diary = Diary()
-    assert run(digits_study(tmp_path, trials=2), [diary], debug=True) == "finished"
+    assert run(brief_study(tmp_path, trials=2, epochs=2, knobs={"sigma_eps": 0}), [diary], debug=True) == "finished"
     assert diary.heard == [f"{t} {what}" for t in ("t001", "t002") for what in ("started", "1", "2", "finished")]
 
 
@@ -88,7 +91,9 @@ def test_ray_tune_hands_no_credentials_to_workers_since_ray_would_log_them() -> 
 
 def test_a_posterior_that_collapsed_is_named_in_the_report(tmp_path: Path) -> None:
     fixed = {"lambda_rc": 0.1, "conv_maps": 4, "sigma_eps": 0.1}
-    study = digits_study(tmp_path, trials=2, refine=0, method="grid", knobs=fixed | {"lambda_kl": (1e-4, 1e4)})
+    study = digits_study(
+        tmp_path, trials=2, refine=0, suite="quick", method="grid", knobs=fixed | {"lambda_kl": (1e-4, 1e4)}
+    )
     assert session.begin(study, Console(quiet=True), debug=True) == 0
     said = {trial.params.train["lambda_kl"]: trial.reason for trial in summarise(study).trials}
     assert said[1e-4] == "" and "the posterior collapsed (0." in said[1e4]
@@ -106,12 +111,12 @@ def test_a_defense_that_raises_fails_its_trial_and_not_the_search(
         yield from honest(self, batches, classifier)
 
     monkeypatch.setattr(defenses.puvae.PuVAE, "fit", raises_once)
-    study = digits_study(tmp_path, trials=8)
+    study = brief_study(tmp_path, trials=8, knobs=TWO_SETTINGS)
     assert run(study, [], debug=True) == "finished"
     history = SearchHistory(study)
     states = [(state_of(t), t.user_attrs.get("reason", "")) for t in history.trials()]
     assert states.count(("failed", "RuntimeError: conv_maps 8 on purpose")) == 4
-    assert states.count(("finished", "")) == 4 and len(history.candidates()) == 24
+    assert states.count(("finished", "")) == 4 and len(history.candidates()) == 8
 
 
 def test_pruned_trials_are_told_as_pruned_and_bring_no_candidates(
@@ -119,14 +124,14 @@ def test_pruned_trials_are_told_as_pruned_and_bring_no_candidates(
 ) -> None:
     scores = iter([0.9, 0.9, 0.1, 0.9, 0.9])
     monkeypatch.setattr("search.trial.evaluator.Evaluator.cheap", lambda *args: next(scores))
-    study = digits_study(tmp_path, trials=3, patience=1, halving=2.0)
+    study = brief_study(tmp_path, trials=3, epochs=2, patience=1, halving=2.0, knobs=TWO_SETTINGS)
     diary = Diary()
     assert run(study, [diary], debug=True) == "finished"
     assert diary.heard[-3:] == ["t003 1", "t003 2", "t003 finished"] and "t002 pruned" in diary.heard
     history = SearchHistory(study)
     assert [state_of(t) for t in history.trials()] == ["finished", "pruned", "finished"]
     assert [t.user_attrs["curve"] for t in history.trials()] == [[[1, 0.9], [2, 0.9]], [[1, 0.1]], [[1, 0.9], [2, 0.9]]]
-    assert len(history.candidates()) == 12
+    assert len(history.candidates()) == 4
     assert not list((tmp_path / ".store" / "progress").glob("*"))  # a pruned fit is not gone on with
 
 
@@ -141,14 +146,14 @@ def test_a_search_without_a_feasible_candidate_says_everywhere_what_refused_how_
     for name in ("purify", "surrogate"):
         honest = getattr(defenses.puvae.PuVAE, name)
         monkeypatch.setattr(defenses.puvae.PuVAE, name, _detached(honest))
-    study: Study = digits_study(tmp_path, trials=1, min_clean_accuracy=1.0)
+    study: Study = brief_study(tmp_path, trials=1, min_clean_accuracy=1.0, knobs=TWO_SETTINGS)
     assert session.begin(study, Console(width=160), debug=True) == 0
     shown = capsys.readouterr().out
     candidates = SearchHistory(study).candidates()
     alarmed = Counter(alarm for c in candidates for alarm in c.score.alarms)
-    assert len(candidates) == 6 and all(c.score.clean_accuracy < 1 for c in candidates) and alarmed
+    assert len(candidates) == 2 and all(c.score.clean_accuracy < 1 for c in candidates) and alarmed
     why = ranking.refusals_in_words(study, candidates)
-    assert "6 of 6 have clean accuracy below 100.0 %" in why and "6 fail the audit check gradient" in why
+    assert "2 of 2 have clean accuracy below 100.0 %" in why and "2 fail the audit check gradient" in why
     assert all(f"the audit check {gate}" in why for gate in alarmed) and why.endswith("; reasons overlap")
     told = session.status(study)
     assert {one["gate"]: one["refused"] for one in told["constraints"] if one["gate"]} == alarmed
@@ -157,6 +162,6 @@ def test_a_search_without_a_feasible_candidate_says_everywhere_what_refused_how_
         assert why in said
     with pytest.raises(InputError, match=re.escape(f"{study.name} has none: {why}")):
         pick(study, pareto=False, top=1, candidate=None)
-    assert len(rows(study.folder)) == 6
+    assert len(rows(study.folder)) == 2
     assert session.proceed(study, Console(width=160, quiet=True), debug=True) == 0  # nothing is left to do
-    assert len(rows(study.folder)) == 6
+    assert len(rows(study.folder)) == 2

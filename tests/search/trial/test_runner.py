@@ -24,7 +24,7 @@ from search.trial.evaluator import Evaluator
 from search.trial.pictures import caption, png
 from search.trial.runner import TrialRunner, baseline, run_trial
 from spaces.space import Params
-from tests.conftest import digits_study
+from tests.conftest import brief_study, digits_study
 
 CPU = torch.device("cpu")
 PARAMS = Params({"conv_maps": 2, "decoder_maps": 2, "dense": 8}, {})
@@ -32,6 +32,12 @@ PARAMS = Params({"conv_maps": 2, "decoder_maps": 2, "dense": 8}, {})
 
 def silent(epoch: int, metrics: Metrics) -> None:
     """Report to nobody."""
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Study:
+    """A search that scores each training at one inference setting, without noise."""
+    return digits_study(tmp_path, suite="quick", knobs={"sigma_eps": 0})
 
 
 def setting(study: Study, **knobs: object) -> Params:
@@ -64,7 +70,8 @@ def test_noise_that_the_attacker_knows_is_scored_beside_the_rest_where_it_is_ask
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All inference settings race on the first images, where the known noise is not yet asked about."""
-    asked = study.model_copy(update={"noise": "known", "knobs": {**study.knobs, "sigma_eps": [1.0, 0]}})
+    study = study.model_copy(update={"knobs": {**study.knobs, "sigma_eps": [1.0, 0]}})
+    asked = study.model_copy(update={"noise": "known"})
     plain = run_trial(study, setting(study, sigma_eps=1.0), study.store, silent)
     assert plain[0].row()["known_noise_accuracy"] is None and plain[0].row()["worst_draw_accuracy"] is None
     noisy, still = run_trial(asked, setting(asked, sigma_eps=1.0), asked.store, silent)
@@ -86,6 +93,7 @@ def test_noise_that_the_attacker_knows_is_scored_beside_the_rest_where_it_is_ask
 def test_the_second_time_nothing_is_trained_and_the_scores_are_the_same(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    study = study.model_copy(update={"knobs": {"sigma_eps": [0, 1.0]}})
     first = run_trial(study, setting(study), study.store, silent)
 
     def untrainable(self: PuVAE, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
@@ -99,12 +107,6 @@ def test_the_second_time_nothing_is_trained_and_the_scores_are_the_same(
 
 class Killed(BaseException):
     """Stands in for a worker that dies."""
-
-
-def brief(storage: Path, **fields: object) -> Study:
-    """Return a study of whose figures nothing is asked."""
-    few = {"suite": "quick", "train_images": 256, "eval_images": 30, "epochs": 1, "classifier_epochs": 1}
-    return digits_study(storage, **few | fields)
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, target: object, name: str) -> None:
@@ -125,17 +127,17 @@ def test_a_second_search_over_the_same_space_trains_nothing_and_attacks_nothing(
         trials = [run_trial(study, params, study.store, silent, alone=True) for params in settings]
         return [baseline(study, study.store), *(candidate for runner in trials for candidate in runner)]
 
-    first = search(brief(tmp_path))
+    first = search(brief_study(tmp_path))
     forbid(monkeypatch, PuVAE, "fit")
     for name in ("observe", "noisy", "quick_gates"):
         forbid(monkeypatch, evaluator, name)
     forbid(monkeypatch, latency, "_times")
-    other = brief(tmp_path, name="other", trials=9, method="grid", max_clean_rejection=0.2, threat="white-box")
+    other = brief_study(tmp_path, name="other", trials=9, method="grid", max_clean_rejection=0.2, threat="white-box")
     assert search(other) == first
 
 
 def test_a_trial_that_is_killed_scores_no_setting_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, calls = brief(tmp_path), []
+    study, calls = brief_study(tmp_path), []
 
     def observed(self: Evaluator, target: nn.Module, begun: Observation | None = None) -> Observation:
         calls.append(1)
@@ -151,7 +153,7 @@ def test_a_trial_that_is_killed_scores_no_setting_again(tmp_path: Path, monkeypa
 
 
 def test_a_damaged_score_is_made_again(tmp_path: Path) -> None:
-    study = brief(tmp_path)
+    study = brief_study(tmp_path)
     first, store = baseline(study, study.store), study.store
     (key,) = store.keys("scores")
     said = store.root / "scores" / key / "said.safetensors"
@@ -164,7 +166,7 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(fit: str = "fit", over: dict[str, object] | None = None, **fields: object) -> str:
-        study = brief(tmp_path, **fields)
+        study = brief_study(tmp_path, **fields)
         runner = TrialRunner(study, study.store)
         params = runner.scorer.aimed(setting(study, **(over or {})))
         with torch.device("meta"):
@@ -200,11 +202,11 @@ def test_everything_that_changes_a_score_changes_its_fingerprint(
 
 def test_what_was_said_serves_every_threshold_and_every_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scored(**fields: object) -> list[Candidate]:
-        study = brief(tmp_path, defense="magnet", **fields)
+        study = brief_study(tmp_path, defense="magnet", **fields)
         return run_trial(study, setting(study), study.store, silent)
 
     first = scored(max_clean_rejection=0.05)
-    store = brief(tmp_path).store
+    store = brief_study(tmp_path).store
     assert len(store.keys("scores")) == 2 and len(first) == 10  # one for each reformer
     forbid(monkeypatch, Evaluator, "observe")
     assert scored(max_clean_rejection=0.05) == first
@@ -214,7 +216,7 @@ def test_what_was_said_serves_every_threshold_and_every_budget(tmp_path: Path, m
 
 def test_a_black_box_attacker_learns_of_each_threshold_anew(tmp_path: Path) -> None:
     def sittings(threat: str) -> int:
-        study = brief(tmp_path, defense="magnet", threat=threat)
+        study = brief_study(tmp_path, defense="magnet", threat=threat)
         runner, found = TrialRunner(study, study.store), set()
         for limit in (0.99, 1e6):
             params = runner.scorer.aimed(setting(study, detector_1=limit))
@@ -235,8 +237,8 @@ def killed_after(epochs: int) -> object:
 
 
 def test_a_fit_that_was_killed_goes_on_from_its_last_epoch_bit_for_bit(tmp_path: Path) -> None:
-    whole = digits_study(tmp_path / "whole", epochs=3)
-    broken = digits_study(tmp_path / "broken", epochs=3)
+    whole = digits_study(tmp_path / "whole", epochs=3, knobs={"sigma_eps": 0})
+    broken = digits_study(tmp_path / "broken", epochs=3, knobs={"sigma_eps": 0})
     run_trial(whole, setting(whole), whole.store, silent)
     with pytest.raises(Killed):
         run_trial(broken, setting(broken), broken.store, killed_after(1))  # type: ignore[arg-type]
@@ -250,10 +252,10 @@ def test_a_fit_that_was_killed_goes_on_from_its_last_epoch_bit_for_bit(tmp_path:
     assert weights[0] == weights[1]
 
 
-def test_the_rungs_of_another_threat_model_are_not_taken_for_ones_own(study: Study) -> None:
-    (first, *_) = run_trial(study, setting(study), study.store, silent)
-    assert len(TrialRunner.of(study, study.store).trainer.curve(first.fit)) == 2
-    other = study.model_copy(update={"name": "other", "threat": "oblivious"})
+def test_the_rungs_of_another_threat_model_are_not_taken_for_ones_own(single: Study) -> None:
+    (first, *_) = run_trial(single, setting(single), single.store, silent)
+    assert len(TrialRunner.of(single, single.store).trainer.curve(first.fit)) == 2
+    other = single.model_copy(update={"name": "other", "threat": "oblivious"})
     (again, *_) = run_trial(other, setting(other), other.store, silent)
     assert again.fit == first.fit and TrialRunner.of(other, other.store).trainer.curve(first.fit) == []
 
@@ -267,13 +269,13 @@ def test_rung_scores_compare_where_as_many_images_were_attacked(tmp_path: Path) 
     assert rungs(eval_images=60, cheap_images=100) != rungs(eval_images=90, cheap_images=100)
 
 
-def test_a_damaged_fit_is_trained_again(study: Study) -> None:
-    run_trial(study, setting(study), study.store, silent)
-    weights = fits(study)[0] / "weights.safetensors"
+def test_a_damaged_fit_is_trained_again(single: Study) -> None:
+    run_trial(single, setting(single), single.store, silent)
+    weights = fits(single)[0] / "weights.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-4] + b"oops")
     epochs: list[int] = []
-    run_trial(study, setting(study), study.store, lambda epoch, metrics: epochs.append(epoch))
+    run_trial(single, setting(single), single.store, lambda epoch, metrics: epochs.append(epoch))
     assert epochs == [1, 2] and weights.read_bytes() == good
 
 
@@ -310,11 +312,11 @@ def test_puvae_consults_the_partner_of_the_protected_classifier(study: Study) ->
     assert runner.assets.target is runner.assets.classifier("A")
 
 
-def test_a_fit_leaves_the_classifiers_alone(study: Study) -> None:
-    runner = TrialRunner.of(study, study.store)
+def test_a_fit_leaves_the_classifiers_alone(single: Study) -> None:
+    runner = TrialRunner.of(single, single.store)
     source = runner.assets.classifier("B")
     before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
-    run_trial(study, setting(study), study.store, silent)
+    run_trial(single, setting(single), single.store, silent)
     assert all(torch.equal(before[n], t) for n, t in source.state_dict().items())
     assert not any(p.requires_grad for p in source.parameters())
 
@@ -337,11 +339,11 @@ def test_oblivious_images_are_made_once_for_each_attack_whatever_suite_asks(stud
     assert made == again
 
 
-def test_a_picture_has_a_row_for_each_kind_of_image(study: Study, tmp_path: Path) -> None:
+def test_a_picture_has_a_row_for_each_kind_of_image(single: Study, tmp_path: Path) -> None:
     from PIL import Image
 
-    run_trial(study, setting(study), study.store, silent)
-    path = TrialRunner.of(study, study.store).picture(setting(study), tmp_path / "p.png", images=7)
+    run_trial(single, setting(single), single.store, silent)
+    path = TrialRunner.of(single, single.store).picture(setting(single), tmp_path / "p.png", images=7)
     assert Image.open(path).size == (7 * 8 * 3, 4 * 8 * 3)
     rows, *said = caption(path).splitlines()
     assert rows.startswith("rows: clean; attacked (ifgsm-targeted, oblivious, Linf eps")
@@ -359,9 +361,9 @@ def test_a_png_shows_what_it_was_given() -> None:
     assert image.size == (12, 8) and image.getpixel((9, 5)) == (255, 0, 0) and image.getpixel((5, 5)) == (0, 0, 0)
 
 
-def test_a_defense_that_overrides_accept_alone_rejects(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defense_that_overrides_accept_alone_rejects(single: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PuVAE, "accept", lambda self, x_NCHW: x_NCHW.flatten(1).mean(1) > 0.3)
-    first, *_ = run_trial(study, setting(study), study.store, silent)
+    first, *_ = run_trial(single, setting(single), single.store, silent)
     assert 0 < first.score.clean_rejection < 1 and first.score.risk_coverage == ()
 
 
@@ -372,7 +374,7 @@ def test_rung_scores_of_another_study_are_not_taken_over_from_half_done_progress
     def stop(epoch: int, metrics: Metrics) -> None:
         raise Stop
 
-    studies = [digits_study(tmp_path, threat=threat) for threat in ("oblivious", "white-box")]
+    studies = [digits_study(tmp_path, threat=threat, knobs={"sigma_eps": 0}) for threat in ("oblivious", "white-box")]
     with pytest.raises(Stop):
         run_trial(studies[0], setting(studies[0]), studies[0].store, stop)
     run_trial(studies[1], setting(studies[1]), studies[1].store, silent)
@@ -381,7 +383,9 @@ def test_rung_scores_of_another_study_are_not_taken_over_from_half_done_progress
         assert runner.trainer.curve(runner.trainer.key(setting(study))) == []
 
 
-def test_what_is_made_once_is_shared_by_fits_and_kept_as_float16(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_made_once_is_shared_by_fits_and_kept_as_float16(
+    single: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
 
     def fit(self: PuVAE, batches: Batches, classifier: nn.Module) -> Iterator[Metrics]:
@@ -397,11 +401,11 @@ def test_what_is_made_once_is_shared_by_fits_and_kept_as_float16(study: Study, m
     monkeypatch.setattr(PuVAE, "fit", fit)
     curves = []
     for lambda_rc in (0.1, 1.0):
-        run_trial(study, setting(study, lambda_rc=lambda_rc), study.store, silent)
-        runner = TrialRunner.of(study, study.store)
-        key = runner.trainer.key(setting(study, lambda_rc=lambda_rc))
-        curves.append([metrics["loss"] for metrics in study.store.about("fits", key)["curve"]])
-    assert made == [1] and curves[0] == curves[1] and len(fits(study)) == 2
+        run_trial(single, setting(single, lambda_rc=lambda_rc), single.store, silent)
+        runner = TrialRunner.of(single, single.store)
+        key = runner.trainer.key(setting(single, lambda_rc=lambda_rc))
+        curves.append([metrics["loss"] for metrics in single.store.about("fits", key)["curve"]])
+    assert made == [1] and curves[0] == curves[1] and len(fits(single)) == 2
 
 
 def test_the_usual_setting_says_which_classifiers_are_trained_first(tmp_path: Path) -> None:
