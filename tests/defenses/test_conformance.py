@@ -33,7 +33,7 @@ from spaces.domain import Domain, Scalar, contains, extremes
 from spaces.exceptions import InputError
 from spaces.space import Params, SearchSpace, knob
 
-SEED, EPOCHS, IMAGES = 7, 3, 240
+SEED, EPOCHS, IMAGES = 7, 3, 96
 DIGITS = Shape(1, 8, 8, 10)
 SHAPES = (DIGITS, Shape(1, 28, 28, 10), Shape(3, 32, 32, 10), Shape(3, 128, 128, 100))
 TOLERANCE = 1e-4

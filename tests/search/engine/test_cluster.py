@@ -30,8 +30,8 @@ from tests.support.paths import ROOT, hiding
 PACKAGES = ("spaces", "attacks", "defenses", "search")
 RAY = str(Path(sys.executable).parent / "ray")
 SMALL = tuple(
-    "--task digits/A --space smoke --trials 2 --epochs 2 --eval-images 60 --cheap-images 20 --classifier-epochs 4 "
-    "--wandb disabled --refine 0".split()
+    "--task digits/A --space smoke --trials 2 --epochs 2 --suite quick --eval-images 40 --cheap-images 20 "
+    "--classifier-epochs 2 --knob sigma_eps=0,1 --wandb disabled --refine 0".split()
 )
 AGENT_LATE = "No available agent to submit job"  # Ray waits ten seconds for a node's agent to enlist, then says so
 
@@ -171,7 +171,7 @@ def test_code_and_data_reach_a_node_that_has_neither_and_nothing_else_does(nodes
     theirs = hiding(tmp_path / "theirs")
     searched = nodes.launch("search", *more, root=root, cwd=theirs)
     assert searched.returncode == 0, searched.stdout + searched.stderr
-    assert len(_candidates(nodes.shared / "away")) == 12
+    assert len(_candidates(nodes.shared / "away")) == 4
     assert 200_000 < _size(nodes.arrived) < 2_000_000
     came = nodes.data / "decoded" / "digits"
     assert json.loads((came / "decoded.json").read_text())["came"] == "from the first node"
@@ -190,7 +190,7 @@ def test_a_users_data_and_classifier_reach_a_node_that_has_neither(nodes: Nodes,
     more = ("--name", "own", "--storage", str(nodes.shared), "--address", nodes.address, *SMALL)
     searched = nodes.launch("search", *more, "--task", "leaves/mine", "--eval-images", "10")
     assert searched.returncode == 0, searched.stdout + searched.stderr
-    assert len(_candidates(nodes.shared / "own")) == 12
+    assert len(_candidates(nodes.shared / "own")) == 4
     assert cache.fault(nodes.data / "decoded" / "leaves", thorough=True) is None
     assert {path.name for path in (nodes.data / "classifiers" / "leaves" / "mine").iterdir()} == {
         "classifier.json",
@@ -211,7 +211,7 @@ def test_a_search_may_be_submitted_as_a_job(nodes: Nodes, tmp_path: Path) -> Non
         if AGENT_LATE not in submitted.stderr or time.monotonic() > until:
             break
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert len(_candidates(nodes.shared / "job")) == 12
+    assert len(_candidates(nodes.shared / "job")) == 4
     assert read_study(nodes.shared / "job" / "study.yaml").address is None
 
 
