@@ -30,12 +30,8 @@ class _Row:
     loss: float | None = None
     cheap: float | None = None
     doing: str = "scoring"
-    scored: float = 0.0
+    share: float = 0.0
     since: float = field(default_factory=time.monotonic)
-
-    def share(self, epochs: int) -> float:
-        """Return how much of the training is done, about: its scoring counts like one of its epochs."""
-        return (self.epoch + self.scored) / (epochs + 1)
 
 
 class LiveTable(Callback):
@@ -52,10 +48,10 @@ class LiveTable(Callback):
         self.study = study
         self.searched = searched
         self.epochs = epochs
-        self.done = done
         self._rows: dict[str, _Row] = {}
         self._live: Live | None = None
-        self._began_with, self._began = float(done), math.nan
+        self._so_far = self._began_with = float(done)
+        self._began = math.nan
         self._progress = ProgressBars(console, Counting("trainings"), TextColumn("{task.fields[left]}"))
         self._bar = self._progress.add_task(study.name, total=study.trials, completed=done, left="–")
         if not console.is_terminal:  # on one, the live table shows it
@@ -76,6 +72,7 @@ class LiveTable(Callback):
         knobs = ", ".join(
             f"{name} {brief(value)}" for name, value in trial.params.train.items() if name in self.searched
         )
+        self._advance(trial, self._rows.get(trial.name, _Row("")), 0.0)
         self._rows[trial.name] = _Row(knobs)
         self._say(f"{trial.name} started: {knobs}", piped=True)
 
@@ -84,13 +81,14 @@ class LiveTable(Callback):
         if not row.epoch:  # the epochs before it are of an earlier run
             self._began_with += (epoch - 1) / (self.epochs + 1)
         row.epoch, row.loss, row.cheap = epoch, metrics.get("loss"), metrics.get("cheap")
-        self._advance()
+        self._advance(trial, row, epoch / (self.epochs + 1))
         self._say(f"{trial.name} epoch {epoch}/{self.epochs}: quick score {points(row.cheap)}", piped=True)
 
     def setting_scored(self, trial: Proposal, done: int, settings: int, images: int) -> None:
         row = self._rows.setdefault(trial.name, _Row(""))
-        row.doing, row.scored = f"scored {done}/{settings}", max(row.scored, done / settings)
-        self._advance()
+        row.doing = f"scored {done}/{settings}"
+        scoring = done / settings  # counts like one epoch
+        self._advance(trial, row, max(row.share, (self.epochs + scoring) / (self.epochs + 1)))
         if not self.console.is_terminal:  # in the next line about the progress
             scored = f"{trial.name} scored {done} of {counted(settings, 'setting')} on {counted(images, 'image')}"
             self._progress.update(self._bar, description=f"{self.study.name} ({scored})")
@@ -98,8 +96,7 @@ class LiveTable(Callback):
     def trial_ended(
         self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
-        self._rows.pop(trial.name, None)
-        self.done += state != "interrupted" and not trial.refines
+        self._advance(trial, self._rows.pop(trial.name, _Row("")), float(state != "interrupted"))
         best = next(iter((*ranking.feasible(self.study, candidates), *ranking.ranked(candidates))), None)
         if best is None:
             self._say(f"{trial.name} {state}{': ' + reason if reason else ''}")
@@ -113,14 +110,15 @@ class LiveTable(Callback):
                 f"{score.latency_ms_p50:.0f} ms"
             )
         self._progress.update(self._bar, description=self.study.name)
-        self._advance()
 
-    def _advance(self) -> None:
-        """Show how much is done, and the time left if the rest goes on as fast as what was done since the start."""
-        done = min(self.study.trials, self.done + sum(row.share(self.epochs) for row in self._rows.values()))
-        new, rest = done - self._began_with, self.study.trials - done
-        left = (time.monotonic() - self._began) * rest / new if new > 0 and rest else math.nan
-        self._progress.update(self._bar, completed=done, left=duration(left))
+    def _advance(self, trial: Proposal, row: _Row, share: float) -> None:
+        """Show how much of a training is done, and the time left if all goes on as fast as since the start."""
+        if trial.refines:  # not one of the trainings that are counted
+            return
+        self._so_far, row.share = self._so_far + share - row.share, share
+        new, rest = self._so_far - self._began_with, self.study.trials - self._so_far
+        left = (time.monotonic() - self._began) * rest / new if new > 1e-6 and rest > 1e-6 else math.nan
+        self._progress.update(self._bar, completed=round(self._so_far, 6), left=duration(left))
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         self.close()
