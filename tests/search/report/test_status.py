@@ -224,9 +224,10 @@ def test_what_is_left_is_told_while_a_search_runs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_searches_at_once_share_classifiers_and_fits(tmp_path: Path) -> None:
     """The same two trainings asked for by both: one trains each, the other waits and loads it."""
-    asked = "--task digits/A --space smoke --suite quick --train-images 300 --eval-images 20 --cheap-images 10 "
-    asked += "--classifier-epochs 1 --epochs 2 --knob sigma_eps=0,1 --debug --method grid --trials 2 --wandb disabled "
-    asked += f"--storage {tmp_path} --name"
+    asked = "--task digits/A --space smoke --suite quick --eval-images 20 --cheap-images 10 --classifier-epochs 1 "
+    asked += (
+        f"--epochs 2 --knob sigma_eps=0,1 --debug --method grid --trials 2 --wandb disabled --storage {tmp_path} --name"
+    )
     command = [sys.executable, str(ROOT / "launch.py"), "search", *asked.split()]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     searches = [subprocess.Popen([*command, name], cwd=ROOT, **pipes) for name in ("one", "other")]
