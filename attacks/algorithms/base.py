@@ -69,8 +69,10 @@ class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torc
         """
         logits_NK = self.get_logits(x_NCHW)
         rank_N = lead(logits_NK, y_N) if self.rank == "lead" else margin(logits_NK, y_N)
-        wanted_N = torch.full_like(rank_N, self.rank == "evading", dtype=torch.bool)
-        if len(asked := (wanted_N if floor_N is None else wanted_N & (rank_N > floor_N)).nonzero().flatten()):
+        if self.rank != "evading":
+            return rank_N
+        wanted_N = torch.ones_like(rank_N, dtype=torch.bool) if floor_N is None else rank_N > floor_N
+        if len(asked := wanted_N.nonzero().flatten()):
             over_N = excess(self.model.suspicion(x_NCHW[asked]), limits(self.model.target)).to(rank_N)
             rank_N[asked] = torch.minimum(rank_N[asked], -over_N)
         return rank_N

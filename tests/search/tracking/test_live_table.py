@@ -69,6 +69,30 @@ def test_the_time_left_is_told_from_the_first_epoch_on(
     )
 
 
+def test_a_training_counts_once_whatever_becomes_of_it(study: Study) -> None:
+    """It is started again when its worker dies, interrupted, stopped early, or its refinement is scored."""
+    table = LiveTable(Console(file=StringIO(), force_terminal=True), study, [], epochs=3, done=1)
+    first, refined = Proposal("t002", Params({}, {})), Proposal("r001", Params({}, {}), refines=True)
+    seen = list[float]()
+
+    def told() -> None:
+        seen.append(table._progress.tasks[0].completed)
+
+    for state in ("interrupted", "pruned"):
+        for _ in range(2):
+            table.trial_started(first)
+            table.epoch_ended(first, 2, {"cheap": 0.5})
+            told()
+        table.setting_scored(first, 1, 2, 40)
+        told()
+        table.trial_ended(first, state, [], None, "")
+        told()
+    table.setting_scored(refined, 1, 1, 40)
+    table.trial_ended(refined, "failed", [], None, "")
+    told()
+    assert seen == [1.5, 1.5, 1.875, 1.0, 1.5, 1.5, 1.875, 2.0, 2.0]
+
+
 def test_a_thousand_trainings_are_no_more_rows_than_the_terminal_has(study: Study) -> None:
     screen = Console(file=StringIO(), force_terminal=True, width=80, height=30)
     table = LiveTable(screen, study, [], epochs=20, done=0)
