@@ -5,7 +5,7 @@ RUN ?= quickstart
 # Threads that spin while they wait make runs beside each other many times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup search test s3 lint format lock clean
+.PHONY: setup search test extras lint format lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -23,14 +23,14 @@ setup: .venv/.ready  ## a .venv with everything pinned, and MNIST in the data ca
 	@touch $@
 
 # The tests' own environment: the product's packages, and beside them what the extras name.
-s3: .venv-s3/.ready  ## an environment with s3fs and an S3 server, for the tests of a real S3
+extras: .venv-extras/.ready  ## an environment with s3fs, an S3 server and Kubernetes' schemas, for the tests that need them
 
-.venv-s3/.ready: .venv/.ready pyproject.toml requirements.lock
-	$(BIN)/python -m venv --clear .venv-s3
+.venv-extras/.ready: .venv/.ready pyproject.toml requirements.lock
+	$(BIN)/python -m venv --clear .venv-extras
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> $$(.venv-s3/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/product.pth
-	mkdir .venv-s3/extras && cp pyproject.toml .venv-s3/extras  # pip builds in the folder that it installs
-	.venv-s3/bin/pip install --quiet --constraint requirements.lock '.venv-s3/extras[s3,s3-server]'
+		> $$(.venv-extras/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/product.pth
+	mkdir .venv-extras/extras && cp pyproject.toml .venv-extras/extras  # pip builds in the folder that it installs
+	.venv-extras/bin/pip install --quiet --constraint requirements.lock '.venv-extras/extras[s3,s3-server,kubernetes]'
 	@touch $@
 
 search: setup  ## the default search on real MNIST, embedded: local Ray, a journal file, W&B offline
@@ -57,4 +57,4 @@ lock:  ## pin requirements.in anew (needs the package registry)
 	$(BIN)/pip freeze --all --exclude pip | sed -E 's/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia|cuda|triton)/d' > requirements.lock
 
 clean:  ## remove the environment; searches and data stay
-	rm -rf .venv .venv-s3 .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-extras .pytest_cache .mypy_cache .ruff_cache

@@ -138,6 +138,7 @@ def train(storage: Path, name: str, part: int, parts: int) -> None:
 
         key, defense = runner.trainer.fit(every[number], report)
         curve = runner.trainer.curve(key)
+        assert curve, f"fit {key} was scored by another version of the code: remove it from {storage}/.store/fits"
         trained, rows = time.process_time(), list[tuple[Any, Any]]()
         for setting in runner.scorer.settings(every[number]):
             model = Defended(defense.at(setting.inference), runner.assets.target)

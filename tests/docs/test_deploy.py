@@ -1,13 +1,15 @@
-"""The cluster files: each against the schema that its tool ships; the Slurm script runs in test_slurm.py."""
+"""The cluster files: each against its tool's own schema; the Slurm script runs in test_slurm.py."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
@@ -15,6 +17,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from search.study.loading import make_study
 from tests.search.cli.test_cli import launch
+from tests.support.extras import PYTHON
 from tests.support.paths import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -57,6 +60,61 @@ def test_the_rayjob_is_a_ray_cluster_of_our_version_with_a_volume_that_every_nod
     validate_config(config)
     assert config["available_node_types"]["gpu"]["resources"] == {"CPU": 8, "GPU": 1, "memory": 32 * 2**30}
     assert f"rayproject/ray:{RAY[1]}-py311" in (DEPLOY / "Dockerfile").read_text()
+
+
+def changed(document: Any, path: str, value: Any) -> Any:
+    """Return a copy with another value at a path such as `spec.workerGroupSpecs.0.replicas`."""
+    copy = json.loads(json.dumps(document))
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    place = copy
+    for part in parents:
+        place = place[part]
+    place[last] = value
+    return copy
+
+
+def test_kuberay_takes_the_rayjob() -> None:
+    schema = yaml.safe_load(Path(__file__).with_name("rayjob_schema.yaml").read_text())
+    _, job = documents("rayjob.yaml")
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(job, schema)
+    cluster = "spec.rayClusterSpec"
+    for path, value in [
+        ("spec.entryPoint", "python launch.py"),
+        ("spec.shutdownAfterJobFinishes", False),
+        ("metadata.name", "Crucible"),
+        (f"{cluster}.authOptions.mode", "tokens"),
+        (f"{cluster}.headGroupSpec.rayStartParams.num-cpus", 0),
+        (f"{cluster}.headGroupSpec.replicas", 1),
+        (f"{cluster}.workerGroupSpecs.0.replicas", "2"),
+    ]:
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(changed(job, path, value), schema)
+    version = tuple(map(int, job["spec"]["rayClusterSpec"]["rayVersion"].split(".")))
+    assert version >= (2, 52, 0), "the operator refuses tokens with an older Ray"
+    groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert all(group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] for group in groups)
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason="`make extras` makes the environment with the schemas of Kubernetes")
+def test_kubernetes_takes_the_claim_and_the_pods(tmp_path: Path) -> None:
+    claim, job = documents("rayjob.yaml")
+    cluster = job["spec"]["rayClusterSpec"]
+    head, *workers = (
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    )
+
+    def taken(*documents: dict[str, Any]) -> bool:
+        file = tmp_path / "documents.yaml"
+        file.write_text(yaml.safe_dump_all(documents))
+        return (
+            subprocess.run([PYTHON, "-m", "kubernetes_validate", "--strict", file], capture_output=True).returncode == 0
+        )
+
+    assert taken(claim, head, *workers)
+    assert not taken(changed(claim, "spec.accessMode", ["ReadWriteMany"]))
+    assert not taken(changed(head, "spec.containers.0.volumeMounts.0", {"name": "shared"}))
 
 
 def test_the_rayjobs_entrypoint_is_a_command_of_ours(tmp_path: Path) -> None:

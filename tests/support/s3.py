@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
+from tests.support.extras import PYTHON
 from tests.support.paths import ROOT
 
 LAUNCH = ROOT / "launch.py"
 SERVER = Path(__file__).with_name("s3_server.py")
-PYTHON = ROOT / ".venv-s3" / "bin" / "python"
-"""The environment of `make s3`: the product's own, with the extra `s3` of pyproject.toml and moto."""
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIAhushhush1",
     "AWS_SECRET_ACCESS_KEY": "hushhush2/secret+key",

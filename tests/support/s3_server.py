@@ -1,4 +1,5 @@
-"""An S3 server: moto's over HTTP on loopback, with troubles in front of it. It runs in the environment of `make s3`.
+"""An S3 server: moto's over HTTP on loopback, with troubles in front of it. It runs in the environment
+of `make extras`.
 
     python s3_server.py PORT FOLDER
 

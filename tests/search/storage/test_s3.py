@@ -17,12 +17,13 @@ import pytest
 
 from benchmarks.fault_injection import SEARCH as SMALL
 from benchmarks.fault_injection import kill, two_nodes, wait_for
+from tests.support.extras import PYTHON
 from tests.support.paths import ROOT
-from tests.support.s3 import PYTHON, S3, Trouble, serving
+from tests.support.s3 import S3, Trouble, serving
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="`make s3` makes the environment with s3fs and a server"),
+    pytest.mark.skipif(not PYTHON.exists(), reason="`make extras` makes the environment with s3fs and a server"),
 ]
 
 ONE_SETTING = [*SMALL, "--knob", "sigma_eps=0", "--storage", S3.uri]
@@ -74,7 +75,9 @@ def no_secret_in(s3: S3, *folders: Path) -> None:
 def test_the_environment_is_what_the_page_says() -> None:
     page, makefile = ((ROOT / name).read_text() for name in ("docs/cluster.md", "Makefile"))
     assert "`pip install --constraint requirements.lock '.[s3]'`" in page
-    assert "pip install --quiet --constraint requirements.lock '.venv-s3/extras[s3,s3-server]'" in makefile
+    assert (
+        "pip install --quiet --constraint requirements.lock '.venv-extras/extras[s3,s3-server,kubernetes]'" in makefile
+    )
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["s3"]
     code = "import sys; from importlib.metadata import version; print(*[f'{n}=={version(n)}' for n in sys.argv[1:]])"
     names = [pin.partition("==")[0] for pin in extra]
