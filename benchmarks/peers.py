@@ -141,6 +141,7 @@ def by_smac(replay: Replay, seed: int) -> None:
 
     from ConfigSpace import Categorical, ConfigurationSpace, Integer
     from smac import MultiFidelityFacade, Scenario
+    from smac.main.exceptions import ConfigurationSpaceExhaustedException
 
     table = replay.table
     space = ConfigurationSpace(seed=seed)
@@ -162,7 +163,8 @@ def by_smac(replay: Replay, seed: int) -> None:
             seed=seed,
             output_directory=Path(folder),
         )
-        MultiFidelityFacade(scenario, target, overwrite=True, logging_level=40).optimize()
+        with suppress(ConfigurationSpaceExhaustedException):  # it finds nothing more that it did not try
+            MultiFidelityFacade(scenario, target, overwrite=True, logging_level=40).optimize()
 
 
 PEERS: dict[str, Callable[[Replay, int], None]] = {

@@ -18,6 +18,11 @@ from defenses.base import Defense
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16"]
+DENSE_ROWS = 64
+"""With fewer rows than these a CPU rounds a dense layer's weights in more time than bfloat16 saves.
+
+Forward and backward, 16 and 32 rows: 1.3 to 1.7 times as slow as float32; 64: 0.85 to 1.2; 128: 0.75 to 1.02.
+"""
 
 
 def settled(precision: Literal["auto"] | Precision, device: torch.device) -> Precision:
@@ -51,13 +56,17 @@ class Networks:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Compute in bfloat16 within."""
+        every = (part for network in self._all for part in network.modules())
+        dense = [part for part in every if type(part).forward is nn.Linear.forward]
+        for layer in dense * (self.device.type == "cpu"):
+            layer.forward = self._exact_if_few(layer.forward)
         for network in self._all:
             network.forward = self._lowered(network.forward)
         try:
             with self._set(True):
                 yield
         finally:
-            for network in self._all:
+            for network in (*self._all, *dense):
                 network.__dict__.pop("forward", None)
 
     def epochs(self, fit: Iterator[T]) -> Iterator[T]:
@@ -92,6 +101,16 @@ class Networks:
                 return _float32(forward(*args, **named))
 
         return lowered
+
+    def _exact_if_few(self, forward: Any) -> Any:
+        @wraps(forward)
+        def dense(x: Tensor) -> Tensor:
+            if not self._lower or x.shape[:-1].numel() >= DENSE_ROWS:
+                return forward(x)
+            with torch.autocast(self.device.type, enabled=False):
+                return forward(x.float())
+
+        return dense
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:

@@ -44,7 +44,7 @@ class Doubled(nn.Linear):
 def test_networks_compute_in_bfloat16_in_training_alone_and_return_float32() -> None:
     torch.manual_seed(0)
     parts = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), Doubled(64, 8)])
-    networks, x = Networks("bfloat16", CPU, parts), torch.rand(32, 64)
+    networks, x = Networks("bfloat16", CPU, parts), torch.rand(64, 64)
     exact = parts[0](x)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = parts[0](x)
@@ -59,8 +59,23 @@ def test_networks_compute_in_bfloat16_in_training_alone_and_return_float32() -> 
         assert torch.equal(parts[0](x), exact)
 
 
+def test_dense_layers_round_no_weights_for_few_rows() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 8))
+    x = torch.rand(64, 1, 8, 8)
+    exact, rounding = network(x), Networks("bfloat16", CPU, network)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = network[:2](x)
+        rounded = network[2](maps)
+    with rounding.training():
+        assert torch.equal(network(x), rounded.float())
+        few = network(x[:32])
+    assert torch.equal(few, network[2](maps[:32].float())) and not torch.equal(few, exact[:32])
+    assert all("forward" not in vars(part) for part in network)
+
+
 def test_between_epochs_and_after_a_failure_nothing_is_rounded() -> None:
-    network, x, seen = nn.Linear(64, 8), torch.rand(4, 64), []
+    network, x, seen = nn.Linear(64, 8), torch.rand(64, 64), []
     exact = network(x)
 
     def fit() -> Iterator[int]:
