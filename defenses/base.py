@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.gradient_view import Gradient, Opening
+from defenses.layers.channels_last import channels_last
 from spaces.domain import Scalar
 from spaces.space import Params
 
@@ -103,6 +104,7 @@ class Defense(nn.Module):
         self._tracked: dict[str, Any] = {}
         self._resumed: dict[str, Any] = {}
         self.build()
+        channels_last(self)
 
     def at(self, inference: Mapping[str, Scalar]) -> Self:
         """Set the inference-time knobs; the weights are unchanged."""

@@ -129,8 +129,7 @@ class GMVAE(Defense):
 
     def posterior(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the variance of Q(z|x), NL each."""
-        # Channels last makes convolutions about 1.2 times as fast (CPU, training and inference).
-        f_NL = self.to_latent(self.down(x_NCHW.contiguous(memory_format=torch.channels_last)).flatten(1))
+        f_NL = self.to_latent(self.down(x_NCHW).flatten(1))
         f_NL, log_NL = f_NL.chunk(2, dim=1) if self.train_knobs.variable_entropy else (f_NL, torch.zeros_like(f_NL))
         return f_NL, self.train_knobs.latent_variance * log_NL.exp()
 

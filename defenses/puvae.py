@@ -215,8 +215,7 @@ class PuVAE(Defense):
         return (distance_NK.gather(1, y_N1)[:, 0] - others_NK.amin(dim=1)) / SOFT_CHOICE
 
     def _features(self, x_NCHW: Tensor) -> Tensor:
-        # Channels last makes dilated convolutions 1.3 to 2.4 times as fast (training, CPU, 8 and 16 maps).
-        return self.trunk(x_NCHW.contiguous(memory_format=torch.channels_last)).flatten(1)
+        return self.trunk(x_NCHW).flatten(1)
 
     def _head(self, first_ND: Tensor) -> tuple[Tensor, Tensor]:
         both_N2L = self.dense_3(F.relu(self.dense_2(F.relu(first_ND))))

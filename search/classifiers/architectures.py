@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from defenses.base import Shape
+from defenses.layers.channels_last import channels_last
 from spaces.exceptions import InputError
 
 PAPER_SIZE = 20
@@ -70,10 +70,7 @@ class Stack:
         for layer in (*self.layers, FC(shape.classes)):
             match layer:
                 case Conv(wide, size, stride, _):
-                    convolution = nn.Conv2d(maps, wide, size, stride, _padding(layer, shape))
-                    # Trains up to 1.6 times as fast in this memory format (CPU, B).
-                    convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
-                    modules += [convolution, nn.ReLU()]
+                    modules += [nn.Conv2d(maps, wide, size, stride, _padding(layer, shape)), nn.ReLU()]
                     maps = wide
                 case Pool(size):
                     modules.append(nn.MaxPool2d(size))
@@ -84,7 +81,7 @@ class Stack:
                         modules.append(nn.Flatten())
                     modules += [nn.Linear(units or maps * height * width, wide), nn.ReLU()]
                     units = wide
-        return nn.Sequential(*modules[:-1])
+        return channels_last(nn.Sequential(*modules[:-1]))
 
     def fits(self, shape: Shape) -> bool:
         """Return whether the feature maps have at least one pixel before the first dense layer."""
@@ -129,7 +126,7 @@ class ResNetV2:
                 modules.append(Bottleneck(maps, narrow, wide, stride, activated=not stage and not block))
                 maps = wide
         modules += [_norm(maps), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(maps, shape.classes)]
-        return nn.Sequential(*modules)
+        return channels_last(nn.Sequential(*modules))
 
     def fits(self, shape: Shape) -> bool:
         return True
