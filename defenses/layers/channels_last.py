@@ -1,4 +1,4 @@
-"""The memory format of convolutions: channels last, in which CPUs and tensor cores compute them faster."""
+"""The memory format of convolutions: channels last, in which CPUs compute them faster."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""An S3 server: moto's over HTTP on loopback, with troubles in front of it. It runs in the environment
-of `make extras`.
+"""An S3 server: moto's over HTTP on loopback, with troubles in front of it. It runs in the
+environment of `make extras`.
 
     python s3_server.py PORT FOLDER
 
