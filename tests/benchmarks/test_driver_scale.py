@@ -15,7 +15,7 @@ from search.optimizer.journal import Line
 from search.optimizer.proposer import Proposer
 from search.report.summary import summarise
 
-GROWTH = 1.5
+GROWTH = 2  # a processor's own speed varies by half while it is shared
 """The last quarter of a search may cost so many times the CPU time of the first, per training; it costs 0.7 times."""
 
 
@@ -26,7 +26,8 @@ def _short_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def grown(row: Driven) -> float:
-    return row.each_ms[-1] / row.each_ms[0]
+    """Of the dearest quarter, over the first; the last one starts few trainings, since starts run ahead of ends."""
+    return max(row.each_ms) / row.each_ms[0]
 
 
 def test_a_simulated_cluster_goes_through_the_whole_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
