@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -34,10 +34,10 @@ import torch
 from rich.console import Console
 
 from benchmarks.fault_injection import ROOT, Nodes, below, fits, kill, rows, two_nodes, workers
-from benchmarks.simulated import EPOCHS, classifier, needed, remeasure, simulated, sweep, undefended
+from benchmarks.simulated import EPOCHS, simulated, sweep, working
 from search import api
 from search.engine import run
-from search.engine.worker import Report, Work
+from search.engine.worker import Report
 from search.study.candidate import Proposal
 from search.study.study import Study
 
@@ -69,7 +69,7 @@ def execute(study: Study, proposal: Proposal, report: Report, seconds: float) ->
 
 def drive(storage: Path, address: str, trials: int, seconds: float) -> None:
     """Run searches one after the other, the unfinished one first, until the storage has a file `stop`."""
-    work = Work(needed, classifier, undefended, partial(execute, seconds=seconds), remeasure)
+    work = replace(working(seconds), execute=partial(execute, seconds=seconds))
     run.run = partial(run.run, work=work)
     for number in count():
         if (storage / "stop").exists():

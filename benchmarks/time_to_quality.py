@@ -86,6 +86,7 @@ def work(table: Table, replay: Replay, scoring: str) -> Work:
     return Work(
         lambda study: [],
         lambda study, architecture: None,
+        lambda study: 0.0,
         lambda study: undefended,
         execute,
         lambda study, candidate: latency,

@@ -200,6 +200,9 @@ class Controller:
         else:
             self._again.append(name)
 
+    def classifier_trained(self, cheap: float) -> None:
+        self._hear(lambda listener: listener.classifier_trained(self.study, cheap))
+
     def begin(self, undefended: Candidate) -> None:
         self.proposer.keep_undefended(undefended)
         self._open = True

@@ -17,6 +17,8 @@ class Stopped(BaseException):
 def run(controller: Controller, work: Work) -> State:
     study = controller.study
     try:
+        if controller.proposer.undefended() is None:
+            controller.classifier_trained(work.quick(study))
         controller.begin(work.undefended(study))
         while proposal := controller.next():
             name = proposal.name

@@ -222,10 +222,14 @@ def _trainable(config: dict[str, Any], study: Study, resources: WorkerResources,
 
 
 def _prepare(controller: Controller, resources: WorkerResources, remote: Any, work: Work) -> None:
-    """Score the bare classifier, which trains it, while other workers train the other classifiers."""
+    """Train and score the bare classifier, while other workers train the other classifiers."""
     study, protected = controller.study, controller.study.resolved.protected
-    undefended = remote.remote(study, resources, work.undefended)
+    known = controller.proposer.undefended() is not None
+    first = remote.remote(study, resources, work.undefended if known else work.quick)
     needed = ray.get(remote.remote(study, resources, work.needed))
     others = [remote.remote(study, resources, work.classifier, name) for name in needed if name != protected]
-    controller.begin(ray.get(undefended))
+    if not known:
+        controller.classifier_trained(ray.get(first))
+        first = remote.remote(study, resources, work.undefended)
+    controller.begin(ray.get(first))
     ray.get(others)

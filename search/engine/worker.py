@@ -62,6 +62,7 @@ class Work:
 
     needed: Callable[[Study], list[str]]
     classifier: Callable[[Study, str], None]
+    quick: Callable[[Study], float]
     undefended: Callable[[Study], Candidate]
     execute: Callable[[Study, Proposal, Report], dict[str, Any]]
     remeasure: Callable[[Study, Candidate], Latency]
@@ -137,6 +138,10 @@ def _classifier(study: Study, architecture: str) -> None:
     TrialRunner.of(study, study.store.expected()).assets.classifier(architecture)
 
 
+def _quick(study: Study) -> float:
+    return TrialRunner.of(study, study.store.expected()).quick()
+
+
 def _undefended(study: Study) -> Candidate:
     return baseline(study, study.store.expected())
 
@@ -147,4 +152,4 @@ def _remeasure(study: Study, candidate: Candidate) -> Latency:
     return runner.remeasured(candidate.params)
 
 
-REAL = Work(_needed, _classifier, _undefended, execute, _remeasure)
+REAL = Work(_needed, _classifier, _quick, _undefended, execute, _remeasure)

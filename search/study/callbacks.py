@@ -18,8 +18,11 @@ class Callback:
     Its methods must not raise.
     """
 
+    def classifier_trained(self, study: Study, cheap: float) -> None:
+        """Called before `search_started`, unless that is known; `cheap` is the bare classifier's quick score."""
+
     def search_started(self, study: Study, undefended: Candidate) -> None:
-        """Called first; `undefended` is the bare classifier, scored by the same suite on the same images."""
+        """Called before any trial; `undefended` is the bare classifier, scored by the same suite on the same images."""
 
     def trial_started(self, trial: Proposal) -> None:
         """Called when a trial starts; a restarted trial keeps its name."""

@@ -57,6 +57,12 @@ class LiveTable(Callback):
         if not console.is_terminal:  # on one, the live table shows it
             self._progress.start()
 
+    def classifier_trained(self, study: Study, cheap: float) -> None:
+        images = min(study.cheap_images, study.resolved.eval_images)
+        self._say(
+            f"undefended {study.label}: quick score {points(cheap)}, {images} validation images; all attacks come next"
+        )
+
     def search_started(self, study: Study, undefended: Candidate) -> None:
         score, self._began = undefended.score, time.monotonic()
         self._say(

@@ -15,6 +15,7 @@ import attacks.suites
 from attacks.attack import Attack
 from attacks.black_box import BlackBoxAttacker
 from attacks.gradient_view import View
+from attacks.suites import Suite
 from attacks.threat import ThreatModel
 from defenses.base import Defense
 from search.classifiers import augmented
@@ -154,14 +155,18 @@ class Assets:
     @cached_property
     def evaluator(self) -> Evaluator:
         """The images and attacks on which every candidate of the study is evaluated."""
+        return self.evaluator_of(self.resolved.suite)
+
+    def evaluator_of(self, suite: Suite) -> Evaluator:
+        """Return the same with another suite."""
         resolved = self.resolved
         x_NCHW, y_N = (part.to(self.device) for part in self._load("validation", resolved.eval_images))
         oblivious = {
             attack.name: self.adversarial(attack, x_NCHW, y_N, resolved.threat)
-            for attack in resolved.suite.with_rungs().oblivious
+            for attack in suite.with_rungs().oblivious
         }
         attacker = self._attacker() if resolved.threat.knowledge == "black-box" else None
-        return Evaluator(resolved.suite, resolved.threat, x_NCHW, y_N, oblivious, self.study.seed, attacker)
+        return Evaluator(suite, resolved.threat, x_NCHW, y_N, oblivious, self.study.seed, attacker)
 
     def _attacker(self) -> BlackBoxAttacker:
         held_out_NCHW = splits.load_held_out(self.resolved.task.dataset, self.study.data_dir).to(self.device)

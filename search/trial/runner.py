@@ -12,6 +12,7 @@ import torch
 
 from attacks.catalog import IFGSM_TARGETED
 from attacks.seeding import reproducible
+from attacks.suites import SUITES
 from defenses.base import Defended, Defense
 from search.storage.atomic import write_atomic
 from search.storage.store import Store
@@ -98,6 +99,12 @@ class TrialRunner:
             _LAST = None  # free its images before the next runner loads its own
             _LAST = TrialRunner(study, store)
         return _LAST
+
+    def quick(self) -> float:
+        """Return the quick score of the bare classifier, for which only the quick score's own attacks are made."""
+        evaluator, target = self.assets.evaluator_of(SUITES["quick"]), self.assets.target
+        with self.assets.device_lock.working():
+            return evaluator.cheap(target, self.study.cheap_images)
 
     def verdicts(self, fit: str, params: Params) -> bytes | None:
         """Return the search's verdicts on each image at a setting, as `Scorer.verdicts`; None if it is not stored."""

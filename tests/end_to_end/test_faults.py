@@ -30,6 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from optuna.trial import TrialState
 from benchmarks import simulated
 from benchmarks.fault_injection import below, fault_injection, fits, rows, wait_for, workers
 from search.engine.run import open_controller, run
-from search.engine.worker import Report, Work
+from search.engine.worker import Report
 from search.exceptions import StorageError
 from search.optimizer.history import SearchHistory, has_begun, journal_path, state_of
 from search.optimizer.proposer import Proposer
@@ -190,7 +191,7 @@ def lacks_room(study: Study, proposal: Proposal, report: Report) -> dict[str, An
 
 def test_a_trial_that_its_storage_let_down_is_no_failure_and_ends_the_search(tmp_path: Path) -> None:
     study = digits_study(tmp_path, trials=4, refine=0)
-    work = Work(INSTANT.needed, INSTANT.classifier, INSTANT.undefended, lacks_room, INSTANT.remeasure)
+    work = replace(INSTANT, execute=lacks_room)
     with pytest.raises(StorageError, match="weights: No space left on device"):
         run(study, [], debug=True, work=work)
     assert [state_of(trial) for trial in SearchHistory(study).trials()] == ["finished", "running"]

@@ -61,6 +61,16 @@ def test_the_in_process_twin_tells_the_same_story(tmp_path: Path) -> None:
     assert diary.heard == [f"{t} {what}" for t in ("t001", "t002") for what in ("started", "1", "2", "finished")]
 
 
+def test_the_quick_score_without_a_defense_is_told_first_and_once(tmp_path: Path) -> None:
+    told, diary, study = list[object](), Diary(), digits_study(tmp_path, trials=1, refine=0)
+    diary.classifier_trained = lambda study, cheap: told.append(cheap)  # type: ignore[method-assign]
+    diary.search_started = lambda study, undefended: told.append(undefended.candidate)  # type: ignore[method-assign]
+    for work in (replace(PRETENDED, quick=lambda study: 0.25), PRETENDED):
+        run(study, [diary], debug=True, work=work)
+    bare = PRETENDED.undefended(study).candidate
+    assert told == [0.25, bare, bare]
+
+
 def test_how_far_a_scoring_is_is_told_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scores(study: Study, proposal: Proposal, report: Report) -> dict[str, Any]:
         for done in (1, 2):
@@ -122,7 +132,7 @@ def test_a_defense_that_raises_fails_its_trial_and_not_the_search(
 def test_pruned_trials_are_told_as_pruned_and_bring_no_candidates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([0.9, 0.9, 0.1, 0.9, 0.9])
+    scores = iter([0.0, 0.9, 0.9, 0.1, 0.9, 0.9])  # the first one is without a defense
     monkeypatch.setattr("search.trial.evaluator.Evaluator.cheap", lambda *args: next(scores))
     study = brief_study(tmp_path, trials=3, epochs=2, patience=1, halving=2.0, knobs=TWO_SETTINGS)
     diary = Diary()

@@ -50,6 +50,16 @@ def test_a_training_that_is_scored_says_how_many_settings_are_done(
     assert told in pipe.getvalue()
 
 
+def test_the_first_figure_is_the_undefended_classifiers_quick_score(study: Study) -> None:
+    table = LiveTable(Console(file=(pipe := StringIO()), width=200), study, [], epochs=3, done=0)
+    table.classifier_trained(study.model_copy(update={"cheap_images": 10**6}), 0.25)
+    table.close()
+    images = study.resolved.eval_images
+    assert (
+        pipe.getvalue() == f"undefended digits/A: quick score 25.0, {images} validation images; all attacks come next\n"
+    )
+
+
 @pytest.mark.parametrize(("first", "left"), [(1, "5 min"), (3, "4 min")])
 def test_the_time_left_is_told_from_the_first_epoch_on(
     first: int, left: str, study: Study, monkeypatch: pytest.MonkeyPatch

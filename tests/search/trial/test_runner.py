@@ -328,6 +328,14 @@ def test_the_undefended_classifier_is_scored_by_the_same_suite(study: Study) -> 
     assert undefended.params.flat() == {} and undefended.score.latency_ms_p50 == 0
 
 
+def test_the_undefended_classifiers_quick_score_needs_the_quick_attacks_alone(study: Study) -> None:
+    study = study.model_copy(update={"threat": "oblivious"})
+    runner = TrialRunner(study, study.store)
+    quick = runner.quick()
+    assert len(study.store.keys("oblivious")) == len(SUITES["quick"].oblivious) < len(SUITES["search"].oblivious)
+    assert quick == runner.assets.evaluator.cheap(runner.assets.target, study.cheap_images) < 0.8
+
+
 def test_oblivious_images_are_made_once_for_each_attack_whatever_suite_asks(study: Study, tmp_path: Path) -> None:
     store = study.store
     baseline(study, store)
