@@ -27,7 +27,9 @@ SECRETS = {
 }
 SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 """moto deletes nothing for who does not sign, but looks at no signature."""
-Trouble = Literal["", "refuses", "slow", "fails", "full"]
+HURRIED = {"FSSPEC_S3": '{"config_kwargs": {"read_timeout": 3}}'}
+"""Variables for s3fs to give up a request that has no answer five times in 3 s, not in 15 s."""
+Trouble = Literal["", "refuses", "slow", "fails", "full", "silent"]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ It takes its trouble from the file `trouble` of the folder, at each request, and
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,7 +30,7 @@ FULL = (
 
 
 class Troubled:
-    """moto's S3, which refuses everything, is slow, fails in the middle of an upload or has no room for one.
+    """moto's S3, which refuses everything, is slow or silent, fails in the middle of an upload or has no room for one.
 
     Args:
         folder: has the files `trouble` and `log`.
@@ -45,6 +46,8 @@ class Troubled:
             log.write(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']} {trouble}\n")
         if trouble == "slow":
             time.sleep(SLOW_S)
+        if trouble == "silent":
+            threading.Event().wait()
         size = int(environ.get("CONTENT_LENGTH") or 0)
         if trouble == "fails" and upload:
             environ["wsgi.input"].read(size // 2)
