@@ -75,6 +75,11 @@ def test_it_finds_the_best_of_216_trainings_in_25(tmp_path: Path, seed: int) -> 
     assert max(searched(study, 25)[1]) > best - 0.01
 
 
+def test_a_space_that_cannot_be_listed_gets_no_proposal_twice(tmp_path: Path) -> None:
+    proposer, _ = searched(paper(tmp_path, space="default"), 20)
+    assert not [trial for trial in proposer.all() if trial.user_attrs.get("duplicate")]
+
+
 def test_workers_at_once_get_different_regions(tmp_path: Path) -> None:
     proposer, _ = searched(paper(tmp_path), 8)
     places = np.array([proposer.forecast._place(proposed(proposer).params) for _ in range(6)])
