@@ -121,15 +121,18 @@ class Forecast:
         training.running = False
         if candidates:
             within = feasible(self.study, candidates)
-            best = (*within, *candidates)[0]
-            broken = sum(max(0.0, excess) for excess in constraints(self.study, best).values())
-            training.accuracy = max(0.0, 1 - best.score.attacked_error - broken)
+            best = max(within[:1] or candidates, key=self._worth)
+            training.accuracy = max(0.0, self._worth(best))
             training.images, training.latency = best.score.images, best.score.latency_ms_p50
             training.device, training.feasible = best.score.device, bool(within)
             training.inference = best.params.inference
             if within:
                 self._compete(training.device, training.latency, training.accuracy)
         self._forget()
+
+    def _worth(self, candidate: Candidate) -> float:
+        broken = sum(max(0.0, excess) for excess in constraints(self.study, candidate).values())
+        return 1 - candidate.score.attacked_error - broken
 
     def knew(self, name: str, params: Params, error: float, latency: float) -> None:
         """Record the result of a training of an earlier search that was judged alike, from which this one begins."""

@@ -145,6 +145,16 @@ def test_an_infeasible_training_counts_as_bad(tmp_path: Path) -> None:
     assert first.accuracy == pytest.approx(0.6) and second.accuracy == pytest.approx(0.2)
 
 
+def test_a_training_without_a_feasible_candidate_counts_by_its_nearest_to_one(tmp_path: Path) -> None:
+    proposer = Proposer(paper(tmp_path, min_clean_accuracy=0.9))
+    proposal = proposed(proposer)
+    settings = [Params(proposal.params.train, {"sigma_eps": sigma}) for sigma in (100.0, 0.1)]
+    found = [scored(params, 0.6, clean=clean) for params, clean in zip(settings, (0.1, 0.88), strict=True)]
+    proposer.finish(proposal.name, found, {})
+    (training,) = proposer.forecast._trainings.values()
+    assert training.accuracy == pytest.approx(0.58) and training.inference == {"sigma_eps": 0.1}
+
+
 @pytest.mark.parametrize(("defense", "space"), [(d, s) for d in defenses.names() for s in spaces.names(d)])
 def test_proposals_lie_in_every_space(tmp_path: Path, defense: str, space: str) -> None:
     fields = {"defense": defense, "task": "mnist/A", "space": space, "trials": 50, "wandb": "disabled"}
