@@ -13,7 +13,7 @@ import torchattacks
 from torch import Tensor
 from torch.nn import functional as F
 
-from attacks.gradient_view import limits
+from attacks.gradient_view import View, limits, within_spread
 from attacks.seeding import Draws, evaluating, seeded
 from attacks.threat import Norm
 
@@ -67,7 +67,10 @@ class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torc
         Args:
             floor_N: ranks from which on they matter: detectors are not asked about images whose margin is no higher.
         """
-        logits_NK = self.get_logits(x_NCHW)
+        view = self.model if isinstance(self.model, View) else None
+        logits_NK = view.unscaled(x_NCHW) if view else self.get_logits(x_NCHW)
+        if view and logits_NK.shape[1] > 2:  # two logits in units of their own spread are always as far apart
+            logits_NK = within_spread(logits_NK)
         rank_N = lead(logits_NK, y_N) if self.rank == "lead" else margin(logits_NK, y_N)
         if self.rank != "evading":
             return rank_N
@@ -157,7 +160,12 @@ def lead(logits_NK: Tensor, y_N: Tensor) -> Tensor:
 
 
 def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
-    """Return the logit margin in units of the image's own spread of logits, so that their scale decides nothing, N."""
+    """Return the logit margin in units of the image's own spread of logits, so that their scale decides nothing, N.
+
+    Of two classes it would be 2 or -2 in these units, whatever the image: they are left out.
+    """
+    if logits_NK.shape[1] == 2:
+        return lead(logits_NK, y_N)
     spread_N = logits_NK.std(dim=1, correction=0)
     return lead(logits_NK, y_N) / torch.where(spread_N > 0, spread_N, 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -9,6 +10,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
 from spaces.domain import Scalar, finite
+from spaces.space import Params
 
 
 def _ranks(domain: BaseDistribution) -> Mapping[Scalar, int] | None:
@@ -54,3 +56,8 @@ def stepped(domain: BaseDistribution, value: Scalar, rng: np.random.Generator) -
     if isinstance(domain, IntDistribution):
         return min(domain.high, max(domain.low, round(moved)))
     return min(domain.high, max(domain.low, moved))
+
+
+def identity(params: Params) -> str:
+    """Return the identity of a training."""
+    return json.dumps(dict(params.train), sort_keys=True)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution
 
-from search.optimizer.coordinates import coordinates, stepped, width
-from search.optimizer.surrogate import ASSUMED, Array, Surrogate
+from search.optimizer.coordinates import coordinates, identity, stepped, width
+from search.optimizer.surrogate import ASSUMED, Array, Surrogate, noise
 from search.study.candidate import Candidate
 from search.study.ranking import constraints, feasible
 from search.study.study import Study
@@ -84,6 +84,7 @@ class Forecast:
     _front: list[tuple[str, float, float]] = field(default_factory=list)
     _next: list[Params] = field(default_factory=list)
     _drawn: list[tuple[Params, Array]] = field(default_factory=list)
+    _tried: set[str] = field(default_factory=set)
     _begun: int = 0
     _sought: int = 0
 
@@ -103,6 +104,7 @@ class Forecast:
 
     def began(self, name: str, params: Params) -> None:
         """Record that a training was proposed."""
+        self._tried.add(identity(params))
         at, epochs = self._place(params), int(params.train.get("epochs", self.study.resolved.epochs))
         self._begun += name not in self._trainings
         self._trainings.setdefault(name, _Training(params, at, epochs)).running = True
@@ -119,15 +121,18 @@ class Forecast:
         training.running = False
         if candidates:
             within = feasible(self.study, candidates)
-            best = (*within, *candidates)[0]
-            broken = sum(max(0.0, excess) for excess in constraints(self.study, best).values())
-            training.accuracy = max(0.0, 1 - best.score.attacked_error - broken)
+            best = max(within[:1] or candidates, key=self._worth)
+            training.accuracy = max(0.0, self._worth(best))
             training.images, training.latency = best.score.images, best.score.latency_ms_p50
             training.device, training.feasible = best.score.device, bool(within)
             training.inference = best.params.inference
             if within:
                 self._compete(training.device, training.latency, training.accuracy)
         self._forget()
+
+    def _worth(self, candidate: Candidate) -> float:
+        broken = sum(max(0.0, excess) for excess in constraints(self.study, candidate).values())
+        return 1 - candidate.score.attacked_error - broken
 
     def knew(self, name: str, params: Params, error: float, latency: float) -> None:
         """Record the result of a training of an earlier search that was judged alike, from which this one begins."""
@@ -194,19 +199,20 @@ class Forecast:
         return [pool[i] for i in chosen]
 
     def _pool(self, unseen: Sequence[Params] | None) -> list[tuple[Params, Array]]:
-        """Return the settings among which to choose: all that remain, or random ones and neighbours of the best."""
+        """Return the settings among which to choose: all that remain, or new random ones and neighbours of the best."""
         if unseen is not None:
-            listed = (
-                unseen if len(unseen) <= LISTED else [unseen[i] for i in self._rng.permutation(len(unseen))[:LISTED]]
-            )
-            return [(params, self._place(params)) for params in listed]
+            if len(unseen) > LISTED:
+                unseen = [unseen[i] for i in self._rng.permutation(len(unseen))[:LISTED]]
+            return [(params, self._place(params)) for params in unseen]
         # Of a long search, most were in the last pool too: to draw and to place one takes a quarter of a millisecond.
         kept = self._drawn[DRAWN // 8 :] if self._begun >= TOGETHER else []
         new = [self.space.drawn(self._rng) for _ in range(DRAWN - len(kept))]
         self._drawn = kept + [(params, self._place(params)) for params in new]
         best = sorted(self._results(), key=lambda training: -(training.accuracy or 0.0))[:3]
         near = [self._near(training.params) for training in best for _ in range(NEAR // len(best))]
-        return self._drawn + [(params, self._place(params)) for params in near]
+        every = self._drawn + [(params, self._place(params)) for params in near]
+        fresh = {key: one for one in every if (key := identity(one[0])) not in self._tried}
+        return list(fresh.values()) or every
 
     # The model.
 
@@ -221,9 +227,9 @@ class Forecast:
             known = [*sorted(known[: -SHOWN // 2], key=lambda t: -(t.accuracy or 0.0))[: SHOWN // 2], *last]
         quick = self.study.cheap_images
         for training in known:
-            rows += [(training.at, fidelity, score, _noise(score, quick)) for fidelity, score in training.seen()]
+            rows += [(training.at, fidelity, score, noise(score, quick)) for fidelity, score in training.seen()]
             if training.accuracy is not None:
-                rows.append((training.at, FINAL, training.accuracy, _noise(training.accuracy, training.images)))
+                rows.append((training.at, FINAL, training.accuracy, noise(training.accuracy, training.images)))
         x_MD, *rest = (np.array(column) for column in zip(*rows, strict=True))
         self._surrogate.fit(x_MD, *rest, tries=self._tries())
         if running := [t for t in self._trainings.values() if t.running]:  # as if they ended as predicted
@@ -292,9 +298,3 @@ class Forecast:
             return stepped(domain, old[name], self._rng) if change[name] else old[name]
 
         return self.space.setting(value)
-
-
-def _noise(accuracy: float, images: int) -> float:
-    """Return the variance of an accuracy that was counted on so many images, kept from 0 by a rule of succession."""
-    rate = (min(1.0, max(0.0, accuracy)) * images + 1) / (images + 2)
-    return rate * (1 - rate) / images

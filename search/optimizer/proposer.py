@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import spaces
 from search.optimizer import history
+from search.optimizer.coordinates import identity
 from search.optimizer.forecast import Forecast
 from search.optimizer.history import ENDED, INTERRUPTED, SearchHistory, journal_storage, state_of
 from search.optimizer.refinement import Refiner, refinable
@@ -51,7 +52,7 @@ class Proposer(SearchHistory):
         trials = self.trials()
         self._names = {trial.user_attrs["trial"] for trial in trials}
         self._ended = sum(state_of(trial) in ENDED for trial in trials)
-        self._seen = {_key(self.setting(trial)) for trial in trials}
+        self._seen = {identity(self.setting(trial)) for trial in trials}
         self.forecast = self._forecast(trials)
         self._known = {candidate.candidate for candidate in self.candidates()}
         self._refined = {t.user_attrs["refines"] for t in self.all() if "refines" in t.user_attrs}
@@ -95,7 +96,7 @@ class Proposer(SearchHistory):
             trial = self.optuna.ask()
             params = asked(trial, self.space, whole=self._whole)
             name = trial.user_attrs.get("trial")
-            if name is not None or _key(params) not in self._seen:
+            if name is not None or identity(params) not in self._seen:
                 break
             trial.set_user_attr("duplicate", True)
             self.optuna.tell(trial, state=TrialState.FAIL)
@@ -108,7 +109,7 @@ class Proposer(SearchHistory):
             trial.set_user_attr("trial", name)
         self._names.add(name)
         self.forecast.began(name, params)
-        self._seen.add(_key(params))
+        self._seen.add(identity(params))
         self._running[name] = trial
         return Proposal(name, params, rivals=self.forecast.rivals())
 
@@ -227,9 +228,9 @@ class Proposer(SearchHistory):
         for params in warm.settings if warm else ():
             self._enqueue(params.flat())
         if self.study.method == "grid":
-            before = {_key(params) for params in warm.settings} if warm else set()
+            before = {identity(params) for params in warm.settings} if warm else set()
             for params in _trainings(self.space):
-                if _key(params) not in before:
+                if identity(params) not in before:
                     self._enqueue({**params.train, **self.space.usual()})
         else:
             for start in spaces.starts(self.study.defense):
@@ -261,22 +262,22 @@ class Proposer(SearchHistory):
     @cached_property
     def _listed(self) -> dict[str, Params]:
         """Every training of a space that can be listed."""
-        return {_key(params): params for params in _trainings(self.space)}
+        return {identity(params): params for params in _trainings(self.space)}
 
     def _forecast(self, trials: Sequence[FrozenTrial]) -> Forecast:
         """Return the model of this search, with what is known of its trials."""
         forecast, found = Forecast(self.study, self.space, self.study.seed + len(trials)), defaultdict(list)
         for candidate in self.candidates():
-            found[_key(candidate.params)].append(candidate)
+            found[identity(candidate.params)].append(candidate)
         for trial in trials:
             name, params = trial.user_attrs["trial"], self.setting(trial)
             forecast.began(name, params)
-            forecast.ended(name, found[_key(params)] if trial.state == TrialState.COMPLETE else ())
+            forecast.ended(name, found[identity(params)] if trial.state == TrialState.COMPLETE else ())
         for trial in self.all():
             if "from" in trial.user_attrs and self.searched.keys() <= trial.params.keys():
                 params = self.space.complete(trial.params)
                 excess = sum(max(0.0, value) for value in trial.constraints.values())
-                forecast.knew(f"from {_key(params)}", params, trial.values[0] + excess, trial.values[1])
+                forecast.knew(f"from {identity(params)}", params, trial.values[0] + excess, trial.values[1])
         return forecast
 
     def _enqueue(self, values: Mapping[str, Scalar]) -> None:
@@ -289,8 +290,3 @@ class Proposer(SearchHistory):
 def _trainings(space: SearchSpace) -> list[Params]:
     trains = SearchSpace(space.train, {}, space.defaults, {n: c for n, c in space.given.items() if n in space.train})
     return list(trains.grid())
-
-
-def _key(params: Params) -> str:
-    """Return the identity of a training."""
-    return json.dumps(dict(params.train), sort_keys=True)

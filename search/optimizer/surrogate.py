@@ -123,3 +123,9 @@ def _solved(root: Any, y: Array, *, transposed: bool = False) -> Array:
     """Return root^-1 y, or root^-T y, of a lower triangular matrix."""
     found: Array = solve_triangular(root, y, lower=True, trans=int(transposed), check_finite=False)
     return found
+
+
+def noise(accuracy: float, images: int) -> float:
+    """Return the variance of an accuracy that was counted on so many images, kept from 0 by a rule of succession."""
+    rate = (min(1.0, max(0.0, accuracy)) * images + 1) / (images + 2)
+    return rate * (1 - rate) / images

@@ -124,11 +124,7 @@ class Candidate:
             "threat": s.threat.knowledge,
             "eps": s.threat.eps,
         }
-        # A knob with one of these names, such as the eps that a defense trains with, must not be mistaken for it.
-        knobs = {f"knob_{name}" if name in whose else name: value for name, value in self.params.flat().items()}
-        return {
-            **whose,
-            **knobs,
+        figures: dict[str, Scalar | None] = {
             "attacked_accuracy": s.attacked_accuracy,
             "attacked_error": s.attacked_error,
             "attacked_rejection": s.attacked_rejection,
@@ -149,6 +145,10 @@ class Candidate:
             "known_noise_accuracy": s.known_noise_accuracy,
             **s.attacks,
         }
+        # A knob with one of these names, such as the eps that a defense trains with, must not be mistaken for it.
+        taken = whose.keys() | figures.keys()
+        knobs = {f"knob_{name}" if name in taken else name: value for name, value in self.params.flat().items()}
+        return {**whose, **knobs, **figures}
 
     def to_json(self) -> dict[str, Any]:
         return {

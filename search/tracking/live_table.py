@@ -25,7 +25,8 @@ from search.study.study import Study
 
 @dataclass
 class _Row:
-    knobs: str
+    epochs: int
+    knobs: str = ""
     epoch: int = 0
     loss: float | None = None
     cheap: float | None = None
@@ -39,7 +40,7 @@ class LiveTable(Callback):
 
     Args:
         searched: names of the knobs to show.
-        epochs: number of epochs of a full training.
+        epochs: number of epochs of a training, where it is no knob.
         done: number of trials that ended in an earlier run.
     """
 
@@ -78,23 +79,23 @@ class LiveTable(Callback):
         knobs = ", ".join(
             f"{name} {brief(value)}" for name, value in trial.params.train.items() if name in self.searched
         )
-        self._advance(trial, self._rows.get(trial.name, _Row("")), 0.0)
-        self._rows[trial.name] = _Row(knobs)
+        self._advance(trial, self._row(trial), 0.0)
+        self._rows[trial.name] = _Row(self._epochs(trial), knobs)
         self._say(f"{trial.name} started: {knobs}", piped=True)
 
     def epoch_ended(self, trial: Proposal, epoch: int, metrics: Metrics) -> None:
-        row = self._rows.setdefault(trial.name, _Row(""))
+        row = self._row(trial)
         if not row.epoch:  # the epochs before it are of an earlier run
-            self._began_with += (epoch - 1) / (self.epochs + 1)
+            self._began_with += (epoch - 1) / (row.epochs + 1)
         row.epoch, row.loss, row.cheap = epoch, metrics.get("loss"), metrics.get("cheap")
-        self._advance(trial, row, epoch / (self.epochs + 1))
-        self._say(f"{trial.name} epoch {epoch}/{self.epochs}: quick score {points(row.cheap)}", piped=True)
+        self._advance(trial, row, epoch / (row.epochs + 1))
+        self._say(f"{trial.name} epoch {epoch}/{row.epochs}: quick score {points(row.cheap)}", piped=True)
 
     def setting_scored(self, trial: Proposal, done: int, settings: int, images: int) -> None:
-        row = self._rows.setdefault(trial.name, _Row(""))
+        row = self._row(trial)
         row.doing = f"scored {done}/{settings}"
         scoring = done / settings  # counts like one epoch
-        self._advance(trial, row, max(row.share, (self.epochs + scoring) / (self.epochs + 1)))
+        self._advance(trial, row, max(row.share, (row.epochs + scoring) / (row.epochs + 1)))
         if not self.console.is_terminal:  # in the next line about the progress
             scored = f"{trial.name} scored {done} of {counted(settings, 'setting')} on {counted(images, 'image')}"
             self._progress.update(self._bar, description=f"{self.study.name} ({scored})")
@@ -102,7 +103,8 @@ class LiveTable(Callback):
     def trial_ended(
         self, trial: Proposal, state: State, candidates: Sequence[Candidate], picture: Path | None, reason: str
     ) -> None:
-        self._advance(trial, self._rows.pop(trial.name, _Row("")), float(state != "interrupted"))
+        self._advance(trial, self._row(trial), float(state != "interrupted"))
+        del self._rows[trial.name]
         best = next(iter((*ranking.feasible(self.study, candidates), *ranking.ranked(candidates))), None)
         if best is None:
             self._say(f"{trial.name} {state}{': ' + reason if reason else ''}")
@@ -116,6 +118,12 @@ class LiveTable(Callback):
                 f"{score.latency_ms_p50:.0f} ms"
             )
         self._progress.update(self._bar, description=self.study.name)
+
+    def _row(self, trial: Proposal) -> _Row:
+        return self._rows.setdefault(trial.name, _Row(self._epochs(trial)))
+
+    def _epochs(self, trial: Proposal) -> int:
+        return int(trial.params.train.get("epochs", self.epochs))
 
     def _advance(self, trial: Proposal, row: _Row, share: float) -> None:
         """Show how much of a training is done, and the time left if all goes on as fast as since the start."""
@@ -149,7 +157,7 @@ class LiveTable(Callback):
         shown = max(1, self.console.height - 6)
         for trial, row in rows[:shown]:
             loss = "" if row.loss is None else f"{row.loss:.4g}"
-            doing = f"{row.epoch}/{self.epochs}" if row.epoch < self.epochs else row.doing
+            doing = f"{row.epoch}/{row.epochs}" if row.epoch < row.epochs else row.doing
             seconds = f"{time.monotonic() - row.since:.0f}"
             table.add_row(trial, row.knobs, doing, loss, points(row.cheap), seconds)
         more = [Text(f"and {len(rows) - shown} more trainings")] if len(rows) > shown else []

@@ -115,7 +115,7 @@ def sum_up(outcome: Mapping[str, Any], run: wandb.Run) -> None:
 
 def figures(study: Study, undefended: Candidate, candidate: Candidate) -> dict[str, Any]:
     """Return the summary of a candidate's run: what was measured of it, without its setting, and what it is worth."""
-    knobs = candidate.params.flat()
+    knobs, row = candidate.params.flat(), candidate.row()
     setting = {
         "candidate",
         "fit",
@@ -124,10 +124,9 @@ def figures(study: Study, undefended: Candidate, candidate: Candidate) -> dict[s
         "threat",
         "norm",
         "eps",
-        *knobs,
-        *(f"knob_{name}" for name in knobs),
+        *(f"knob_{name}" if f"knob_{name}" in row else name for name in knobs),
     }
-    measured = {name: value for name, value in candidate.row().items() if name not in setting}
+    measured = {name: value for name, value in row.items() if name not in setting}
     verdict = f"{verdict_of_search(candidate, undefended)}; {NOT_AUDITED}"
     return {**measured, "feasible": bool(feasible(study, [candidate])), "verdict": verdict}
 

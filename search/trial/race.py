@@ -85,7 +85,9 @@ def contenders(entrants: Sequence[Entrant], rivals: Sequence[tuple[float, float]
         rivals: latency in ms and attacked accuracy of feasible candidates of the search on the same device.
     """
     kept = list[int]()
-    for i in sorted(range(len(entrants)), key=lambda i: (-entrants[i].accuracy, i)):
+    # Of equals the first must be one that may drop the others.
+    order = [(-one.accuracy, not one.feasible, one.latency_ms, i) for i, one in enumerate(entrants)]
+    for *_, i in sorted(order):
         one = entrants[i]
         beaten = any(latency_ms <= one.latency_ms and accuracy > one.ceiling for latency_ms, accuracy in rivals)
         if not beaten and not any(entrants[j].beats(one) for j in kept):

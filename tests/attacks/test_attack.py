@@ -22,7 +22,7 @@ from attacks.algorithms.pgd import PGD
 from attacks.algorithms.rand_fgsm import RandFGSM
 from attacks.algorithms.square import Square
 from attacks.attack import Attack, AttackError, wrong_labels
-from attacks.catalog import CW_L2, DEEPFOOL, FGSM, FGSM_TARGETED, IFGSM, MIM_10, MIXTURE, PGD_10, STILL
+from attacks.catalog import CW_L2, DEEPFOOL, FGSM, FGSM_TARGETED, IFGSM, MIM_10, MIXTURE, NES_30, PGD_10, SQUARE, STILL
 from attacks.gradient_view import View
 from attacks.seeding import Draws, reproducible
 from attacks.suites import SUITES
@@ -399,3 +399,26 @@ def test_a_suite_keeps_what_can_be_bounded_in_the_norm_and_each_has_something_in
             assert len(set(names)) == len(names)
         assert {"ifgsm-targeted"} <= {attack.name for attack in suite.with_rungs().oblivious}
     assert len(SUITES["full"].within(THREATS["L2"]).oblivious) == len(SUITES["full"].transfer) - 2
+
+
+class TwoClasses(nn.Module):
+    """Two classes between which a plane lies, half as far from grey images as an eps of 0.1 reaches."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.w_HW = torch.linspace(-1, 1, 8).repeat(8, 1) * scale
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        lead_N = ((x_NCHW[:, 0] - 0.5) * self.w_HW).sum((1, 2)) - 0.05 * self.w_HW.abs().sum()
+        return torch.stack((torch.zeros_like(lead_N), lead_N), dim=1)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("attack", [NES_30, replace(SQUARE, settings=(("queries", 500),))])
+def test_an_attack_by_answers_alone_climbs_between_two_classes_whatever_their_scale(
+    attack: Attack, scale: float
+) -> None:
+    x_NCHW, y_N = torch.full((4, 1, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64)
+    model = TwoClasses(scale)
+    made_NCHW = attack.craft(View(model), x_NCHW, y_N, ThreatModel("Linf", 0.1, "white-box"), 0)
+    assert model(made_NCHW).argmax(1).all()

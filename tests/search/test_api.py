@@ -93,6 +93,13 @@ def test_the_eps_that_a_defense_trains_with_does_not_pass_for_the_attackers(tmp_
     assert str(table.dtypes["knob_eps"]) == "float64"
 
 
+def test_no_knob_is_hidden_by_a_column_of_its_name(tmp_path: Path, working: Working) -> None:
+    working(Pretence(lambda params: 0.5))
+    study = digits_study(tmp_path, defense="adversarial_training", knobs={"norm": "L2", "attack": "pgd"}, trials=1)
+    table = search.search(study, debug=True, console=QUIET)
+    assert set(table["norm"]) == {"Linf"} and set(table["knob_norm"]) == {"L2"}
+
+
 def test_a_cell_that_is_run_again_goes_on_where_it_was_interrupted(study: Study, working: Working) -> None:
     first, second = Pretence(robust, dies_at=1), Pretence(robust)
     working(first)

@@ -75,6 +75,11 @@ def test_it_finds_the_best_of_216_trainings_in_25(tmp_path: Path, seed: int) -> 
     assert max(searched(study, 25)[1]) > best - 0.01
 
 
+def test_a_space_that_cannot_be_listed_gets_no_proposal_twice(tmp_path: Path) -> None:
+    proposer, _ = searched(paper(tmp_path, space="default"), 20)
+    assert not [trial for trial in proposer.all() if trial.user_attrs.get("duplicate")]
+
+
 def test_workers_at_once_get_different_regions(tmp_path: Path) -> None:
     proposer, _ = searched(paper(tmp_path), 8)
     places = np.array([proposer.forecast._place(proposed(proposer).params) for _ in range(6)])
@@ -138,6 +143,16 @@ def test_an_infeasible_training_counts_as_bad(tmp_path: Path) -> None:
         proposer.finish(proposal.name, [scored(proposal.params, 0.6, clean=clean)], {})
     first, second = proposer.forecast._trainings.values()
     assert first.accuracy == pytest.approx(0.6) and second.accuracy == pytest.approx(0.2)
+
+
+def test_a_training_without_a_feasible_candidate_counts_by_its_nearest_to_one(tmp_path: Path) -> None:
+    proposer = Proposer(paper(tmp_path, min_clean_accuracy=0.9))
+    proposal = proposed(proposer)
+    settings = [Params(proposal.params.train, {"sigma_eps": sigma}) for sigma in (100.0, 0.1)]
+    found = [scored(params, 0.6, clean=clean) for params, clean in zip(settings, (0.1, 0.88), strict=True)]
+    proposer.finish(proposal.name, found, {})
+    (training,) = proposer.forecast._trainings.values()
+    assert training.accuracy == pytest.approx(0.58) and training.inference == {"sigma_eps": 0.1}
 
 
 @pytest.mark.parametrize(("defense", "space"), [(d, s) for d in defenses.names() for s in spaces.names(d)])

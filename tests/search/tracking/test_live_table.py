@@ -50,6 +50,20 @@ def test_a_training_that_is_scored_says_how_many_settings_are_done(
     assert told in pipe.getvalue()
 
 
+def test_a_training_has_the_epochs_of_its_own_knob(study: Study) -> None:
+    screen, pipe = Console(file=StringIO(), force_terminal=True, width=80), StringIO()
+    short, long = (Proposal(f"t00{epochs}", Params({"epochs": epochs}, {})) for epochs in (2, 8))
+    tables = [LiveTable(where, study, ["epochs"], epochs=8, done=0) for where in (screen, Console(file=pipe, width=80))]
+    for table in tables:
+        for trial in (short, long):
+            table.trial_started(trial)
+            table.epoch_ended(trial, 2, {"loss": 0.1, "cheap": 0.625})
+    with screen.capture() as shown:
+        screen.print(tables[0]._table())
+    assert "2/8" in shown.get() and "2/2" not in shown.get() and "scoring" in shown.get()
+    assert "t002 epoch 2/2:" in pipe.getvalue() and "t008 epoch 2/8:" in pipe.getvalue()
+
+
 def test_the_first_figure_is_the_undefended_classifiers_quick_score(study: Study) -> None:
     table = LiveTable(Console(file=(pipe := StringIO()), width=200), study, [], epochs=3, done=0)
     table.classifier_trained(study.model_copy(update={"cheap_images": 10**6}), 0.25)

@@ -55,6 +55,12 @@ def test_a_faster_setting_is_not_dropped_for_a_slower_one() -> None:
     assert contenders(entrants(20, 60, ms=(5.0, 1.0))) == [1]
 
 
+def test_of_settings_that_are_equal_the_fastest_drops_the_others_whatever_their_order() -> None:
+    assert contenders(entrants(0, 0, 0, ms=(9.0, 5.0, 1.0))) == [2]
+    slow, fast, _ = entrants(0, 0, 0, ms=(9.0, 1.0, 1.0))
+    assert contenders([slow, replace(fast, feasible=False)]) == [0, 1]
+
+
 def test_who_violates_a_constraint_drops_none_that_satisfies_all() -> None:
     weak, strong = entrants(20, 60)
     assert contenders([weak, replace(strong, feasible=False)]) == [0, 1]
