@@ -5,7 +5,7 @@
 
 A row is a candidate at one inference setting. Each oblivious attack stands alone, over all images; white-box attacks
 stand together. `nats` is the KL divergence to the prior in the last epoch, with the 1/2 that PuVAE's Eq. 16 leaves out.
-`table` takes the table.json of `launch.py reproduce` too.
+`table` takes the table.json of `launch.py reproduce` too, and a JSON list of several that differ in their size alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,8 +67,32 @@ def _row(study: Study, candidate: Candidate) -> dict[str, Any]:
     return row
 
 
-def table(found: Mapping[str, Any]) -> Iterator[str]:
+def sizes(runs: Sequence[TableResult]) -> Iterator[str]:
+    """Yield the lines of a paper's table at several sizes, the smallest first: in percent, a column for each."""
+    runs = sorted(runs, key=lambda run: run["fraction"])
+    *leading, across = runs[0]["dimensions"]
+    shown = [name for name in leading if len(runs[0]["labels"][name]) > 1]
+    told = any(cell["paper"] is not None for cell in runs[0]["cells"])
+    lines = dict[str, list[list[str]]]()
+    heads = dict[str, None]()
+    for cells in zip(*(run["cells"] for run in runs), strict=True):
+        if any(cell["ours"] is not None for cell in cells):
+            heads[cells[0]["labels"][across]] = None
+            each = [*(points(cell["ours"]) for cell in cells), *([cells[0]["printed"]] if told else [])]
+            lines.setdefault(" ".join(cells[0]["labels"][name] for name in shown), []).append(each)
+    columns = [*(f"{run['fraction']:g}" for run in runs), *(["the paper's"] if told else [])]
+    yield f"| {' '.join(shown)} | {' | '.join(columns)} |"
+    yield f"|{' --- |' * (1 + len(columns))}"
+    for label, figures in lines.items():
+        cells = (" / ".join(each) for each in zip(*figures, strict=True))
+        yield f"| {label or ' / '.join(heads)} | {' | '.join(cells)} |"
+
+
+def table(found: Any) -> Iterator[str]:
     """Yield the lines of the Markdown table, in percent; of the knobs those that differ between its rows."""
+    if isinstance(found, list):
+        yield from sizes(found)
+        return
     if "cells" in found:
         yield from cells_only(cast(TableResult, found))
         return
