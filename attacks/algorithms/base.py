@@ -94,6 +94,14 @@ class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torc
 
 
 def slope(gain_N: Tensor, x_NCHW: Tensor, *, again: bool = False) -> Tensor:
+    """Return the gradient that an attack follows, that of `gradient_of` with zeros where it is not finite.
+
+    One such pixel would end the step of all in L2, whose length it enters.
+    """
+    return gradient_of(gain_N, x_NCHW, again=again).nan_to_num(0.0, 0.0, 0.0)
+
+
+def gradient_of(gain_N: Tensor, x_NCHW: Tensor, *, again: bool = False) -> Tensor:
     """Return the gradient of each image's gain with respect to the image; zero where there is none.
 
     torchattacks raises where a purifier has no gradient; here the audit reports it.

@@ -9,7 +9,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from attacks.algorithms.base import CorrectedAttack, where
+from attacks.algorithms.base import CorrectedAttack, slope, where
 
 
 class CW(CorrectedAttack, torchattacks.CW):  # type: ignore[misc]  # torchattacks is not typed
@@ -66,7 +66,7 @@ class CW(CorrectedAttack, torchattacks.CW):  # type: ignore[misc]  # torchattack
             squared_N = (moved_NCHW - x_NCHW).square().flatten(1).sum(1)
             logits_NK = self.get_logits(moved_NCHW)
             f_N = self.f(logits_NK, aim_N)
-            (w_NCHW.grad,) = torch.autograd.grad((squared_N + c_N * f_N).sum(), w_NCHW)
+            w_NCHW.grad = slope(squared_N + c_N * f_N, w_NCHW)
             adam.step()
             with torch.no_grad():
                 hit_N = ((logits_NK.argmax(1) == aim_N) == self.targeted) & (f_N <= -self.kappa)

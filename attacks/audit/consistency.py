@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.algorithms.base import slope
+from attacks.algorithms.base import gradient_of
 from attacks.algorithms.regular_pgd import regular
 from attacks.audit.gate import SLACK, Gate, at_most, broken, unit
 from attacks.catalog import EXTREMES_10, LEVELS_10, REGULAR_10
@@ -150,7 +150,7 @@ def _parts(labelled: Labelled, size: int) -> Iterable[Labelled]:
 def _gradient(view: View, x_NCHW: Tensor, y_N: Tensor, seed: int) -> Tensor:
     x_NCHW = x_NCHW.clone().requires_grad_()
     with reproducible(view, seed), torch.enable_grad():
-        slope_NCHW = slope(F.cross_entropy(view(x_NCHW), y_N, reduction="none"), x_NCHW)
+        slope_NCHW = gradient_of(F.cross_entropy(view(x_NCHW), y_N, reduction="none"), x_NCHW)
     return F.normalize(slope_NCHW.flatten(1).double(), dim=1, eps=1e-300)
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from attacks.algorithms.base import excess, lead, project, slope, steepest
+from attacks.algorithms.base import excess, gradient_of, lead, project, steepest
 from attacks.audit.gate import Gate, at_most, unit
 from attacks.gradient_view import Gradient, View, limits, openings, stochastic
 from attacks.seeding import Draws, reproducible
@@ -115,7 +115,7 @@ def _changes(answer: Ask, foreseen: Ask, x_NCHW: Tensor, threat: ThreatModel, st
     """Return how steps along the gradient, down and up, change each image's answer, and how the gradient says, N, N."""
     x_NCHW = x_NCHW.clone().requires_grad_()
     with torch.enable_grad():
-        slope_NCHW = slope(foreseen(x_NCHW), x_NCHW)
+        slope_NCHW = gradient_of(foreseen(x_NCHW), x_NCHW)
     x_NCHW = x_NCHW.detach()
     step_NCHW = step * threat.eps * steepest(slope_NCHW, threat.norm)
     low_NCHW, high_NCHW = ((x_NCHW + side * step_NCHW).clamp(0, 1) for side in (-1, 1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.algorithms.base import project, slope, steepest
+from attacks.algorithms.base import gradient_of, project, steepest
 from attacks.audit.gate import SLACK, Gate, at_most, unit
 from attacks.audit.prediction import prediction
 from attacks.evaluation import look, probabilities
@@ -112,13 +112,13 @@ def _gradient(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> Gate
     for gradient in gradients(target):
         view, x = View(target, gradient), x_NCHW.clone().requires_grad_()
         with reproducible(view, seed), torch.enable_grad():
-            unusable_N = _unusable(slope(F.cross_entropy(view(x), y_N, reduction="none"), x).flatten(1))
+            unusable_N = _unusable(gradient_of(F.cross_entropy(view(x), y_N, reduction="none"), x).flatten(1))
         source = "exact" if gradient == "surrogate" else gradient
         without[source] = unusable_N & without.get(source, unusable_N)
     if "rejection" in openings(target):
         view, x = View(target), x_NCHW.clone().requires_grad_()
         with reproducible(view, seed), torch.enable_grad():
-            without["detectors"] = _unusable(slope(view.suspicion(x).sum(1), x).flatten(1))
+            without["detectors"] = _unusable(gradient_of(view.suspicion(x).sum(1), x).flatten(1))
     law = "through every source that it names, and its detectors, images have a finite gradient that is not zero"
     figure = max((float(unusable_N.double().mean()) for unusable_N in without.values()), default=0.0)
     return at_most(3, "gradient", law, figure, 0.1)
@@ -156,7 +156,7 @@ def _incomplete(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int) -> di
         for step in range(WAY):
             x = (x_NCHW + (step + 0.5) / WAY * way_NCHW).requires_grad_()
             with reproducible(view, seed), torch.enable_grad():
-                sum_N += (slope(scale * gap(view.unscaled(x)), x) * way_NCHW).flatten(1).sum(1) / WAY
+                sum_N += (gradient_of(scale * gap(view.unscaled(x)), x) * way_NCHW).flatten(1).sum(1) / WAY
         off[gradient] = float((sum_N - change_N).abs().sum() / change_N.abs().sum().clamp(min=1e-6))
     return off
 

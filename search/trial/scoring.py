@@ -62,9 +62,10 @@ class Scorer:
         if size is not None and size <= GRID_LIMIT:
             others = list(space.grid())
         else:
-            rng = np.random.default_rng(self.study.seed)
-            # The same for all fits, so that they are comparable.
-            others = [space.drawn(rng) for _ in range(SAMPLE)]
+            rng, others = np.random.default_rng(self.study.seed), list[Params]()
+            while len(others) < SAMPLE:  # the same for all fits, so that they are comparable
+                if (drawn := space.drawn(rng)) not in others:
+                    others.append(drawn)
         return [params, *(other for other in others if other != params)]
 
     def check_memory(self, defense: Defense, settings: Sequence[Params]) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from attacks.algorithms.pgd import PGD
 from attacks.algorithms.rand_fgsm import RandFGSM
 from attacks.algorithms.square import Square
 from attacks.attack import Attack, AttackError, wrong_labels
+from attacks.audit.quick_gates import quick_gates
 from attacks.catalog import CW_L2, DEEPFOOL, FGSM, FGSM_TARGETED, IFGSM, MIM_10, MIXTURE, NES_30, PGD_10, SQUARE, STILL
 from attacks.gradient_view import View
 from attacks.seeding import Draws, reproducible
@@ -422,3 +424,21 @@ def test_an_attack_by_answers_alone_climbs_between_two_classes_whatever_their_sc
     model = TwoClasses(scale)
     made_NCHW = attack.craft(View(model), x_NCHW, y_N, ThreatModel("Linf", 0.1, "white-box"), 0)
     assert model(made_NCHW).argmax(1).all()
+
+
+class Cornered(nn.Module):
+    """A linear model whose gradient is not a number in one pixel, as that of a root at 0 times 0 is."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        lead_N = (x_NCHW - 0.52).flatten(1).sum(1)
+        return torch.stack((-lead_N, lead_N, 0 * lead_N - 20), dim=1) + 0 * (0 * x_NCHW[:, 0, :1, 0]).sqrt()
+
+
+@pytest.mark.parametrize("attack", [PGD_10, CW_L2, DEEPFOOL, FGSM, MIM_10], ids=attrgetter("name"))
+def test_a_pixel_whose_gradient_is_no_number_keeps_no_other_from_moving(attack: Attack) -> None:
+    x_NCHW, y_N, norm = torch.full((4, 1, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64), attack.norms[-1]
+    model, threat = Cornered(), ThreatModel(norm, {"Linf": 0.05, "L2": 0.5}[norm], "white-box")
+    made_NCHW = attack.craft(View(model), x_NCHW, y_N, threat, 0)
+    assert made_NCHW.isfinite().all() and model(made_NCHW).argmax(1).all()
+    (gate,) = (gate for gate in quick_gates(model, x_NCHW, y_N, threat, seed=0) if gate.name == "gradient")
+    assert not gate.passed and gate.figure == 1

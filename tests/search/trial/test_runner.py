@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from search.trial import evaluator, latency, scoring
 from search.trial.evaluator import Evaluator
 from search.trial.pictures import caption, png
 from search.trial.runner import TrialRunner, baseline, run_trial
+from search.trial.scoring import SAMPLE
 from spaces.space import Params
 from tests.conftest import brief_study, digits_study
 
@@ -425,3 +427,12 @@ def test_the_usual_setting_says_which_classifiers_are_trained_first(tmp_path: Pa
     assert needed(protect="digits/C") == {"C", "B"}
     assert needed(defense="adversarial_training", protect="digits/C") == {"A", "C"}
     assert needed(defense="advae", knobs={"bases": "advae-X+advae-A+advae-B"}) == {"A", "advae-X", "advae-A", "advae-B"}
+
+
+def test_of_a_space_too_large_to_list_distinct_settings_are_scored(tmp_path: Path) -> None:
+    for seed in range(12):  # of magnet's 72
+        study = digits_study(tmp_path, name=f"s{seed}", defense="magnet", space="wide", seed=seed)
+        runner = TrialRunner(study, study.store)
+        space = study.resolved.space
+        found = runner.scorer.settings(space.drawn(np.random.default_rng(seed)))
+        assert SAMPLE <= len(found) == len({str(params.inference) for params in found}) <= SAMPLE + 1
