@@ -61,10 +61,12 @@ def test_the_in_process_twin_tells_the_same_story(tmp_path: Path) -> None:
     assert diary.heard == [f"{t} {what}" for t in ("t001", "t002") for what in ("started", "1", "2", "finished")]
 
 
-def test_the_quick_score_without_a_defense_is_told_first_and_once(tmp_path: Path) -> None:
+def test_the_quick_score_without_a_defense_is_told_first_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told, diary, study = list[object](), Diary(), digits_study(tmp_path, trials=1, refine=0)
-    diary.classifier_trained = lambda study, cheap: told.append(cheap)  # type: ignore[method-assign]
-    diary.search_started = lambda study, undefended: told.append(undefended.candidate)  # type: ignore[method-assign]
+    monkeypatch.setattr(diary, "classifier_trained", lambda study, cheap: told.append(cheap))
+    monkeypatch.setattr(diary, "search_started", lambda study, undefended: told.append(undefended.candidate))
     for work in (replace(PRETENDED, quick=lambda study: 0.25), PRETENDED):
         run(study, [diary], debug=True, work=work)
     bare = PRETENDED.undefended(study).candidate
