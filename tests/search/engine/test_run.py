@@ -22,6 +22,7 @@ from benchmarks.fault_injection import rows
 from defenses.base import Batches, Defense, Metrics
 from search import session
 from search.engine import local_backend, ray_backend
+from search.engine.cluster import WorkerResources
 from search.engine.controller import Controller
 from search.engine.run import run
 from search.engine.worker import Report, seldom
@@ -71,6 +72,25 @@ def test_the_quick_score_without_a_defense_is_told_first_and_once(
         run(study, [diary], debug=True, work=work)
     bare = PRETENDED.undefended(study).candidate
     assert told == [0.25, bare, bare]
+
+
+@pytest.mark.parametrize("known", [None, "the undefended classifier"])
+def test_under_ray_the_quick_score_is_told_first_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: str | None
+) -> None:
+    told = list[object]()
+    controller = SimpleNamespace(
+        study=digits_study(tmp_path),
+        proposer=SimpleNamespace(undefended=lambda: known),
+        classifier_trained=told.append,
+        begin=lambda undefended: told.append(undefended.candidate),
+    )
+    monkeypatch.setattr("ray.get", lambda result: result)
+    remote = SimpleNamespace(remote=lambda study, resources, what, *more: what(study, *more))
+    work = replace(PRETENDED, quick=lambda study: 0.25)
+    ray_backend._prepare(cast(Controller, controller), WorkerResources(1, 0), remote, work)
+    bare = PRETENDED.undefended(controller.study).candidate
+    assert told == ([bare] if known else [0.25, bare])
 
 
 def test_how_far_a_scoring_is_is_told_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
