@@ -52,8 +52,8 @@ class APGD(CorrectedAttack, torchattacks.APGD):  # type: ignore[misc]  # torchat
         eps: bound of the perturbation, in pixel units of [0, 1].
         loss: `ce`, cross-entropy; `dlr`, difference of logits ratio, invariant to the scale of the logits; `targeted`,
             targeted DLR, against the classes with the highest logits on the input other than the label. With three
-            classes its denominator is that of `dlr`. With two, both are the plain margin without a denominator:
-            signs, unit steps and comparisons of an image's losses do not depend on the scale either.
+            classes its denominator is that of `dlr`. With two, each is the margin of the unscaled logits: signs, unit
+            steps and comparisons of an image's losses do not depend on the scale either.
         restarts: random starts for each target class.
         targets: number of target classes that `targeted` tries in turn.
         rho: share of the steps between two checkpoints that must increase the loss to keep the step size.
@@ -83,7 +83,7 @@ class APGD(CorrectedAttack, torchattacks.APGD):  # type: ignore[misc]  # torchat
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
         x_NCHW, y_N = self._given(x_NCHW, y_N)
         with torch.no_grad():
-            logits_NK = self.get_logits(x_NCHW)
+            logits_NK = self._comparable(x_NCHW)
         best, draws = Best(x_NCHW, lead(logits_NK, y_N)), self._random(x_NCHW)
         for rival_N in rivals(logits_NK, y_N, self.targets if self.loss == "targeted" else 1).unbind(1):
             for _ in range(self.n_restarts):
@@ -128,17 +128,17 @@ class APGD(CorrectedAttack, torchattacks.APGD):  # type: ignore[misc]  # torchat
     def _ask(self, x_NCHW: Tensor, y_N: Tensor, rival_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradient of the loss, the loss, and the logit margin."""
         x_NCHW = x_NCHW.detach().requires_grad_()
-        logits_NK = self.get_logits(x_NCHW)
+        logits_NK = self._comparable(x_NCHW)
         f_N = self._loss(logits_NK, y_N, rival_N)
         return slope(f_N, x_NCHW), f_N.detach(), lead(logits_NK.detach(), y_N)
 
     def _loss(self, logits_NK: Tensor, y_N: Tensor, rival_N: Tensor) -> Tensor:
+        if logits_NK.shape[1] == 2:
+            return lead(logits_NK, y_N)
         if self.loss == "ce":
             return F.cross_entropy(logits_NK, y_N, reduction="none")
         ahead_N = lead(logits_NK, y_N) if self.loss == "dlr" else ahead(logits_NK, y_N, rival_N)
         ranked_NJ = logits_NK.topk(min(4, logits_NK.shape[1])).values
-        if ranked_NJ.shape[1] == 2:
-            return ahead_N
         low_N = ranked_NJ[:, 2 : 3 if self.loss == "dlr" else 4].mean(1)
         return ahead_N / (ranked_NJ[:, 0] - low_N + 1e-12)
 

@@ -61,16 +61,23 @@ class CorrectedAttack(torchattacks.attack.Attack):  # type: ignore[misc]  # torc
         """Return the random numbers of the images."""
         return self.draws or Draws(0, torch.arange(len(x_NCHW), device=x_NCHW.device))
 
+    def _comparable(self, x_NCHW: Tensor) -> Tensor:
+        """Return logits_NK by which images may be compared: the view's, and of two classes the unscaled ones.
+
+        Two logits in units of their own spread are always as far apart.
+        """
+        if not isinstance(self.model, View):
+            return self.get_logits(x_NCHW)
+        logits_NK = self.model.unscaled(x_NCHW)
+        return within_spread(logits_NK) if logits_NK.shape[1] > 2 else logits_NK
+
     def _rank(self, x_NCHW: Tensor, y_N: Tensor, floor_N: Tensor | None = None) -> Tensor:
         """Return how good adversarial images are, above 0 where they succeed, N; without a gradient. See `Rank`.
 
         Args:
             floor_N: ranks from which on they matter: detectors are not asked about images whose margin is no higher.
         """
-        view = self.model if isinstance(self.model, View) else None
-        logits_NK = view.unscaled(x_NCHW) if view else self.get_logits(x_NCHW)
-        if view and logits_NK.shape[1] > 2:  # two logits in units of their own spread are always as far apart
-            logits_NK = within_spread(logits_NK)
+        logits_NK = self._comparable(x_NCHW)
         rank_N = lead(logits_NK, y_N) if self.rank == "lead" else margin(logits_NK, y_N)
         if self.rank != "evading":
             return rank_N

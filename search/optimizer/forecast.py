@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution
 from search.optimizer.coordinates import coordinates, identity, stepped, width
 from search.optimizer.surrogate import ASSUMED, Array, Surrogate, noise
 from search.study.candidate import Candidate
-from search.study.ranking import constraints, feasible
+from search.study.ranking import feasible, violation
 from search.study.study import Study
 from spaces.domain import Scalar, contains, draw, only
 from spaces.space import Params, SearchSpace
@@ -131,8 +131,7 @@ class Forecast:
         self._forget()
 
     def _worth(self, candidate: Candidate) -> float:
-        broken = sum(max(0.0, excess) for excess in constraints(self.study, candidate).values())
-        return 1 - candidate.score.attacked_error - broken
+        return 1 - candidate.score.attacked_error - violation(self.study, candidate)
 
     def knew(self, name: str, params: Params, error: float, latency: float) -> None:
         """Record the result of a training of an earlier search that was judged alike, from which this one begins."""

@@ -31,6 +31,15 @@ def unattacked_constraints(
     return limits
 
 
+def violation(study: Study, candidate: Candidate) -> float:
+    """Return by how much a candidate violates its constraints in all, each in parts of 1; zero is feasible.
+
+    Shares exceed their bounds by a share, latencies theirs by a multiple of it, and each alarm counts as 1.
+    """
+    units = {"max_latency_ms": study.max_latency_ms or 1.0}
+    return sum(max(0.0, excess) / units.get(name, 1.0) for name, excess in constraints(study, candidate).items())
+
+
 @dataclass(frozen=True)
 class Refusal:
     """How many candidates a constraint refuses, or one gate of the constraint `alarms`.

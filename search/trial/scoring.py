@@ -90,7 +90,8 @@ class Scorer:
     ) -> tuple[list[Candidate], list[Dropped]]:
         """Return the candidates of one fit, the first setting's first, and the settings that lost the race.
 
-        Dropped settings are attacked on all images too, the best first, until some candidate satisfies the constraints.
+        Until some candidate satisfies the constraints, dropped settings that may are attacked on all images too, the
+        best first.
         """
         if not self._races(defense, settings):
             return self.candidates(key, defense, settings, heard), []
@@ -102,8 +103,10 @@ class Scorer:
         kept = sorted({0, *contenders(entrants, [(ms, accuracy) for name, ms, accuracy in rivals if name == device])})
         lost = sorted(set(range(len(settings))) - set(kept), key=lambda i: -entrants[i].accuracy)
         found = self.candidates(key, defense, [settings[i] for i in kept], heard)
-        while lost and not feasible(self.study, found):
-            found += self.candidates(key, defense, [settings[lost.pop(0)]])
+        able = [i for i in lost if entrants[i].feasible]
+        while able and not feasible(self.study, found):
+            lost.remove(i := able.pop(0))
+            found += self.candidates(key, defense, [settings[i]])
         return found, [Dropped.of(settings[i], entrants[i]) for i in lost]
 
     def _races(self, defense: Defense, settings: Sequence[Params]) -> bool:

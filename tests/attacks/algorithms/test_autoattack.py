@@ -16,6 +16,7 @@ from attacks.algorithms.apgd import APGD, Loss, _checkpoints
 from attacks.algorithms.base import CorrectedAttack
 from attacks.algorithms.fab import FAB, to_plane
 from attacks.algorithms.square import Square, _eta
+from attacks.gradient_view import View
 from attacks.seeding import Draws
 from attacks.threat import Norm
 from spaces.exceptions import InputError
@@ -367,6 +368,20 @@ def test_two_and_three_classes_are_enough(
             STOCK[name](model, 0.01, norm)(x, y)
     assert int(wrong(model, OURS[name](model, 2 * EPS[norm], norm)(x, y), y).sum()) > 16
     assert int(wrong(model, x, y).sum()) < 6
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_of_two_classes_the_scale_of_the_logits_decides_nothing(
+    loss: Loss, digits: Digits, classifier: nn.Module
+) -> None:
+    """Beyond `SPREAD` a view scales them, and then two logits always lie as far apart."""
+    own = torch.isin(digits[1], torch.tensor((5, 9)))
+    x, y = digits[0][own][-24:], (digits[1][own][-24:] == 9).long()
+    plain, *others = (
+        APGD(View(Seen(classifier, (5, 9), scale)), 0.05, 20, loss=loss)(x, y) for scale in (1.0, 2.0**-12, 2.0**12)
+    )
+    for other in others:
+        assert torch.equal(other, plain)
 
 
 def test_the_stock_targeted_apgd_takes_the_first_image_s_step_size_in_l2(

@@ -155,6 +155,14 @@ def test_a_training_without_a_feasible_candidate_counts_by_its_nearest_to_one(tm
     assert training.accuracy == pytest.approx(0.58) and training.inference == {"sigma_eps": 0.1}
 
 
+def test_a_latency_above_its_limit_counts_in_parts_of_the_limit(tmp_path: Path) -> None:
+    proposer = Proposer(paper(tmp_path, max_latency_ms=100.0))
+    proposal = proposed(proposer)
+    proposer.finish(proposal.name, [scored(proposal.params, 0.6, ms=120.0)], {})
+    (training,) = proposer.forecast._trainings.values()
+    assert training.accuracy == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize(("defense", "space"), [(d, s) for d in defenses.names() for s in spaces.names(d)])
 def test_proposals_lie_in_every_space(tmp_path: Path, defense: str, space: str) -> None:
     fields = {"defense": defense, "task": "mnist/A", "space": space, "trials": 50, "wandb": "disabled"}

@@ -210,6 +210,13 @@ def test_where_no_contender_is_feasible_the_dropped_are_scored_too(
     assert {c.candidate for c in found} == set(every) and dropped == []
 
 
+def test_where_nothing_can_be_feasible_the_dropped_stay_dropped(whole: tuple[Study, dict[str, Candidate]]) -> None:
+    """A latency limit that every setting violates is known before any attack."""
+    strict = whole[0].model_copy(update={"max_latency_ms": 1e-9})
+    found, dropped = raced(strict)
+    assert dropped and not feasible(strict, found)
+
+
 def test_under_the_oblivious_threat_losers_get_no_white_box_attack(
     whole: tuple[Study, dict[str, Candidate]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
