@@ -77,6 +77,8 @@ def add(
     files = read_files(paths, size)
     if not 2 <= len(files.classes) <= MOST_CLASSES:
         raise InputError(f"there must be from 2 to {MOST_CLASSES} classes, but there are {len(files.classes)}")
+    if twice := [name for name in files.classes if files.classes.count(name) > 1]:
+        raise InputError(f"the names of classes must differ, but {twice[0]!r} is the name of {twice.count(twice[0])}")
     chosen = {split: list[tuple[Labelled, int]]() for split in SPLITS}
     for part, images in files.parts.items():
         lacking = [split for split in SPLITS[1:] if split not in files.parts] if part == "train" else []
@@ -205,7 +207,8 @@ def _complete(chosen: Mapping[str, Chosen], classes: Sequence[str]) -> None:
     for split, images in chosen.items():
         held = {int(files.y_N[i]) for files, i in images}
         if missing := [name for k, name in enumerate(classes) if k not in held]:
-            raise InputError(f"every class must have an image in every split, but {split} has none of {missing[0]!r}")
+            law = "every class must have an image in every split" + ", and labels count from 0" * (missing[0] == "0")
+            raise InputError(f"{law}, but {split} has none of {missing[0]!r}")
     if (count := len(chosen["validation"])) < LEAST:
         raise InputError(f"validation must have at least {LEAST} images, but has {count}: add more images")
 

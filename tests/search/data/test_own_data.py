@@ -261,6 +261,8 @@ X, Y = own.digits(40)
         (arrays(y_train=Y / 2), "labels must be 120 whole numbers"),
         (arrays(y_train=Y - 1), "labels must be from 0 to 1, for the 2 classes of train, but y_train has -1"),
         (arrays(x_test=X[:9], y_test=np.full(9, 7)), "labels must be from 0 to 2, .* but y_test has 7"),
+        (arrays(y_train=Y + 1), "and labels count from 0, but train has none of '0'"),
+        (arrays(classes=["a", "b", "a"]), "the names of classes must differ, but 'a' is the name of 2"),
         (arrays(classes=["a", "b"]), "labels must be from 0 to 1, .* but y_train has 2"),
         (arrays(x_train=X.astype(np.int64)), "images must be uint8, or float in .*, but x_train of .* is int64"),
         (arrays(x_train=X.astype(np.float32)), "but x_train of .* goes from 0 to 255"),
