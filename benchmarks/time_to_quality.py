@@ -131,26 +131,31 @@ def rows_of(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def lines(rows: Sequence[Mapping[str, Any]], every: Sequence[Table]) -> Iterator[str]:
-    """Yield a Markdown table: cost to the goal as a share of the grid's, its geometric mean, and regrets in points."""
+    """Yield a Markdown table: cost to the goal as a share of the grid's, how often it was reached, regrets in points.
+
+    The geometric mean is that of the medians, where each table has one.
+    """
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    yield f"| search | {' | '.join(table.name for table in every)} | geometric mean | regret at 5, 10, 20 % |"
-    yield f"|{' --- |' * (len(every) + 3)}"
+    yield f"| search | {' | '.join(table.name for table in every)} | reached | geometric mean | regret at 5, 10, 20 % |"
+    yield f"|{' --- |' * (len(every) + 4)}"
     for arm in arms:
-        cells, medians, regrets = [], [], []
+        cells, medians, regrets, found = [], [], [], list[float]()
         for table in every:
-            found = (row["trail"] for row in rows if (row["arm"], row["table"]) == (arm, table.name))
-            trails = [[Step(*step) for step in trail] for trail in found]
+            own = (row["trail"] for row in rows if (row["arm"], row["table"]) == (arm, table.name))
+            trails = [[Step(*step) for step in trail] for trail in own]
             if not trails:
                 cells.append("-")
                 continue
             costs = [reached(table, trail) for trail in trails]
             medians.append(median(costs))
+            found += costs
             low, _, high = quantiles(costs, n=4) if len(costs) > 1 else (costs[0],) * 3
             cells.append(f"{_cost(median(costs))} ({_cost(low)} to {_cost(high)}; {len(costs)})")
             regrets.append([median(regret(table, trail, share) for trail in trails) for share in SHARES])
         whole = exp(fmean(map(log, medians))) if len(medians) == len(every) and inf not in medians else None
         mean = "-" if whole is None else f"{whole:.3f}"
-        yield f"| {arm} | {' | '.join(cells)} | {mean} | {_points(regrets)} |"
+        often = f"{sum(cost < inf for cost in found)} of {len(found)}"
+        yield f"| {arm} | {' | '.join(cells)} | {often} | {mean} | {_points(regrets)} |"
 
 
 def _cost(share: float) -> str:
