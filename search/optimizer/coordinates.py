@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
 from spaces.domain import Scalar, finite
-from spaces.space import Params
+from spaces.space import Params, SearchSpace
 
 
 def _ranks(domain: BaseDistribution) -> Mapping[Scalar, int] | None:
@@ -56,6 +58,35 @@ def stepped(domain: BaseDistribution, value: Scalar, rng: np.random.Generator) -
     if isinstance(domain, IntDistribution):
         return min(domain.high, max(domain.low, round(moved)))
     return min(domain.high, max(domain.low, moved))
+
+
+class Places:
+    """Where the trainings of a space lie in [0, 1]^D: their searched knobs, and the ratios of weights.
+
+    A loss depends on the ratios of its weights more than on each; weights are knobs of one domain.
+
+    Attributes:
+        axes: the domains of the searched knobs that act in training.
+        count: D.
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        self._space = space
+        self.axes = {name: domain for name, domain in space.searched().items() if name in space.train}
+        pairs = combinations(self.axes, 2)
+        self._pairs = [(a, b) for a, b in pairs if width(self.axes[a]) == 1 and self.axes[a] == self.axes[b]]
+        self.count = sum(width(domain) for domain in self.axes.values()) + len(self._pairs)
+
+    def of(self, params: Params) -> NDArray[np.float64]:
+        """Return the place of a training, D; a knob that does not matter there lies in the middle."""
+        values = params.flat()
+        parts = [
+            coordinates(domain, values[name]) if self._space.matters(name, values) else [0.5] * width(domain)
+            for name, domain in self.axes.items()
+        ]
+        scaled = {name: coordinates(self.axes[name], values[name])[0] for pair in self._pairs for name in pair}
+        ratios = [(1 + scaled[one] - scaled[other]) / 2 for one, other in self._pairs]
+        return np.array([*(c for part in parts for c in part), *ratios])
 
 
 def identity(params: Params) -> str:

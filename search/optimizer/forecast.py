@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution
 
-from search.optimizer.coordinates import coordinates, identity, stepped, width
+from search.optimizer.coordinates import Places, identity, stepped
 from search.optimizer.surrogate import ASSUMED, Array, Surrogate, noise
 from search.study.candidate import Candidate
 from search.study.ranking import feasible, violation
@@ -23,7 +22,8 @@ from spaces.domain import Scalar, contains, draw, only
 from spaces.space import Params, SearchSpace
 
 FIRST = 4
-"""Trainings that are drawn at random before the model proposes any; far corners of the space were a worse beginning."""
+"""Trainings before the model proposes any: the middle of the space, where no better start is known, and random ones;
+far corners were a worse beginning."""
 BOLD = 0.5
 """The deviations by which the bound of a training lies above its predicted mean."""
 DRAWN, NEAR = 512, 64
@@ -89,23 +89,17 @@ class Forecast:
     _sought: int = 0
 
     def __post_init__(self) -> None:
-        self._axes = {name: d for name, d in self.space.searched().items() if name in self.space.train}
         self._rng = np.random.default_rng((self.seed, 1))
-        self._pairs = [
-            (one, other)
-            for one, other in combinations(self._axes, 2)
-            if width(self._axes[one]) == 1 and self._axes[one] == self._axes[other]
-        ]
-        count = sum(width(domain) for domain in self._axes.values()) + len(self._pairs)
-        self._surrogate = Surrogate(count, self._rng)
-        self._by_latency = any(self._latency_knob(name) for name in self._axes)
+        self._places = Places(self.space)
+        self._surrogate = Surrogate(self._places.count, self._rng)
+        self._by_latency = any(self._latency_knob(name) for name in self._places.axes)
 
     # What happens.
 
     def began(self, name: str, params: Params) -> None:
         """Record that a training was proposed."""
         self._tried.add(identity(params))
-        at, epochs = self._place(params), int(params.train.get("epochs", self.study.resolved.epochs))
+        at, epochs = self._places.of(params), int(params.train.get("epochs", self.study.resolved.epochs))
         self._begun += name not in self._trainings
         self._trainings.setdefault(name, _Training(params, at, epochs)).running = True
 
@@ -164,7 +158,7 @@ class Forecast:
     def propose(self, unseen: Sequence[Params] | None) -> Params:
         """Return the training with the greatest upper bound, at the best known inference setting.
 
-        The first trainings are random.
+        The first one is the nearest to the middle of the space, unless one began elsewhere; some random ones follow.
 
         Args:
             unseen: the trainings that remain; None if they cannot be listed.
@@ -181,6 +175,10 @@ class Forecast:
 
     def _several(self, unseen: Sequence[Params] | None) -> list[Params]:
         """Return the next proposals, of which each takes those before it as ended as predicted."""
+        if not self._begun:
+            pool, placed = zip(*self._pool(unseen), strict=True)
+            away = ((np.array(placed) - 0.5) ** 2).sum(-1)
+            return [pool[int(np.argmin(away + 1e-9 * self._rng.random(len(away))))]]
         if self._begun < FIRST or not self._results():
             return [self.space.drawn(self._rng) if unseen is None else unseen[int(self._rng.integers(len(unseen)))]]
         pool, placed = zip(*self._pool(unseen), strict=True)
@@ -202,14 +200,14 @@ class Forecast:
         if unseen is not None:
             if len(unseen) > LISTED:
                 unseen = [unseen[i] for i in self._rng.permutation(len(unseen))[:LISTED]]
-            return [(params, self._place(params)) for params in unseen]
+            return [(params, self._places.of(params)) for params in unseen]
         # Of a long search, most were in the last pool too: to draw and to place one takes a quarter of a millisecond.
         kept = self._drawn[DRAWN // 8 :] if self._begun >= TOGETHER else []
         new = [self.space.drawn(self._rng) for _ in range(DRAWN - len(kept))]
-        self._drawn = kept + [(params, self._place(params)) for params in new]
+        self._drawn = kept + [(params, self._places.of(params)) for params in new]
         best = sorted(self._results(), key=lambda training: -(training.accuracy or 0.0))[:3]
         near = [self._near(training.params) for training in best for _ in range(NEAR // len(best))]
-        every = self._drawn + [(params, self._place(params)) for params in near]
+        every = self._drawn + [(params, self._places.of(params)) for params in near]
         fresh = {key: one for one in every if (key := identity(one[0])) not in self._tried}
         return list(fresh.values()) or every
 
@@ -268,26 +266,11 @@ class Forecast:
     def _latency_knob(self, name: str) -> bool:
         return bool(self.study.resolved.defense.Train.__dataclass_fields__[name].metadata["latency"])
 
-    # Places of settings.
-
-    def _place(self, params: Params) -> Array:
-        values = params.flat()
-        parts = [
-            coordinates(domain, values[name]) if self.space.matters(name, values) else [0.5] * width(domain)
-            for name, domain in self._axes.items()
-        ]
-        return np.array([*(c for part in parts for c in part), *self._ratios(params)])
-
-    def _ratios(self, params: Params) -> list[float]:
-        """Return the ratios of weights, scaled to [0, 1]: a loss depends on them more than on each weight."""
-        values = params.flat()
-        scaled = {name: coordinates(self._axes[name], values[name])[0] for pair in self._pairs for name in pair}
-        return [(1 + scaled[one] - scaled[other]) / 2 for one, other in self._pairs]
-
     def _near(self, params: Params) -> Params:
         """Return a setting that differs from another in some knobs, by a tenth of a range or a step of a grid."""
-        old, moved = params.flat(), self._rng.random(len(self._axes)) < max(0.3, 1 / max(1, len(self._axes)))
-        change = dict(zip(self._axes, moved, strict=True))
+        axes = self._places.axes
+        old, moved = params.flat(), self._rng.random(len(axes)) < max(0.3, 1 / max(1, len(axes)))
+        change = dict(zip(axes, moved, strict=True))
 
         def value(name: str, domain: BaseDistribution) -> Scalar:
             if domain.single():

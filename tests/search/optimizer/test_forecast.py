@@ -80,9 +80,24 @@ def test_a_space_that_cannot_be_listed_gets_no_proposal_twice(tmp_path: Path) ->
     assert not [trial for trial in proposer.all() if trial.user_attrs.get("duplicate")]
 
 
+@pytest.mark.parametrize("space", ["paper", "default"])
+def test_the_first_training_is_the_middle_unless_one_began_elsewhere(tmp_path: Path, space: str) -> None:
+    study = paper(tmp_path, space=space)
+    forecast = Forecast(study, study.resolved.space, 0)
+    unseen = list(study.resolved.space.grid()) if space == "paper" else None
+    drawn = [study.resolved.space.drawn(np.random.default_rng(i)) for i in range(200)]
+
+    def away(params: Params) -> float:
+        return float(np.linalg.norm(forecast._places.of(params) - 0.5))
+
+    assert away(forecast.propose(unseen)) <= min(map(away, unseen or drawn)) * (1 if unseen else 1.5)
+    forecast.began("start", drawn[0])
+    assert len({away(forecast.propose(unseen)) for _ in range(8)}) > 2
+
+
 def test_workers_at_once_get_different_regions(tmp_path: Path) -> None:
     proposer, _ = searched(paper(tmp_path), 8)
-    places = np.array([proposer.forecast._place(proposed(proposer).params) for _ in range(6)])
+    places = np.array([proposer.forecast._places.of(proposed(proposer).params) for _ in range(6)])
     apart = np.abs(places[:, None] - places[None]).max(-1) + 10 * np.eye(6)
     assert apart.min() > 0.1  # a step of the grid is 0.2
 
@@ -94,7 +109,7 @@ def test_proposals_that_are_chosen_together_lie_in_different_regions_too(
     monkeypatch.setattr("search.optimizer.forecast.TOGETHER", 1)
     learn = Mock(side_effect=proposer.forecast._learn)
     monkeypatch.setattr(proposer.forecast, "_learn", learn)
-    places = np.array([proposer.forecast._place(proposed(proposer).params) for _ in range(6)])
+    places = np.array([proposer.forecast._places.of(proposed(proposer).params) for _ in range(6)])
     apart = np.abs(places[:, None] - places[None]).max(-1) + 10 * np.eye(6)
     assert apart.min() > 0.1 and learn.call_count == 1
 
