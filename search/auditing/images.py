@@ -6,6 +6,7 @@ Shapes: N images, C channels, H x W pixels.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,17 @@ def _of_file(path: Path, knowledge: str) -> Images:
     """Return the images of a file in a fixed order, since many files are sorted by class."""
     law = f"{path} must be an .npz with arrays x and y, or x_test and y_test"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise InputError(f"{law}, but is an .npy, which has one")
+        with found as arrays:
             pair = next((pair for pair in (("x", "y"), ("x_test", "y_test")) if set(pair) <= set(arrays.files)), None)
             if pair is None:
                 raise InputError(f"{law}, but has {', '.join(arrays.files) or 'none'}")
             x, y = (arrays[name] for name in pair)
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{law}, but cannot be read: {one_line(error)}") from None
     guard.watch(path)
     x_NCHW, y_N = labelled(x, y)
@@ -120,7 +124,7 @@ def labelled(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: they are none.
     """
-    x, y = (value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value)) for value in (x, y))
+    x, y = _tensor(LAW, x), _tensor("labels must be integers, one for each image", y)
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise InputError(f"{LAW}, but are {x.dtype}")
     x_NCHW = _channels_first(x).float() / (255 if x.dtype == torch.uint8 else 1)
@@ -128,12 +132,31 @@ def labelled(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     if y_N.ndim != 1 or len(y_N) != len(x) or y_N.is_floating_point() or y_N.dtype == torch.bool:
         shape = " x ".join(map(str, y.shape))
         raise InputError(f"labels must be {len(x)} integers, one for each image, but are {shape} of {y.dtype}")
+    y_N = y_N.long()
     if len(y_N) and int(y_N.min()) < 0:
         raise InputError(f"labels must be classes from 0 on, but one is {int(y_N.min())}")
     low, high = (float(edge) for edge in x_NCHW.aminmax()) if x.numel() else (0.0, 0.0)
     if not (x.numel() and low >= 0 and high <= 1):
         raise InputError(f"{LAW}, but {f'go from {low:g} to {high:g}' if x.numel() else 'there are none'}")
-    return x_NCHW.contiguous(), y_N.long()
+    return x_NCHW.contiguous(), y_N
+
+
+def _tensor(law: str, value: Any) -> Tensor:
+    """Return an array as a tensor: torch has fewer integers and floats than NumPy, and one order of bytes.
+
+    Raises:
+        InputError: it does not hold numbers, with the law that says what it must hold.
+    """
+    if isinstance(value, Tensor):
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise InputError(f"{law}, but are lists of different lengths") from None
+    wide = {"u": np.int64, "i": np.int64, "f": np.float32, "b": np.bool_}.get(array.dtype.kind)
+    if wide is None:
+        raise InputError(f"{law}, but are of NumPy's type {array.dtype}")
+    return torch.as_tensor(array.astype(np.uint8 if array.dtype == np.uint8 else wide, order="C", copy=False))
 
 
 def _channels_first(x: Tensor) -> Tensor:

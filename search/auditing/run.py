@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from search.auditing import answer
 from search.auditing.audit_report import AuditReport, unused
 from search.auditing.examination import Examination
 from search.auditing.images import Images, images, labelled
-from search.auditing.protocol import methods
+from search.auditing.protocol import methods, wrapped
 from search.auditing.source import Source
 from search.classifiers.architectures import ARCHITECTURES
 from search.data.splits import HELD_OUT
@@ -106,9 +107,11 @@ def audit_source(
     x_NCHW, y_N = (part.to(device) for part in given.first(number))
     model = source.build().requires_grad_(False).to(device)
     if knowledge == "black-box":
-        plan = Examination(plan.threat, suite, seed, _attacker(given, substitute, device))
-    flags = {"weights": source.weights, "data": data, "norm": norm, "eps": eps, "threat": knowledge, "seed": seed}
-    flags |= {"images": number, "suite": suite}
+        plan = Examination(plan.threat, suite, seed, _attacker(model, given, substitute, device))
+    where = Path(data).resolve() if data.endswith(".npz") else data
+    flags = {"weights": source.weights, "data": where, "norm": norm, "eps": eps, "threat": knowledge, "seed": seed}
+    flags |= {"images": number, "suite": suite, "data-dir": data_dir}
+    flags |= {"substitute": substitute} if knowledge == "black-box" else {}
     words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
     command = f"python launch.py audit {shlex.join([f'{source.file}:{source.function}', *words])}"
     about = _about(model, source.name, source.digests(), given, seed, command)
@@ -118,15 +121,24 @@ def audit_source(
     return found
 
 
-def _attacker(given: Images, substitute: str, device: torch.device) -> BlackBoxAttacker:
-    """Return a black-box attacker that starts from images that are not attacked."""
+def _attacker(model: nn.Module, given: Images, substitute: str, device: torch.device) -> BlackBoxAttacker:
+    """Return a black-box attacker that starts from images that are not attacked.
+
+    Its network has the classes of the model, which may answer with some that no image of a file has.
+    """
     architecture = ARCHITECTURES[choose("the substitute", substitute, list(ARCHITECTURES))]
     _, channels, height, width = given.x_NCHW.shape
-    shape = Shape(channels, height, width, given.classes or int(given.y_N.max()) + 1)
+    shape = Shape(channels, height, width, int(given.y_N.max()) + 1)
     if not architecture.fits(shape):
         raise InputError(f"the substitute must fit the images, but they are too small for {substitute}")
     start_NCHW = given.x_NCHW[given.attackable :][-HELD_OUT:].to(device)
-    return BlackBoxAttacker(start_NCHW, lambda: architecture.build(shape))
+
+    def build() -> nn.Module:  # when the model was seen to answer
+        with torch.no_grad():
+            logits_NK = wrapped(model, shape, noisy=False, exact=False)(start_NCHW[:1])
+        return architecture.build(replace(shape, classes=logits_NK.shape[1]))
+
+    return BlackBoxAttacker(start_NCHW, build)
 
 
 def _about(

@@ -211,6 +211,14 @@ def home(tmp_path_factory: pytest.TempPathFactory, digits: tuple[Tensor, Tensor]
     np.savez(folder / "few.npz", x=x[:20], y=y[:20])
     np.savez(folder / "flat.npz", x=x.reshape(len(x), -1), y=y)
     np.savez(folder / "unnamed.npz", images=x, labels=y)
+    np.savez(folder / "words.npz", x=x, y=y.astype(str))
+    np.savez(folder / "first.npz", x=x[y < 5].astype(">f8"), y=y[y < 5].astype(np.uint16))
+    np.save(folder / "renamed.npy", x)
+    (folder / "renamed.npy").rename(folder / "renamed.npz")
+    np.savez_compressed(folder / "torn.npz", x=x, y=y)
+    whole = bytearray((folder / "torn.npz").read_bytes())
+    whole[300:400] = bytes(100)
+    (folder / "torn.npz").write_bytes(whole)
     return folder
 
 

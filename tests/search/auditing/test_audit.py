@@ -155,6 +155,31 @@ def test_the_black_box_attacker_starts_from_images_that_are_not_attacked(
     assert given.attackable == len(given.y_N) - len(given.y_N) // 4
 
 
+def test_of_a_file_with_few_of_the_classes_a_substitute_has_those_of_the_model_and_the_command_names_it(
+    at_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "BlackBoxAttacker", partial(BlackBoxAttacker, rounds=2))
+    words = "net.py:plain --weights net.pt --data first.npz --threat black-box --substitute advae-A"
+    told = audited(f"{words} --json --data-dir {tmp_path}", tmp_path / "out")
+    assert told.code in (0, 1), told.err
+    evidence = json.loads(told.out)
+    assert evidence["black_box_queries"] > 0
+    assert evidence["reproduce"].endswith(
+        f" --data {at_home / 'first.npz'} --norm Linf --eps 0.1 --threat black-box --seed 1 --images 32 "
+        f"--data-dir {tmp_path} --substitute advae-A"
+    )
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "u4", "u8", "i1", ">i4"])
+def test_labels_and_pixels_may_be_of_any_type_and_order_of_bytes(kind: str) -> None:
+    x, y = np.linspace(0, 1, 128).reshape(2, 1, 8, 8)[::-1], np.array([3, 250 if kind == "u1" else 100])
+    for pixels in ("f2", ">f4", "f8", "g"):
+        x_NCHW, y_N = images.labelled(x.astype(pixels), y.astype(kind))
+        assert (x_NCHW.dtype, y_N.tolist()) == (torch.float32, y.tolist())
+        assert torch.allclose(x_NCHW, torch.tensor(x.copy(), dtype=torch.float32), atol=1e-3)
+    assert images.labelled(torch.rand(2, 1, 8, 8), torch.tensor([1, 2], dtype=torch.uint16))[1].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("weights", ["net.safetensors", "net.pt", "checkpoint.pt"])
 def test_weights_come_from_safetensors_or_a_state_dict(weights: str, at_home: Path) -> None:
     model, (x, _) = Source.of("net.py:plain", Path(weights)).build(), images.images("last.npz", "white-box").first(32)

@@ -48,6 +48,12 @@ REFUSED = [
     ("net.py:plain --data flat.npz", "but are 397 x 64"),
     ("net.py:plain --data apart.npz", "labels must be 397 integers, one for each image, but are 396"),
     ("net.py:plain --data soft.npz", "labels must be 397 integers, one for each image, but are 397 of torch.float32"),
+    ("net.py:plain --data words.npz", "labels must be integers, one for each image, but are of NumPy's type <U"),
+    (
+        "net.py:plain --data renamed.npz",
+        "renamed.npz must be an .npz with arrays x and y, or x_test and y_test, but is",
+    ),
+    ("net.py:plain --data torn.npz", "torn.npz must be an .npz with arrays x and y, or x_test and y_test, but cannot"),
     ("net.py:plain --data below.npz", "labels must be classes from 0 on, but one is -1"),
     ("net.py:plain --data beyond.npz", "labels must be classes of the model, 0 to 9, but go up to 10"),
     ("net.py:plain --data few.npz", "images must be from 32, as many as most checks ask about, to 20 of few.npz"),
