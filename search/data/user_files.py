@@ -110,10 +110,11 @@ def _parts(path: Path) -> dict[str, Path]:
     above = {each.name: each for each in _subfolders(path)}
     if "train" not in above:
         return {"train": path}
-    if further := sorted(set(above) - set(PARTS)):
+    parts = {PARTS[name]: folder for name, folder in above.items() if name in PARTS}
+    if len(parts) < len(above):  # a split under two names would lose one of them
         law = "beside train/ there must be nothing but validation/ and test/"
-        raise InputError(f"{law}, but {path} has {', '.join(further)}")
-    return {PARTS[name]: folder for name, folder in above.items()}
+        raise InputError(f"{law}, but {path} has {', '.join(sorted(set(above) - {'train'}))}")
+    return parts
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -207,29 +208,28 @@ def _planes(image: Image.Image, size: Size | None) -> Pixels:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-# Arrays.
-
-
 def _npz(path: Path) -> dict[str, NDArray[Any]]:
     archive = _opened(path)
     try:
         return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as below
         raise InputError(f"{path} must hold arrays of numbers, but reading it fails: {line(error)}") from None
 
 
 def _opened(path: Path) -> Any:
     try:
-        return np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} must be a NumPy file without pickles, but reading it fails: {line(error)}") from None
+        found = np.load(path, mmap_mode="r", allow_pickle=False)  # of an .npz NumPy takes no notice of it
+        if path.suffix.lower() != (kind := ".npy" if isinstance(found, np.ndarray) else ".npz"):
+            raise ValueError(f"its content is that of an {kind}")
+        return found
     except Exception as error:  # zipfile.BadZipFile, zlib.error: NumPy documents none of them
-        raise InputError(f"{path} must be a whole NumPy file, but reading it fails: {line(error)}") from None
+        raise InputError(f"{path} must be a whole NumPy file without pickles, but: {line(error)}") from None
 
 
 def _arrays(arrays: Mapping[str, NDArray[Any]], path: Path, size: Size | None) -> UserFiles:
-    named = {PARTS[end]: end for name in arrays for end in [name.removeprefix("x_")] if end in PARTS and name != end}
-    if "train" not in named or any(f"y_{end}" not in arrays for end in named.values()):
+    ends = [end for name in arrays for end in [name.removeprefix("x_")] if end in PARTS and name != end]
+    named = {PARTS[end]: end for end in ends}
+    if "train" not in named or len(named) < len(ends) or any(f"y_{end}" not in arrays for end in named.values()):
         law = "an .npz must hold x_train and y_train, and the same with _test and _validation where you split them"
         raise InputError(f"{law}, but {path} holds {', '.join(arrays)}")
     images = {part: _images(arrays[f"x_{end}"], f"x_{end} of {path}") for part, end in named.items()}

@@ -230,6 +230,25 @@ def flat(path: Path) -> Path:
     return path
 
 
+def two_of_one(path: Path) -> Path:
+    for part in ("train", "val", "valid"):
+        own.folder_of(path / part)
+    return path
+
+
+def torn(path: Path) -> Path:
+    np.savez_compressed(path.with_suffix(".npz"), x_train=X, y_train=Y)
+    whole = bytearray(path.with_suffix(".npz").read_bytes())
+    whole[300:400] = bytes(100)
+    path.with_suffix(".npz").write_bytes(whole)
+    return path.with_suffix(".npz")
+
+
+def renamed(path: Path) -> Path:
+    np.save(path.with_suffix(".npy"), X)
+    return path.with_suffix(".npy").rename(path.with_suffix(".npz"))
+
+
 def few(path: Path) -> Path:
     return own.folder_of(path, count=2)
 
@@ -253,6 +272,10 @@ X, Y = own.digits(40)
         (one_class, "there must be from 2 to 256 classes, but there are 1"),
         (missing, "every class must have an image in every split, but test has none of 'one'"),
         (beside, r"beside train/ there must be nothing but validation/ and test/, but .* has others"),
+        (two_of_one, "beside train/ there must be nothing but validation/ and test/, but .*given has val, valid"),
+        (arrays(x_val=X, x_valid=X, y_val=Y, y_valid=Y), "where you split them, but .* holds x_train, y_train, x_val,"),
+        (torn, "given.npz must hold arrays of numbers, but reading it fails"),
+        (renamed, "given.npz must be a whole NumPy file .*, but: its content is that of an .npy"),
         (flat, "must have a subfolder for each class"),
         (few, "a class must have at least 3 images, to have one in each split, but four has 2"),
         (lambda path: path, "does not exist"),
@@ -305,8 +328,11 @@ def test_wishes_that_cannot_be_met_are_refused(data: Path, tmp_path: Path, name:
 def test_a_numpy_file_with_a_pickle_is_not_read(data: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "y.npy", Y)
-    with pytest.raises(InputError, match="must be a NumPy file without pickles"):
+    with pytest.raises(InputError, match="must be a whole NumPy file without pickles"):
         adding.add("leaves", [tmp_path / "x.npy", tmp_path / "y.npy"])
+    np.savez(tmp_path / "z.npz", X)
+    with pytest.raises(InputError, match=r"z.npy must be .*: its content is that of an .npz"):
+        adding.add("leaves", [(tmp_path / "z.npz").rename(tmp_path / "z.npy"), tmp_path / "y.npy"])
 
 
 @pytest.mark.parametrize("name", ["mnist", "nothing"])
