@@ -39,7 +39,9 @@ class CsvLog(Callback):
             self._columns.update(dict.fromkeys(row))
             if candidate.candidate not in self._written:
                 self._missing[candidate.candidate] = row
-        if self._behind or len(self._columns) > before:  # for example, attacks that only some variants need
+        headed = self.path.exists() and self.path.stat().st_size > 0  # not if it was deleted or emptied meanwhile
+        # New columns are, for example, of attacks that only some variants need.
+        if self._behind or not headed or len(self._columns) > before:
             self._rewrite(self._rows())
             return
         self._behind = True  # on a full disk, only a part of a row may be written
@@ -55,11 +57,11 @@ class CsvLog(Callback):
             self._rewrite(rows)
 
     def _rows(self) -> dict[str, dict[str, str]]:
-        """Return the whole rows of the file; none if it was deleted, and then the search's end writes all of them."""
+        """Return the rows of the file; none if it was deleted or overwritten: the search's end then writes all."""
         if not self.path.exists():
             return {}
         with self.path.open(newline="", encoding="utf-8") as file:
-            return {row["candidate"]: row for row in csv.DictReader(file) if row["candidate"] in self._written}
+            return {row["candidate"]: row for row in csv.DictReader(file) if row.get("candidate") in self._written}
 
     def _rewrite(self, rows: Mapping[str, Mapping[str, object]]) -> None:
         every = {**rows, **self._missing}

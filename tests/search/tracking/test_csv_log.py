@@ -6,6 +6,8 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from search.study.candidate import Candidate
 from search.tracking.csv_log import CsvLog
 from tests.support.wandb_log import BARE, STUDY, candidate, trial
@@ -54,3 +56,18 @@ def test_the_end_writes_a_file_that_was_deleted_and_latencies_that_were_measured
     path.unlink()
     log.search_ended("finished", [one, other])
     assert list(rows(path)) == ["c1", "c2"]
+
+
+@pytest.mark.parametrize("left", [None, "", "1,2\n3,4\n"])
+def test_a_file_that_is_deleted_or_overwritten_under_a_search_ends_nothing(tmp_path: Path, left: str | None) -> None:
+    path, found = tmp_path / "candidates.csv", [candidate(f"c{i}", i / 10, float(i)) for i in (1, 2, 3)]
+    log = CsvLog(path, [])
+    log.search_started(STUDY, BARE)
+    ended(log, found[0])
+    path.unlink() if left is None else path.write_text(left)
+    ended(log, found[1])
+    ended(log, found[2])
+    if not left:
+        assert list(rows(path)) == ["c2", "c3"]
+    log.search_ended("finished", found)
+    assert sorted(rows(path)) == ["c1", "c2", "c3"]
