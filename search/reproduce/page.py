@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.text import Text
 from attacks.black_box import STEP
 from search.formatting import counted, duration, points, spoken_device
 from search.reproduce.cells import ROUNDS, TIMED
-from search.reproduce.paper_tables import OURS
+from search.reproduce.paper_tables import OURS, tables
 from search.reproduce.results import CellResult, SummaryResult, TableResult
 from search.templates import render
 
@@ -174,9 +175,17 @@ def html(found: TableResult, out: Path) -> str:
         legend=_legend(found),
         notes=notes(found),
         pictures=pictures,
-        flags=("" if found["fraction"] == 1 else f" --fraction {found['fraction']:g}")
-        + (f" --seed {found['seed']}" if found["seed"] else ""),
+        flags=_flags(found),
     )
+
+
+def _flags(found: TableResult) -> str:
+    """Return the flags of the command that makes the same cells again."""
+    whole = {one.name: one.labels for one in tables()}.get(found["name"], {})
+    part = [labels for name, labels in found["labels"].items() if tuple(labels) != whole.get(name, tuple(labels))]
+    flags = "" if found["fraction"] == 1 else f" --fraction {found['fraction']:g}"
+    flags += "".join(f" --only {shlex.quote(label)}" for labels in part for label in labels)
+    return flags + (f" --seed {found['seed']}" if found["seed"] else "")
 
 
 def _embedded(path: Path) -> str:

@@ -159,6 +159,8 @@ def test_a_part_of_a_table_is_run_alone_and_lies_beside_the_whole(tmp_path: Path
     )
     assert found["folder"].endswith("gmvae-1-COIL-100-SOTA") and found["labels"]["figure"] == ["SOTA"]
     assert [row["not_run"] for row in found["cells"]] == ["another paper's classifier"]
+    again = "<code>python launch.py reproduce gmvae/1 --only COIL-100 --only SOTA</code>"
+    assert again in (Path(found["folder"]) / "table.html").read_text()
 
 
 def test_a_cell_that_fails_says_why_and_ends_nothing(finished: tuple[TableResult, str]) -> None:
