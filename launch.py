@@ -162,7 +162,7 @@ def export(
         screen.print(f"report     {session.write_report(study)}", highlight=False, soft_wrap=True)
     if as_json:
         show(told, as_json)
-    end(int(sum(one["folder"] is not None for one in told) < wanted))
+    end(int(sum(one["folder"] is not None for one in told) < min(wanted, len(told))))  # fewer may differ than are asked
 
 
 @exporting("attack runs/first/export/CANDIDATE", "attack runs/first/export/CANDIDATE --suite full --json")

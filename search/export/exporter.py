@@ -47,6 +47,7 @@ from spaces.exceptions import InputError
 
 TRIES = 2
 """Number of further candidates that may be audited if the audit rejects some."""
+ALIKE = "the training and every figure of one above"
 AGAIN = "another --threat, --eps or --defense, or with more training (--epochs, --trials)"
 
 
@@ -74,7 +75,7 @@ def export_all(
         if len(told) - refused == wanted:
             break
         if nth and (alike := candidates.index(candidate) - candidates.index(ranked[nth - 1]) - 1):
-            say(f"skipped    {counted(alike, 'candidate')} with the training and every figure of one above")
+            say(f"skipped    {counted(alike, 'candidate')} with {ALIKE}")
         folder = out / candidate.candidate
         if (other := provenance.search_of(folder)) not in (None, study.name):
             law = "a folder of exports must be of one search"
@@ -86,13 +87,14 @@ def export_all(
                 how: dict[str, Any] = {"refused": refused, "despite_alarms": despite_alarms, "console": console}
                 made.append(export(study, candidate, study.store, out, **how))
             sync.deliver(study, *folder.iterdir())
-            told.append(_said(folder, say))
+            told.append(_said(folder, say, despite_alarms))
         except AlarmError as error:
             say(f"refused: {error} (--despite-alarms writes it all the same)")
             told.append({"candidate": candidate.candidate, "folder": None, "refused": str(error)})
     refused = sum(one["folder"] is None for one in told)
-    if len(told) - refused < wanted and (left := ranked[len(told) :]):
-        say(_stopped(study, refused, left))
+    left, alike = ranked[len(told) :], len(candidates) - candidates.index(ranked[-1]) - 1
+    if len(told) - refused < wanted and (left or alike):
+        say(_stopped(study, refused, left, alike))
     if made or refused:
         with ProgressBars(console) as bars:
             bars.add_task("logging exports to W&B", total=None)
@@ -113,16 +115,19 @@ def _alike(study: Study) -> Callable[[Candidate, Candidate], bool]:
     return lambda one, other: None in (verdicts(one), verdicts(other)) or verdicts(one) == verdicts(other)
 
 
-def _said(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Say what the audit of an export found, and return it."""
+def _said(folder: Path, say: Callable[[str], None], despite_alarms: bool) -> dict[str, Any]:
+    """Say what the audit of an export found, and return it; one may have been written despite its alarms before."""
     found = json.loads(opened(folder)["evidence.json"])
+    _refuse(found, despite_alarms)
     worth, figures = verdict_of_audit(found), {name: found[name] for name in FIGURES}
     say(f"{audited(found)}\nverdict    {worth}\nexported   {folder}")
     return {"candidate": found["candidate"], "folder": str(folder), "verdict": worth, "audited": figures}
 
 
-def _stopped(study: Study, refused: int, left: Sequence[Candidate]) -> str:
+def _stopped(study: Study, refused: int, left: Sequence[Candidate], alike: int) -> str:
     """Return why no further candidate is audited, and how to go on."""
+    if not left:
+        return f"stopped    after all candidates that differ; {alike} more below have {ALIKE}"
     return (
         f"stopped    after {counted(refused, 'refused candidate')}, though {len(left)} more rank below, which did no "
         f"better in the search. Search again with {AGAIN}; or try the next: "

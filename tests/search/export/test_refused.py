@@ -106,6 +106,45 @@ def test_candidates_that_answer_alike_are_audited_once_and_after_three_refusals_
     assert len(lines) == 6
 
 
+def test_an_export_that_was_written_despite_its_alarms_is_no_winner_afterwards(
+    tmp_path: Path, audits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = searched(tmp_path, by_training)
+    best = SearchHistory(study).feasible()[0].candidate
+    (study.folder / "export" / best).mkdir(parents=True)
+    known = {"candidate": best, "alarms": ["gradient: it does not hold that it has one"]}
+    monkeypatch.setattr(exporter, "opened", lambda folder: {"evidence.json": json.dumps(known)})
+    monkeypatch.setattr(exporter, "verdict_of_audit", lambda known: "better than no defense")
+    monkeypatch.setattr(exporter, "audited", lambda known: "")
+    monkeypatch.setattr(exporter, "FIGURES", ())
+    words = ("export", "smoke", "--top", "1", "--storage", str(tmp_path))
+    heard = said(*words)
+    assert heard.code == 1 and f"refused: {best} failed 1 audit check: gradient: it does not" in heard.out
+    assert best not in audits and len(audits) == 2, "the next ones are tried"
+    assert said(*words, "--despite-alarms").code == 0
+
+
+def test_where_fewer_candidates_differ_than_were_asked_for_all_of_them_are_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched(tmp_path, by_training)
+
+    def written(study: Study, candidate: Candidate, *given: Any, **more: Any) -> Path:
+        (folder := study.folder / "export" / candidate.candidate).mkdir(parents=True)
+        return folder
+
+    monkeypatch.setattr(exporter, "export", written)
+    monkeypatch.setattr(exporter, "_said", lambda folder, *_: {"candidate": folder.name, "folder": str(folder)})
+    monkeypatch.setattr(exporter, "log_exports", lambda *_: None)
+    heard = said("export", "smoke", "--top", "9", "--storage", str(tmp_path))
+    assert heard.code == 0 and len(list((tmp_path / "smoke" / "export").iterdir())) == 6
+    skipped = "skipped    5 candidates with the training and every figure of one above"
+    stopped = (
+        "stopped    after all candidates that differ; 5 more below have the training and every figure of one above"
+    )
+    assert heard.out.splitlines()[:-1] == [*5 * [skipped], stopped]
+
+
 def test_a_candidate_that_differs_in_a_figure_or_in_its_training_is_another(tmp_path: Path) -> None:
     study = searched(tmp_path, lambda params: 0.5 + 0.01 * (float(params.inference["sigma_eps"]) > 1))
     every = SearchHistory(study).feasible()
