@@ -5,6 +5,7 @@ Shapes: D draws, N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -137,7 +138,7 @@ class FinalEvaluator:
 
     def _kept(self, model: EvaluatedModel, block: slice, crafted: dict[str, Mapping[str, Tensor]]) -> FinalVerdicts:
         suites = [repr(SUITES[name].within(model.threat)) for name in (FULL, AUTOATTACK)]
-        key = self.key(model, suites=suites, block=[block.start, block.stop])
+        key = self.key(model, suites=suites, block=[block.start, block.stop], images=self._digest(block))
         return self.once(key, lambda: self._attack_block(model, block, crafted), model.name)
 
     def _say(self, model: EvaluatedModel, doing: str, attack: str = "") -> None:
@@ -155,6 +156,11 @@ class FinalEvaluator:
             seed=self.seed,
             **more,
         )
+
+    def _digest(self, chosen: slice) -> str:
+        """Return the SHA-256 of some images and their labels: a user may add other test images under the same name."""
+        parts = (self.x_NCHW[chosen], self.y_N[chosen])
+        return hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in parts)).hexdigest()
 
     def once(self, key: str, make: Callable[[], FinalVerdicts], name: str) -> FinalVerdicts:
         """Return the verdicts from the store; if they are missing, call `make` and store its result."""
@@ -242,7 +248,11 @@ class FinalEvaluator:
         """
         images = min(case.evidence["images"], len(self.y_N))
         suites = [repr(case.resolved.suite), repr(SUITES["audit"])]
-        shaping = {"images": images, "knowledge": case.threat.knowledge, "aimed": dict(aimed.inference)}
+        shaping = {
+            "images": self._digest(slice(images)),
+            "knowledge": case.threat.knowledge,
+            "aimed": dict(aimed.inference),
+        }
         key = self.key(model, compared=suites, **shaping)
         return self.once(key, lambda: self._compared(case, model, aimed, images), model.name)
 

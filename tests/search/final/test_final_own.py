@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from attacks.threat import ThreatModel
+from attacks.verdicts import Verdict
 from search.classifiers import adding
 from search.data import splits
+from search.final.evaluation import BLOCK, FinalEvaluator, FinalVerdicts
 from search.final.final_run import _case, _settings
-from search.final.retraining import ExportedWinner
+from search.final.retraining import EvaluatedModel, ExportedWinner
 from search.final.table import announced
+from search.storage.store import Store
+from search.trial.device_lock import DeviceLock
 from search.trial.training import silent
 from spaces.exceptions import InputError
 from tests.search.export.conftest import exported
@@ -59,3 +66,27 @@ def test_a_final_run_refuses_another_classifier_of_the_name(export: Path) -> Non
     adding.remove("leaves/mine")
     adding.add("mine", f"{folder}/net.py:net", "leaves", weights=folder / "net.pt", mean="0", std="1")
     assert case_of(export).name == export.name
+
+
+def test_other_test_images_of_the_same_name_are_judged_anew(tmp_path: Path) -> None:
+    """The key of a training knows the images that it was made of, and these are still the same."""
+    x_NCHW, y_N = torch.rand(BLOCK + 4, 1, 8, 8), torch.zeros(BLOCK + 4, dtype=torch.long)
+    what: Any = {"target": nn.Identity(), "attacker": None, "threat": ThreatModel("Linf", 0.1, "white-box")}
+    model = EvaluatedModel(export="", name="bare", identity="fit", classifier="key", substitute="A", **what)
+
+    def keys(y_N: Tensor) -> list[str]:
+        found = list[str]()
+
+        class Keys(FinalEvaluator):
+            def once(self, key: str, make: object, name: str) -> FinalVerdicts:
+                found.append(key)
+                all_N = torch.ones(1, 2, dtype=torch.bool)
+                return FinalVerdicts({"clean": Verdict(all_N, ~all_N)}, {}, {})
+
+        store, lock = Store(tmp_path), DeviceLock(torch.device("cpu"))
+        Keys(x_NCHW, y_N, 1, store, lock, lambda doing, share: None, steps=1).evaluate([model])
+        return found
+
+    before, after = keys(y_N), keys(y_N.index_fill(0, torch.tensor(BLOCK + 1), 3))
+    assert keys(y_N) == before and len(before) == 2
+    assert before[0] == after[0] and before[1] != after[1], "the block without a change is kept"
