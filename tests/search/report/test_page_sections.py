@@ -173,6 +173,10 @@ def test_a_candidate_that_the_audit_refused_is_no_winner() -> None:
     assert "gradient: it does not hold that images have a usable gradient" in words
     none = Page(render(replace(summary, best=None, audits={first.candidate: refused}))).words
     assert "No winner: all" in none and "failed the audit" in none
+    strict = summary.study.model_copy(update={"min_clean_accuracy": 1.0})  # what --candidate exports may break it
+    outside = replace(summary, study=strict, best=None, front=[], audits={first.candidate: refused})
+    words = Page(render(outside)).words
+    assert "No winner" not in words and "60 candidates, none of which meets all constraints: 60 of 60" in words
 
 
 def test_each_figures_heading_says_what_it_means_on_hovering() -> None:
