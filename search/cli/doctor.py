@@ -199,6 +199,8 @@ def _data(data_dir: str | None) -> list[Finding]:
         found, remedy = status.detail, "" if status.state == "ready" else f"python launch.py data fetch {dataset}"
         if status.state == "absent":
             found, _, remedy = status.detail.partition(": ")
+        elif status.state == "altered":  # what a user added, or what no source has, cannot be fetched
+            found, _, remedy = status.detail.rpartition("; ")
         summary.append(Finding(dataset, status.state != "altered", f"{status.state}: {found}", remedy))
     return summary
 

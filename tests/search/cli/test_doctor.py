@@ -15,6 +15,8 @@ import wandb
 
 from search.cli import doctor
 from search.cli.doctor import GIB, Finding, examine
+from search.data import adding
+from tests.support import own
 
 
 @pytest.fixture(autouse=True)
@@ -172,3 +174,13 @@ def test_a_variable_that_wandb_refuses_is_a_finding(
     finding = found("W&B", tmp_path)
     assert not finding.well and finding.remedy == "set it to what wandb takes, or unset it"
     assert finding.found.startswith(f"wandb refuses {variable}={value}: ") and "\n" not in finding.found
+
+
+def test_data_of_a_user_that_are_damaged_are_added_again_and_not_fetched(tmp_path: Path) -> None:
+    adding.add("leaves", [own.folder_of(tmp_path / "pictures")], data_dir=tmp_path / "data")
+    assert found("leaves", tmp_path).well
+    (tmp_path / "data" / "decoded" / "leaves" / "y_test.npy").write_bytes(b"")
+    damaged = found("leaves", tmp_path)
+    assert not damaged.well and "y_test.npy is cut short or altered: it must have" in damaged.found
+    again = f"data add leaves {tmp_path / 'pictures'}"
+    assert damaged.remedy == f"add it again: python launch.py data remove leaves, then {again}"
