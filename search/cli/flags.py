@@ -150,7 +150,7 @@ Address = Annotated[str | None, _value("HOST:PORT", "a Ray cluster, or auto; els
 Move = Annotated[str | None, _value("HOST:PORT", "another Ray cluster, or auto; local: this machine")]
 More = Annotated[int | None, _value("INTEGER", "trainings in all, those that ended too; else as before", min=1)]
 Port = Annotated[int | None, _value("INTEGER", "of this machine; else one that is free")]
-Seed = Annotated[int, _value("INTEGER", "of random starts, targets and noise")]
+Seed = Annotated[int, _value("INTEGER", "of random starts, targets and noise", min=0, max=2**32 - 1)]
 
 Pareto = Annotated[bool, _switch("--pareto", "the whole Pareto front")]
 Top = Annotated[int | None, _value("INTEGER", "the best K (least attacked error) that pass all audit checks", min=1)]

@@ -130,6 +130,11 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["search", "--train-images", "60000"], "train_images must be at most 54000 on mnist, but is 60000"),
     (["search", "--eval-images", "6001"], "eval_images must be at most 5500 on mnist, as 500 of the validation"),
     (["search", "--seed", "4294967296"], "seed must be less than 4294967296"),
+    (["attack", "/tmp", "--seed", "9" * 20], "must be less than or equal to 4294967295, but is '99"),
+    (
+        ["audit", *"net.py:build --data digits --norm Linf --eps 0.1 --seed -1".split()],
+        "'--seed': must be greater than or equal to 0, but",
+    ),
     (["search", "--trials", "many"], "trials must be a valid integer"),
     (["search", "--min-clean-accuracy", "90"], "min_clean_accuracy must be less than or equal to 1"),
     (["search", "--name", "../up"], "name must be letters, digits, '.', '_' and '-', and no path, but is '../up'"),
