@@ -50,8 +50,10 @@ def evidence(
     attacks = {"search": dict(score.attacks), "audit": dict(found.robustness.trail)}
     budgets = figures.budgets({"search": runner.assets.resolved.suite}, score.threat)
     gates = _gates(runner, candidate, found, again, figures.named(attacks, budgets, score.threat))
+    failed = [gate for gate in gates if not gate.passed]
+    further = [name for name in score.alarms if name not in {gate.name for gate in failed}]
     return {
-        "alarms": [*(gate.alarm for gate in gates if not gate.passed), *score.alarms],
+        "alarms": [*(gate.alarm for gate in failed), *further],
         "candidate": candidate.candidate,
         "search": study.name,
         "model": model,

@@ -79,6 +79,10 @@ def test_an_export_says_that_its_weights_were_given(tmp_path: Path) -> None:
     assert evidence["training"]["weights"] == begun.weights and evidence["training"]["last_epoch"] == {}
     assert f"--weights {begun.weights}" in evidence["reproduce"]
     assert f"given weights with the SHA-256 `{begun.weights}`" in (folder / "card.md").read_text("utf-8")
+    assert len({alarm.partition(":")[0] for alarm in evidence["alarms"]}) == len(evidence["alarms"]) >= 2
+    card, page = (folder / "card.md").read_text("utf-8"), session.write_report(begun).read_text("utf-8")
+    assert "launch.py final" not in card + page, "it would refuse them"
+    assert f"{evidence['reproduce']} --weights FILE\n" in card and "study.yaml --weights FILE --storage again" in page
     assert loader.load(folder)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     with pytest.raises(InputError, match="a final run trains anew"):
         final([folder], seeds=1, console=QUIET)
