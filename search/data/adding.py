@@ -120,14 +120,19 @@ def remove(name: str, data_dir: str | Path | None = None) -> None:
 
 
 def repeated(name: str, data_dir: str | Path | None = None) -> str:
-    """Return a warning where images of validation or test are in train too, pixel for pixel; else nothing."""
+    """Return a warning where images are in two splits, pixel for pixel; else nothing."""
     folder = ensure(name, data_dir)
     x_NCHW, x_test_NCHW = (np.load(folder / f"x_{part}.npy", mmap_mode="r") for part in PARTS)
     train = find_data_set(name, data_dir).train
-    known = {hash(image.tobytes()) for image in x_NCHW[:train]}
-    count = sum(hash(image.tobytes()) in known for images in (x_NCHW[train:], x_test_NCHW) for image in images)
-    law = f"warning: {count} of the images of validation and test are in train too"
-    return f"{law}, which flatters every figure: keep copies in one split (--group), or take them out" if count else ""
+    first, second, last = ([hash(x.tobytes()) for x in part] for part in (x_NCHW[:train], x_NCHW[train:], x_test_NCHW))
+    known, judged = set(first), set(second)
+    counts = {
+        "validation and test are in train": sum(image in known for image in (*second, *last)),
+        "test are in validation": sum(image in judged and image not in known for image in last),
+    }
+    law = ", and ".join(f"{count} of the images of {where} too" for where, count in counts.items() if count)
+    remedy = "which flatters every figure: keep copies in one split (--group), or take them out"
+    return f"warning: {law}, {remedy}" if law else ""
 
 
 def _new(name: str, data_dir: str | Path | None) -> None:

@@ -86,6 +86,16 @@ def test_a_group_of_names_stays_in_one_split(data: Path, tmp_path: Path) -> None
     assert "the same match of" in find_data_set("together").split
 
 
+def test_a_copy_of_a_validation_image_in_test_is_told_too(data: Path, tmp_path: Path) -> None:
+    x_NHW, y_N = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8), np.arange(60) % 2
+    parts = {"train": slice(30), "validation": slice(30, 50), "test": slice(48, 60)}
+    arrays = {f"{axis}_{part}": each[of] for part, of in parts.items() for axis, each in (("x", x_NHW), ("y", y_N))}
+    adding.add("copied", [npz(tmp_path / "copied.npz", **arrays)])
+    assert adding.repeated("copied").startswith(
+        "warning: 2 of the images of test are in validation too, which flatters"
+    )
+
+
 @pytest.mark.parametrize("axes", ["NHW", "NCHW", "NHWC", "colour"])
 @pytest.mark.parametrize("kind", [np.uint8, np.float32])
 def test_arrays_of_every_layout_and_type_give_the_same_images(
