@@ -60,9 +60,12 @@ class AuditReport:
             "card.md": self._rendered(CARD),
             "report.html": self._rendered(PAGE),
         }
-        with folder_atomic(folder) as temporary:
-            for name, content in files.items():
-                write_atomic(temporary / name, content.encode())
+        try:
+            with folder_atomic(folder) as temporary:
+                for name, content in files.items():
+                    write_atomic(temporary / name, content.encode())
+        except FileExistsError:  # by another audit
+            unused(folder)
         return folder
 
     def _rendered(self, template: Path) -> str:

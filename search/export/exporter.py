@@ -85,7 +85,8 @@ def export_all(
                 if worthless := _worthless(candidate, undefended):
                     raise AlarmError(f"{worthless}; not audited")
                 how: dict[str, Any] = {"refused": refused, "despite_alarms": despite_alarms, "console": console}
-                made.append(export(study, candidate, study.store, out, **how))
+                with suppress(FileExistsError):  # another process has exported it meanwhile
+                    made.append(export(study, candidate, study.store, out, **how))
             sync.deliver(study, *folder.iterdir())
             told.append(_said(folder, say, despite_alarms))
         except AlarmError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -26,11 +27,20 @@ def write_atomic(path: Path, content: bytes) -> Path:
 
 @contextmanager
 def folder_atomic(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `folder` at the end, or removed after an error."""
+    """Yield a temporary folder that is renamed to `folder` at the end, or removed after an error.
+
+    Raises:
+        FileExistsError: another process has made `folder` meanwhile, which is left as it is.
+    """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
         yield temporary
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -24,12 +24,13 @@ from attacks.gradient_view import bare, gradients, openings, stochastic
 from attacks.threat import ThreatModel
 from defenses.base import Defended
 from defenses.identity import Identity
-from search.auditing import images, run
+from search.auditing import audit_report, images, run
 from search.auditing.advice import ADVICE
 from search.auditing.audit_report import AuditReport
 from search.auditing.protocol import METHODS, adapted
 from search.auditing.source import Source
 from search.auditing.words import verdict
+from spaces.exceptions import InputError
 from tests.search.auditing.conftest import DATA, Heard, audited
 from tests.search.cli.test_cli import launch
 from tests.support.page import Page
@@ -125,6 +126,22 @@ def test_what_is_written_is_whole_and_needs_no_network(function: str, heard: Cal
     assert "default-src 'none'" in text
     for name in failed(evidence):
         assert ADVICE[name].because in page.words and ADVICE[name].because in card and ADVICE[name].because in told.out
+
+
+def test_of_two_audits_into_one_folder_the_second_says_so(
+    heard: Callable[[str], Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, folder, unused = AuditReport(heard("plain")[1]), tmp_path / "out", audit_report.unused
+
+    def late(asked: Path) -> None:
+        unused(asked)
+        asked.mkdir()
+        (asked / "card.md").write_text("of the other")
+
+    monkeypatch.setattr(audit_report, "unused", late)
+    with pytest.raises(InputError, match="must be new, but .*out exists: choose another --out"):
+        report.write(folder)
+    assert [path.read_text() for path in folder.iterdir()] == ["of the other"] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_names_from_outside_are_text_on_the_page(heard: Callable[[str], Heard], tmp_path: Path) -> None:

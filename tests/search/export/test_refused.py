@@ -124,6 +124,25 @@ def test_an_export_that_was_written_despite_its_alarms_is_no_winner_afterwards(
     assert said(*words, "--despite-alarms").code == 0
 
 
+def test_an_export_that_another_process_wrote_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = searched(tmp_path, by_training)
+
+    def late(study: Study, candidate: Candidate, store: object, out: Path, **more: Any) -> Path:
+        with exporter._new(out / candidate.candidate):
+            (out / candidate.candidate).mkdir()
+            (out / candidate.candidate / "card.md").write_text("of the other")
+        raise AssertionError("it must not be replaced")
+
+    monkeypatch.setattr(exporter, "export", late)
+    monkeypatch.setattr(exporter, "_said", lambda folder, *_: {"candidate": folder.name, "folder": str(folder)})
+    best = SearchHistory(study).feasible()[:1]
+    (told,) = exporter.export_all(study, best, 1, tmp_path / "out", Console(quiet=True), despite_alarms=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [best[0].candidate]
+    assert (Path(told["folder"]) / "card.md").read_text() == "of the other"
+
+
 def test_where_fewer_candidates_differ_than_were_asked_for_all_of_them_are_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
