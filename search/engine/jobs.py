@@ -66,11 +66,15 @@ class JobsDisplay:
     def __init__(self, title: str, jobs: Sequence[Job], console: Console) -> None:
         self.title, self.jobs = title, jobs
         self._shares = [0.0] * len(jobs)
+        self._ended = set[int]()
         self.progress = ProgressBars(console)
         self._whole = self.progress.add_task(title, total=len(jobs))
         self._bars = [self.progress.add_task(f"  {job.label}", total=1.0, visible=False) for job in jobs]
 
     def hear(self, place: int, doing: str, share: float) -> None:
+        """Show what a job does; what a worker told before its end may come after it."""
+        if place in self._ended:
+            return
         self._shares[place] = share
         line = f"  {self.jobs[place].label}: {doing}"
         self.progress.update(self._bars[place], description=line, completed=share, visible=share < 1)
@@ -78,8 +82,8 @@ class JobsDisplay:
 
     def done(self, place: int) -> None:
         self.hear(place, "done", 1.0)
-        ended = sum(share >= 1 for share in self._shares)
-        self.progress.say(f"{self.title}: {self.jobs[place].label} is done, {ended} of {len(self.jobs)}")
+        self._ended.add(place)  # a share of 1 is no end: the last epoch has it, and the rest of the job comes after it
+        self.progress.say(f"{self.title}: {self.jobs[place].label} is done, {len(self._ended)} of {len(self.jobs)}")
 
 
 def _in_process(study: Study, title: str, jobs: Sequence[Job], console: Console) -> list[Any]:
