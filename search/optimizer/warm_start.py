@@ -132,5 +132,6 @@ def _evaluated_by(study: Study) -> tuple[object, ...]:
     """Return what a candidate's figures depend on besides its setting; on the precision they hardly do (engine.md)."""
     resolved = study.resolved
     substitute = resolved.substitute if study.threat == "black-box" else None
-    trained = (study.train_images, study.classifier_epochs, study.classifier_recipe, study.seed)
+    partner = resolved.partner if resolved.defense.consults == "partner" else None
+    trained = (study.train_images, study.classifier_epochs, study.classifier_recipe, partner, study.weights, study.seed)
     return (study.defense, study.label, resolved.threat, study.suite, resolved.eval_images, substitute, *trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -64,8 +65,11 @@ def test_a_fit_comes_by_its_best_candidate_whatever_its_others_are_worth(tmp_pat
     assert uneven(second) == 0.58
 
 
-def test_another_exam_gives_its_settings_and_teaches_nothing(tmp_path: Path, earlier: Study) -> None:
-    found = warm_start_of(digits_study(tmp_path, eps=0.1), "earlier")
+@pytest.mark.parametrize("other", [{"eps": 0.1}, {"partner": "C"}])
+def test_another_exam_gives_its_settings_and_teaches_nothing(
+    tmp_path: Path, earlier: Study, other: dict[str, Any]
+) -> None:
+    found = warm_start_of(digits_study(tmp_path, **other), "earlier")
     assert len(found.settings) == 4 and not found.candidates and "evaluated in another way" in found.said
 
 
