@@ -182,7 +182,8 @@ class Cells:
             asked = {"black_box_rounds": rounds} if rounds else {}
             ran = {**self._ran(runner, params, setting), **asked}
             spent = {"seconds": round(time.monotonic() - begin, 1), "ran": ran}
-            return {}, {**figures, "images": verdict.right.shape[1], **spent}
+            runs = runner.assets.resolved.task.shape.classes - 1 if setting.every_target else 1  # of each image, alike
+            return {}, {**figures, "images": verdict.right.shape[1] // runs, **spent}
 
         store = runner.assets.store
         store.cached("cells", key, found)
