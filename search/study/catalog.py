@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from search.exceptions import Unreachable
+from search.storage.atomic import write_atomic
 from search.storage.mirror import Mirror, mirror_of
 from search.storage.outage import HeldError
 from search.storage.store import Store
@@ -74,8 +76,9 @@ def open_search(name: str, storage: str, *, whole: bool = True) -> Study:
 def bring(mirror: Mirror, *, whole: bool) -> None:
     """Download the files of a search that this machine lacks.
 
-    The journal only grows, so the longer one is newer; so do files in subfolders, but not those beside the journal. If
-    another machine resumed from an earlier upload, all its files are taken: it repeated the work that it did not have.
+    The journal only grows, so the longer one is newer; so do files in subfolders, but not those beside the journal, nor
+    audits, which say when they were made. If another machine resumed from an earlier upload, all its files are taken:
+    it repeated the work that it did not have.
 
     Raises:
         OSError: the storage does not respond.
@@ -90,9 +93,20 @@ def bring(mirror: Mirror, *, whole: bool) -> None:
     # The journal comes last, so that an interrupted download is repeated.
     for name in sorted(there.keys() - {DRIVER}, key=lambda name: name == JOURNAL):
         here = _length(mirror.folder / name)
-        if here < there[name] if "/" in name else ahead or here < 0:
+        if name.startswith("audits/"):
+            if here != there[name]:
+                _bring_audit(mirror, name)
+        elif here < there[name] if "/" in name else ahead or here < 0:
             if whole or "/" not in name:
                 mirror.fetch(name)
+
+
+def _bring_audit(mirror: Mirror, name: str) -> None:
+    """Download an audit, unless this machine made a later one of the same candidate, which is not uploaded yet."""
+    path, sent = mirror.folder / name, mirror.read(name)
+    if not path.exists() or json.loads(path.read_bytes())["written"] <= json.loads(sent)["written"]:
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, sent)
 
 
 def _continues(mirror: Mirror) -> bool:

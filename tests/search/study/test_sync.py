@@ -15,6 +15,7 @@ from search.storage.mirror import Mirror
 from search.study import catalog, sync
 from search.study.candidate import Proposal
 from search.study.catalog import open_search
+from search.study.winner import keep
 from spaces.space import Params
 from tests.search.storage.test_mirror import far_study, on
 
@@ -41,6 +42,30 @@ def test_a_driver_that_another_machine_took_for_dead_ends_and_sends_nothing_more
         (there / "driver.json").write_text(other)
         (there / "study.journal").write_text("the other's\n")
     assert (there / "driver.json").read_text() == other and (there / "study.journal").read_text() == "the other's\n"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_latest_audit_counts_wherever_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    study = far_study(tmp_path)
+    on("one", tmp_path, monkeypatch)
+    study.root.mkdir(parents=True)
+    study.write()
+    assert study.mirror is not None
+    study.mirror.send("study.yaml")
+    keep(study, {"candidate": "a", "written": "2026-11-30T10:00:00+00:00", "alarms": ["noise"]})
+    on("two", tmp_path, monkeypatch)
+    other = open_search("smoke", study.storage, whole=whole)
+    path = other.folder / "audits" / "a.json"
+    assert json.loads(path.read_bytes())["alarms"] == ["noise"]
+    own = {"candidate": "a", "written": "2026-11-30T09:00:00+00:00", "alarms": ["noise", "gradient", "step size"]}
+    path.write_text(json.dumps(own))
+    open_search("smoke", study.storage, whole=whole)
+    assert json.loads(path.read_bytes())["alarms"] == ["noise"]
+    path.write_text(json.dumps(own | {"written": "2026-11-30T11:00:00+00:00"}))
+    open_search("smoke", study.storage, whole=whole)
+    assert len(json.loads(path.read_bytes())["alarms"]) == 3
 
 
 def test_who_opens_a_search_that_another_process_downloads_waits_for_it(
