@@ -417,7 +417,8 @@ def test_the_best_that_passes_is_exported_where_a_better_one_is_refused(
         return Path(shutil.copytree(folder, out / candidate.candidate))
 
     monkeypatch.setattr(exporter, "export", strict)
-    monkeypatch.setattr(exporter, "_worthless", lambda *_: "")  # its own tests are in test_refused.py
+    for check in ("_worthless", "_refuse"):  # their own tests are in test_refused.py
+        monkeypatch.setattr(exporter, check, lambda *_: "")
     console = Console(record=True, width=200)
     refused, written = exporter.export_all(searched, ranked, wanted, tmp_path, console, despite_alarms=False)
     assert refused["folder"] is None and "gradient" in refused["refused"]
