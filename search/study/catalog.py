@@ -105,7 +105,7 @@ def _bring_audit(mirror: Mirror, name: str) -> None:
     """Download an audit, unless this machine made a later one of the same candidate, which is not uploaded yet."""
     path, sent = mirror.folder / name, mirror.read(name)
     if not path.exists() or json.loads(path.read_bytes())["written"] <= json.loads(sent)["written"]:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, sent)
 
 
