@@ -94,6 +94,9 @@ def project() -> str:
 def hush(folder: Path) -> None:
     """Set the options that wandb reads only from environment variables.
 
+    The wandb-core of another process, which a parent hands down, is not ours: it ends with that process, and refuses
+    the runs of a search that was killed as in use.
+
     Args:
         folder: the folder of the search.
     """
@@ -101,6 +104,8 @@ def hush(folder: Path) -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")  # tables are staged here, and offline runs need them
     os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")  # the home folder may be read-only
+    if wandb_setup._singleton is None or wandb_setup._singleton._connection is None:
+        os.environ.pop(wandb.env.SERVICE, None)
 
 
 def upload(folder: Path) -> str:

@@ -20,6 +20,7 @@ from wandb.sdk import wandb_setup
 from search.tracking import wandb_run, wandb_writer
 from search.tracking.wandb_run import Mode
 from search.tracking.wandb_tracker import WandbTracker
+from tests.support.paths import ROOT
 from tests.support.wandb_log import KEY, SIX, folders_of, held, inspect, machine, timed, told, trial
 
 
@@ -181,3 +182,25 @@ def test_a_shell_of_one_run_names_none_of_ours(monkeypatch: pytest.MonkeyPatch, 
     names = {held(tmp_path, key)["name"] for key in ("search", "t", *(c.candidate for c in SIX))}
     assert names == {"shown", "shown-t", *(f"shown-{c.candidate}" for c in SIX)}
     assert b"theirs" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*.wandb"))
+
+
+WRITES = """
+import os, sys
+from pathlib import Path
+from search.tracking.wandb_writer import WandbWriter
+about = {"name": "s", "group": "s", "job_type": "search", "tags": [], "config": {}}
+writer = WandbWriter("offline", Path(sys.argv[1]), print)
+writer.open("search", about)
+writer.write("search", lambda run: print(run.id, os.environ["WANDB_SERVICE"], flush=True) or os._exit(9))
+writer.close()
+"""
+
+
+def test_a_search_that_was_killed_finds_its_run_free_whatever_wandb_core_its_parent_had(tmp_path: Path) -> None:
+    wandb_setup.singleton().ensure_service()
+    said = [
+        subprocess.run([sys.executable, "-c", WRITES, str(tmp_path)], capture_output=True, text=True, cwd=ROOT).stdout
+        for _ in range(2)
+    ]
+    (first, own), (second, another) = (line.split() for line in said)
+    assert first == second and len({own, another, os.environ["WANDB_SERVICE"]}) == 3
