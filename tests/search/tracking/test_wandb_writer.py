@@ -196,7 +196,10 @@ writer.close()
 """
 
 
-def test_a_search_that_was_killed_finds_its_run_free_whatever_wandb_core_its_parent_had(tmp_path: Path) -> None:
+def test_a_search_that_was_killed_finds_its_run_free_whatever_wandb_core_its_parent_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     wandb_setup.singleton().ensure_service()
     said = [
         subprocess.run([sys.executable, "-c", WRITES, str(tmp_path)], capture_output=True, text=True, cwd=ROOT).stdout
