@@ -106,7 +106,7 @@ def remove(name: str, data_dir: str | Path | None = None) -> None:
     """Remove a user's data set from the data folder; the files from which it was added stay.
 
     Raises:
-        InputError: there is no such data set, or it is built in.
+        InputError: there is no such data set, it is built in, or its files cannot be removed.
     """
     own = [known for known in data_set_names(data_dir) if known not in DATASETS]
     if name not in own:
@@ -116,6 +116,8 @@ def remove(name: str, data_dir: str | Path | None = None) -> None:
     with lock(home / f".{name}.lock"):
         for folder in decoded_folders(name, data_dir):
             shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                raise InputError(f"data that are removed must lie where one may write, but {folder} cannot be removed")
     (home / f".{name}.lock").unlink(missing_ok=True)
 
 

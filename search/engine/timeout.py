@@ -35,9 +35,13 @@ class TrialTimeout:
         self._file: IO[str] | None = None
 
     def word(self) -> str | None:
-        """Return where the trial was when an earlier worker of it ended itself; None if none did."""
-        thread, _, dump = self.path.read_text(encoding="utf-8").partition("\n") if self.path.exists() else ("", "", "")
-        return f"no end after {self.limit or 0:g} s{_stood(dump, thread)}" if dump else None
+        """Return where the trial was when an earlier worker of it ended itself at this limit; None if none did."""
+        begin, _, dump = self.path.read_text(encoding="utf-8").partition("\n") if self.path.exists() else ("", "", "")
+        thread, _, limit = begin.partition(" ")
+        return f"no end after {limit} s{_stood(dump, thread)}" if dump and limit == self._limit() else None
+
+    def _limit(self) -> str:
+        return f"{self.limit or 0:g}"
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -51,7 +55,7 @@ class TrialTimeout:
         except OSError:  # the limit still applies, without a dump
             self._file = tempfile.TemporaryFile("w", encoding="utf-8")
         with self._file:
-            self._file.write(f"0x{threading.get_ident():016x}\n")  # in faulthandler's format
+            self._file.write(f"0x{threading.get_ident():016x} {self._limit()}\n")  # the thread as faulthandler has it
             self._file.flush()
             self._start()
             try:

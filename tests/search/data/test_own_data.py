@@ -181,6 +181,14 @@ def test_removed_data_are_gone_and_may_be_added_again(data: Path, tmp_path: Path
     assert splits.check("leaves").state == "ready"
 
 
+def test_data_that_stay_are_not_called_removed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only file system, which its own superuser cannot change either."""
+    adding.add("leaves", [own.folder_of(tmp_path / "pictures")])
+    monkeypatch.setattr("search.data.adding.shutil.rmtree", lambda *_, **__: None)
+    with pytest.raises(InputError, match=f"must lie where one may write, but {data / 'decoded' / 'leaves'} cannot"):
+        adding.remove("leaves")
+
+
 def test_damaged_data_say_how_to_add_them_again(data: Path, tmp_path: Path) -> None:
     pictures = own.folder_of(tmp_path / "pictures")
     adding.add("leaves", [pictures])

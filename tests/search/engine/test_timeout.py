@@ -53,6 +53,8 @@ def test_a_worker_that_hangs_ends_itself_and_says_where_it_stood(tmp_path: Path,
     study = digits_study(tmp_path / "runs", trial_timeout=1.0)
     word = TrialTimeout(study, Proposal("t001", Params({}, {}))).word()
     assert word == f"no end after 1 s; it stood at hanging.py line {line} in hangs"
+    longer = digits_study(tmp_path / "runs", trial_timeout=2.0)  # as where `resume` raises the limit
+    assert TrialTimeout(longer, Proposal("t001", Params({}, {}))).word() is None
 
 
 def test_a_trial_that_ends_in_time_leaves_nothing(tmp_path: Path) -> None:
