@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from attacks.gradient_view import BATCH, Gradient
 from attacks.seeding import reproducible
 from defenses.base import Batches, Defense, Knobs, Metrics, Tensors
+from defenses.layers.posterior import collapse
 from spaces.exceptions import InputError
 from spaces.space import Condition, knob
 
@@ -30,7 +31,6 @@ EPS = {"paper": (0.25, 0.3, 0.35, 0.4), "code": (0.2, 0.25, 0.3, 0.35)}
 """Values of eps of FGSM and RAND+FGSM, in pixel units of [0, 1]. Source: section 4.1, and the code."""
 ALPHA = 0.05  # RAND+FGSM's random step, in pixel units of [0, 1]. Source: Table 1
 CW_RATES = (6.0, 8.0, 10.0, 12.0)  # CW's learning rates. Source: section 4.1
-DEEPFOOL = {"steps": 50, "overshoot": 0.02}  # defaults of its authors (inferred: section 4.2 names no setting)
 ATTACKS = ("fgsm+rand+cw", "fgsm+rand", "fgsm+cw", "rand+cw", "fgsm+rand+deepfool", "fgsm+rand+cw+clean")
 """The paper's; Table 2's, with an attack left out or DeepFool for CW; and ours, with the clean image itself."""
 WITH_CW: Condition = {"attacks": tuple(named for named in ATTACKS if "cw" in named)}
@@ -149,7 +149,7 @@ class DefenseVAE(Defense):
         if k.epochs <= spent:
             raise InputError(f"epochs must exceed the {spent} that variant {k.variant} retrains, but is {k.epochs}")
         self.rec_from = k.epochs - spent if k.variant in PHASED["variant"] else math.inf
-        self.e2e_from = {"e2e": k.epochs - e2e, "scratch": 0}.get(k.variant, math.inf)
+        self.e2e_from = {"e2e": k.epochs - e2e, "scratch": 0}.get(k.variant, math.inf)  # section 4.1's two ways
 
     def adopt(self, classifier: nn.Module) -> None:
         if self.retrains:
@@ -167,10 +167,7 @@ class DefenseVAE(Defense):
         return replace(batches, x_NCHW=x_hat_VNCHW.flatten(0, 1), y_N=index_VN)
 
     def phase(self, epoch: int) -> Phase:
-        """Return what an epoch (from 0) trains: the VAE, Eq. 4; in rec and e2e then a copy; in e2e then both, Eq. 5.
-
-        From scratch each epoch trains both: the first approach of section 4.1, e2e being the second.
-        """
+        """Return what an epoch (from 0) trains: the VAE, Eq. 4; then in rec and e2e a copy; then in e2e both, Eq. 5."""
         return "e2e" if epoch >= self.e2e_from else "rec" if epoch >= self.rec_from else "vae"
 
     def encode(self, x_NCHW: Tensor, together: bool = False) -> tuple[Tensor, Tensor]:
@@ -247,6 +244,9 @@ class DefenseVAE(Defense):
     def purify(self, x_NCHW: Tensor) -> Tensor:
         return self.rebuild(x_NCHW, self.together)
 
+    def remarks(self, x_NCHW: Tensor, y_N: Tensor) -> tuple[str, ...]:
+        return collapse(float(self.losses("vae", x_NCHW, x_NCHW, y_N)[2]), "all images are purified to much the same")
+
     def latent(self, x_NCHW: Tensor) -> Tensor:
         return self.encode(x_NCHW, self.together)[0]
 
@@ -270,7 +270,7 @@ def versions(k: Train) -> list[tuple[Any, dict[str, float]]]:
         "fgsm": [(torchattacks.FGSM, {"eps": e}) for e in eps],
         "rand": [(RandFGSM, {"eps": e, "alpha": k.eps_scale * ALPHA}) for e in eps],
         "cw": [(CW, {"c": k.cw_c, "steps": k.cw_steps, "lr": rate}) for rate in CW_RATES],
-        "deepfool": [(DeepFool, DEEPFOOL)],
+        "deepfool": [(DeepFool, {"steps": 50, "overshoot": 0.02})],  # its authors' (inferred: section 4.2 names none)
         "clean": [(torchattacks.VANILA, {})],
     }
     return [form for name in k.attacks.split("+") for form in forms[name]]

@@ -17,12 +17,11 @@ from torch.nn import functional as F
 
 from defenses.base import Batches, Defense, Knobs, Metrics
 from defenses.layers.deconvolution import Doubling
+from defenses.layers.posterior import collapse
 from spaces.space import knob
 
 SOFT_CHOICE = 0.01
 """Temperature of the surrogate's class choice, in RMSE of pixel units: about the gap between neighbouring classes."""
-COLLAPSED = 1.0
-"""Nats between the encoder's distribution and the prior below which the latent vector tells nothing of the image."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,7 @@ class PuVAE(Defense):
         """Say if the posterior collapsed: by the KL divergence of Eq. 16, with the 1/2 that the paper leaves out."""
         y_NK = F.one_hot(y_N, self.shape.classes).to(x_NCHW.dtype)
         nats = float(_divergence(*self.encode(x_NCHW, y_NK)).sum(dim=1).mean()) / 2
-        told = f"the posterior collapsed ({nats:.2f} nats beside the prior): each projection is little but a class mean"
-        return (told,) if nats < COLLAPSED else ()
+        return collapse(nats, "each projection is little but a class mean")
 
     # Inference: section IV-B.
 

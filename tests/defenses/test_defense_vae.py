@@ -163,6 +163,18 @@ def test_the_loss_is_equation_4(last_layer: str, kl_weight: float) -> None:
     assert found == pytest.approx([bce + kl_weight * kl, bce, kl, 0], rel=1e-4)
 
 
+def test_a_collapsed_posterior_is_remarked() -> None:
+    defense, x = build(), images()
+    with torch.no_grad():
+        for layer in (defense.fc1, defense.fc2):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        (remark,) = defense.remarks(x, torch.zeros(6).long())
+        assert "the posterior collapsed (0.00 nats" in remark
+        defense.fc1.bias[0] = 1.5  # 1.125 nats
+        assert defense.remarks(x, torch.zeros(6).long()) == ()
+
+
 def test_the_end_to_end_loss_is_equation_5() -> None:
     defense, x_hat, y = build(variant="e2e", lambda_ce=3.0), images(), torch.tensor([0, 1, 2, 3, 0, 1])
     defense.adopt(linear())
