@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from search.formatting import duration
+
 SAID = "what it interrupted was said"
 """The note of a KeyboardInterrupt about which a line was printed."""
 EVERY_S = 25.0
@@ -55,6 +57,17 @@ class Counting(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{int(task.completed)} of {int(task.total or 0)} {self.things}")
+
+
+class TimeLeft(ProgressColumn):
+    """The column for the remaining time of a task that has its expected end in its field `ends`, in monotonic seconds.
+
+    It runs down between estimates; nan is an end that nobody knows, and an end that has passed is one too.
+    """
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["ends"] - time.monotonic()
+        return Text(duration(left) if left >= 0.5 else "–")
 
 
 class ProgressBars(Progress):

@@ -5,6 +5,7 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import TextColumn
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -23,8 +23,7 @@ from attacks.gradient_view import bare, gradients, stochastic
 from attacks.suites import SUITES
 from attacks.threat import ThreatModel
 from defenses.base import Defended
-from search.console import SAID, ProgressBars
-from search.formatting import duration
+from search.console import SAID, ProgressBars, TimeLeft
 
 BACKWARD = 2
 """What a backward pass costs, in forward passes."""
@@ -52,8 +51,8 @@ class AttackProgress:
         self._kinds: tuple[type, ...] = (Defended, *(one for one in counted if isinstance(one, type)))
         self._models = {id(one) for one in counted}  # of a class also, which is no module
         self._asked, self._begun = 0.0, time.monotonic()
-        self._bar = ProgressBars(console, left=TextColumn("{task.fields[left]}"))
-        self._task = self._bar.add_task("" if console.is_terminal else doing, total=1.0, left="–")
+        self._bar = ProgressBars(console, left=TimeLeft())
+        self._task = self._bar.add_task("" if console.is_terminal else doing, total=1.0, ends=math.nan)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -80,11 +79,9 @@ class AttackProgress:
         done = self._asked / self.expected if self.expected else 0.0
         return done if done < 0.9 else 1 - 0.1 * 0.9 / done
 
-    def left(self) -> float | None:
-        """Return the seconds left, about; None if it cannot be known yet."""
-        if not self.share:
-            return None
-        return (time.monotonic() - self._begun) * (1 - self.share) / self.share
+    def left(self) -> float:
+        """Return the seconds left, about; nan if they cannot be known yet."""
+        return (time.monotonic() - self._begun) * (1 - self.share) / self.share if self.share else math.nan
 
     def _count(self, module: nn.Module, given: tuple[Any, ...]) -> None:
         counts = isinstance(module, self._kinds) or id(module) in self._models
@@ -94,7 +91,7 @@ class AttackProgress:
 
     def _show(self, ended: threading.Event) -> None:
         while not ended.wait(0.5):
-            self._bar.update(self._task, completed=self.share, left=duration(self.left()))
+            self._bar.update(self._task, completed=self.share, ends=time.monotonic() + self.left())
 
 
 def standing(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel, seed: int) -> float:

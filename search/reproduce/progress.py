@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from rich.console import Console
-from rich.progress import TextColumn
 
-from search.console import Counting, ProgressBars
+from search.console import Counting, ProgressBars, TimeLeft
 from search.formatting import duration
 from search.reproduce.cell_setting import Setting
 from search.reproduce.cells import Cells
@@ -30,8 +30,8 @@ class TableProgress:
         self._now, self._begun, self._trained, self._part = "", 0.0, 0.0, 0.0
         self._attacks: list[float] = []
         self._slower = 1.0
-        self._bar = ProgressBars(console, Counting("cells"), TextColumn("{task.fields[left]}"))
-        self._task = self._bar.add_task("", total=cells, left="–")
+        self._bar = ProgressBars(console, Counting("cells"), TimeLeft())
+        self._task = self._bar.add_task("", total=cells, ends=math.nan)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -89,8 +89,7 @@ class TableProgress:
         return self._slower * (sum(self._fits.values()) - here) + each * sum(map(bool, self._left))
 
     def _show(self) -> None:
-        left = self.left()
-        self._bar.update(self._task, left=duration(left) if left >= 1 else "–")  # no attack was timed yet
+        self._bar.update(self._task, ends=time.monotonic() + self.left())
 
 
 def _forecast(cells: Cells, setting: Setting) -> float:

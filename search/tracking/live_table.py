@@ -10,13 +10,12 @@ from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from defenses.base import Metrics
-from search.console import Counting, ProgressBars
-from search.formatting import brief, counted, duration, points, spoken_threat
+from search.console import Counting, ProgressBars, TimeLeft
+from search.formatting import brief, counted, points, spoken_threat
 from search.study import ranking
 from search.study.callbacks import Callback, State
 from search.study.candidate import Candidate, Proposal
@@ -53,8 +52,8 @@ class LiveTable(Callback):
         self._live: Live | None = None
         self._so_far = self._began_with = float(done)
         self._began = math.nan
-        self._progress = ProgressBars(console, Counting("trainings"), TextColumn("{task.fields[left]}"))
-        self._bar = self._progress.add_task(study.name, total=study.trials, completed=done, left="–")
+        self._progress = ProgressBars(console, Counting("trainings"), TimeLeft())
+        self._bar = self._progress.add_task(study.name, total=study.trials, completed=done, ends=math.nan)
         if not console.is_terminal:  # on one, the live table shows it
             self._progress.start()
 
@@ -132,7 +131,7 @@ class LiveTable(Callback):
         self._so_far, row.share = self._so_far + share - row.share, share
         new, rest = self._so_far - self._began_with, self.study.trials - self._so_far
         left = (time.monotonic() - self._began) * rest / new if new > 1e-6 and rest > 1e-6 else math.nan
-        self._progress.update(self._bar, completed=round(self._so_far, 6), left=duration(left))
+        self._progress.update(self._bar, completed=round(self._so_far, 6), ends=time.monotonic() + left)
 
     def search_ended(self, state: State, candidates: Sequence[Candidate]) -> None:
         self.close()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import time
 
 import pytest
 from rich.console import Console
 
-from search.console import EVERY_S, Counting, ProgressBars, working
+from search.console import EVERY_S, Counting, ProgressBars, TimeLeft, working
 
 
 @pytest.fixture
@@ -30,6 +31,19 @@ def test_silence_is_broken_by_what_is_done_of_how_much(hasty: None) -> None:
     lines = pipe.getvalue().splitlines()
     assert 2 <= len(lines) <= 3
     assert all(re.fullmatch(r"night: 3 of 8 trainings, 0:00:00 so far(, 0:00:0\d left)?", line) for line in lines)
+
+
+def test_a_time_left_runs_down_between_estimates_and_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars, now = ProgressBars(Console(file=io.StringIO()), left=TimeLeft()), 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    bars.add_task("night", ends=math.nan)
+    (task,) = bars.tasks
+    said = [str(TimeLeft().render(task))]
+    bars.update(task.id, ends=now + 180)
+    for passed in (0, 60, 100, 30):
+        now += passed
+        said.append(str(TimeLeft().render(task)))
+    assert said == ["–", "3\u00a0min", "2\u00a0min", "20\u00a0s", "–"]
 
 
 def test_who_speaks_anyway_is_not_interrupted(hasty: None) -> None:
