@@ -26,7 +26,10 @@ from search.trial.training import silent
 
 DEFENSES = "puvae", "advae", "gmvae", "defense_vae"
 PRECISIONS = "float32", "bfloat16"
-TINY = {"conv_maps": 4, "decoder_maps": 8, "dense": 512, "batch_size": 16}
+KNOBS: Mapping[tuple[str, str], dict[str, Any]] = {
+    ("puvae", "mnist"): {"conv_maps": 4, "decoder_maps": 8, "dense": 512, "batch_size": 16},
+    ("defense_vae", "digits"): {"kl_weight": 1e-3},  # with the usual 1 its posterior collapses on so few pixels
+}
 SIZES: Mapping[str, dict[str, Any]] = {
     "digits": {"task": "digits/A"},
     "mnist": {"task": "mnist/A", "train_images": 4000, "epochs": 4, "eval_images": 200},
@@ -36,8 +39,8 @@ FIGURES = "clean_accuracy", "white_box_accuracy"
 
 def runner_of(storage: Path, defense: str, size: str, precision: str, seed: int) -> TrialRunner:
     fields = {"defense": defense, "precision": precision, "seed": seed, "storage": str(storage), "wandb": "disabled"}
-    knobs = {"knobs": TINY} if (defense, size) == ("puvae", "mnist") else {}
-    study = make_study({"suite": "quick", "eps": 0.1, "trials": 1, **SIZES[size], **fields, **knobs})
+    knobs = KNOBS.get((defense, size), {})
+    study = make_study({"suite": "quick", "eps": 0.1, "trials": 1, **SIZES[size], **fields, "knobs": knobs})
     return TrialRunner.of(study, study.store.make())
 
 

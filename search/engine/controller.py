@@ -111,8 +111,10 @@ class Controller:
 
     @property
     def _trains(self) -> bool:
-        running = sum(not running.proposal.refines for running in self._running.values())
-        return not self._spent and self.proposer.ended() + running < self.study.trials
+        if self._spent:
+            return False
+        left = self.study.trials - self.proposer.ended()
+        return len(self._running) < left or sum(not one.proposal.refines for one in self._running.values()) < left
 
     def leaders(self) -> list[Candidate]:
         """Return the candidates of the front whose latency is to be re-measured, one for each distinct latency."""
