@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -75,43 +75,49 @@ def observe(
     """
     check(target, x_NCHW, y_N)
     suite = suite.within(threat)
-    looks = suite.looks if stochastic(target) else 1
-    beyond = {attack.name for attack in suite.oblivious if attack.exceeds(threat)}
+    if begun is None:
+        if oblivious is None:
+            oblivious = craft_oblivious(suite, bare(target), x_NCHW, y_N, threat, seed)
+        queries = 0
+        if attacker is not None:
+            black_box, queries = attacker.craft(suite, target, x_NCHW, y_N, threat, seed)
+        looks = suite.looks if stochastic(target) else 1
+        beyond = {attack.name for attack in suite.oblivious if attack.exceeds(threat)}
+        view = partial(_seen, target, y_N, seed, looks, beyond, kept)
+        begun = Observation(
+            threat=threat,
+            clean=look(target, x_NCHW, y_N, seed, looks),
+            oblivious=view(oblivious),
+            black_box=None if black_box is None else view(black_box),
+            white_box=None,
+            known=None,
+            limits_S=limits(target),
+            queries=queries,
+        )
+    if threat.knowledge != "white-box" and not white_box:
+        return begun
+    earlier = [begun.clean, *begun.oblivious.values(), *(begun.black_box or {}).values()]
+    white = _white_box(suite, target, x_NCHW, y_N, threat, earlier, seed, start, standing_N, kept)
+    if begun.white_box is not None and standing_N is not None:
+        white = {name: seen.where(standing_N, begun.white_box[name]) for name, seen in white.items()}
+    known = None
+    if suite.known is not None:
+        known = under_known_noise(suite.known, target, x_NCHW, y_N, threat, seed) if stochastic(target) else {}
+    return replace(begun, white_box=white, known=known)
 
-    def fed(images: Mapping[str, Tensor]) -> dict[str, Seen]:
-        seen = {
-            name: look(target, adversarial_NCHW, y_N, seed, looks, bounded=name not in beyond)
-            for name, adversarial_NCHW in images.items()
-        }
-        return {name: replace(one, x_NCHW=images[name]) if name in kept else one for name, one in seen.items()}
 
-    if oblivious is None and begun is None:
-        oblivious = craft_oblivious(suite, bare(target), x_NCHW, y_N, threat, seed)
-    queries = 0 if begun is None else begun.queries
-    if attacker is not None and begun is None:
-        black_box, queries = attacker.craft(suite, target, x_NCHW, y_N, threat, seed)
-    clean = look(target, x_NCHW, y_N, seed, looks) if begun is None else begun.clean
-    blind = begun.oblivious if begun is not None else fed(oblivious or {})
-    dark = begun.black_box if begun is not None else None if black_box is None else fed(black_box)
-    white, known = None, None
-    if threat.knowledge == "white-box" or white_box:
-        earlier = [clean, *blind.values(), *(dark or {}).values()]
-        white = _white_box(suite, target, x_NCHW, y_N, threat, earlier, seed, start, standing_N, kept)
-        if begun is not None and begun.white_box is not None and standing_N is not None:
-            white = {name: seen.where(standing_N, begun.white_box[name]) for name, seen in white.items()}
-        if suite.known is not None:
-            noisy = stochastic(target)
-            known = under_known_noise(suite.known, target, x_NCHW, y_N, threat, seed) if noisy else {}
-    return Observation(
-        threat=threat,
-        clean=clean,
-        oblivious=blind,
-        black_box=dark,
-        white_box=white,
-        known=known,
-        limits_S=limits(target),
-        queries=queries,
-    )
+def _seen(
+    target: nn.Module,
+    y_N: Tensor,
+    seed: int,
+    looks: int,
+    beyond: Collection[str],
+    kept: Collection[str],
+    images: Mapping[str, Tensor],
+) -> dict[str, Seen]:
+    """Return the outputs on the adversarial versions of each attack; those of `beyond` may exceed the bound."""
+    seen = {name: look(target, x_NCHW, y_N, seed, looks, bounded=name not in beyond) for name, x_NCHW in images.items()}
+    return {name: replace(one, x_NCHW=images[name]) if name in kept else one for name, one in seen.items()}
 
 
 def _white_box(
