@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution
 
-from search.optimizer.coordinates import Places, identity, stepped
+from search.optimizer.coordinates import Places, identity
 from search.optimizer.surrogate import ASSUMED, Array, Surrogate, noise
 from search.study.candidate import Candidate
 from search.study.ranking import feasible, violation
@@ -277,6 +277,6 @@ class Forecast:
                 return only(name, domain)
             if name not in change or not contains(domain, old[name]):  # it did not matter there
                 return draw(domain, self._rng)
-            return stepped(domain, old[name], self._rng) if change[name] else old[name]
+            return axes[name].neighbour(old[name], self._rng) if change[name] else old[name]
 
         return self.space.setting(value)

@@ -46,6 +46,7 @@ class Surrogate:
     def fit(self, x_MD: Array, u_M: Array, y_M: Array, noise_M: Array, *, tries: int = 0) -> None:
         """Condition on observations with the given noise variances, after `tries` of other hyperparameters."""
         self._x, self._u, self._y, self._noise = x_MD, u_M, y_M - CENTRE, noise_M
+        self._between = _between(u_M, u_M)
         least = self._loss(self._log) if tries else math.inf
         for i in range(tries):
             moved = self._rng.random(len(self._log)) < 0.6
@@ -59,18 +60,20 @@ class Surrogate:
         """Return the prediction of the accuracies at a fidelity."""
         return Prediction(self, x_QD, u)
 
-    def _kernel(self, log: Array, x_MD: Array, u_M: Array, x_QD: Array, u_Q: Array) -> Array:
+    def _kernel(self, log: Array, x_MD: Array, x_QD: Array, between: tuple[Array, Array]) -> Array:
         a, b = x_MD / np.exp(log[:-2]), x_QD / np.exp(log[:-2])
         square = np.maximum(0.0, (a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * a @ b.T)
-        far = np.sqrt(5 * square)
-        alike = (1 + far + far**2 / 3) * np.exp(-far) + OWN * (square < 1e-10)
-        apart = np.abs(u_M[:, None] - u_Q[None])
-        offsets = OFFSET**2 * (1 + np.exp(-0.5 * (apart / STEADY) ** 2))
-        found: Array = np.exp(2 * log[-2]) * alike * np.exp(-np.exp(log[-1]) * apart) + offsets
+        far, (apart, offsets) = np.sqrt(5 * square), between
+        found: Array = np.exp(2 * log[-2] - far - np.exp(log[-1]) * apart)
+        found *= 1 + far + 5 / 3 * square
+        found[square < 1e-10] *= 1 + OWN
+        found += offsets
         return found
 
     def _covariance(self, log: Array) -> Array:
-        return self._kernel(log, self._x, self._u, self._x, self._u) + np.diag(self._noise)
+        found = self._kernel(log, self._x, self._x, self._between)
+        found.flat[:: len(found) + 1] += self._noise
+        return found
 
     def _loss(self, log: Array) -> float:
         """Return the negative log posterior of hyperparameters, up to a constant."""
@@ -93,7 +96,7 @@ class Prediction:
     def __init__(self, surrogate: Surrogate, x_QD: Array, u: float) -> None:
         self._kernel, self._log, self._root = surrogate._kernel, surrogate._log, surrogate._root
         self._x, self._u = x_QD, np.full(len(x_QD), u)
-        self._k_QM = self._kernel(self._log, x_QD, self._u, surrogate._x, surrogate._u)
+        self._k_QM = self._kernel(self._log, x_QD, surrogate._x, _between(self._u, surrogate._u))
         self._assumed: list[Array] = []
         self.mean_Q: Array = self._k_QM @ surrogate._weights + CENTRE
 
@@ -113,10 +116,17 @@ class Prediction:
 
     def assume(self, q: int) -> None:
         """Take setting q as seen, with its expected accuracy: no mean changes, its neighbours are less uncertain."""
-        k_Q = self._kernel(self._log, self._x, self._u, self._x[q : q + 1], self._u[q : q + 1])[:, 0]
+        one = slice(q, q + 1)
+        k_Q = self._kernel(self._log, self._x, self._x[one], _between(self._u, self._u[one]))[:, 0]
         left_Q = k_Q - self._seen_MQ.T @ self._seen_MQ[:, q] - sum(row * row[q] for row in self._assumed)
         self._assumed.append(left_Q / math.sqrt(self._variance_Q[q] + ASSUMED))
         self._variance_Q = np.maximum(self._variance_Q - self._assumed[-1] ** 2, 1e-9)
+
+
+def _between(u_M: Array, u_Q: Array) -> tuple[Array, Array]:
+    """Return the distances of fidelities and the covariances of their means, MQ, which no hyperparameter changes."""
+    apart = np.abs(u_M[:, None] - u_Q[None])
+    return apart, OFFSET**2 * (1 + np.exp(-0.5 * (apart / STEADY) ** 2))
 
 
 def _solved(root: Any, y: Array, *, transposed: bool = False) -> Array:

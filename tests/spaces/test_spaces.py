@@ -15,7 +15,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 import defenses
 import spaces
 from defenses.puvae import PuVAE
-from search.optimizer.coordinates import stepped
+from search.optimizer.coordinates import Axis
 from search.optimizer.samplers import asked
 from spaces.domain import Domain, as_written, contains, draw, finite, written
 from spaces.exceptions import InputError
@@ -227,7 +227,7 @@ def test_steps_are_kept_by_ranges_draws_grids_and_samplers() -> None:
     rng, study = np.random.default_rng(0), optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [space.drawn(rng).flat() for _ in range(200)]
     drawn += [asked(study.ask(), space, whole=True).flat() for _ in range(60)]
-    near = [stepped(domain, drawn[0][name], rng) for name, domain in space.flat().items() for _ in range(9)]
+    near = [Axis(domain).neighbour(drawn[0][name], rng) for name, domain in space.flat().items() for _ in range(9)]
     assert {each["width"] for each in drawn} == set(widths) and {each["share"] for each in drawn} == set(shares)
     assert set(near) <= {*widths, *shares}
 
