@@ -2,9 +2,10 @@
 
 A file is known by its device and inode, so a symbolic link, a hard link or /proc/self/fd is no way around; a copy
 cannot be made, as its original cannot be read. A file system gives the inode of a deleted file to a new one, which is
-told from it by its size and its time. What still gets past: native code that opens files without telling
+told from it by its size and its time. Nor can it look at its callers, in whose variables are the labels and the
+attacked images, or ask Python for all objects. What still gets past: native code that opens files without telling
 Python, programs that an installed package starts, other copies of a data set on the machine, and code that changes this
-module's own state, or takes the judged images from this process's memory.
+module's own state, or finds the judged images in this process's memory in a way that Python does not report.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import _posixsubprocess
 import os
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, wraps
@@ -29,10 +31,23 @@ OPENINGS = {"open": 1, "os.remove": 1, "os.truncate": 1, "os.utime": 1, "os.link
 """Audit events of Python, and how many of their first arguments are paths."""
 PROGRAMS = frozenset({"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn"})
 """Audit events that start another program, which could read the files for this one."""
+NOTES = frozenset({"os.putenv", "os.mkdir", "os.symlink", "socket.connect", "socket.bind"})
+"""Audit events by which a model could tell a later process what it was asked; and files that it opens to write."""
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+ANSWERING = "audited", "asked"
+"""What happens to a defense that has to do nothing but answer."""
+LOOKING = frozenset({"_getframe", "_current_frames", "_current_exceptions", "setprofile", "settrace"})
+"""Audit events `sys.NAME` of code that gets at the variables of its callers or of other threads."""
+OBJECTS = frozenset({"gc.get_objects", "gc.get_referrers", "gc.get_referents", "sys.monitoring.register_callback"})
+FRAMES = frozenset({"tb_frame", "gi_frame", "cr_frame", "ag_frame"})
+"""Attributes that lead to a frame; Python reports those that are read."""
+NAMING = "typing.py", "enum.py", "dataclasses.py", "collections/__init__.py", "logging/__init__.py", "warnings.py"
+"""Files of Python's library that look for the name of their caller, and return no frame but by `logging`."""
 PACKAGES, LIBRARY = (
     tuple(sysconfig.get_paths()[name] for name in names) for names in (("purelib", "platlib"), ("stdlib", "platstdlib"))
 )
 DATA, SEARCH = (str(folder) for folder in Path(__file__).parents[:2])
+ATTACKS = str(Path(__file__).parents[2] / "attacks")
 Identity = tuple[int, int]
 """The device and the inode of a file."""
 Seen = tuple[Path, int, int]
@@ -40,6 +55,7 @@ Seen = tuple[Path, int, int]
 
 _folders: set[Path] = set()
 _doing: list[str] = []
+_asking = threading.local()
 _refusals: list[str] = []
 _data: dict[Identity, Seen] = {}
 
@@ -124,13 +140,42 @@ def _reported(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _heard(event: str, given: tuple[Any, ...]) -> None:
-    if not _doing:
+    if not _doing or getattr(_asking, "now", False):
         return
+    _asking.now = True  # what is done here is heard, too
+    try:
+        _judge(event, given)
+    finally:
+        _asking.now = False
+
+
+def _judge(event: str, given: tuple[Any, ...]) -> None:
+    """Refuse what a defense may not do."""
     for path in given[: OPENINGS.get(event, 0)]:
         if _is_data(path):
             refuse_while_closed(f"opens {os.fsdecode(path) if isinstance(path, bytes) else path}")
     if event in PROGRAMS and not _trusted():
         refuse_while_closed("starts another program")
+    writes = event == "open" and isinstance(given[2], int) and given[2] & WRITES
+    if (writes or event in NOTES) and _doing[-1] in ANSWERING and not _trusted():
+        refuse_while_closed("leaves notes of what it is asked")
+    if _looks(event, given) and not _names():
+        refuse_while_closed("looks at its callers or at all objects")
+
+
+def _looks(event: str, given: tuple[Any, ...]) -> bool:
+    """Return whether an event is of code that looks at variables of other code."""
+    if event == "object.__getattr__":
+        return given[1] in FRAMES
+    return event in OBJECTS or (event.startswith("sys.") and event[4:] in LOOKING)
+
+
+def _names() -> bool:
+    """Return whether those who look are trusted, or a part of Python's library that needs a name only."""
+    frame = sys._getframe(3)
+    by = [each.f_code.co_filename for each in (frame, frame.f_back) if each is not None]
+    here = by[0].startswith(LIBRARY) and by[0].endswith(NAMING)
+    return (here and ("logging" not in by[0] or by[-1] == by[0])) or _trusted()
 
 
 def _is_data(path: Any) -> bool:
@@ -162,7 +207,7 @@ def _trusted() -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith((*PACKAGES, SEARCH)) and not file.startswith(DATA):
+        if file.startswith((*PACKAGES, SEARCH, ATTACKS)) and not file.startswith(DATA):
             return True
         if not (file == __file__ or file.startswith((*LIBRARY, "<frozen "))):
             return False

@@ -252,7 +252,7 @@ def _examined(
     """Return a candidate's audit, the result of the search's attacks, run again, and that on images kept aside."""
     evaluator, bare = runner.assets.evaluator, runner.assets.target
     try:
-        with runner.assets.device_lock.working():
+        with runner.assets.device_lock.working("audited"):
             found = audit(
                 Defended(defense, bare),
                 evaluator.x_NCHW,

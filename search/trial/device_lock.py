@@ -47,8 +47,11 @@ class DeviceLock:
             finalize(self, os.close, file)
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self, doing: str = "trained or judged") -> Iterator[None]:
         """Hold the lock in shared mode; every layer that runs meanwhile is a boundary, and no data can be loaded.
+
+        Args:
+            doing: what happens to the model meanwhile (`closed`).
 
         Raises:
             TrialError: a model's code asked for the data.
@@ -56,7 +59,7 @@ class DeviceLock:
         self._enter()
         looking = register_module_forward_pre_hook(lambda *_: self.boundary())
         try:
-            with closed("trained or judged"):
+            with closed(doing):
                 yield
         finally:
             looking.remove()

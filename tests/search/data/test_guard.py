@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
+import logging
 import multiprocessing
 import os
 import subprocess
+import sys
+from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from search.data import splits
 from search.data.cache import ensure
@@ -125,6 +133,63 @@ def test_a_refusal_that_is_caught_is_told_all_the_same(images: Path) -> None:
     with pytest.raises(TrialError, match="x_train.npy"), closed("tried"):
         with pytest.raises(TrialError):
             np.load(images)
+
+
+def by_a_traceback() -> object:
+    try:
+        raise KeyError
+    except KeyError as error:
+        assert error.__traceback__ is not None
+        return error.__traceback__.tb_frame.f_back
+
+
+LOOKS: dict[str, Callable[[], object]] = {
+    "its frame": sys._getframe,
+    "inspect": inspect.currentframe,
+    "the stack": inspect.stack,
+    "logging": logging.currentframe,
+    "all threads": sys._current_frames,
+    "a traceback": by_a_traceback,
+    "all objects": gc.get_objects,
+    "referrers": lambda: gc.get_referrers(WAYS),
+    "a profiler": lambda: sys.setprofile(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_defense_cannot_look_at_its_callers_for_labels(look: str) -> None:
+    try:
+        with pytest.raises(TrialError, match="it looks at its callers or at all objects while it is tried"):
+            with closed("tried"):
+                LOOKS[look]()
+    finally:
+        sys.setprofile(None)
+
+
+def test_what_asks_for_the_name_of_its_caller_alone_may(caplog: pytest.LogCaptureFixture) -> None:
+    with closed("tried"):
+        Pair = namedtuple("Pair", ["x", "y"])
+        Two = Enum("Two", ["A", "B"])
+        logging.getLogger("of a defense").warning("said")
+        answer = checkpoint(nn.Linear(2, 2), torch.ones(1, 2), use_reentrant=False)
+    assert Pair(1, 2).y == Two.B.value == 2 and answer.shape == (1, 2)
+    assert "said" in caplog.text
+
+
+@pytest.mark.parametrize("doing", ["audited", "trained"])
+def test_a_defense_that_is_audited_leaves_no_notes(doing: str, tmp_path: Path) -> None:
+    def write() -> None:
+        (tmp_path / "notes").write_text("5")
+
+    ways: list[Callable[[], object]] = [write, lambda: os.environ.update(NOTE="5"), (tmp_path / "5").mkdir]
+    for way in ways:
+        if doing == "audited":
+            with pytest.raises(TrialError, match="it leaves notes of what it is asked"), closed(doing):
+                way()
+        else:
+            with closed(doing):
+                way()
+    os.environ.pop("NOTE", None)
 
 
 def test_another_error_inside_stays_what_it_was() -> None:
