@@ -16,7 +16,7 @@ from statistics import median
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from defenses.base import Defended
 from search.study.candidate import Images, Latency
@@ -55,8 +55,9 @@ class Unseen:
     """Serves images in turn without end, and never the same one twice.
 
     One value of each image is moved to another level of the clean images: in each round another value, and each stream
-    begins at a random one. So a model that knows an image from an attack, or from an earlier measurement, does not know
-    it here, and all values stay those that such images have.
+    begins at a random one. About half of the values that are neither the least nor the greatest are moved by one level,
+    too. So a model that knows an image, or a part of it, from an attack or from an earlier measurement does not know it
+    here, and all values stay those that such images have.
 
     Args:
         levels_V: the levels, sorted.
@@ -65,24 +66,42 @@ class Unseen:
     def __init__(self, x_NCHW: Tensor, levels_V: Tensor) -> None:
         self._x_NP, self._shape, self._levels_V = x_NCHW.flatten(1), x_NCHW.shape[1:], levels_V
         self._served = secrets.randbelow(x_NCHW.numel())
+        self._chance = torch.Generator(x_NCHW.device).manual_seed(secrets.randbits(63))
 
     def take(self, count: int) -> Tensor:
         """Return the next images; there may be more than the stream has."""
         size, values = self._x_NP.shape
         turn_N = torch.arange(self._served, self._served + count, device=self._x_NP.device)
         self._served += count
-        x_NP, round_N1 = self._x_NP[turn_N % size], (turn_N // size)[:, None]
+        x_NP, round_N1 = self._nearby(self._x_NP[turn_N % size]), (turn_N // size)[:, None]
         at_N1, steps_N1 = round_N1 % values, 1 + round_N1 // values
         level_N1 = torch.searchsorted(self._levels_V, x_NP.gather(1, at_N1)) + steps_N1
         x_NP.scatter_(1, at_N1, self._levels_V[level_N1 % len(self._levels_V)])
         return x_NP.unflatten(1, self._shape)
 
+    def _nearby(self, x_NP: Tensor) -> Tensor:
+        """Return images with some values one level higher or lower; an attacked value moves by as much as its level."""
+        if len(self._levels_V) < 3:
+            return x_NP
+        draw_NP = torch.randint(4, x_NP.shape, generator=self._chance, device=x_NP.device)
+        at_NP = torch.searchsorted(self._levels_V, x_NP).clamp(1, len(self._levels_V) - 2)
+        here_NP, there_NP = self._levels_V[at_NP], self._levels_V[at_NP + 2 * (draw_NP % 2) - 1]
+        moved_NP = torch.where(here_NP == x_NP, there_NP, x_NP + there_NP - here_NP)
+        low, high = self._levels_V[0], self._levels_V[-1]
+        inner_NP = (x_NP > low) & (x_NP < high) & (moved_NP > low) & (moved_NP < high)
+        return torch.where((draw_NP < 2) & inner_NP, moved_NP, x_NP)
+
 
 def asked(target: Defended) -> Callable[[Tensor], object]:
-    """Return what a user asks of a batch: its logits and, if the defense can reject, which images are accepted."""
+    """Return what a user asks of a batch: its classes and, if the defense can reject, which images are accepted."""
     if not target.defense.rejects():
-        return target
-    return lambda x_NCHW: (target(x_NCHW), target.accept(x_NCHW))
+        return classes(target)
+    return lambda x_NCHW: (classes(target)(x_NCHW), target.accept(x_NCHW).tolist())
+
+
+def classes(model: nn.Module) -> Callable[[Tensor], object]:
+    """Return what reads the classes of a batch as numbers: a tensor could be one that is computed when it is read."""
+    return lambda x_NCHW: model(x_NCHW).argmax(1).tolist()
 
 
 @torch.no_grad()
@@ -101,7 +120,7 @@ def measure(target: Defended, images: Mapping[Images, Tensor], device_lock: Devi
     device, levels_V = images["clean"].device, images["clean"].unique()
     streams = {kind: Unseen(x_NCHW, levels_V) for kind, x_NCHW in images.items()}
     # A copy: what the defended model does to its own classifier does not slow the bare one.
-    models, a_DD = (copy.deepcopy(target.classifier), asked(target)), torch.rand(512, 512, device=device)
+    models, a_DD = (classes(copy.deepcopy(target.classifier)), asked(target)), torch.rand(512, 512, device=device)
     attempts = []
 
     def turn(count: int) -> Turn:
