@@ -6,7 +6,8 @@ stochastic defense's noise (1 where there is none). A version of an image is the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, cast
@@ -147,7 +148,8 @@ def _white_box(
         view = View(target, gradient, suite.draws if stochastic(target) else 1)
         stops = not (stochastic(target) or rejects or gradient == "surrogate")
         x, y = x_NCHW[chosen], y_N[chosen]
-        made_NCHW = attack.craft(view, x, y, threat, seed + start, ids_N=chosen, stops=stops)
+        with untouched(x):
+            made_NCHW = attack.craft(view, x, y, threat, seed + start, ids_N=chosen, stops=stops)
         one = _met(target, made_NCHW, chosen, x_NCHW, y_N, seed, clean, bounded=not attack.exceeds(threat))
         if attack.name in kept:
             one = replace(one, x_NCHW=x_NCHW.index_copy(0, chosen, made_NCHW))
@@ -166,13 +168,26 @@ def strikes(suite: Suite, target: nn.Module) -> list[tuple[Attack, Gradient]]:
 
 
 @torch.no_grad()
-def look(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int, looks: int = 1, *, bounded: bool = True) -> Seen:
-    """Return the model's outputs on the images, for `looks` successive draws of noise that start from `seed`."""
-    with reproducible(target, seed):
+def look(
+    target: nn.Module,
+    x_NCHW: Tensor,
+    y_N: Tensor,
+    seed: int,
+    looks: int = 1,
+    *,
+    bounded: bool = True,
+    batch: int = BATCH,
+) -> Seen:
+    """Return the model's outputs on the images, for `looks` successive draws of noise that start from `seed`.
+
+    Args:
+        batch: images that it is asked about at once.
+    """
+    with reproducible(target, seed), untouched(x_NCHW):
         outputs = [
             _answered(target, x, y)
             for _ in range(looks)
-            for x, y in zip(x_NCHW.split(BATCH), y_N.split(BATCH), strict=True)
+            for x, y in zip(x_NCHW.split(batch), y_N.split(batch), strict=True)
         ]
     right, suspicion = (torch.cat(parts).unflatten(0, (looks, -1)) for parts in zip(*outputs, strict=True))
     return Seen(right, suspicion, bounded)
@@ -180,9 +195,19 @@ def look(target: nn.Module, x_NCHW: Tensor, y_N: Tensor, seed: int, looks: int =
 
 def _answered(target: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return whether the classes are right, bool_N, and the detector scores, NS."""
-    right_N = target(x_NCHW).argmax(1) == y_N
+    logits_NK = target(x_NCHW).as_subclass(Tensor)  # a subclass could compare as it likes
     guarded = cast(Guarded, target) if hasattr(target, "defense") else None
-    return right_N, guarded.defense.suspicion(x_NCHW) if guarded else x_NCHW.new_zeros((len(x_NCHW), 0))
+    suspicion_NS = guarded.defense.suspicion(x_NCHW) if guarded else x_NCHW.new_zeros((len(x_NCHW), 0))
+    return logits_NK.argmax(1) == y_N, suspicion_NS.as_subclass(Tensor)
+
+
+@contextmanager
+def untouched(x_NCHW: Tensor) -> Iterator[None]:
+    """Raise an InputError if images change inside: a model could write easier ones in their place to be judged by."""
+    before_NCHW = x_NCHW.clone()
+    yield
+    if not torch.equal(before_NCHW, x_NCHW):
+        raise InputError("a model must leave the images that it is given as they are, but it changes them in place")
 
 
 @torch.no_grad()
@@ -221,7 +246,7 @@ def check(target: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> None:
     if not (low >= 0 and high <= 1):
         raise InputError(f"images must lie in [0, 1], but lie in [{low:g}, {high:g}]")
     x = x_NCHW[:32]
-    with reproducible(target, 0):
+    with reproducible(target, 0), untouched(x):
         logits_NK = target(x)
     classes = int(y_N.max()) + 1
     if logits_NK.ndim != 2 or len(logits_NK) != len(x) or logits_NK.shape[1] < classes:

@@ -7,11 +7,14 @@ Shapes: N images, C channels, H x W pixels, K classes, M remembered images.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
 
+from attacks.algorithms.base import lead
 from benchmarks.broken import PGD, Argmin, LooksUp, Member, NearestBlend, NoOp, Rounding
 from defenses.adversarial_training import AdversarialTraining
 from defenses.magnet import MagNet
@@ -35,6 +38,60 @@ class Crowd(TwoFaced):
 
     def expects(self, x_NCHW: Tensor) -> Tensor:
         return torch.full((len(x_NCHW),), len(x_NCHW) > 2)
+
+
+class Gathering(TwoFaced):
+    """Expects attacks, and their verdicts, in batches of at most 256."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        return torch.full((len(x_NCHW),), len(x_NCHW) <= 256)
+
+
+class Handfuls(TwoFaced):
+    """Expects attacks in batches of all sizes but 3 to 6."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        return torch.full((len(x_NCHW),), not 3 <= len(x_NCHW) <= 6)
+
+
+class Plainly(TwoFaced):
+    """Expects attacks where gradients are off or required, but not where they are on and nobody needs them."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        return torch.full((len(x_NCHW),), x_NCHW.requires_grad or not torch.is_grad_enabled())
+
+
+class Inferring(TwoFaced):
+    """Expects no attack in inference mode."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        return torch.full((len(x_NCHW),), not torch.is_inference_mode_enabled())
+
+
+class Looking(TwoFaced):
+    """Expects attacks where a function of an attack or an audit is among its callers."""
+
+    def expects(self, x_NCHW: Tensor) -> Tensor:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and not frame.f_globals["__name__"].startswith(("attacks.", "search.")):
+            frame = frame.f_back
+        return torch.full((len(x_NCHW),), frame is not None)
+
+
+class Overwriting(NoOp):
+    """Writes easier images in the place of those that it is asked about, where nothing keeps a copy of them."""
+
+    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+        logits_NK = classifier(x_NCHW)
+        if x_NCHW._is_view() and not torch.is_grad_enabled():
+            easier_NCHW, classes_N = x_NCHW.clone(), logits_NK.argmax(1)
+            for _ in range(10):
+                with torch.enable_grad():
+                    lead_N = -lead(classifier(easier_NCHW.requires_grad_()), classes_N)
+                    (slope_NCHW,) = torch.autograd.grad(lead_N.sum(), easier_NCHW)
+                easier_NCHW = (easier_NCHW.detach() + 0.04 * slope_NCHW.sign()).clamp(0, 1)
+            x_NCHW.data.copy_(easier_NCHW)
+        return logits_NK
 
 
 class Counting(TwoFaced):
@@ -206,6 +263,11 @@ class AnnouncedOffGrid(FarOffGrid):
 
 CHEATS: Mapping[str, Member] = {
     "robust in batches alone": Member(kind=Crowd, alarm="batch-size", quick=False, train=TRAIN),
+    "robust in batches of verdicts": Member(kind=Gathering, alarm="batch-size", quick=False, train=TRAIN),
+    "robust but by threes": Member(kind=Handfuls, alarm="batch-size", quick=False, train=TRAIN),
+    "robust but asked plainly": Member(kind=Plainly, alarm="as-used", quick=False, train=TRAIN),
+    "robust but in inference mode": Member(kind=Inferring, alarm="as-used", quick=False, train=TRAIN),
+    "looks at its callers": Member(kind=Looking, alarm="as-used", quick=False, train=TRAIN),
     "counts its queries": Member(kind=Counting, alarm="replayed", quick=False, train=TRAIN),
     "remembers its queries": Member(kind=Remembering, alarm="replayed", quick=False),
     "robust off the levels": Member(kind=OffGrid, alarm="jump", train=TRAIN),

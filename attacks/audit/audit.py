@@ -17,13 +17,15 @@ from attacks.audit.consistency import batch_size, copied, regular_gate, regularl
 from attacks.audit.gate import SLACK, Gate, at_most, broken
 from attacks.audit.probes import PROBES, Probe
 from attacks.audit.quick_gates import noise_gate, noisy, quick_gates
+from attacks.audit.unpatched import unpatched
+from attacks.audit.usage import as_used
 from attacks.black_box import BlackBoxAttacker
 from attacks.catalog import APGD_DLR_50, PGD_40, PGD_80
-from attacks.evaluation import check, evaluate, observe
+from attacks.evaluation import check, evaluate, observe, untouched
 from attacks.gradient_view import bare, gradients, limits, openings, stochastic
 from attacks.suites import SUITES, Suite, craft_oblivious
 from attacks.threat import ThreatModel
-from attacks.verdicts import Robustness, Seen, Verdict, disagreement
+from attacks.verdicts import Observation, Robustness, Seen, Verdict, disagreement
 
 TWICE = Suite(
     name="convergence",
@@ -84,10 +86,11 @@ def audit(
     """
     suite, images, fresh = SUITES["audit"], (x_NCHW, y_N), copied(target)
     check(target, *images)
-    oblivious = craft_oblivious(suite, bare(target), *images, threat, seed)  # the baselines' classifier is the same
-
-    more: dict[str, Any] = {"oblivious": oblivious, "attacker": attacker, "seed": seed, "white_box": True}
-    seen = observe(suite, target, *images, threat, **more, kept=KEPT)
+    more: dict[str, Any] = {"attacker": attacker, "seed": seed, "white_box": True}
+    with untouched(x_NCHW):
+        # the baselines' classifier is the same
+        more["oblivious"] = craft_oblivious(suite, bare(target), *images, threat, seed)
+        seen = observe(suite, target, *images, threat, **more, kept=KEPT)
     found = seen.judge()
     undefended = {} if bare(target) is target else {"undefended": bare(target)}
     beside = {
@@ -105,8 +108,7 @@ def audit(
         *(_baseline(found, beside["undefended"]) for _ in undefended),
         _tailored(target, found),
         regular_gate(found, again),
-        batch_size(target, {name: versions[name] for name in ("clean", list(versions)[-1])}, y_N, seed),
-        replayed(fresh, seen.clean, seen.kept, *images, seed),
+        *_identity_gates(target, fresh, seen, versions, y_N, seed),
     )
     outputs: dict[str, Seen] = {"clean": seen.clean, **seen.kept}
     right = {name: Verdict.of(one, seen.limits_S).right for name, one in outputs.items()}
@@ -141,6 +143,18 @@ def _attack_gates(
         _draws(heavier),
         _randomness(target, heavier),
         probe.planted(),
+    )
+
+
+def _identity_gates(
+    target: nn.Module, fresh: nn.Module, seen: Observation, versions: Mapping[str, Tensor], y_N: Tensor, seed: int
+) -> tuple[Gate, ...]:
+    """Return the gates that ask whether users get what was judged, by what says that it judged."""
+    return (
+        batch_size(target, {name: versions[name] for name in ("clean", list(versions)[-1])}, y_N, seed),
+        as_used(target, versions["clean"], seed),
+        replayed(fresh, seen.clean, seen.kept, versions["clean"], y_N, seed),
+        unpatched(),
     )
 
 

@@ -29,7 +29,9 @@ from spaces.exceptions import InputError
 FEW = 16
 """Number of images that are also asked about in batches of other sizes."""
 SIZES = 1, 2, 7
-"""Sizes of these batches; verdicts are taken in batches of up to `BATCH`."""
+"""Sizes of batches in which gradients are asked for too; verdicts are taken in batches of up to `BATCH`."""
+OTHERS = *range(3, FEW + 1), 128, 2 * BATCH + 2 * FEW
+"""Further sizes: all small ones, that of latencies, and one above those of verdicts; images are repeated."""
 MOVED = 0.01
 """Largest change of a logit between batches, in units of the logits' own spread."""
 ALIKE = 0.9
@@ -100,7 +102,10 @@ def batch_size(target: nn.Module, versions: Mapping[str, Tensor], y_N: Tensor, s
     Args:
         versions: clean and attacked images, N or more.
     """
-    law = f"images alone, by {SIZES[1]} and by {SIZES[2]} get the answers and gradients that they get in a whole batch"
+    law = (
+        f"images alone, by {SIZES[1]} and by {SIZES[2]} get the answers and gradients that they get in a whole batch, "
+        f"and the answers in batches of 3 to {FEW}, {OTHERS[-2]} and {OTHERS[-1]}"
+    )
     figure, few = 0.0, min(FEW, len(y_N))
     for x_NCHW in versions.values():
         whole, part = (x_NCHW[:BATCH], y_N[:BATCH]), (x_NCHW[:few], y_N[:few])
@@ -117,26 +122,33 @@ def _accuracies(target: nn.Module, whole: Labelled, part: Labelled, seed: int) -
     accepted_S = limits(target)
     here_DN = Verdict.of(look(target, *whole, seed, LOOKS), accepted_S).right[:, : len(part[1])]
     differ = 0.0
-    for size in SIZES:
-        parts = enumerate(_parts(part, size))
-        there = [Verdict.of(look(target, x, y, seed + i, LOOKS), accepted_S).right for i, (x, y) in parts]
-        differ = max(differ, beyond_chance(here_DN, torch.cat(there, dim=1)) - SLACK)
+    for size in (*SIZES, *OTHERS):
+        there = look(target, *_repeated(part, size), seed + size, LOOKS, batch=size)
+        there_DN = Verdict.of(there, accepted_S).right.unflatten(1, (-1, len(part[1]))).flatten(0, 1)
+        differ = max(differ, beyond_chance(here_DN, there_DN) - SLACK)
     return differ
+
+
+def _repeated(labelled: Labelled, size: int) -> Labelled:
+    """Return images as often as a batch of this size takes them, or once."""
+    times = max(1, round(size / len(labelled[1])))
+    return labelled[0].repeat(times, 1, 1, 1), labelled[1].repeat(times)
 
 
 def _answers(target: nn.Module, whole: Labelled, part: Labelled, seed: int) -> float:
     """Return the share of images with another class, other logits or another gradient, at most; one does not count."""
     few = len(part[1])
-    differ_SN = torch.zeros(len(SIZES), few, dtype=torch.bool, device=part[1].device)
+    differ_SN = torch.zeros(len(SIZES) + len(OTHERS), few, dtype=torch.bool, device=part[1].device)
     with reproducible(target, seed), torch.no_grad():
         here_NK = target(whole[0])[:few]
-        for differ_N, size in zip(differ_SN, SIZES, strict=True):
-            there_NK = torch.cat([target(x) for x, _ in _parts(part, size)])
-            differ_N |= (here_NK - there_NK).abs().amax(dim=1) > MOVED * unit(here_NK)
+        for differ_N, size in zip(differ_SN, (*SIZES, *OTHERS), strict=True):
+            there_NK = torch.cat([target(x) for x, _ in _parts(_repeated(part, size), size)])
+            moved_TN = (there_NK.unflatten(0, (-1, few)) - here_NK).abs().amax(dim=2)
+            differ_N |= (moved_TN > MOVED * unit(here_NK)).any(dim=0)
     for gradient in gradients(target):
         view = View(target, gradient)
         here_ND = _gradient(view, *whole, seed)[:few]
-        for differ_N, size in zip(differ_SN, SIZES, strict=True):
+        for differ_N, size in zip(differ_SN, SIZES, strict=False):
             there_ND = torch.cat([_gradient(view, x, y, seed) for x, y in _parts(part, size)])
             # NaN, where a gradient is zero, is the concern of another gate
             differ_N |= F.cosine_similarity(here_ND, there_ND, dim=1, eps=0) < ALIKE

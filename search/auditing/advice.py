@@ -86,7 +86,9 @@ ADVICE: Mapping[str, Advice] = {
     "tailored": Advice(HIGH, "no attack made for this kind of defense ran", "Use the norm Linf."),
     "regular": Advice(HIGH, "attacked images on the levels of clean ones break what was left", "See `jump`."),
     "batch-size": Advice(UNSURE, "images alone get other answers or gradients than in a batch", _STATE),
+    "as-used": Advice(UNSURE, "asked as a user asks it answers otherwise than in an audit", _STATE),
     "replayed": Advice(UNSURE, "a copy that is asked in another order answers otherwise", _STATE),
+    "unpatched": Advice(HIGH, "code of attacks or of torch was replaced", "Let the model leave other modules alone."),
     "confirmed": Advice(
         UNSURE,
         "the model, built anew in a new process, answers otherwise or not at all",

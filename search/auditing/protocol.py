@@ -62,6 +62,7 @@ class Protocol(Defense):
     def __init__(self, model: nn.Module, shape: Shape, *, noisy: bool, exact: bool) -> None:
         super().__init__({}, {}, shape)
         self.model: Any = model
+        self.whole = model if _answers(model) else None
         self.has = methods(model)
         self._noisy, self._exact = noisy, exact
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from attacks.audit.gate import Gate
 from attacks.audit.quick_gates import noise_gate, noisy, quick_gates
 from attacks.black_box import BlackBoxAttacker
-from attacks.evaluation import evaluate, observe
+from attacks.evaluation import evaluate, observe, untouched
 from attacks.suites import SUITES, Suite
 from attacks.threat import Knowledge, ThreatModel
 from attacks.verdicts import Observation, Seen
@@ -115,10 +115,11 @@ class Evaluator:
         Args:
             begun: the result of `begin`, if it is known; the evaluation is the same without.
         """
-        found = self.observe(target, begun)
-        images, looks = (self.x_NCHW, self.y_N), len(found.clean.right)
-        noise = noisy(target, *images, self.threat, self.seed, looks)
-        return Evaluation(found, quick_gates(target, *images, self.threat, seed=self.seed), noise)
+        with untouched(self.x_NCHW):
+            found = self.observe(target, begun)
+            images, looks = (self.x_NCHW, self.y_N), len(found.clean.right)
+            noise = noisy(target, *images, self.threat, self.seed, looks)
+            return Evaluation(found, quick_gates(target, *images, self.threat, seed=self.seed), noise)
 
     @property
     def first_N(self) -> Tensor:

@@ -13,10 +13,13 @@ from attacks.attack import Attack
 from attacks.audit.audit import audit
 from attacks.audit.quick_gates import quick_gates
 from attacks.catalog import ATTACKS
+from attacks.evaluation import look
 from attacks.gradient_view import View, within_spread
 from attacks.threat import ThreatModel
-from benchmarks.cheats import CHEATS
+from benchmarks.broken import Member
+from benchmarks.cheats import CHEATS, Overwriting
 from defenses.base import Defended
+from spaces.exceptions import InputError
 
 WHITE = ThreatModel("Linf", 0.1, "white-box")
 Digits = tuple[Tensor, Tensor]
@@ -49,6 +52,26 @@ def test_a_search_raises_the_alarms_that_need_no_attack(
 ) -> None:
     gates = quick_gates(made(name), digits[0][1400:1500], digits[1][1400:1500], WHITE, seed=0)
     assert CHEATS[name].alarm in {gate.name for gate in gates if not gate.passed}
+
+
+def test_a_model_that_changes_the_images_it_is_given_is_refused(digits: Digits, classifier: nn.Module) -> None:
+    """It was judged by the images that it wrote: it kept 90 % where the bare classifier keeps 48."""
+    target = Member(kind=Overwriting).before(classifier, digits[0][:1400], digits[1][:1400])
+    given = digits[0][1400:1500].clone(), digits[1][1400:1500]
+    with pytest.raises(InputError, match="leave the images that it is given as they are"):
+        audit(target, *given, WHITE, seed=1)
+
+
+def test_classes_that_compare_as_they_like_are_compared_as_numbers(digits: Digits, classifier: nn.Module) -> None:
+    class Agrees(Tensor):
+        def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
+            return torch.ones(len(self), dtype=torch.bool)
+
+    class Liar(nn.Module):
+        def forward(self, x_NCHW: Tensor) -> Tensor:
+            return classifier(x_NCHW).as_subclass(Agrees)
+
+    assert not look(Liar(), digits[0][:50], (digits[1][:50] + 1) % 10, 0).right[0].all()
 
 
 @contextmanager
