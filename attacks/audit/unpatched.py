@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import sys
-import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,11 +20,12 @@ from torch.nn import functional
 
 import attacks
 from attacks.audit.gate import Gate, at_most
+from attacks.installed import LIBRARY, PACKAGES
 
 ROOT = Path(attacks.__file__).parents[1]
 OURS = tuple(str(ROOT / room) for room in ("spaces", "attacks", "search"))
 """Not `defenses`: there lies the code of who is judged."""
-INSTALLED = tuple({*sysconfig.get_paths().values(), *(str(Path(m.__path__[0]).parent) for m in (torch, torchattacks))})
+INSTALLED = *LIBRARY, *PACKAGES
 TOOLS: tuple[Any, ...] = (torch, torch.Tensor, torch.autograd, functional, torch.nn.Module, torchattacks.PGD)
 """What attacks compute with, besides our own code."""
 GENERATED = "__init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__", "__replace__"

@@ -13,16 +13,17 @@ from __future__ import annotations
 import _posixsubprocess
 import os
 import sys
-import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
+from attacks.installed import LIBRARY, PACKAGES
 from search.data.folders import roots
 from search.exceptions import TrialError
 from spaces.exceptions import InputError
@@ -43,9 +44,6 @@ FRAMES = frozenset({"tb_frame", "gi_frame", "cr_frame", "ag_frame"})
 """Attributes that lead to a frame; Python reports those that are read."""
 NAMING = "typing.py", "enum.py", "dataclasses.py", "collections/__init__.py", "logging/__init__.py", "warnings.py"
 """Files of Python's library that look for the name of their caller, and return no frame but by `logging`."""
-PACKAGES, LIBRARY = (
-    tuple(sysconfig.get_paths()[name] for name in names) for names in (("purelib", "platlib"), ("stdlib", "platstdlib"))
-)
 DATA, SEARCH = (str(folder) for folder in Path(__file__).parents[:2])
 ATTACKS = str(Path(__file__).parents[2] / "attacks")
 Identity = tuple[int, int]
@@ -95,9 +93,13 @@ def refuse_while_closed(what: str) -> None:
         what: what is refused, such as "reads FILE".
     """
     if _doing:
-        law = "a defense must not get at the data that it is judged by"
-        _refusals.append(f"{law}, but it {what} while it is {_doing[-1]} (search/data/guard.py)")
+        _refusals.append(_refusal(what))
         raise TrialError(_refusals[-1])
+
+
+def _refusal(what: str) -> str:
+    law = "a defense must not get at the data that it is judged by"
+    return f"{law}, but it {what} while it is {_doing[-1]} (search/data/guard.py)"
 
 
 def _identify() -> None:
@@ -158,9 +160,16 @@ def _judge(event: str, given: tuple[Any, ...]) -> None:
         refuse_while_closed("starts another program")
     writes = event == "open" and isinstance(given[2], int) and given[2] & WRITES
     if (writes or event in NOTES) and _doing[-1] in ANSWERING and not _trusted():
-        refuse_while_closed("leaves notes of what it is asked")
+        _refuse_known("leaves notes of what it is asked")
     if _looks(event, given) and not _names():
-        refuse_while_closed("looks at its callers or at all objects")
+        _refuse_known("looks at its callers or at all objects")
+
+
+def _refuse_known(what: str) -> None:
+    """Refuse; and note it, unless Python's library alone is on this thread's stack: then it may be for anyone."""
+    if _asker() is None:
+        raise TrialError(_refusal(what))
+    refuse_while_closed(what)
 
 
 def _looks(event: str, given: tuple[Any, ...]) -> bool:
@@ -204,12 +213,17 @@ def _is_ours(path: Any, folder: int | None) -> bool:
 
 def _trusted() -> bool:
     """Return whether an installed package, such as torch, or the search asks, directly or through Python's library."""
-    frame = sys._getframe(1)
+    file = _asker() or ""
+    return file.startswith((*PACKAGES, SEARCH, ATTACKS)) and not file.startswith(DATA)
+
+
+def _asker() -> str | None:
+    """Return the file of the innermost code that is not of Python's library; None if there is none on this thread."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith((*PACKAGES, SEARCH, ATTACKS)) and not file.startswith(DATA):
-            return True
-        if not (file == __file__ or file.startswith((*LIBRARY, "<frozen "))):
-            return False
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+        packaged = file.startswith(PACKAGES)  # which may lie below the library
+        if packaged or not (file == __file__ or file.startswith((*LIBRARY, "<frozen "))):
+            return file
+        frame = frame.f_back
+    return None

@@ -13,6 +13,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from search.data.cache import ensure
 from search.data.folders import data_folder
 from search.data.guard import closed, watch
 from search.exceptions import TrialError
+from tests.support.paths import ROOT
 
 
 @pytest.fixture
@@ -174,6 +176,21 @@ def test_what_asks_for_the_name_of_its_caller_alone_may(caplog: pytest.LogCaptur
         answer = checkpoint(nn.Linear(2, 2), torch.ones(1, 2), use_reentrant=False)
     assert Pair(1, 2).y == Two.B.value == 2 and answer.shape == (1, 2)
     assert "said" in caplog.text
+
+
+def test_a_thread_of_the_library_alone_learns_nothing_and_is_no_refusal() -> None:
+    """It may be asyncio's that logs an error, or one through which a defense looks."""
+    with closed("tried"), ThreadPoolExecutor(1) as pool:
+        for look in (sys._current_frames, partial(gc.get_objects), sys._getframe):
+            assert isinstance(pool.submit(look).exception(), TrialError)
+
+
+def test_packages_of_another_environment_are_trusted_too(tmp_path: Path) -> None:
+    """As torch, which notes the stack at each seed, where this environment takes it from another one."""
+    (tmp_path / "other-1.0.dist-info").mkdir()
+    (tmp_path / "other.py").write_text("import traceback\ndef notes(): return traceback.format_stack()")
+    ask = "from search.data.guard import closed; import other\nwith closed('tried'): assert other.notes()"
+    subprocess.run([sys.executable, "-c", ask], env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, check=True)
 
 
 @pytest.mark.parametrize("doing", ["audited", "trained"])
