@@ -61,6 +61,14 @@ class Plainly(TwoFaced):
         return torch.full((len(x_NCHW),), x_NCHW.requires_grad or not torch.is_grad_enabled())
 
 
+class FarClass(Plainly):
+    """The same, with a further class that is never answered, so far away that the spread of the logits is huge."""
+
+    def classify(self, x_NCHW: Tensor, classifier: nn.Module) -> Tensor:
+        logits_NK = super().classify(x_NCHW, classifier)
+        return torch.cat((logits_NK, torch.full_like(logits_NK[:, :1], -1e5)), dim=1)
+
+
 class Inferring(TwoFaced):
     """Expects no attack in inference mode."""
 
@@ -266,6 +274,7 @@ CHEATS: Mapping[str, Member] = {
     "robust in batches of verdicts": Member(kind=Gathering, alarm="batch-size", quick=False, train=TRAIN),
     "robust but by threes": Member(kind=Handfuls, alarm="batch-size", quick=False, train=TRAIN),
     "robust but asked plainly": Member(kind=Plainly, alarm="as-used", quick=False, train=TRAIN),
+    "asked plainly, a class far away": Member(kind=FarClass, alarm="as-used", quick=False, train=TRAIN),
     "robust but in inference mode": Member(kind=Inferring, alarm="as-used", quick=False, train=TRAIN),
     "looks at its callers": Member(kind=Looking, alarm="as-used", quick=False, train=TRAIN),
     "counts its queries": Member(kind=Counting, alarm="replayed", quick=False, train=TRAIN),
