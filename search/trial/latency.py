@@ -66,7 +66,7 @@ class Unseen:
     def __init__(self, x_NCHW: Tensor, levels_V: Tensor) -> None:
         self._x_NP, self._shape, self._levels_V = x_NCHW.flatten(1), x_NCHW.shape[1:], levels_V
         self._served = secrets.randbelow(x_NCHW.numel())
-        self._chance = torch.Generator(x_NCHW.device).manual_seed(secrets.randbits(63))
+        self._chance = torch.Generator().manual_seed(secrets.randbits(63))  # the CPU's: not every device has one
 
     def take(self, count: int) -> Tensor:
         """Return the next images; there may be more than the stream has."""
@@ -83,7 +83,7 @@ class Unseen:
         """Return images with some values one level higher or lower; an attacked value moves by as much as its level."""
         if len(self._levels_V) < 3:
             return x_NP
-        draw_NP = torch.randint(4, x_NP.shape, generator=self._chance, device=x_NP.device)
+        draw_NP = torch.randint(4, x_NP.shape, generator=self._chance).to(x_NP.device)
         at_NP = torch.searchsorted(self._levels_V, x_NP).clamp(1, len(self._levels_V) - 2)
         here_NP, there_NP = self._levels_V[at_NP], self._levels_V[at_NP + 2 * (draw_NP % 2) - 1]
         moved_NP = torch.where(here_NP == x_NP, there_NP, x_NP + there_NP - here_NP)
