@@ -59,7 +59,7 @@ def test_a_cost_that_grows_with_the_search_is_noticed(tmp_path: Path, monkeypatc
     started = Controller.started
 
     def slower(controller: Controller, name: str) -> None:
-        for _ in range(2):
+        for _ in range(6):
             controller.leaders()  # of all candidates
         started(controller, name)
 
