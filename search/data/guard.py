@@ -158,7 +158,7 @@ def _judge(event: str, given: tuple[Any, ...]) -> None:
             refuse_while_closed(f"opens {os.fsdecode(path) if isinstance(path, bytes) else path}")
     if event in PROGRAMS and not _trusted():
         refuse_while_closed("starts another program")
-    writes = event == "open" and isinstance(given[2], int) and given[2] & WRITES
+    writes = event == "open" and len(given) > 2 and isinstance(given[2], int) and given[2] & WRITES
     if (writes or event in NOTES) and _doing[-1] in ANSWERING and not _trusted():
         _refuse_known("leaves notes of what it is asked")
     if _looks(event, given) and not _names():

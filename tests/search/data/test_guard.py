@@ -221,5 +221,6 @@ def test_all_else_goes_on(tmp_path: Path) -> None:
     with closed("tried"), closed("tried within"):
         torch.save(torch.ones(3), tmp_path / "own.pt")
         found = torch.load(tmp_path / "own.pt", mmap=True)
+        assert torch.from_file(str(tmp_path / "own.pt"), size=3).shape == (3,)  # whose event has no flags
         assert torch.compile(doubled, backend="eager")(found).tolist() == [2, 2, 2]
         assert [path.name for path in tmp_path.iterdir()] == ["own.pt"]
